@@ -1,0 +1,54 @@
+"""The oracle: every backend is compared with these plain loops in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradguide.ops.row import Row, Write
+
+__all__ = ["combine_", "gram"]
+
+
+def gram(rows: Sequence[Row | None]) -> Tensor:
+    """Gram matrix of the rows over one bucket, summed in float64.
+
+    Args:
+        rows: R rows over the same tensors; ``None`` is a row of zeros.
+
+    Returns:
+        Tensor [R, R], float64, on the rows' device.
+    """
+    present = [row for row in rows if row is not None]
+    result = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=present[0].tensors[0].device)
+    for index in range(len(present[0].tensors)):
+        for a, first in enumerate(rows):
+            for b, second in enumerate(rows):
+                if first is not None and second is not None:
+                    product = first.flat(index, torch.float64) * second.flat(index, torch.float64)
+                    result[a, b] += product.sum()
+    return result
+
+
+def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
+    """Write linear combinations of the rows, all of them computed from the rows as they were before.
+
+    Args:
+        rows: R rows over the same tensors; ``None`` is a row of zeros.
+        writes: what to write where; each ``into`` may be a row's own memory.
+    """
+    results: list[list[Tensor]] = []
+    for write in writes:
+        tensors: list[Tensor] = []
+        for index, target in enumerate(write.into):
+            total = target.detach().reshape(-1).to(torch.float64) * (1.0 if write.accumulate else 0.0)
+            for coefficient, row in zip(write.coefficients.tolist(), rows, strict=True):
+                if row is not None and coefficient != 0.0:
+                    total = total + coefficient * row.flat(index, torch.float64)
+            tensors.append(total.view(target.shape))
+        results.append(tensors)
+    for write, tensors in zip(writes, results, strict=True):
+        for target, value in zip(write.into, tensors, strict=True):
+            target.detach().copy_(value)

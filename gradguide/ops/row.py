@@ -1,0 +1,91 @@
+"""A row: one vector over the tensors of a bucket, plain or formed on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Row", "Write", "compute_dtype"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One vector over a bucket's tensors: ``offset + scale * (at - anchor)``, element by element.
+
+    A part that is absent drops out (offset 0, scale 1). The three vectors that a step looks at are all of this form:
+
+    - a gradient, a running direction or a stored source gradient: ``offset`` alone;
+    - a source gradient that moves with the parameters, ``s0 + F * (theta - theta0)``: all four;
+    - the update that the base optimizer made: ``at - anchor``, the parameters after and before.
+
+    Lists are aligned: entry i of each belongs to tensor i of the bucket, with the same shape.
+    """
+
+    offset: Sequence[Tensor] | None = None
+    scale: Sequence[Tensor] | None = None
+    at: Sequence[Tensor] | None = None
+    anchor: Sequence[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at is None) != (self.anchor is None):
+            raise ValueError("a row has both `at` and `anchor`, or neither")
+        if self.at is None and (self.offset is None or self.scale is not None):
+            raise ValueError("a row without `at` and `anchor` is its `offset` alone")
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The list that gives the number of tensors, their shapes and their device."""
+        parts = self.at if self.offset is None else self.offset
+        assert parts is not None
+        return parts
+
+    def flat(self, index: int, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements ``start:stop`` of tensor ``index``, as a 1-D tensor of ``dtype``.
+
+        It is a view of the row's own memory where the row is plain, contiguous and of that dtype, so it is to be read
+        only.
+        """
+        offset = None if self.offset is None else _flat(self.offset[index], dtype, start, stop)
+        if self.at is None:
+            assert offset is not None
+            return offset
+        assert self.anchor is not None
+        value = _flat(self.at[index], dtype, start, stop) - _flat(self.anchor[index], dtype, start, stop)
+        if self.scale is not None:
+            value.mul_(_flat(self.scale[index], dtype, start, stop))
+        if offset is not None:
+            value.add_(offset)
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """One result of ``combine_``: ``into`` becomes (or, with ``accumulate``, grows by) the combination of the rows.
+
+    Args:
+        into: the bucket's tensors to write, in place.
+        coefficients (Tensor): shape [rows], one coefficient per row.
+        accumulate (bool): add to ``into`` rather than overwrite it.
+    """
+
+    into: Sequence[Tensor]
+    coefficients: Tensor
+    accumulate: bool = False
+
+
+def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:
+    """float64 where the leading row is (float64 models, tests), float32 for everything else."""
+    for row in rows:
+        if row is not None:
+            return torch.float64 if row.tensors[0].dtype == torch.float64 else torch.float32
+    raise ValueError("a bucket has at least one row")
+
+
+def _flat(tensor: Tensor, dtype: torch.dtype, start: int, stop: int | None) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if stop is not None:
+        flat = flat[start:stop]
+    return flat.to(dtype)
