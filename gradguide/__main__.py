@@ -1,0 +1,5 @@
+"""``python -m gradguide``: the command line."""
+
+from gradguide.cli import run
+
+run()

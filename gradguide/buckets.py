@@ -1,0 +1,99 @@
+"""From param groups to buckets: lists of tensors that a pass can take together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradguide.naming import module_of
+
+__all__ = ["Bucket", "Label", "Labeller", "gather", "labeller"]
+
+Label: TypeAlias = Hashable
+Labeller: TypeAlias = Callable[[Tensor, int], Label]
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parameters with gradients, of one scope, device and precision, all or none of them known to the sources.
+
+    Lists are aligned; ``names`` is empty where the sources know nothing.
+    """
+
+    label: Label
+    parameters: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+def labeller(scope: str | Mapping[Tensor, str], names: Mapping[Tensor, str]) -> Labeller:
+    """What tells a parameter's scope from itself and its group's index.
+
+    Raises:
+        ValueError: the scope is unknown, or needs names that are not there.
+        TypeError: the scope is neither a string nor a mapping.
+    """
+    if isinstance(scope, Mapping):
+        labels = dict(scope)
+        # A parameter outside the mapping (a new head beside the adapters) is a scope of its own.
+        return lambda parameter, group: labels.get(parameter, parameter)
+    if not isinstance(scope, str):
+        raise TypeError(f"scope must be a string or map parameters to scopes, found {type(scope).__name__}")
+    match scope:
+        case "global":
+            return lambda parameter, group: None
+        case "group":
+            return lambda parameter, group: group
+        case "tensor":
+            return lambda parameter, group: parameter
+        case "module":
+            if not names:
+                raise ValueError("scope='module' needs names=model.named_parameters(), found none")
+            return lambda parameter, group: module_of(names[parameter]) if parameter in names else parameter
+    raise ValueError(f"scope must be 'global', 'group', 'module', 'tensor' or a mapping of parameters, found {scope!r}")
+
+
+def gather(groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor, str]) -> list[Bucket]:
+    """The buckets of this step, in a fixed order. Parameters whose gradient is None are left out.
+
+    Args:
+        groups: the base optimizer's param groups, read anew at each step, since loaders and wrappers replace them.
+        label: tells a parameter's scope.
+        names: the names of the parameters that the sources know.
+
+    Raises:
+        ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
+    """
+    buckets: dict[tuple[Hashable, ...], Bucket] = {}
+    for index, group in enumerate(groups):
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided or not gradient.is_floating_point():
+                _refuse(gradient, names.get(parameter))
+            scope = label(parameter, index)
+            name = names.get(parameter)
+            key = (scope, gradient.device, gradient.dtype, parameter.dtype, name is not None)
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket(scope)
+            bucket.parameters.append(parameter)
+            bucket.gradients.append(gradient)
+            if name is not None:
+                bucket.names.append(name)
+    return list(buckets.values())
+
+
+def _refuse(gradient: Tensor, name: str | None) -> None:
+    which = f"of {name} " if name else ""
+    if gradient.is_complex():
+        raise ValueError(f"the gradient {which}is complex ({gradient.dtype}); GradGuide guides real parameters")
+    raise ValueError(
+        f"the gradient {which}is sparse ({gradient.layout}), which has no running direction; use "
+        "nn.Embedding(..., sparse=False), or keep this parameter in an optimizer of its own"
+    )

@@ -1,0 +1,112 @@
+"""The command line: ``gradguide demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["main", "run"]
+
+
+class _UsageError(Exception):
+    """The command line does not parse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors become exceptions, so that they are reported like every other error of the user: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        int: exit code: 0 for success, 2 for an error of the user, which is one line on stderr.
+    """
+    try:
+        options = vars(_parser().parse_args(argv))
+    except _UsageError as error:
+        return _refuse(error)
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    return _demo(options)
+
+
+def run() -> NoReturn:
+    """The entry point of the installed command."""
+    sys.exit(main())
+
+
+def _demo(options: dict[str, object]) -> int:
+    from gradguide.demo.errors import DemoError
+
+    del options["command"]
+    try:
+        # The demo's modules need nothing but the library; its extras are looked for when it runs.
+        from gradguide.demo.run import DemoConfig
+        from gradguide.demo.run import run as run_demo
+
+        run_demo(DemoConfig(**options))  # type: ignore[arg-type]  # argparse knows the types, mypy does not
+    except DemoError as error:
+        return _refuse(error)
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"gradguide: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names joined by commas, found {text!r}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gradguide", description="Guided gradients for few-shot fine-tuning.")
+    parser.add_argument("--version", action="version", version=f"gradguide {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="adapt a pretrained encoder with few examples, with and without GradGuide, and compare",
+        description="Trains a LoRA adapter on source domains, adapts it to a target domain with few examples, with "
+        "AdamW and with GradGuide around it, and reports what was learnt and what was kept.",
+        # An option that is not given keeps the default of DemoConfig: each default is written once.
+        argument_default=argparse.SUPPRESS,
+    )
+    add = demo.add_argument
+    add("--data", type=Path, metavar="DIR", help="train.tsv and test.tsv with text, label, [domain] (built-in texts)")
+    add("--model", metavar="ID", help="hub id or folder of an encoder (sentence-transformers/all-MiniLM-L6-v2)")
+    add("--source", type=_names, action="extend", metavar="NAME", help="source domains, joined by commas or repeated")
+    add("--target", metavar="NAME", help="target domain (the last in sorted order)")
+    add("--shots", type=int, metavar="N", help="training rows per target label (4)")
+    add("--seeds", type=int, metavar="N", help="runs per method (5)")
+    add("--steps", type=int, metavar="N", help="optimizer steps per run (60)")
+    add("--batch", type=int, metavar="N", help="rows per step (16)")
+    add("--lr", type=float, metavar="RATE", help="learning rate of the adaptation (2e-3)")
+    add("--out", type=Path, metavar="DIR", help="folder for results.csv and results.png (gradguide-demo)")
+    add("--save-source", type=Path, metavar="DIR", help="keep the source adapter, its head and the source gradient")
+    add("--source-adapter", type=Path, metavar="DIR", help="use what --save-source kept, in place of training")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("gradguide")
+    except PackageNotFoundError:  # a checkout that is on the path and not installed
+        return "unknown"
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,106 @@
+"""Source-target alignment: steps that do not raise the loss of what the model already knew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradguide.checks import check_choice, check_flag, check_range
+from gradguide.rules.cone import TOLERANCE, multipliers
+from gradguide.rules.span import Span
+from gradguide.sources.source import Source
+
+__all__ = ["Alignment", "conflicts", "project", "pull"]
+
+MAX_SOURCES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Keep steps from raising the source loss.
+
+    The soft part adds ``weight * s_k`` to the gradient for each source k, at its true scale: with a stored source that
+    has curvature this is the pull of elastic weight consolidation (arXiv 1612.00796). The hard part (``project``)
+    removes what conflict is left: on "gradient" from g before the base step (GEM, arXiv 1706.08840), on "update" from
+    the update that the base optimizer really made, because a gradient without conflict is no longer free of it once
+    Adam has divided it by its second moments.
+
+    Source: "source-target gradient alignment", abstract of arXiv 2506.00726.
+
+    Args:
+        source: one source or several (at most 16), for instance a :class:`gradguide.SourceGradient`.
+        on (str): "update" or "gradient": what the hard part acts on. "update" keeps one copy of the parameters during
+            the step.
+        weight (float): weight of the soft part, at least 0: how much the source's mean loss counts beside the loss
+            that is trained. 0 is the pure projection.
+        project (bool): whether the hard part acts.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or a source is none.
+    """
+
+    source: Source | Sequence[Source]
+    on: str = field(default="update", kw_only=True)
+    weight: float = field(default=1000.0, kw_only=True)
+    project: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("Alignment needs at least one source, found none; leave alignment=None to do without")
+        if len(self.sources) > MAX_SOURCES:
+            raise ValueError(f"Alignment takes at most {MAX_SOURCES} sources, found {len(self.sources)}; merge some")
+        for source in self.sources:
+            if not isinstance(source, Source):
+                raise TypeError(f"source must be a SourceGradient or the like, found {type(source).__name__}")
+        check_choice("on", self.on, ("update", "gradient"))
+        check_range("weight", self.weight, 0, float("inf"), open_high=True)
+        check_flag("project", self.project)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources as a tuple."""
+        if isinstance(self.source, Sequence):
+            return tuple(self.source)
+        return (self.source,)
+
+
+def pull(gradient: Tensor, length: Tensor, first: int, weight: float) -> Tensor:
+    """Add ``weight`` times every source row to the gradient, where there is a gradient.
+
+    Args:
+        gradient (Tensor): coordinates [S, R].
+        length (Tensor): shape [S], the norm of the gradient as received.
+        first (int): index of the first source row; the sources are the last R - first rows.
+        weight (float): at least 0.
+
+    Returns:
+        Coordinates [S, R].
+    """
+    pulled = gradient.clone()
+    pulled[:, first:] += torch.where(length > 0, weight, 0.0).unsqueeze(1)
+    return pulled
+
+
+def project(span: Span, vector: Tensor, first: int) -> Tensor:
+    """The nearest vector whose inner product with every source row is not negative.
+
+    Args:
+        span: the rows; the sources are the last R - first of them.
+        vector (Tensor): coordinates [S, R].
+        first (int): index of the first source row.
+
+    Returns:
+        Coordinates [S, R], those given, bit for bit, in scopes without a conflict beyond rounding.
+    """
+    inner = (span.gram[:, first:, :] @ vector.unsqueeze(2)).squeeze(2)
+    projected = vector.clone()
+    projected[:, first:] += multipliers(span.gram[:, first:, first:], inner, span.norm(vector))
+    return projected
+
+
+def conflicts(cosines: Tensor) -> Tensor:
+    """Whether each of ``cosines`` is a conflict beyond rounding: Tensor of bool, same shape."""
+    return cosines < -TOLERANCE

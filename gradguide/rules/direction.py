@@ -1,0 +1,110 @@
+"""Direction consistency: the running direction of the gradients, and damping of what strays from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradguide.checks import check_flag, check_range
+from gradguide.rules.span import Span, divide
+
+__all__ = ["Average", "Direction", "accumulate", "coherence", "damp", "evidence"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direction:
+    """Keep a running direction d of the gradients, and shrink the part of each gradient that is orthogonal to it.
+
+    ``d <- decay * d + (1 - decay) * g / |g|``, with g the gradient *as received*: an average of guided gradients would
+    confirm itself. d is kept in float32 and does not depend on the scale of the gradients.
+
+    The guided gradient is ``(1 - k) g + k P g``, where P projects onto the ray along d. Its cosine with d is never
+    below that of g, and it is never longer than g. ``k = damping * evidence``, where evidence in [0, 1] says how far
+    the recent gradients agree beyond what as many random ones would (0 at the first step).
+
+    Source: "gradient direction consistency", abstract of arXiv 2506.00726; the mean resultant length is that of
+    directional statistics (Mardia and Jupp, 2000).
+
+    Args:
+        decay (float): memory of the running direction, in [0, 1); it averages over about 1 / (1 - decay) steps.
+        damping (float): share of the orthogonal part that is removed at full evidence, in [0, 1]. 0 only measures.
+        share_momentum (bool): read the base optimizer's own ``exp_avg`` or ``momentum_buffer`` as d, in place of a
+            row of our own. Then ``decay`` is the base's.
+
+    Raises:
+        ValueError, TypeError: an option is out of range.
+    """
+
+    decay: float = 0.95
+    damping: float = 0.5
+    share_momentum: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("decay", self.decay, 0, 1, open_high=True)
+        check_range("damping", self.damping, 0, 1)
+        check_flag("share_momentum", self.share_momentum)
+
+
+class Average(NamedTuple):
+    """What is known of a running sum ``d = sum_i w_i x_i`` beside the sum itself, per scope.
+
+    mass (Tensor): shape [S], ``sum_i w_i |x_i|``, the length of d had all x_i agreed.
+    square (Tensor): shape [S], ``sum_i (w_i |x_i|)^2``, the expected squared length of d had they been random.
+    """
+
+    mass: Tensor
+    square: Tensor
+
+
+def coherence(length: Tensor, average: Average) -> Tensor:
+    """Mean resultant length of the recent gradients: 1 when they agree, near 0 for noise. Tensor [S]."""
+    return divide(length, average.mass).clamp(0.0, 1.0)
+
+
+def evidence(length: Tensor, average: Average) -> Tensor:
+    """Coherence beyond chance: ``sqrt((R^2 - R0^2) / (1 - R0^2))``, R0^2 what unrelated gradients would show. [S]."""
+    r2 = coherence(length, average).square()
+    chance = divide(average.square, average.mass.square()).clamp(0.0, 1.0)
+    return divide((r2 - chance).clamp(min=0.0), 1.0 - chance).clamp(0.0, 1.0).sqrt()
+
+
+def damp(span: Span, gradient: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
+    """Shrink what is orthogonal to the direction, and what points against it.
+
+    Args:
+        span: the rows.
+        gradient (Tensor): coordinates [S, R].
+        direction (Tensor): coordinates [S, R] of d; a scope whose d is zero is left alone.
+        strength (Tensor): shape [S], in [0, 1].
+
+    Returns:
+        Coordinates [S, R]; projecting twice at strength 1 is projecting once.
+    """
+    length = span.norm(direction)
+    along = divide(span.inner(gradient, direction).clamp(min=0.0), length.square())
+    strength = torch.where(length > 0, strength, 0.0).unsqueeze(1)
+    return (1.0 - strength) * gradient + strength * along.unsqueeze(1) * direction
+
+
+def accumulate(direction: Tensor, term: Tensor, length: Tensor, average: Average, decay: Tensor, gain: Tensor) -> tuple[Tensor, Average]:
+    """One step of the running sum: ``d' = decay * d + gain * x``.
+
+    A term of no length says nothing, so it leaves direction and average as they were.
+
+    Args:
+        direction, term (Tensor): coordinates [S, R] of d and x.
+        length (Tensor): shape [S], |x|.
+        average: mass and square of d.
+        decay, gain (Tensor): shape [S].
+
+    Returns:
+        Coordinates [S, R] of d', and its average.
+    """
+    moved = length > 0
+    mass = torch.where(moved, decay * average.mass + gain * length, average.mass)
+    square = torch.where(moved, decay.square() * average.square + (gain * length).square(), average.square)
+    new = decay.unsqueeze(1) * direction + gain.unsqueeze(1) * term
+    return torch.where(moved.unsqueeze(1), new, direction), Average(mass, square)

@@ -1,0 +1,94 @@
+"""Magnitude control: bounded steps, and smaller ones while gradients disagree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradguide.checks import check_flag, check_range
+
+__all__ = ["LogNorms", "Magnitude", "clip", "observe", "threshold"]
+
+DECAY = 0.95
+PRIOR_DEVIATION = 0.5
+PRIOR_COUNT = 4.0
+DEVIATIONS = 2.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Magnitude:
+    """Clip what the other rules left, and scale the step of the base optimizer by the coherence of the gradients.
+
+    Source: "gradient magnitude control", abstract of arXiv 2506.00726. The adaptive threshold follows the idea of ZClip
+    (arXiv 2504.02507), an outlier test on recent norms, in log space and with a prior in place of a warm-up.
+
+    Args:
+        max_norm (float | None): largest norm of the guided gradient per scope, above 0. None is 1.0, or no fixed bound
+            with ``adaptive``.
+        adaptive (bool): clip a norm that stands out among the recent ones: more than 2.5 standard deviations of its
+            logarithm above their mean. The deviation starts from a prior of 0.5 (worth 4 steps), so that the threshold
+            means something from step 2 on; the first norm has nothing to be compared with.
+        coherence (float): p >= 0; the update that the base optimizer makes is multiplied by coherence^p, in [0, 1].
+            Above 0 it needs ``direction``, and keeps one copy of the parameters during the step.
+
+    Raises:
+        ValueError, TypeError: an option is out of range.
+    """
+
+    max_norm: float | None = None
+    adaptive: bool = False
+    coherence: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None:
+            check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
+        check_flag("adaptive", self.adaptive)
+        check_range("coherence", self.coherence, 0, math.inf, open_high=True)
+
+    @property
+    def bound(self) -> float:
+        """The fixed bound in effect; infinity when there is none."""
+        if self.max_norm is not None:
+            return self.max_norm
+        return math.inf if self.adaptive else 1.0
+
+
+class LogNorms(NamedTuple):
+    """Exponentially weighted statistics of the logarithm of past norms, per scope.
+
+    weight (Tensor): shape [S], sum of the weights, 0 before the first step.
+    mean (Tensor): shape [S].
+    spread (Tensor): shape [S], weighted sum of squared deviations.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    spread: Tensor
+
+
+def threshold(seen: LogNorms) -> Tensor:
+    """Largest norm that does not stand out, infinity before the first step: Tensor [S]."""
+    variance = (PRIOR_COUNT * PRIOR_DEVIATION**2 + seen.spread) / (PRIOR_COUNT + seen.weight)
+    started = seen.weight > 0
+    margin = DEVIATIONS * (variance * (1.0 + 1.0 / torch.where(started, seen.weight, 1.0))).sqrt()
+    return torch.where(started, (seen.mean + margin).exp(), torch.inf)
+
+
+def observe(seen: LogNorms, norm: Tensor) -> LogNorms:
+    """Statistics with one more norm [S], which counts as no more than the threshold; a norm of 0 says nothing."""
+    counted = torch.minimum(norm, threshold(seen))
+    value = torch.where(counted > 0, counted, 1.0).log()
+    weight = DECAY * seen.weight + 1.0
+    mean = seen.mean + (value - seen.mean) / weight
+    spread = DECAY * seen.spread + (value - seen.mean) * (value - mean)
+    new = LogNorms(weight, mean, spread)
+    return LogNorms(*(torch.where(counted > 0, after, before) for after, before in zip(new, seen, strict=True)))
+
+
+def clip(norm: Tensor, bound: Tensor) -> Tensor:
+    """Factor in (0, 1] that brings ``norm`` [S] down to ``bound`` [S]; 1 where it is there already: Tensor [S]."""
+    return torch.where(norm > bound, bound / torch.where(norm > bound, norm, 1.0), 1.0)

@@ -1,0 +1,71 @@
+"""Source files: safetensors with JSON metadata, written whole, read without unpickling."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from gradguide.atomic import replacing
+
+__all__ = ["FORMAT", "read", "write"]
+
+FORMAT = 1
+_KEY = "gradguide"
+
+
+def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
+    """Write tables of tensors, each under ``table/name``, and the metadata as one JSON object."""
+    tensors = {
+        f"{table}/{name}": tensor.detach().cpu().contiguous()
+        for table, entries in tables.items()
+        for name, tensor in entries.items()
+    }
+    header = {_KEY: json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata=header)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tables of tensors and metadata of a source file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, not safetensors, no source file, or of a newer format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no source file at {os.fspath(path)!r}")
+    tables: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            metadata = _metadata(path, file.metadata() or {})
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                table, _, name = key.partition("/")
+                tables.setdefault(table, {})[name] = file.get_tensor(key)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a readable safetensors file ({error}): it is truncated or of another kind; "
+            "save it again with SourceGradient.save"
+        ) from error
+    return tables, metadata
+
+
+def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str, Any]:
+    try:
+        metadata = json.loads(header[_KEY])
+        version = int(metadata["format"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds tensors but no source gradient (found metadata {sorted(header)}); "
+            "source files are written by SourceGradient.save"
+        ) from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)!r} has format {version}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
+        )
+    return dict(metadata)

@@ -1,0 +1,26 @@
+"""What a source is: an answer to "what is the source-task gradient at the present parameters?"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradguide.ops.row import Row
+
+__all__ = ["Source"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A source-task gradient over named parameters."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter that the source speaks of, by name."""
+        ...
+
+    def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
+        """The source-task gradient at ``at``, the present values of the parameters called ``names``, on their device."""
+        ...

@@ -1,0 +1,151 @@
+"""A source gradient that was captured once: stored, portable, and moving with the parameters if it has curvature."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradguide.ops.row import Row
+from gradguide.sources import file
+from gradguide.sources.capture import Batch, Loss, measure
+
+__all__ = ["SourceGradient"]
+
+
+class SourceGradient:
+    """The mean gradient of a source task's loss, ``s0``, and optionally its diagonal Fisher information.
+
+    With curvature it answers ``s0 + F * (theta - theta0)``, the first-order model of the source gradient at the present
+    parameters, so that it does not go stale while they move (elastic weight consolidation, arXiv 1612.00796, with s0
+    kept). Without it, it answers s0 wherever the parameters are.
+
+    Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`.
+    """
+
+    def __init__(
+        self,
+        gradient: Mapping[str, Tensor],
+        *,
+        fisher: Mapping[str, Tensor] | None = None,
+        anchor: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put together tensors by parameter name: s0, and both or none of F and theta0, with the shapes of s0.
+
+        Raises:
+            ValueError: no tensor, only one of fisher and anchor, or names or shapes that differ.
+        """
+        if not gradient:
+            raise ValueError("a source gradient needs at least one parameter, found none")
+        if (fisher is None) != (anchor is None):
+            raise ValueError("a source gradient has both fisher and anchor, or neither")
+        shapes = {name: tensor.shape for name, tensor in gradient.items()}
+        for label, table in (("fisher", fisher), ("anchor", anchor)):
+            if table is not None and {name: tensor.shape for name, tensor in table.items()} != shapes:
+                raise ValueError(f"{label} must have the names and shapes of the gradient")
+        self._tables: dict[str, dict[str, Tensor]] = {"gradient": dict(gradient)}
+        if fisher is not None and anchor is not None:
+            self._tables |= {"fisher": dict(fisher), "anchor": dict(anchor)}
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+    @classmethod
+    def capture(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        loss: Loss,
+        *,
+        curvature: bool | Callable[[nn.Module, Any], Tensor] = True,
+        dtype: torch.dtype | None = None,
+    ) -> SourceGradient:
+        """Capture the mean gradient over source data at the model's present parameters.
+
+        The model runs in eval mode; its modes, gradients, parameters and torch's random state are afterwards as they
+        were. Under ``torch.distributed`` every rank gives its share of the data and gets the same answer.
+
+        Args:
+            model: only parameters with ``requires_grad`` are captured.
+            batches: tensors, mappings or sequences of tensors; the first tensor's first dimension counts examples.
+                Curvature wants small batches (1 to 16): a batch's gradient says the less of F the larger the batch.
+            loss: ``loss(model, batch)``, the mean over the batch's examples, a scalar.
+            curvature: True estimates the empirical Fisher information, the mean square of per-example gradients,
+                without bias from the batches' gradients. A callable is a second loss, of the same kind, under labels
+                drawn from the model; it gives the true Fisher information, at one more backward pass per batch.
+                False keeps s0 alone.
+            dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64.
+
+        Returns:
+            The captured source.
+
+        Raises:
+            ValueError: no trainable parameter, no batch, a loss that is no finite scalar or has no gradient, a single
+                batch of several examples with ``curvature=True``, a dtype that cannot hold the rows.
+            TypeError: a batch whose examples cannot be counted.
+
+        Warns:
+            UserWarning: the gradient of LoRA's A matrices is zero, because B is still zero.
+        """
+        gradient, fisher, anchor, metadata = measure(model, batches, loss, curvature, dtype or torch.float32)
+        return cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
+
+    @property
+    def curvature(self) -> bool:
+        """Whether the answer moves with the parameters."""
+        return "fisher" in self._tables
+
+    def names(self) -> list[str]:
+        """Names of the parameters that the source speaks of, in the model's order."""
+        return list(self._tables["gradient"])
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter that the source speaks of, by name."""
+        return {name: tensor.shape for name, tensor in self._tables["gradient"].items()}
+
+    def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
+        """The source gradient at the parameters ``at`` called ``names``; its tensors move to their device once."""
+        gradient = self._rows("gradient", names, at)
+        if not self.curvature:
+            return Row(offset=gradient)
+        return Row(offset=gradient, scale=self._rows("fisher", names, at), at=at, anchor=self._rows("anchor", names, at))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        file.write(path, self._tables, {"names": self.names(), **self.metadata})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SourceGradient:
+        """Read a file of :meth:`save`. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, not safetensors, no source file, or of a newer format.
+        """
+        tables, metadata = file.read(path)
+        if "gradient" not in tables:
+            raise ValueError(f"{os.fspath(path)!r} holds no gradient, found {sorted(tables)}")
+        order = metadata.pop("names", sorted(tables["gradient"]))
+        metadata.pop("format")
+        try:
+            ordered = {label: {name: table[name] for name in order} for label, table in tables.items()}
+            return cls(ordered["gradient"], fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
+
+    def __repr__(self) -> str:
+        tensors = self._tables["gradient"].values()
+        kind = "moving" if self.curvature else "fixed"
+        return f"SourceGradient({len(tensors)} tensors, {sum(t.numel() for t in tensors)} numbers, {kind})"
+
+    def _rows(self, label: str, names: Sequence[str], at: Sequence[Tensor]) -> list[Tensor]:
+        table = self._tables[label]
+        rows = []
+        for name, parameter in zip(names, at, strict=True):
+            tensor = table[name]
+            if tensor.device != parameter.device:
+                tensor = table[name] = tensor.to(parameter.device)
+            rows.append(tensor)
+        return rows
