@@ -7,7 +7,9 @@ import math
 __all__ = ["check_choice", "check_flag", "check_range"]
 
 
-def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> None:
+def check_range(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
     """Raise unless ``value`` is a number in the interval from ``low`` to ``high``.
 
     Raises:

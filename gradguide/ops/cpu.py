@@ -15,8 +15,8 @@ __all__ = ["combine_", "gram"]
 PIECE = 1 << 16
 """Elements per piece: 256 KiB per row in float32, so that a few rows fit in a core's second-level cache."""
 
-# Between these a float32 sum of squares neither overflows nor loses small terms to underflow; outside, the piece is done
-# again in float64.
+# Between these a float32 sum of squares neither overflows nor loses small terms to underflow; outside, the piece is
+# done again in float64.
 _SMALLEST, _LARGEST = 1e-24, 1e30
 
 
@@ -62,14 +62,14 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
                 if row is None or coefficient == 0.0:
                     continue
                 if index not in values:
-                    values[index] = row.flat(piece.index, dtype, piece.start, piece.stop)
+                    values[index] = row.flat(piece.tensor, dtype, piece.start, piece.stop)
                 if result is None:
                     result = values[index] * coefficient
                 else:
                     result.add_(values[index], alpha=coefficient)
             results.append(result)
         for (write, _), result in zip(planned, results, strict=True):
-            target = write.into[piece.index].detach()
+            target = write.into[piece.tensor].detach()
             if piece.stop is not None:
                 target = target.view(-1)[piece.start : piece.stop]
             if result is None:
@@ -79,7 +79,7 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
 
 def _products(rows: Sequence[Row], piece: Piece, dtype: torch.dtype) -> list[list[float]]:
-    flats = [row.flat(piece.index, dtype, piece.start, piece.stop) for row in rows]
+    flats = [row.flat(piece.tensor, dtype, piece.start, piece.stop) for row in rows]
     return [[float(torch.dot(a, b)) for b in flats[: j + 1]] for j, a in enumerate(flats)]
 
 
@@ -94,5 +94,5 @@ def _trivial(write: Write, coefficients: list[float], rows: Sequence[Row | None]
 
 
 def _slice(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    flat = tensors[piece.index].detach().reshape(-1)
+    flat = tensors[piece.tensor].detach().reshape(-1)
     return flat if piece.stop is None else flat[piece.start : piece.stop]

@@ -17,7 +17,7 @@ BLOCK = 1 << 22
 
 
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows: products of rows scaled to at most 1, sums in float64 where the device has it. [R, R]."""
+    """Gram matrix of the rows [R, R]: products of rows scaled to at most 1, sums in float64 where the device has it."""
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
@@ -38,7 +38,9 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
     A coefficient of 0 drops its row whatever that holds, NaN included.
     """
-    coefficients = [write.coefficients.to(torch.float64 if _device(rows).type != "mps" else torch.float32) for write in writes]
+    coefficients = [
+        write.coefficients.to(torch.float64 if _device(rows).type != "mps" else torch.float32) for write in writes
+    ]
     for block in _blocks(rows, writes):
         values = _pack(rows, block)
         results = []
@@ -51,8 +53,10 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
             results.append(result)
         for write, result in zip(writes, results, strict=True):
             targets = [_target(write.into, piece) for piece in block]
-            parts = result.split([target.numel() for target in targets])
-            torch._foreach_copy_(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
+            parts = torch.split(result, [target.numel() for target in targets])
+            torch._foreach_copy_(
+                targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)]
+            )
 
 
 def _blocks(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[list[Piece]]:
@@ -61,7 +65,7 @@ def _blocks(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterato
     block: list[Piece] = []
     filled = 0
     for piece in pieces(rows, BLOCK, writes):
-        length = tensors[piece.index].numel() if piece.stop is None else piece.stop - piece.start
+        length = tensors[piece.tensor].numel() if piece.stop is None else piece.stop - piece.start
         if block and filled + length > BLOCK:
             yield block
             block, filled = [], 0
@@ -75,7 +79,7 @@ def _pack(rows: Sequence[Row | None], block: list[Piece]) -> Tensor:
     """The rows' elements in the block, as one tensor [R, elements]."""
     dtype = compute_dtype(rows)
     packed = [
-        None if row is None else torch.cat([row.flat(piece.index, dtype, piece.start, piece.stop) for piece in block])
+        None if row is None else torch.cat([row.flat(piece.tensor, dtype, piece.start, piece.stop) for piece in block])
         for row in rows
     ]
     example = next(row for row in packed if row is not None)
@@ -89,7 +93,7 @@ def _scaled(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _target(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    target = tensors[piece.index].detach()
+    target = tensors[piece.tensor].detach()
     return target if piece.stop is None else target.view(-1)[piece.start : piece.stop]
 
 

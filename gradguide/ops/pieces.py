@@ -13,9 +13,9 @@ __all__ = ["Piece", "pieces"]
 
 
 class Piece(NamedTuple):
-    """Elements ``start:stop`` of tensor ``index``, in flat order; ``stop`` is None for a whole tensor."""
+    """Elements ``start:stop`` of the bucket's tensor ``tensor``, in flat order; ``stop`` is None for a whole tensor."""
 
-    index: int
+    tensor: int
     start: int
     stop: int | None
 
@@ -26,7 +26,11 @@ def pieces(rows: Sequence[Row | None], size: int, writes: Sequence[Write] = ()) 
     Empty tensors give none.
     """
     lists: list[Sequence[Tensor]] = [
-        part for row in rows if row is not None for part in (row.offset, row.scale, row.at, row.anchor) if part is not None
+        part
+        for row in rows
+        if row is not None
+        for part in (row.offset, row.scale, row.at, row.anchor)
+        if part is not None
     ]
     lists.extend(write.into for write in writes)
     for index, tensor in enumerate(lists[0]):

@@ -89,7 +89,9 @@ def damp(span: Span, gradient: Tensor, direction: Tensor, strength: Tensor) -> T
     return (1.0 - strength) * gradient + strength * along.unsqueeze(1) * direction
 
 
-def accumulate(direction: Tensor, term: Tensor, length: Tensor, average: Average, decay: Tensor, gain: Tensor) -> tuple[Tensor, Average]:
+def accumulate(
+    direction: Tensor, term: Tensor, length: Tensor, average: Average, decay: Tensor, gain: Tensor
+) -> tuple[Tensor, Average]:
     """One step of the running sum: ``d' = decay * d + gain * x``.
 
     A term of no length says nothing, so it leaves direction and average as they were.

@@ -13,6 +13,7 @@ from gradguide.checks import check_flag, check_range
 
 __all__ = ["LogNorms", "Magnitude", "clip", "observe", "threshold"]
 
+DEFAULT_POWER = 1.0
 DECAY = 0.95
 PRIOR_DEVIATION = 0.5
 PRIOR_COUNT = 4.0
@@ -32,8 +33,9 @@ class Magnitude:
         adaptive (bool): clip a norm that stands out among the recent ones: more than 2.5 standard deviations of its
             logarithm above their mean. The deviation starts from a prior of 0.5 (worth 4 steps), so that the threshold
             means something from step 2 on; the first norm has nothing to be compared with.
-        coherence (float): p >= 0; the update that the base optimizer makes is multiplied by coherence^p, in [0, 1].
-            Above 0 it needs ``direction``, and keeps one copy of the parameters during the step.
+        coherence (float | None): p >= 0; the update that the base optimizer makes is multiplied by coherence^p, in
+            [0, 1]. Above 0 it needs ``direction``, and keeps one copy of the parameters during the step. None is 1.0
+            with a direction, and 0 without.
 
     Raises:
         ValueError, TypeError: an option is out of range.
@@ -41,13 +43,29 @@ class Magnitude:
 
     max_norm: float | None = None
     adaptive: bool = False
-    coherence: float = 1.0
+    coherence: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
             check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
         check_flag("adaptive", self.adaptive)
-        check_range("coherence", self.coherence, 0, math.inf, open_high=True)
+        if self.coherence is not None:
+            check_range("coherence", self.coherence, 0, math.inf, open_high=True)
+
+    def power(self, *, directed: bool) -> float:
+        """The p in effect.
+
+        Args:
+            directed: whether there is a running direction, and so a coherence.
+
+        Raises:
+            ValueError: p > 0 was asked for without a direction.
+        """
+        if self.coherence is None:
+            return DEFAULT_POWER if directed else 0.0
+        if self.coherence > 0 and not directed:
+            raise ValueError(f"Magnitude(coherence={self.coherence}) needs a direction, found direction=None")
+        return self.coherence
 
     @property
     def bound(self) -> float:

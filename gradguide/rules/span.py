@@ -1,4 +1,4 @@
-"""Coordinates in the span of a step's rows: every vector is a combination of them, every product a form in their Gram matrix."""
+"""Coordinates in the span of a step's rows, where every product is a form in their Gram matrix."""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ class _Total:
         """Sum over the ranks of ``torch.distributed``, if there are any."""
         if not (dist.is_available() and dist.is_initialized()):
             return
-        scalars = torch.tensor([self.examples, self.loss, self._pairs], dtype=torch.float64, device=self._sums[0].device)
+        scalars = torch.tensor(
+            [self.examples, self.loss, self._pairs], dtype=torch.float64, device=self._sums[0].device
+        )
         for tensor in (scalars, *self._sums, *self._squares):
             dist.all_reduce(tensor)
         examples, self.loss, pairs = scalars.tolist()
@@ -134,7 +136,9 @@ def _undisturbed(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[Non
             module.training = training
 
 
-def _gradients(loss: Loss, model: nn.Module, batch: Batch, parameters: list[nn.Parameter], index: int) -> tuple[float, list[Tensor]]:
+def _gradients(
+    loss: Loss, model: nn.Module, batch: Batch, parameters: list[nn.Parameter], index: int
+) -> tuple[float, list[Tensor]]:
     value = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -147,7 +151,10 @@ def _gradients(loss: Loss, model: nn.Module, batch: Batch, parameters: list[nn.P
     finite = torch.stack([g.isfinite().all() for g in gradients]).all()
     number = float(value.detach())
     if not math.isfinite(number) or not bool(finite):
-        raise ValueError(f"batch {index} has a loss of {number} and gradients that are {'' if finite else 'not '}finite; nothing was captured")
+        raise ValueError(
+            f"batch {index} has a loss of {number} and gradients that are {'' if finite else 'not '}finite; "
+            "nothing was captured"
+        )
     return number, gradients
 
 
@@ -166,7 +173,9 @@ def _first(items: Iterable[object], batch: object) -> int:
     for item in items:
         if isinstance(item, Tensor) and item.dim() > 0:
             return item.shape[0]
-    raise TypeError(f"a batch must hold a tensor whose first dimension counts examples, found {type(batch).__name__} without")
+    raise TypeError(
+        f"a batch must hold a tensor whose first dimension counts examples, found {type(batch).__name__} without"
+    )
 
 
 def _warn_of_zero(gradient: Table) -> None:
@@ -198,10 +207,18 @@ def _fingerprint(model: nn.Module) -> str | None:
     if not isinstance(configs, Mapping):
         return None
     told = {
-        name: {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "revision", "inference_mode")}
+        name: {
+            k: v
+            for k, v in config.to_dict().items()
+            if k not in ("base_model_name_or_path", "revision", "inference_mode")
+        }
         for name, config in configs.items()
     }
-    text = json.dumps(told, sort_keys=True, default=lambda value: sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value))
+    text = json.dumps(
+        told,
+        sort_keys=True,
+        default=lambda value: sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value),
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

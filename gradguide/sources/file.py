@@ -66,6 +66,7 @@ def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str,
         ) from error
     if version > FORMAT:
         raise ValueError(
-            f"{os.fspath(path)!r} has format {version}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
+            f"{os.fspath(path)!r} has format {version}, this version of gradguide reads up to {FORMAT}: "
+            "upgrade gradguide"
         )
     return dict(metadata)

@@ -22,5 +22,5 @@ class Source(Protocol):
         ...
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
-        """The source-task gradient at ``at``, the present values of the parameters called ``names``, on their device."""
+        """The source-task gradient at ``at``, the values of the parameters called ``names``, on their device."""
         ...

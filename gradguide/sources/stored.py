@@ -110,7 +110,9 @@ class SourceGradient:
         gradient = self._rows("gradient", names, at)
         if not self.curvature:
             return Row(offset=gradient)
-        return Row(offset=gradient, scale=self._rows("fisher", names, at), at=at, anchor=self._rows("anchor", names, at))
+        return Row(
+            offset=gradient, scale=self._rows("fisher", names, at), at=at, anchor=self._rows("anchor", names, at)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears whole or not at all."""
@@ -131,7 +133,9 @@ class SourceGradient:
         metadata.pop("format")
         try:
             ordered = {label: {name: table[name] for name in order} for label, table in tables.items()}
-            return cls(ordered["gradient"], fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata)
+            return cls(
+                ordered["gradient"], fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata
+            )
         except (KeyError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 

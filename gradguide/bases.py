@@ -1,0 +1,68 @@
+"""Which optimizers can be wrapped, and why not the others."""
+
+from __future__ import annotations
+
+from torch.optim import LBFGS, Optimizer
+
+__all__ = ["check_base", "missing_gradients"]
+
+# Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
+_EATERS = {
+    "OptimizerInBackwardWrapper": "runs inside backward",
+    "LOMO": "runs inside backward",
+    "AdaLomo": "runs inside backward",
+    "CPUOffloadOptimizer": "moves gradients off the device during backward",
+    "GaLoreLayerWise": "runs inside backward",
+    "LayerWiseDummyOptimizer": "is a stand-in for optimizers that run inside backward",
+    "DeepSpeedZeroOptimizer": "keeps gradients in partitions of its own",
+    "DeepSpeedZeroOptimizer_Stage3": "keeps gradients in partitions of its own",
+    "DeepSpeedOptimizerWrapper": "keeps gradients in partitions of its own",
+}
+
+
+def check_base(base: object) -> None:
+    """Raise unless GradGuide can guide the gradients that ``base`` reads.
+
+    Raises:
+        TypeError: it is no optimizer, or one whose steps cannot be guided.
+        ValueError: it has no parameter that takes a gradient.
+    """
+    kind = type(base).__name__
+    if kind in _EATERS:
+        raise TypeError(f"{kind} {_EATERS[kind]}, so at step() no gradient is left to guide; use a plain optimizer")
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base must be a torch.optim.Optimizer, found {kind}; write GradGuide(AdamW(parameters, lr=...))"
+        )
+    if isinstance(base, LBFGS):
+        raise TypeError(
+            "LBFGS evaluates the closure several times within one step and searches along its own direction, which a "
+            "guided gradient would contradict; use a first-order optimizer"
+        )
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if not parameters:
+        raise ValueError("the base optimizer has no parameters; pass it those to train")
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"none of the {len(parameters)} parameters of the base optimizer requires a gradient; unfreeze the adapter "
+            "first, or pass the optimizer the parameters that are trained"
+        )
+
+
+def missing_gradients(base: Optimizer) -> str:
+    """Why no parameter has a gradient at ``step()``, and the way out."""
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters):
+        return (
+            "no parameter has a gradient: DeepSpeed ZeRO keeps gradients in partitions of its own, where GradGuide "
+            "cannot guide them. Use FSDP2 (fully_shard), DDP, or DeepSpeed without ZeRO"
+        )
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+        return (
+            "no parameter has a gradient: hooks on the parameters consume them during backward (layer-wise or "
+            "offloading training), so at step() nothing is left to guide. Switch that mode off"
+        )
+    return (
+        "no parameter has a gradient: call loss.backward() before step(), and zero_grad() after it. Where DeepSpeed "
+        "ZeRO or another engine keeps the gradients to itself, GradGuide cannot guide them; use FSDP2 or DDP"
+    )

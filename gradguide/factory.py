@@ -1,0 +1,66 @@
+"""GradGuide where an optimizer class is wanted, and GradGuide found again inside other wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gradguide.optimizer import GradGuide
+
+__all__ = ["Guided", "guided", "unwrap"]
+
+
+class Guided:
+    """Stands where an optimizer class is expected: ``Guided(AdamW, options)(params, lr=...)`` is a GradGuide."""
+
+    def __init__(self, base: Callable[..., Optimizer], options: dict[str, Any]) -> None:
+        self.base = base
+        self.options = options
+        self.__name__ = f"guided_{getattr(base, '__name__', type(base).__name__)}"
+        self.__doc__ = getattr(base, "__doc__", None)
+
+    def __call__(self, params: Any, **base_options: Any) -> GradGuide:
+        """Build the base with ``params`` and ``base_options``, and wrap it."""
+        return GradGuide(self.base(params, **base_options), **self.options)
+
+    def __repr__(self) -> str:
+        return f"guided({self.base!r})"
+
+
+def guided(base: Callable[..., Optimizer], **guide_options: Any) -> Guided:
+    """A callable ``(params, **base_options)`` for places that want an optimizer class, as HF Trainer's
+    ``optimizer_cls_and_kwargs=(guided(AdamW, direction=Direction()), {"lr": 1e-3})``.
+
+    Args:
+        base: an optimizer class, or what makes one.
+        guide_options: keyword arguments of :class:`gradguide.GradGuide`.
+
+    Raises:
+        TypeError: ``base`` cannot be called (an optimizer that exists already goes into GradGuide itself).
+    """
+    if not callable(base):
+        raise TypeError(
+            f"guided() takes an optimizer class, found {type(base).__name__}; wrap an instance with GradGuide(...)"
+        )
+    return Guided(base, guide_options)
+
+
+def unwrap(optimizer: object) -> GradGuide | None:
+    """The GradGuide inside the wrappers of Accelerate, Lightning and the like, or None if there is none."""
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        if isinstance(optimizer, GradGuide):
+            return optimizer
+        seen.add(id(optimizer))
+        # Wrappers keep what they wrap under one of these names.
+        optimizer = next(
+            (inner for name in ("optimizer", "_optimizer") if (inner := vars_of(optimizer).get(name)) is not None), None
+        )
+    return None
+
+
+def vars_of(thing: object) -> dict[str, Any]:
+    """Attributes set on the object itself; a wrapper's forwarding ``__getattr__`` is not asked."""
+    return getattr(thing, "__dict__", {})

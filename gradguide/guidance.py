@@ -1,0 +1,258 @@
+"""One guided step: measure the rows, decide in their Gram matrix, combine; then the same on the base's update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradguide import ops
+from gradguide.buckets import Bucket, Label, gather, labeller
+from gradguide.metrics import Record
+from gradguide.momentum import momentum_of, rates
+from gradguide.ops import Row, Write
+from gradguide.rules import alignment as aligning
+from gradguide.rules import direction as directing
+from gradguide.rules import magnitude as bounding
+from gradguide.rules.alignment import Alignment
+from gradguide.rules.direction import Direction
+from gradguide.rules.magnitude import Magnitude
+from gradguide.rules.span import Span, divide
+from gradguide.scopes import Scopes
+
+__all__ = ["Guidance", "Measured"]
+
+# Rows of the step's span: the gradient, the running direction, then the sources.
+GRADIENT, DIRECTION, SOURCES = 0, 1, 2
+
+
+@dataclass(slots=True)
+class Measured:
+    """A step after its measuring pass.
+
+    scopes (list[int]): for each bucket, which of the S scopes it belongs to.
+    positions (Tensor): shape [S], where the scopes' statistics are kept.
+    rows: for each bucket its R rows.
+    span: Gram matrices of the rows, [S, R, R].
+    finite (Tensor): 0-d bool.
+    """
+
+    buckets: list[Bucket]
+    scopes: list[int]
+    positions: Tensor
+    rows: list[list[Row | None]]
+    span: Span
+    finite: Tensor
+    record: Record | None = None
+    scale: Tensor | None = None
+
+
+class Guidance:
+    """The rules that are on, and what they remember between steps."""
+
+    def __init__(
+        self,
+        direction: Direction | None,
+        alignment: Alignment | None,
+        magnitude: Magnitude | None,
+        scope: str | Mapping[Tensor, str],
+        names: Mapping[Tensor, str],
+        backend: str,
+    ) -> None:
+        self.direction = direction
+        self.alignment = alignment
+        self.magnitude = magnitude
+        self.scope = scope
+        self.names = dict(names)
+        self.backend = backend
+        self.directions: dict[Tensor, Tensor] = {}
+        self.scopes = Scopes()
+        self.power = 0.0 if magnitude is None else magnitude.power(directed=direction is not None)
+        self._before: dict[Tensor, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether any rule is on."""
+        return not (self.direction is None and self.alignment is None and self.magnitude is None)
+
+    @property
+    def acts_on_update(self) -> bool:
+        """Whether a rule changes the update that the base optimizer makes."""
+        aligned = self.alignment is not None and self.alignment.on == "update" and self.alignment.project
+        return aligned or self.power > 0
+
+    def labels(self, base: Optimizer) -> dict[Tensor, Label]:
+        """Scope label of every parameter of the base."""
+        label = labeller(self.scope, self.names)
+        return {p: label(p, index) for index, group in enumerate(base.param_groups) for p in group["params"]}
+
+    @torch.no_grad()
+    def measure(self, base: Optimizer) -> Measured | None:
+        """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
+        known = self.names if self.alignment is not None else {}
+        buckets = gather(base.param_groups, labeller(self.scope, self.names), known)
+        if not buckets:
+            return None
+        labels = list(dict.fromkeys(bucket.label for bucket in buckets))
+        scopes = [labels.index(bucket.label) for bucket in buckets] if len(labels) > 1 else [0] * len(buckets)
+        rows = [
+            [Row(offset=bucket.gradients), self._direction_row(base, bucket), *self._sources(bucket)]
+            for bucket in buckets
+        ]
+        span = self._gram(buckets, scopes, rows)
+        positions = self.scopes.locate(labels, span.gram.device)
+        return Measured(buckets, scopes, positions, rows, span, span.gram.isfinite().all())
+
+    @torch.no_grad()
+    def guide(self, measured: Measured, base: Optimizer) -> None:
+        """Decide, and write the guided gradient and the new running direction."""
+        span, positions = measured.span, measured.positions
+        average, norms = self.scopes.read(positions)
+        gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
+        received, length = span.norm(gradient), span.norm(direction)
+
+        guided = gradient
+        if self.direction is not None and self.direction.damping > 0:
+            strength = self.direction.damping * directing.evidence(length, average)
+            guided = directing.damp(span, guided, direction, strength)
+        if self.alignment is not None:
+            if self.alignment.weight > 0:
+                guided = aligning.pull(guided, received, SOURCES, self.alignment.weight)
+            if self.alignment.project and self.alignment.on == "gradient":
+                guided = aligning.project(span, guided, SOURCES)
+
+        norm = span.norm(guided)
+        factor = torch.ones_like(norm)
+        new_norms = norms
+        if self.magnitude is not None:
+            bound = torch.full_like(norm, self.magnitude.bound)
+            if self.magnitude.adaptive:
+                bound = torch.minimum(bound, bounding.threshold(norms))
+                new_norms = bounding.observe(norms, norm)
+            factor = bounding.clip(norm, bound)
+        final = guided * factor.unsqueeze(1)
+
+        moved, new_average, coherence = direction, average, None
+        if self.direction is not None:
+            if self.direction.share_momentum:
+                decay, gain = self._rates(measured, base)
+                # The base adds the guided gradient itself; only the statistics are ours.
+                ahead, new_average = directing.accumulate(direction, final, norm * factor, average, decay, gain)
+            else:
+                decay = torch.full_like(norm, self.direction.decay)
+                term = gradient * divide(torch.ones_like(received), received).unsqueeze(1)
+                unit = torch.where(received > 0, 1.0, 0.0)
+                ahead, new_average = directing.accumulate(direction, term, unit, average, decay, 1.0 - decay)
+                moved = ahead
+            coherence = directing.coherence(span.norm(ahead), new_average)
+
+        # What is not finite must not enter the direction or the statistics; the gradient then stays as received.
+        finite = measured.finite
+        final, moved = torch.where(finite, final, gradient), torch.where(finite, moved, direction)
+        self.scopes.write(
+            positions,
+            directing.Average(*(torch.where(finite, a, b) for a, b in zip(new_average, average, strict=True))),
+            bounding.LogNorms(*(torch.where(finite, a, b) for a, b in zip(new_norms, norms, strict=True))),
+        )
+        self._combine(measured, final, moved)
+
+        measured.record = Record(span, guided, norm, factor, coherence)
+        if self.power > 0 and coherence is not None:
+            agreed = torch.where(new_average.mass > 0, coherence, 1.0)
+            measured.scale = torch.where(finite, agreed**self.power, 1.0)
+
+    @torch.no_grad()
+    def remember(self, measured: Measured) -> None:
+        """Keep the parameters as they are before the base's step."""
+        for bucket in measured.buckets:
+            for parameter in bucket.parameters:
+                kept = self._before.get(parameter)
+                if (
+                    kept is None
+                    or kept.shape != parameter.shape
+                    or kept.device != parameter.device
+                    or kept.dtype != parameter.dtype
+                ):
+                    self._before[parameter] = torch.empty_like(parameter, requires_grad=False)
+            torch._foreach_copy_([self._before[p] for p in bucket.parameters], [p.detach() for p in bucket.parameters])
+
+    @torch.no_grad()
+    def correct(self, measured: Measured) -> None:
+        """Measure, decide and combine once more, on the update that the base made since :meth:`remember`."""
+        buckets, scopes = measured.buckets, measured.scopes
+        rows: list[list[Row | None]] = []
+        for bucket in buckets:
+            before = [self._before[p] for p in bucket.parameters]
+            made = Row(at=[p.detach() for p in bucket.parameters], anchor=before)
+            rows.append([made, *self._sources(bucket, before)])
+        span = self._gram(buckets, scopes, rows)
+        update = span.row(0)
+        wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
+        if self.alignment is not None and self.alignment.project and self.alignment.on == "update":
+            # A step raises the source loss where it goes along the source gradient.
+            wanted = -aligning.project(span, -wanted, first=1)
+        change = torch.where(span.gram.isfinite().all(), wanted - update, 0.0)
+        for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
+            write = Write(into=bucket.parameters, coefficients=change[scope], accumulate=True)
+            self._ops(bucket).combine_(these, [write])
+        if measured.record is not None:
+            measured.record.update_norm = span.norm(wanted)
+
+    def _combine(self, measured: Measured, gradient: Tensor, direction: Tensor) -> None:
+        own = self.direction is not None and not self.direction.share_momentum
+        for bucket, scope, rows in zip(measured.buckets, measured.scopes, measured.rows, strict=True):
+            writes = [Write(into=bucket.gradients, coefficients=gradient[scope])]
+            if own:
+                into = [self.directions[p] for p in bucket.parameters]
+                rows[DIRECTION] = Row(offset=into)
+                writes.append(Write(into=into, coefficients=direction[scope]))
+            self._ops(bucket).combine_(rows, writes)
+
+    def _gram(self, buckets: Sequence[Bucket], scopes: Sequence[int], rows: Sequence[Sequence[Row | None]]) -> Span:
+        device = buckets[0].parameters[0].device
+        totals: list[Tensor | None] = [None] * (max(scopes) + 1)
+        for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
+            part = self._ops(bucket).gram(these).to(device)
+            total = totals[scope]
+            totals[scope] = part if total is None else total + part
+        return Span(torch.stack([total for total in totals if total is not None]))
+
+    def _direction_row(self, base: Optimizer, bucket: Bucket) -> Row | None:
+        if self.direction is None:
+            return None
+        if self.direction.share_momentum:
+            found = [momentum_of(base, p) for p in bucket.parameters]
+            if all(momentum is None for momentum in found):
+                return None
+            return Row(
+                offset=[torch.zeros_like(p) if m is None else m for m, p in zip(found, bucket.parameters, strict=True)]
+            )
+        for parameter in bucket.parameters:
+            if parameter not in self.directions:
+                self.directions[parameter] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+        return Row(offset=[self.directions[p] for p in bucket.parameters])
+
+    def _sources(self, bucket: Bucket, at: Sequence[Tensor] | None = None) -> list[Row | None]:
+        if self.alignment is None:
+            return []
+        if not bucket.names:
+            return [None] * len(self.alignment.sources)
+        present = [p.detach() for p in bucket.parameters] if at is None else at
+        return [source.row(bucket.names, present) for source in self.alignment.sources]
+
+    def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
+        """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""
+        owner = {p: group for group in base.param_groups for p in group["params"]}
+        per_scope: dict[int, tuple[float, float]] = {}
+        for bucket, scope, rows in zip(measured.buckets, measured.scopes, measured.rows, strict=True):
+            per_scope.setdefault(scope, rates(base, owner[bucket.parameters[0]], rows[DIRECTION] is not None))
+        gram = measured.span.gram
+        decays, gains = zip(*(per_scope[scope] for scope in sorted(per_scope)), strict=True)
+        # Filled on the device: a copy from the host would make it wait.
+        return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])
+
+    def _ops(self, bucket: Bucket) -> ops.Ops:
+        return ops.select(self.backend, bucket.gradients[0].device)

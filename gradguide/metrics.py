@@ -1,0 +1,84 @@
+"""What a step measured, turned into numbers only when somebody reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradguide.rules.alignment import conflicts
+from gradguide.rules.span import Span, divide
+
+__all__ = ["Record", "read"]
+
+
+@dataclass(slots=True)
+class Record:
+    """The last step on the device, over S scopes.
+
+    span: rows of gradient, direction and sources, [S, R, R].
+    guided (Tensor): coordinates [S, R] of the guided gradient before clipping.
+    guided_norm, clip_factor (Tensor): shape [S].
+    coherence (Tensor | None): shape [S], None without a direction.
+    update_norm (Tensor | None): shape [S], None where no rule looked at the update.
+    """
+
+    span: Span
+    guided: Tensor
+    guided_norm: Tensor
+    clip_factor: Tensor
+    coherence: Tensor | None
+    update_norm: Tensor | None = None
+
+
+@torch.no_grad()
+def read(record: Record | None, totals: Tensor, sources: int) -> dict[str, float]:
+    """The metrics of a step, over all scopes together, with one transfer to the host.
+
+    Args:
+        record: the last step that was not skipped; None before the first.
+        totals (Tensor): shape [2], steps and skipped steps.
+        sources (int): number of sources.
+
+    Returns:
+        Floats by name; NaN for what was not measured. Norms and cosines are those of all scopes together, coherence is
+        their mean, and there is a conflict where any scope has one. With several sources, ``source_cosine`` is the
+        lowest and ``conflict`` any, and each has its own, ``source_cosine/0`` and so on.
+    """
+    keys = ["grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "update_norm"]
+    per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict") for k in range(sources)]
+    if record is None:
+        values = [float("nan")] * (len(keys) + len(per_source)) + totals.tolist()
+    else:
+        values = torch.cat([_measures(record, sources), totals.to(record.span.gram)]).tolist()
+    found = dict(zip([*keys, *per_source, "steps", "skipped"], values, strict=True))
+    each = {key: [found[f"{key}/{k}"] for k in range(sources)] for key in ("source_cosine", "conflict")}
+    found["source_cosine"] = min(each["source_cosine"], default=float("nan"))
+    found["conflict"] = max(each["conflict"], default=float("nan"))
+    if sources < 2:
+        for key in per_source:
+            del found[key]
+    return found
+
+
+def _measures(record: Record, sources: int) -> Tensor:
+    gram = record.span.gram
+    # A scope without a gradient has no say; one whose gradient is not finite makes the sums NaN, as it should.
+    squares = gram.diagonal(dim1=1, dim2=2).clamp(min=0.0)
+    lengths = squares.sum(dim=0).sqrt()
+    cosines = divide(gram[:, 0, :].sum(dim=0), lengths[0] * lengths).clamp(-1.0, 1.0)
+    per_scope = divide(gram[:, 0, :], (squares[:, :1] * squares).sqrt())
+    guided = record.guided_norm.square().sum().sqrt()
+    clipped = (record.guided_norm * record.clip_factor).square().sum().sqrt()
+    nan = gram.new_tensor(float("nan"))
+    measured = [
+        lengths[0],
+        guided,
+        torch.where(guided > 0, divide(clipped, guided), 1.0),
+        nan if record.coherence is None else cosines[1],
+        nan if record.coherence is None else record.coherence.mean(),
+        nan if record.update_norm is None else record.update_norm.square().sum().sqrt(),
+    ]
+    conflicting = conflicts(per_scope[:, 2:]).any(dim=0).to(gram.dtype)
+    return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting])

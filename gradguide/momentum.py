@@ -1,0 +1,41 @@
+"""The base optimizer's own momentum, read as the running direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
+
+__all__ = ["check_momentum", "momentum_of", "rates"]
+
+# AdamW is an Adam in torch.
+_AVERAGING = (Adam, NAdam, RAdam, Adamax)
+
+
+def check_momentum(base: Optimizer) -> None:
+    """Raise ValueError unless ``base`` keeps a running average of its gradients in a form that is known here."""
+    if isinstance(base, (*_AVERAGING, torch.optim.AdamW)):
+        return
+    if isinstance(base, SGD) and all(group["momentum"] != 0 for group in base.param_groups):
+        return
+    raise ValueError(
+        "share_momentum=True reads the momentum of Adam, AdamW, NAdam, RAdam, Adamax or SGD(momentum > 0), found "
+        f"{type(base).__name__}; use share_momentum=False"
+    )
+
+
+def momentum_of(base: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The momentum of one parameter, in its shape, or None before its first step."""
+    state: dict[str, Any] = base.state.get(parameter, {})
+    momentum = state.get("momentum_buffer" if isinstance(base, SGD) else "exp_avg")
+    return momentum if isinstance(momentum, Tensor) else None
+
+
+def rates(base: Optimizer, group: dict[str, Any], started: bool) -> tuple[float, float]:
+    """Decay and gain of the average, ``m <- decay * m + gain * g``. SGD's first step takes the gradient whole."""
+    if isinstance(base, SGD):
+        return float(group["momentum"]), 1.0 - float(group["dampening"]) if started else 1.0
+    decay = float(group["betas"][0])
+    return decay, 1.0 - decay

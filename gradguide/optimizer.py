@@ -1,0 +1,306 @@
+"""GradGuide: an optimizer that guides the gradient, then lets another one step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradguide import checkpoint
+from gradguide.bases import check_base, missing_gradients
+from gradguide.buckets import labeller
+from gradguide.checks import check_choice
+from gradguide.guidance import Guidance, Measured
+from gradguide.history import History
+from gradguide.metrics import Record, read
+from gradguide.momentum import check_momentum
+from gradguide.naming import NamesLike, canonical, named
+from gradguide.ops import check_backend
+from gradguide.rules.alignment import Alignment
+from gradguide.rules.direction import Direction
+from gradguide.rules.magnitude import Magnitude
+from gradguide.sources.match import check_match
+
+__all__ = ["GradGuide"]
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class GradGuide(Optimizer):
+    """Wrap ``base`` so that each step guides the gradient before, and if asked the update after, the base's step.
+
+    One step is three moves. *Measure*: one read of the gradient g, the running direction d and the source gradients s_k
+    gives their Gram matrix. *Decide*: the rules work on that small matrix (direction, alignment on the gradient,
+    magnitude). *Combine*: g and d are written, in place. Then the base steps, and what acts on the update (alignment on
+    "update", magnitude's coherence) does the same three moves on it.
+
+    It is an optimizer like any other: ``param_groups``, ``state`` and ``defaults`` *are* the base's; schedulers,
+    GradScaler, Accelerate and the state dict work as with the base alone. With every rule off each step is the base's,
+    bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run for both.
+
+    Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
+    parameters where a rule acts on the update.
+
+    Source: built from the abstract of arXiv 2506.00726.
+
+    Args:
+        base: any first-order ``torch.optim.Optimizer``.
+        direction: options of direction consistency, or None for off.
+        alignment: options of source-target alignment, or None for off.
+        magnitude: options of magnitude control, or None for off.
+        scope: over which parameters one Gram matrix runs: "global", "group" (param group), "module" (needs names; the
+            parts of one layer's LoRA adapter together), "tensor", or a mapping from parameters to labels, as
+            ``gradguide.integrations.peft.lora_scopes`` gives.
+        names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the
+            source speaks of; others are guided without it. Not needed if the base was given named parameters.
+        nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
+            ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base takes the gradient as it is;
+            direction and statistics stay as they were.
+        backend: "auto" or "foreach".
+
+    Raises:
+        TypeError, ValueError: the base cannot be guided, an option is out of range, a source comes without names or
+            does not match them. Nothing is changed.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        direction: Direction | None = Direction(),  # noqa: B008 (frozen)
+        alignment: Alignment | None = None,
+        magnitude: Magnitude | None = Magnitude(),  # noqa: B008 (frozen)
+        scope: str | Mapping[Tensor, str] = "global",
+        names: NamesLike | None = None,
+        nonfinite: str = "skip",
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(base, GradGuide):
+            raise TypeError("base is a GradGuide already; give it all rules at once")
+        check_base(base)
+        for option, value, kind in (
+            ("direction", direction, Direction),
+            ("alignment", alignment, Alignment),
+            ("magnitude", magnitude, Magnitude),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
+        check_choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
+        check_backend(backend)
+        if magnitude is not None:
+            magnitude.power(directed=direction is not None)
+        if direction is not None and direction.share_momentum:
+            check_momentum(base)
+        known = named(names) if names is not None else _names_of(base.param_groups)
+        labeller(scope, known)
+        if alignment is not None:
+            check_match(alignment.sources, base.param_groups, known)
+        # Optimizer.__init__ would make param groups of its own; these dicts are all else that it sets up.
+        self._make_hooks()
+        self.base = base
+        self._nonfinite = nonfinite
+        self._guidance = Guidance(direction, alignment, magnitude, scope, known, backend)
+        self._totals = torch.zeros(2, dtype=torch.float64)
+        self._last: Record | None = None
+        self._history: History | None = None
+
+    # Forwarded, never copied: schedulers and checkpoint loaders replace them.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's param groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's state. GradGuide's own lives elsewhere, since bases take an entry here for a step already made."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Guide the gradients in place, then step the base.
+
+        Args:
+            closure: evaluated once, with gradients enabled, before anything else.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: no parameter has a gradient.
+            ValueError: a gradient is sparse or complex.
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+        """
+        guidance = self._guidance
+        if not guidance.active:
+            return self.base.step(closure) if closure is not None else self.base.step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        measured = guidance.measure(self.base)
+        if measured is None:
+            raise RuntimeError(missing_gradients(self.base))
+        if self._stops(measured):
+            self._totals[1] += 1
+        else:
+            guidance.guide(measured, self.base)
+            if guidance.acts_on_update:
+                guidance.remember(measured)
+                self.base.step()
+                guidance.correct(measured)
+            else:
+                self.base.step()
+            self._totals[0] += 1
+        self._last = measured.record
+        if self._history is not None:
+            self._history.append(self.metrics())
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the base does."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base. Parameters whose names are not known are guided without the source.
+
+        Raises:
+            ValueError: the source does not match a name that is known. Nothing is changed.
+        """
+        guidance = self._guidance
+        added = param_group["params"]
+        # Read once: it may be a generator.
+        param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
+        known = guidance.names | _names_of([param_group])
+        if guidance.alignment is not None:
+            bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
+            check_match(guidance.alignment.sources, [*self.param_groups, {"params": bare}], known)
+        self.base.add_param_group(param_group)
+        guidance.names = known
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step measured, read from the device at once; NaN where nothing was measured, or
+        the step was skipped.
+
+        Returns:
+            ``grad_norm`` (as received), ``guided_norm`` (before clipping), ``clip_factor`` (0..1), ``direction_cosine``
+            (of the gradient received with the direction before it), ``coherence`` (0..1), ``source_cosine``,
+            ``conflict`` (0 or 1), ``update_norm`` (where a rule looks at the update), ``skipped`` and ``steps``
+            (counts). With several sources, also ``source_cosine/k`` and ``conflict/k``, and the plain keys are the worst of them.
+        """
+        alignment = self._guidance.alignment
+        return read(self._last, self._totals, 0 if alignment is None else len(alignment.sources))
+
+    def record(self, history: History | None) -> None:
+        """Append the metrics of each step from now on to ``history``; None ends it. It costs a host sync per step."""
+        self._history = history
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with GradGuide's own tensors per parameter under keys with the prefix ``gradguide.``."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = checkpoint.merge(self.base.state_dict(), self.base, self._guidance, self._totals)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of GradGuide, or of the base alone (then direction and counters start anew).
+
+        Raises:
+            ValueError: groups or sizes differ, or it is of a newer format. Nothing is changed.
+
+        Warns:
+            UserWarning: it is that of a plain base optimizer that has stepped.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        base_state, own = checkpoint.split(state_dict, self.base, self._guidance)
+        self.base.load_state_dict(base_state)
+        self._totals = checkpoint.restore(own, self.base, self._guidance)
+        self._last = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
+        kept = ("base", "_nonfinite", "_guidance", "_totals", "_last", "_history")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_hooks()
+
+    def __repr__(self) -> str:
+        guidance = self._guidance
+        rules = (guidance.direction, guidance.alignment, guidance.magnitude)
+        return f"GradGuide({', '.join(str(rule) for rule in rules if rule is not None)})\n{self.base!r}"
+
+    def _make_hooks(self) -> None:
+        for name in _HOOKS:
+            if name not in self.__dict__:
+                setattr(self, name, OrderedDict())
+        self._patch_step_function()
+
+    def _stops(self, measured: Measured) -> bool:
+        """Whether this step is not to be made, because of a gradient that is not finite."""
+        if self._nonfinite == "propagate" or bool(measured.finite):
+            return False
+        if self._nonfinite == "raise":
+            raise FloatingPointError(f"{_where(measured, self._guidance.names)} NaN or Inf; nothing was changed")
+        return True
+
+
+def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:
+    """Names that param groups carry themselves: torch keeps them when an optimizer is given named parameters."""
+    known: dict[Tensor, str] = {}
+    for group in groups:
+        parameters = group["params"]
+        pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
+        for pair in pairs:
+            if isinstance(pair, tuple):
+                known[pair[1]] = canonical(pair[0])
+    return known
+
+
+def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
+    bad = [
+        p
+        for bucket in measured.buckets
+        for p, g in zip(bucket.parameters, bucket.gradients, strict=True)
+        if not g.isfinite().all()
+    ]
+    if not bad:
+        return "the source gradient at the present parameters has"
+    which = names.get(bad[0]) or f"a parameter of shape {tuple(bad[0].shape)}"
+    return f"the gradient of {which}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} has"
