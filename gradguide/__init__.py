@@ -15,6 +15,8 @@
 The method is built from the abstract of arXiv 2506.00726.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from gradguide.factory import guided, unwrap
 from gradguide.history import History
 from gradguide.optimizer import GradGuide
@@ -24,3 +26,8 @@ from gradguide.rules.magnitude import Magnitude
 from gradguide.sources.stored import SourceGradient
 
 __all__ = ["Alignment", "Direction", "GradGuide", "History", "Magnitude", "SourceGradient", "guided", "unwrap"]
+
+try:
+    __version__ = version("gradguide")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"

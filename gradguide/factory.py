@@ -51,7 +51,8 @@ def unwrap(optimizer: object) -> GradGuide | None:
     """The GradGuide inside the wrappers of Accelerate, Lightning and the like, or None if there is none."""
     seen: set[int] = set()
     while optimizer is not None and id(optimizer) not in seen:
-        if isinstance(optimizer, GradGuide):
+        # Lightning's wrapper is made an instance of the class it wraps, so the class alone says nothing.
+        if isinstance(optimizer, GradGuide) and "base" in vars_of(optimizer):
             return optimizer
         seen.add(id(optimizer))
         # Wrappers keep what they wrap under one of these names.

@@ -82,7 +82,7 @@ class History:
                 else:
                     raise ValueError("the suffix is neither .csv nor .jsonl")
             history.rows = [{key: _number(value) for key, value in row.items()} for row in found]
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, csv.Error) as error:
             raise ValueError(f"{os.fspath(path)!r} is no saved history: {error}") from error
         return history
 
@@ -91,7 +91,7 @@ class History:
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: there is nothing to draw.
+            ValueError: there is nothing to draw, or the suffix is no image format.
         """
         if not self.rows:
             raise ValueError("the history is empty: record(history) before training, and plot after it")
@@ -100,6 +100,9 @@ class History:
         except ImportError as error:
             raise ImportError('History.plot needs matplotlib: pip install "gradguide[plot]"') from error
         figure = Figure(figsize=(9, 6), layout="constrained")
+        kinds = figure.canvas.get_supported_filetypes()
+        if Path(path).suffix[1:].lower() not in kinds:
+            raise ValueError(f"a plot is saved as one of .{', .'.join(sorted(kinds))}, found {os.fspath(path)!r}")
         for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
             for key in keys:
                 self._draw(axes, key, logarithmic=title == "norms")

@@ -17,7 +17,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def canonical(name: str) -> str:
     """The name without what DDP, FSDP, activation checkpointing and torch.compile add to it."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if len(parts) > 1 and parts[0] == "module":
+    while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
 

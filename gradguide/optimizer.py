@@ -47,7 +47,8 @@ class GradGuide(Optimizer):
 
     It is an optimizer like any other: ``param_groups``, ``state`` and ``defaults`` *are* the base's; schedulers,
     GradScaler, Accelerate and the state dict work as with the base alone. With every rule off each step is the base's,
-    bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run for both.
+    bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run
+    for both.
 
     Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
     parameters where a rule acts on the update.
@@ -65,8 +66,8 @@ class GradGuide(Optimizer):
         names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the
             source speaks of; others are guided without it. Not needed if the base was given named parameters.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
-            ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base takes the gradient as it is;
-            direction and statistics stay as they were.
+            ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
+            takes the gradient as it is; direction and statistics stay as they were.
         backend: "auto" or "foreach".
 
     Raises:
@@ -144,7 +145,7 @@ class GradGuide(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Guide the gradients in place, then step the base.
 
         Args:
@@ -214,7 +215,7 @@ class GradGuide(Optimizer):
             ``grad_norm`` (as received), ``guided_norm`` (before clipping), ``clip_factor`` (0..1), ``direction_cosine``
             (of the gradient received with the direction before it), ``coherence`` (0..1), ``source_cosine``,
             ``conflict`` (0 or 1), ``update_norm`` (where a rule looks at the update), ``skipped`` and ``steps``
-            (counts). With several sources, also ``source_cosine/k`` and ``conflict/k``, and the plain keys are the worst of them.
+            (counts). With several sources, also ``source_cosine/k`` and ``conflict/k``; the plain keys are the worst.
         """
         alignment = self._guidance.alignment
         return read(self._last, self._totals, 0 if alignment is None else len(alignment.sources))
@@ -224,7 +225,7 @@ class GradGuide(Optimizer):
         self._history = history
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, with GradGuide's own tensors per parameter under keys with the prefix ``gradguide.``."""
+        """The base's state dict, and GradGuide's own tensors per parameter under keys ``gradguide.*``."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state = checkpoint.merge(self.base.state_dict(), self.base, self._guidance, self._totals)

@@ -68,7 +68,9 @@ def evidence(length: Tensor, average: Average) -> Tensor:
     """Coherence beyond chance: ``sqrt((R^2 - R0^2) / (1 - R0^2))``, R0^2 what unrelated gradients would show. [S]."""
     r2 = coherence(length, average).square()
     chance = divide(average.square, average.mass.square()).clamp(0.0, 1.0)
-    return divide((r2 - chance).clamp(min=0.0), 1.0 - chance).clamp(0.0, 1.0).sqrt()
+    # One gradient alone agrees with itself by chance 1; what rounding leaves of 1 - 1 is not a scale to measure by.
+    room = torch.where(1.0 - chance > 1e-6, 1.0 - chance, 0.0)
+    return divide((r2 - chance).clamp(min=0.0), room).clamp(0.0, 1.0).sqrt()
 
 
 def damp(span: Span, gradient: Tensor, direction: Tensor, strength: Tensor) -> Tensor:

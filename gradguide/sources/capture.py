@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.naming import canonical
+from gradguide.naming import named
 
 __all__ = ["Batch", "Loss", "measure"]
 
@@ -33,7 +33,8 @@ def measure(
     """Mean gradient, Fisher information and anchor by name, and metadata; see ``SourceGradient.capture``."""
     if dtype not in _STORAGE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _STORAGE))}, found {dtype}")
-    parameters = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = named((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    parameters = {name: p for p, name in trained.items()}
     if not parameters:
         raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
     total = _Total(list(parameters.values()), square=curvature is not False)
@@ -62,7 +63,7 @@ def measure(
 class _Total:
     """Sums over batches, in float32 at least."""
 
-    def __init__(self, parameters: list[nn.Parameter], *, square: bool) -> None:
+    def __init__(self, parameters: list[Tensor], *, square: bool) -> None:
         self.parameters = parameters
         self.examples = 0
         self.loss = 0.0
@@ -137,7 +138,7 @@ def _undisturbed(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[Non
 
 
 def _gradients(
-    loss: Loss, model: nn.Module, batch: Batch, parameters: list[nn.Parameter], index: int
+    loss: Loss, model: nn.Module, batch: Batch, parameters: list[Tensor], index: int
 ) -> tuple[float, list[Tensor]]:
     value = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:

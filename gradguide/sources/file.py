@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from gradguide.atomic import replacing
@@ -22,7 +23,7 @@ _KEY = "gradguide"
 def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
     """Write tables of tensors, each under ``table/name``, and the metadata as one JSON object."""
     tensors = {
-        f"{table}/{name}": tensor.detach().cpu().contiguous()
+        f"{table}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for table, entries in tables.items()
         for name, tensor in entries.items()
     }

@@ -127,16 +127,20 @@ class SourceGradient:
             ValueError: it is truncated, not safetensors, no source file, or of a newer format.
         """
         tables, metadata = file.read(path)
-        if "gradient" not in tables:
-            raise ValueError(f"{os.fspath(path)!r} holds no gradient, found {sorted(tables)}")
-        order = metadata.pop("names", sorted(tables["gradient"]))
+        order = metadata.pop("names", None)
         metadata.pop("format")
+        complete = isinstance(order, list) and all(isinstance(name, str) for name in order)
+        if not complete or set(tables) not in ({"gradient"}, {"gradient", "fisher", "anchor"}):
+            raise ValueError(f"{os.fspath(path)!r} is damaged: found tables {sorted(tables)} and names {order!r:.60}")
+        for label, table in tables.items():
+            if sorted(table) != sorted(order):
+                raise ValueError(f"{os.fspath(path)!r} is damaged: {label} has not the names that its metadata lists")
         try:
             ordered = {label: {name: table[name] for name in order} for label, table in tables.items()}
             return cls(
                 ordered["gradient"], fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata
             )
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
     def __repr__(self) -> str:

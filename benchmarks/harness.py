@@ -1,0 +1,148 @@
+"""Timing side by side in one run, and results that say what they were measured with."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+import gradguide
+from gradguide.atomic import replacing
+
+__all__ = ["Case", "Result", "held_bytes", "save", "time_side_by_side", "versions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One thing to time: ``prepare`` runs before each timed call of ``run``, untimed."""
+
+    name: str
+    prepare: Callable[[], None]
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One row of a result file: median with 20th and 80th percentile over ``rounds``."""
+
+    benchmark: str
+    provider: str
+    metric: str
+    unit: str
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+
+def time_side_by_side(cases: Iterable[Case], *, rounds: int, warmup: int, label: str) -> dict[str, list[float]]:
+    """Milliseconds of each case, taken in turns: in every round each case runs once, in rotating order.
+
+    Returns:
+        For each case its time in every round, so that ratios can be taken within rounds.
+    """
+    cases = list(cases)
+    times: dict[str, list[float]] = {case.name: [] for case in cases}
+    gc.disable()
+    try:
+        for index in tqdm(range(warmup + rounds), desc=label, leave=False):
+            shift = index % len(cases)
+            for case in cases[shift:] + cases[:shift]:
+                case.prepare()
+                _synchronise()
+                start = time.perf_counter()
+                case.run()
+                _synchronise()
+                if index >= warmup:
+                    times[case.name].append(1e3 * (time.perf_counter() - start))
+    finally:
+        gc.enable()
+    return times
+
+
+def summarise(benchmark: str, provider: str, metric: str, unit: str, values: list[float]) -> Result:
+    """Median, 20th and 80th percentile of ``values``."""
+    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return Result(
+        benchmark=benchmark,
+        provider=provider,
+        metric=metric,
+        unit=unit,
+        value=statistics.median(values),
+        low=cuts[0],
+        high=cuts[3],
+        rounds=len(values),
+    )
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that are alive, each memory counted once."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on: commit, versions, device, threads."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "commit": _commit(),
+        "gradguide": gradguide.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def save(path: Path, results: Iterable[Result], about: Mapping[str, str]) -> None:
+    """Write results as CSV, every row with its versions."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)] + list(about), lineterminator="\n")
+        writer.writeheader()
+        for result in results:
+            row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(result).items()}
+            writer.writerow({**row, **about})
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} x{os.cpu_count()}"
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "../gradguide"],
+            cwd=folder, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changed else "")

@@ -1,0 +1,137 @@
+"""What a guided step costs: ``python -m benchmarks.step`` writes results/step.csv.
+
+Every provider steps the same parameters with the same gradients, in turns within one run. Gradients are filled anew
+before each step, untimed, as a backward pass would.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.harness import Case, Result, held_bytes, save, summarise, time_side_by_side, versions
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+
+RESULTS = Path(__file__).parent / "results" / "step.csv"
+BASELINE = "clip_grad_norm_ + AdamW(fused)"
+
+
+def llama_lora_shapes(layers: int = 22, hidden: int = 2048, inner: int = 5632, kv: int = 256, rank: int = 16) -> list[tuple[int, int]]:
+    """Shapes of the LoRA matrices on all linear layers of a Llama; the defaults are those of a model of 1.1B."""
+    linears = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    return [shape for _ in range(layers) for ins, outs in linears for shape in ((rank, ins), (outs, rank))]
+
+
+class Provider:
+    """Parameters of its own, an optimizer over them, and the shared gradients."""
+
+    def __init__(self, name: str, shapes: list[tuple[int, int]], gradients: list[list[Tensor]], make: Callable[[list[tuple[str, Tensor]]], Optimizer], clip: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.name = name
+        self.named = [(f"layer{i}", torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02)) for i, s in enumerate(shapes)]
+        for _, parameter in self.named:
+            parameter.grad = torch.zeros_like(parameter)
+        self._gradients = gradients
+        self._filled = 0
+        self._clip = clip
+        before = held_bytes()
+        self.optimizer = make(list(self.named))
+        self.case.prepare()
+        self.case.run()
+        self.bytes = held_bytes() - before
+
+    @property
+    def case(self) -> Case:
+        return Case(name=self.name, prepare=self._prepare, run=self._run)
+
+    def _prepare(self) -> None:
+        fresh = self._gradients[self._filled % len(self._gradients)]
+        self._filled += 1
+        torch._foreach_copy_([p.grad for _, p in self.named if p.grad is not None], fresh)
+
+    def _run(self) -> None:
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_([p for _, p in self.named], 1.0)
+        self.optimizer.step()
+
+
+def base(named: list[tuple[str, Tensor]]) -> AdamW:
+    return AdamW([p for _, p in named], lr=1e-3, fused=True)
+
+
+def providers(shapes: list[tuple[int, int]]) -> list[Provider]:
+    """The base, the base after clipping, and GradGuide with each mechanism alone and together."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(scale: float) -> list[Tensor]:
+        return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
+    shared = draw(1e-3)
+    gradients = [[s + n for s, n in zip(shared, draw(1e-3), strict=True)] for _ in range(3)]
+    s0, fisher = draw(1e-3), [f.abs() for f in draw(1e-6)]
+
+    def source(named: list[tuple[str, Tensor]], *, moving: bool) -> SourceGradient:
+        names = [name for name, _ in named]
+        if not moving:
+            return SourceGradient(dict(zip(names, (s.clone() for s in s0), strict=True)))
+        anchor = {name: p.detach().clone() for name, p in named}
+        copies = ([t.clone() for t in table] for table in (s0, fisher))
+        first, second = (dict(zip(names, table, strict=True)) for table in copies)
+        return SourceGradient(first, fisher=second, anchor=anchor)
+
+    plain = Magnitude(coherence=0.0)
+    makes: dict[str, Callable[[list[tuple[str, Tensor]]], Optimizer]] = {
+        "AdamW(fused)": base,
+        BASELINE: base,
+        "magnitude": lambda n: GradGuide(base(n), direction=None, magnitude=plain),
+        "direction": lambda n: GradGuide(base(n), magnitude=None),
+        "direction + magnitude": lambda n: GradGuide(base(n), magnitude=plain),
+        "direction (shared momentum) + magnitude": lambda n: GradGuide(base(n), direction=Direction(share_momentum=True), magnitude=plain),
+        "direction + source + magnitude": lambda n: GradGuide(
+            base(n), alignment=Alignment(source(n, moving=False), on="gradient"), magnitude=plain, names=n
+        ),
+        "direction + moving source + magnitude": lambda n: GradGuide(
+            base(n), alignment=Alignment(source(n, moving=True), on="gradient"), magnitude=plain, names=n
+        ),
+        "defaults, no source": lambda n: GradGuide(base(n)),
+        "defaults, moving source": lambda n: GradGuide(base(n), alignment=Alignment(source(n, moving=True)), names=n),
+    }
+    return [Provider(name, shapes, gradients, make, name == BASELINE) for name, make in makes.items()]
+
+
+def lora_step(rounds: int, shapes: list[tuple[int, int]], label: str) -> list[Result]:
+    """Times, ratios to the baseline and bytes per parameter of every provider."""
+    found = providers(shapes)
+    times = time_side_by_side([p.case for p in found], rounds=rounds, warmup=5, label=label)
+    count = sum(a * b for a, b in shapes)
+    reference = found[0].bytes
+    results = []
+    for provider in found:
+        mine = times[provider.name]
+        ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
+        extra = (provider.bytes - reference) / count
+        results.append(summarise(label, provider.name, "time", "ms", mine))
+        results.append(summarise(label, provider.name, f"time / {BASELINE}", "ratio", ratios))
+        results.append(summarise(label, provider.name, "memory beyond AdamW, sources included", "bytes per parameter", [extra]))
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds: a minute, and figures that are less sure")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
+    options = parser.parse_args(argv)
+    rounds = 15 if options.quick else 60
+    results = lora_step(rounds, llama_lora_shapes(), "LoRA r16 of a 1.1B Llama")
+    save(options.out, results, versions())
+    for result in results:
+        print(f"{result.benchmark:28} {result.provider:42} {result.metric:44} {result.value:8.3f} {result.unit} ({result.low:.3f} .. {result.high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
