@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# The suite runs in several processes side by side, one per core.
+torch.set_num_threads(1)
+
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

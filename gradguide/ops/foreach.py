@@ -27,9 +27,11 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
         # Scaled by its own largest element, no row's products overflow or vanish. A row of zeros stays one; one that
         # holds Inf or NaN gives NaN.
         scale = torch.where(largest > 0, largest, 1.0)
-        unit = (values / scale.to(values.dtype).unsqueeze(1)) if values.dtype == wide else _scaled(values, scale)
+        # In two factors, because the inverse of a denormal number overflows.
+        root = scale.sqrt().to(values.dtype).unsqueeze(1)
+        unit = values / root / root
         products = torch.stack([(unit * row).sum(dim=1, dtype=wide) for row in unit])
-        total += products * scale.unsqueeze(0) * scale.unsqueeze(1)
+        total += products * scale.outer(scale)
     return total
 
 
@@ -84,12 +86,6 @@ def _pack(rows: Sequence[Row | None], block: list[Piece]) -> Tensor:
     ]
     example = next(row for row in packed if row is not None)
     return torch.stack([torch.zeros_like(example) if row is None else row for row in packed])
-
-
-def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    # Two factors, because 1 / scale of a denormal number overflows float32.
-    root = scale.sqrt().to(values.dtype).unsqueeze(1)
-    return values / root / root
 
 
 def _target(tensors: Sequence[Tensor], piece: Piece) -> Tensor:

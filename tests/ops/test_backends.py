@@ -1,0 +1,166 @@
+"""Every backend against the float64 oracle."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradguide.ops import Row, Write, cpu, foreach, reference
+
+BACKENDS = pytest.mark.parametrize("backend", [cpu, foreach], ids=["cpu", "foreach"])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = ((), (0,), (1,), (3, 5), (7, 0, 2), (64, 33), (300, 301))
+
+
+def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for shape in shapes]
+
+
+def some_rows(seed: int, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> list[Row | None]:
+    """A plain row, no row, a moving source and an update."""
+    g, d, s0, fisher = (tensors(seed + k, shapes, dtypes[k % len(dtypes)]) for k in range(4))
+    now, before = (tensors(seed + k, shapes, dtypes[0]) for k in (4, 5))
+    return [
+        Row(offset=g),
+        Row(offset=d),
+        None,
+        Row(offset=s0, scale=fisher, at=now, anchor=before),
+        Row(at=now, anchor=before),
+    ]
+
+
+@BACKENDS
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4),
+)
+def test_gram_is_the_oracles(
+    backend: ModuleType, seed: int, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]
+) -> None:
+    rows = some_rows(seed, shapes, dtypes)
+    expected = reference.gram(rows)
+    found = backend.gram(rows)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, found.T)
+    lengths = expected.diagonal().sqrt()
+    assert ((found - expected).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
+
+
+@BACKENDS
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4),
+    accumulate=st.booleans(),
+    coefficients=st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=10, max_size=10),
+)
+def test_combine_is_the_oracles(
+    backend: ModuleType,
+    seed: int,
+    shapes: list[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+    accumulate: bool,
+    coefficients: list[float],
+) -> None:
+    results = []
+    for ops in (reference, backend):
+        rows = some_rows(seed, shapes, dtypes)
+        first, second = rows[0], rows[1]
+        assert first is not None and first.offset is not None and second is not None and second.offset is not None
+        writes = [
+            Write(into=first.offset, coefficients=torch.tensor(coefficients[:5], dtype=torch.float64)),
+            Write(into=second.offset, coefficients=torch.tensor(coefficients[5:]).double(), accumulate=accumulate),
+        ]
+        ops.combine_(rows, writes)
+        results.append([*first.offset, *second.offset])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        tolerance = 4 * torch.finfo(found.dtype).eps
+        assert torch.allclose(found.double(), expected.double(), rtol=max(tolerance, 1e-5), atol=max(tolerance, 2e-5))
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1.0, 1e18, 1e30, 1e38])
+def test_gram_of_tiny_and_huge_rows(backend: ModuleType, scale: float) -> None:
+    rows: list[Row | None] = [Row(offset=[torch.tensor([scale, 0.0, -scale])]), Row(offset=[torch.ones(3)])]
+    found, expected = backend.gram(rows), reference.gram(rows)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=0.0)
+
+
+@BACKENDS
+def test_long_rows_are_cut_into_pieces(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "PIECE", 1000)
+    monkeypatch.setattr(foreach, "BLOCK", 1000)
+    shapes = [(1999,), (37, 100), (5,), (1000,), (0,)]
+    rows = some_rows(0, shapes, [torch.float32])
+    assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-2)
+    target, expected = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
+    coefficients = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    backend.combine_(rows, [Write(into=target, coefficients=coefficients)])
+    reference.combine_(rows, [Write(into=expected, coefficients=coefficients)])
+    for found, wanted in zip(target, expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@BACKENDS
+def test_tensors_that_are_not_contiguous(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "PIECE", 10)
+    monkeypatch.setattr(foreach, "BLOCK", 10)
+    a, b = torch.randn(2, 7, 11)
+    rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
+    assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-5)
+    expected = 2.0 * a + 0.5 * b
+    backend.combine_(rows, [Write(into=[a.T], coefficients=torch.tensor([2.0, 0.5]))])
+    assert torch.allclose(a, expected, atol=1e-6)
+
+
+@BACKENDS
+def test_a_zero_coefficient_drops_its_row_whatever_it_holds(backend: ModuleType) -> None:
+    bad, good = torch.full((4,), float("nan")), torch.arange(4.0)
+    rows: list[Row | None] = [Row(offset=[bad]), Row(offset=[good])]
+    backend.combine_(rows, [Write(into=[good], coefficients=torch.tensor([0.0, 2.0]))])
+    assert torch.equal(good, 2 * torch.arange(4.0))
+
+
+@BACKENDS
+def test_writing_a_row_back_changes_no_bit(backend: ModuleType) -> None:
+    g = [torch.tensor([1e-45, -0.5, 3e38, 0.1])]
+    before = [t.clone() for t in g]
+    rows: list[Row | None] = [Row(offset=g), Row(offset=[torch.full((4,), 7.0)])]
+    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([1.0, 0.0]))])
+    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([0.0, 0.0]), accumulate=True)])
+    assert torch.equal(g[0], before[0])
+
+
+@BACKENDS
+def test_nan_and_inf_show_in_the_gram_matrix(backend: ModuleType) -> None:
+    for bad in (float("nan"), float("inf")):
+        rows: list[Row | None] = [Row(offset=[torch.tensor([1.0, bad])]), Row(offset=[torch.ones(2)])]
+        found = backend.gram(rows)
+        assert not found[0].isfinite().any()
+        assert found[1, 1] == 2.0
+
+
+def test_a_coefficient_beyond_float32_still_gives_the_right_result_on_cpu() -> None:
+    g, s = [torch.tensor([1.0, 2.0])], [torch.tensor([1e-40, 0.0])]
+    cpu.combine_([Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([1.0, 1e40], dtype=torch.float64))])
+    assert torch.allclose(g[0], torch.tensor([2.0, 2.0]), rtol=1e-4)
+
+
+def test_rows_check_their_parts() -> None:
+    one = [torch.ones(1)]
+    with pytest.raises(ValueError, match="both `at` and `anchor`"):
+        Row(offset=one, at=one)
+    with pytest.raises(ValueError, match="its `offset` alone"):
+        Row(offset=one, scale=one)
+    with pytest.raises(ValueError, match="its `offset` alone"):
+        Row()
