@@ -21,19 +21,38 @@ RESULTS = Path(__file__).parent / "results" / "step.csv"
 BASELINE = "clip_grad_norm_ + AdamW(fused)"
 
 
-def llama_lora_shapes(layers: int = 22, hidden: int = 2048, inner: int = 5632, kv: int = 256, rank: int = 16) -> list[tuple[int, int]]:
+def llama_lora_shapes(
+    layers: int = 22, hidden: int = 2048, inner: int = 5632, kv: int = 256, rank: int = 16
+) -> list[tuple[int, int]]:
     """Shapes of the LoRA matrices on all linear layers of a Llama; the defaults are those of a model of 1.1B."""
-    linears = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    linears = [
+        (hidden, hidden),
+        (hidden, kv),
+        (hidden, kv),
+        (hidden, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ]
     return [shape for _ in range(layers) for ins, outs in linears for shape in ((rank, ins), (outs, rank))]
 
 
 class Provider:
     """Parameters of its own, an optimizer over them, and the shared gradients."""
 
-    def __init__(self, name: str, shapes: list[tuple[int, int]], gradients: list[list[Tensor]], make: Callable[[list[tuple[str, Tensor]]], Optimizer], clip: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        shapes: list[tuple[int, int]],
+        gradients: list[list[Tensor]],
+        make: Callable[[list[tuple[str, Tensor]]], Optimizer],
+        clip: bool,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.name = name
-        self.named = [(f"layer{i}", torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02)) for i, s in enumerate(shapes)]
+        self.named = [
+            (f"layer{i}", torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02)) for i, s in enumerate(shapes)
+        ]
         for _, parameter in self.named:
             parameter.grad = torch.zeros_like(parameter)
         self._gradients = gradients
@@ -91,7 +110,9 @@ def providers(shapes: list[tuple[int, int]]) -> list[Provider]:
         "magnitude": lambda n: GradGuide(base(n), direction=None, magnitude=plain),
         "direction": lambda n: GradGuide(base(n), magnitude=None),
         "direction + magnitude": lambda n: GradGuide(base(n), magnitude=plain),
-        "direction (shared momentum) + magnitude": lambda n: GradGuide(base(n), direction=Direction(share_momentum=True), magnitude=plain),
+        "direction (shared momentum) + magnitude": lambda n: GradGuide(
+            base(n), direction=Direction(share_momentum=True), magnitude=plain
+        ),
         "direction + source + magnitude": lambda n: GradGuide(
             base(n), alignment=Alignment(source(n, moving=False), on="gradient"), magnitude=plain, names=n
         ),
@@ -117,7 +138,9 @@ def lora_step(rounds: int, shapes: list[tuple[int, int]], label: str) -> list[Re
         extra = (provider.bytes - reference) / count
         results.append(summarise(label, provider.name, "time", "ms", mine))
         results.append(summarise(label, provider.name, f"time / {BASELINE}", "ratio", ratios))
-        results.append(summarise(label, provider.name, "memory beyond AdamW, sources included", "bytes per parameter", [extra]))
+        results.append(
+            summarise(label, provider.name, "memory beyond AdamW, sources included", "bytes per parameter", [extra])
+        )
     return results
 
 
@@ -130,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     results = lora_step(rounds, llama_lora_shapes(), "LoRA r16 of a 1.1B Llama")
     save(options.out, results, versions())
     for result in results:
-        print(f"{result.benchmark:28} {result.provider:42} {result.metric:44} {result.value:8.3f} {result.unit} ({result.low:.3f} .. {result.high:.3f})")
+        print(
+            f"{result.benchmark:28} {result.provider:42} {result.metric:44} {result.value:8.3f} {result.unit} ({result.low:.3f} .. {result.high:.3f})"
+        )
 
 
 if __name__ == "__main__":
