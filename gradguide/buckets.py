@@ -14,7 +14,7 @@ from gradguide.naming import module_of
 __all__ = ["Bucket", "Label", "Labeller", "gather", "labeller"]
 
 Label: TypeAlias = Hashable
-Labeller: TypeAlias = Callable[[Tensor, int], Label]
+Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
 
 
 @dataclass(slots=True)
@@ -31,7 +31,9 @@ class Bucket:
 
 
 def labeller(scope: str | Mapping[Tensor, str], names: Mapping[Tensor, str]) -> Labeller:
-    """What tells a parameter's scope from itself and its group's index.
+    """What tells a parameter's scope from itself, its group's index and its place there.
+
+    A parameter that makes a scope of its own is labelled by its place, which outlives copies and checkpoints.
 
     Raises:
         ValueError: the scope is unknown, or needs names that are not there.
@@ -40,20 +42,20 @@ def labeller(scope: str | Mapping[Tensor, str], names: Mapping[Tensor, str]) -> 
     if isinstance(scope, Mapping):
         labels = dict(scope)
         # A parameter outside the mapping (a new head beside the adapters) is a scope of its own.
-        return lambda parameter, group: labels.get(parameter, parameter)
+        return lambda parameter, group, place: labels.get(parameter, (group, place))
     if not isinstance(scope, str):
         raise TypeError(f"scope must be a string or map parameters to scopes, found {type(scope).__name__}")
     match scope:
         case "global":
-            return lambda parameter, group: None
+            return lambda parameter, group, place: None
         case "group":
-            return lambda parameter, group: group
+            return lambda parameter, group, place: group
         case "tensor":
-            return lambda parameter, group: parameter
+            return lambda parameter, group, place: (group, place)
         case "module":
             if not names:
                 raise ValueError("scope='module' needs names=model.named_parameters(), found none")
-            return lambda parameter, group: module_of(names[parameter]) if parameter in names else parameter
+            return lambda p, group, place: module_of(names[p]) if p in names else (group, place)
     raise ValueError(f"scope must be 'global', 'group', 'module', 'tensor' or a mapping of parameters, found {scope!r}")
 
 
@@ -70,13 +72,13 @@ def gather(groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor,
     """
     buckets: dict[tuple[Hashable, ...], Bucket] = {}
     for index, group in enumerate(groups):
-        for parameter in group["params"]:
+        for place, parameter in enumerate(group["params"]):
             gradient = parameter.grad
             if gradient is None:
                 continue
             if gradient.layout != torch.strided or not gradient.is_floating_point():
                 _refuse(gradient, names.get(parameter))
-            scope = label(parameter, index)
+            scope = label(parameter, index, place)
             name = names.get(parameter)
             key = (scope, gradient.device, gradient.dtype, parameter.dtype, name is not None)
             bucket = buckets.get(key)

@@ -87,7 +87,11 @@ class Guidance:
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Scope label of every parameter of the base."""
         label = labeller(self.scope, self.names)
-        return {p: label(p, index) for index, group in enumerate(base.param_groups) for p in group["params"]}
+        return {
+            parameter: label(parameter, index, place)
+            for index, group in enumerate(base.param_groups)
+            for place, parameter in enumerate(group["params"])
+        }
 
     @torch.no_grad()
     def measure(self, base: Optimizer) -> Measured | None:
@@ -96,14 +100,14 @@ class Guidance:
         buckets = gather(base.param_groups, labeller(self.scope, self.names), known)
         if not buckets:
             return None
-        labels = list(dict.fromkeys(bucket.label for bucket in buckets))
-        scopes = [labels.index(bucket.label) for bucket in buckets] if len(labels) > 1 else [0] * len(buckets)
+        labels: dict[Label, int] = {}
+        scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
         rows = [
             [Row(offset=bucket.gradients), self._direction_row(base, bucket), *self._sources(bucket)]
             for bucket in buckets
         ]
         span = self._gram(buckets, scopes, rows)
-        positions = self.scopes.locate(labels, span.gram.device)
+        positions = self.scopes.locate(list(labels), span.gram.device)
         return Measured(buckets, scopes, positions, rows, span, span.gram.isfinite().all())
 
     @torch.no_grad()
