@@ -15,7 +15,7 @@
 The method is built from the abstract of arXiv 2506.00726.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib.metadata as _metadata
 
 from gradguide.factory import guided, unwrap
 from gradguide.history import History
@@ -28,6 +28,6 @@ from gradguide.sources.stored import SourceGradient
 __all__ = ["Alignment", "Direction", "GradGuide", "History", "Magnitude", "SourceGradient", "guided", "unwrap"]
 
 try:
-    __version__ = version("gradguide")
-except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = _metadata.version("gradguide")
+except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"

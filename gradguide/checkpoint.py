@@ -81,7 +81,7 @@ def split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[d
             "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
             "counters start anew",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return {**state, "state": entries}, own
 

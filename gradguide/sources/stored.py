@@ -15,41 +15,47 @@ from gradguide.sources.capture import Batch, Loss, measure
 
 __all__ = ["SourceGradient"]
 
+_TABLES = ({"gradient"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
+
 
 class SourceGradient:
     """The mean gradient of a source task's loss, ``s0``, and optionally its diagonal Fisher information.
 
     With curvature it answers ``s0 + F * (theta - theta0)``, the first-order model of the source gradient at the present
-    parameters, so that it does not go stale while they move (elastic weight consolidation, arXiv 1612.00796, with s0
-    kept). Without it, it answers s0 wherever the parameters are.
+    parameters, so that it does not go stale while they move. Without it, it answers s0 wherever the parameters are.
+    :meth:`anchored` leaves s0 out: ``F * (theta - theta0)``, the pull of elastic weight consolidation (arXiv
+    1612.00796) back to where the model knew its source.
 
     Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`.
     """
 
     def __init__(
         self,
-        gradient: Mapping[str, Tensor],
+        gradient: Mapping[str, Tensor] | None,
         *,
         fisher: Mapping[str, Tensor] | None = None,
         anchor: Mapping[str, Tensor] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put together tensors by parameter name: s0, and both or none of F and theta0, with the shapes of s0.
+        """Put together tensors by parameter name, all with the same names and shapes.
+
+        Args:
+            gradient: s0, or None for a source at its optimum, where it is zero.
+            fisher, anchor: F and theta0, both or neither.
+            metadata: what to remember about the capture; JSON types.
 
         Raises:
             ValueError: no tensor, only one of fisher and anchor, or names or shapes that differ.
         """
-        if not gradient:
-            raise ValueError("a source gradient needs at least one parameter, found none")
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
-        shapes = {name: tensor.shape for name, tensor in gradient.items()}
-        for label, table in (("fisher", fisher), ("anchor", anchor)):
-            if table is not None and {name: tensor.shape for name, tensor in table.items()} != shapes:
-                raise ValueError(f"{label} must have the names and shapes of the gradient")
-        self._tables: dict[str, dict[str, Tensor]] = {"gradient": dict(gradient)}
-        if fisher is not None and anchor is not None:
-            self._tables |= {"fisher": dict(fisher), "anchor": dict(anchor)}
+        given = {"gradient": gradient, "fisher": fisher, "anchor": anchor}
+        self._tables: dict[str, dict[str, Tensor]] = {k: dict(table) for k, table in given.items() if table is not None}
+        if not any(self._tables.values()):
+            raise ValueError("a source gradient needs at least one parameter, found none")
+        for label, table in self._tables.items():
+            if {name: tensor.shape for name, tensor in table.items()} != self.shapes():
+                raise ValueError(f"{label} must have the names and shapes of the other tables")
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
@@ -99,15 +105,30 @@ class SourceGradient:
 
     def names(self) -> list[str]:
         """Names of the parameters that the source speaks of, in the model's order."""
-        return list(self._tables["gradient"])
+        return list(self._first)
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each parameter that the source speaks of, by name."""
-        return {name: tensor.shape for name, tensor in self._tables["gradient"].items()}
+        return {name: tensor.shape for name, tensor in self._first.items()}
+
+    def anchored(self) -> SourceGradient:
+        """The same source taken to be at its optimum where it was captured: s0 left out, tensors shared.
+
+        What training left of the source gradient is a reason neither to move nor to stop; at a large weight its stale
+        direction outweighs everything else. This is the form for a large ``weight``, and it keeps a row less.
+
+        Raises:
+            ValueError: the source was captured without curvature, so that nothing would be left.
+        """
+        if not self.curvature:
+            raise ValueError("anchored() needs a source with curvature, found none: capture it with curvature=True")
+        return SourceGradient(
+            None, fisher=self._tables["fisher"], anchor=self._tables["anchor"], metadata=self.metadata
+        )
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """The source gradient at the parameters ``at`` called ``names``; its tensors move to their device once."""
-        gradient = self._rows("gradient", names, at)
+        gradient = self._rows("gradient", names, at) if "gradient" in self._tables else None
         if not self.curvature:
             return Row(offset=gradient)
         return Row(
@@ -130,7 +151,7 @@ class SourceGradient:
         order = metadata.pop("names", None)
         metadata.pop("format")
         complete = isinstance(order, list) and all(isinstance(name, str) for name in order)
-        if not complete or set(tables) not in ({"gradient"}, {"gradient", "fisher", "anchor"}):
+        if not complete or set(tables) not in _TABLES:
             raise ValueError(f"{os.fspath(path)!r} is damaged: found tables {sorted(tables)} and names {order!r:.60}")
         for label, table in tables.items():
             if sorted(table) != sorted(order):
@@ -138,15 +159,19 @@ class SourceGradient:
         try:
             ordered = {label: {name: table[name] for name in order} for label, table in tables.items()}
             return cls(
-                ordered["gradient"], fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata
+                ordered.get("gradient"), fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata
             )
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
     def __repr__(self) -> str:
-        tensors = self._tables["gradient"].values()
-        kind = "moving" if self.curvature else "fixed"
+        tensors = self._first.values()
+        kind = ("moving" if "gradient" in self._tables else "anchored") if self.curvature else "fixed"
         return f"SourceGradient({len(tensors)} tensors, {sum(t.numel() for t in tensors)} numbers, {kind})"
+
+    @property
+    def _first(self) -> dict[str, Tensor]:
+        return next(iter(self._tables.values()))
 
     def _rows(self, label: str, names: Sequence[str], at: Sequence[Tensor]) -> list[Tensor]:
         table = self._tables[label]
