@@ -24,6 +24,10 @@ COUNTERS = "gradguide.counters"
 _PREFIX = "gradguide."
 # A counters tensor is [format, steps, skipped, *FIELDS of the parameter's scope].
 _HEAD = 3
+# What torch's optimizers keep in the shape of the parameter; a size that differs would else show only in a later step.
+_ELEMENTWISE = frozenset(
+    {DIRECTION, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "exp_inf", "acc_delta"}
+)
 
 
 class Own(NamedTuple):
@@ -61,21 +65,22 @@ def split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[d
     """
     _check_groups(state, base)
     parameters = _parameters(base)
-    positions = [index for group in state["param_groups"] for index in group["params"]]
+    positions = {key: i for i, key in enumerate(key for group in state["param_groups"] for key in group["params"])}
     own = Own({}, {})
     entries: dict[Any, Any] = {}
     for key, entry in state["state"].items():
         if key not in positions:
             entries[key] = entry
             continue
-        position = positions.index(key) if positions[key : key + 1] != [key] else key
+        position = positions[key]
+        _check_sizes(entry, position, parameters[position], guidance)
         rest = {name: value for name, value in entry.items() if not str(name).startswith(_PREFIX)}
         if rest or not entry:
             entries[key] = rest
         if COUNTERS in entry:
             own.counters[position] = _checked_counters(entry[COUNTERS])
         if DIRECTION in entry:
-            own.directions[position] = _checked_direction(entry[DIRECTION], position, parameters[position], guidance)
+            own.directions[position] = entry[DIRECTION]
     if guidance.active and entries and not own.counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
@@ -126,15 +131,18 @@ def _check_groups(state: dict[str, Any], base: Optimizer) -> None:
             )
 
 
-def _checked_direction(direction: Any, position: int, parameter: Tensor, guidance: Guidance) -> Tensor:
-    if not isinstance(direction, Tensor) or direction.shape != parameter.shape:
-        found = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
-        which = guidance.names.get(parameter, f"number {position}")
-        raise ValueError(
-            f"the saved direction of parameter {which} has shape {found}, the parameter {tuple(parameter.shape)}: the "
-            "state is of another model, of adapters of another rank, or of parameters in another order"
-        )
-    return direction
+def _check_sizes(entry: dict[str, Any], position: int, parameter: Tensor, guidance: Guidance) -> None:
+    for name in _ELEMENTWISE & entry.keys():
+        value = entry[name]
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            which = guidance.names.get(parameter, f"number {position}")
+            raise ValueError(
+                f"the saved {name} of parameter {which} has shape {found}, the parameter {tuple(parameter.shape)}: the "
+                "state is of another model, of adapters of another rank, or of parameters in another order"
+            )
 
 
 def _checked_counters(counters: Any) -> Tensor:

@@ -37,7 +37,7 @@ class Measured:
     positions (Tensor): shape [S], where the scopes' statistics are kept.
     rows: for each bucket its R rows.
     span: Gram matrices of the rows, [S, R, R].
-    finite (Tensor): 0-d bool.
+    finite, moved (Tensor): 0-d bool, whether all products are finite, and whether any gradient is not zero.
     """
 
     buckets: list[Bucket]
@@ -46,6 +46,7 @@ class Measured:
     rows: list[list[Row | None]]
     span: Span
     finite: Tensor
+    moved: Tensor
     record: Record | None = None
     scale: Tensor | None = None
 
@@ -67,6 +68,7 @@ class Guidance:
         self.magnitude = magnitude
         self.scope = scope
         self.names = dict(names)
+        self._places: dict[tuple[int, int], str] = {}
         self.backend = backend
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = Scopes()
@@ -96,6 +98,7 @@ class Guidance:
     @torch.no_grad()
     def measure(self, base: Optimizer) -> Measured | None:
         """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
+        self._rename(base)
         known = self.names if self.alignment is not None else {}
         buckets = gather(base.param_groups, labeller(self.scope, self.names), known)
         if not buckets:
@@ -108,7 +111,8 @@ class Guidance:
         ]
         span = self._gram(buckets, scopes, rows)
         positions = self.scopes.locate(list(labels), span.gram.device)
-        return Measured(buckets, scopes, positions, rows, span, span.gram.isfinite().all())
+        finite, moved = span.gram.isfinite().all(), (span.gram[:, GRADIENT, GRADIENT] != 0).any()
+        return Measured(buckets, scopes, positions, rows, span, finite, moved)
 
     @torch.no_grad()
     def guide(self, measured: Measured, base: Optimizer) -> None:
@@ -204,6 +208,18 @@ class Guidance:
             self._ops(bucket).combine_(these, [write])
         if measured.record is not None:
             measured.record.update_norm = span.norm(wanted)
+
+    def _rename(self, base: Optimizer) -> None:
+        """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
+        if not self.names:
+            return
+        for index, group in enumerate(base.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                name = self.names.get(parameter)
+                if name is not None:
+                    self._places[index, place] = name
+                elif (index, place) in self._places:
+                    self.names[parameter] = self._places[index, place]
 
     def _combine(self, measured: Measured, gradient: Tensor, direction: Tensor) -> None:
         own = self.direction is not None and not self.direction.share_momentum

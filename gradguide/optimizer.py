@@ -170,17 +170,15 @@ class GradGuide(Optimizer):
         measured = guidance.measure(self.base)
         if measured is None:
             raise RuntimeError(missing_gradients(self.base))
-        if self._stops(measured):
-            self._totals[1] += 1
-        else:
+        if not self._stops(measured):
             guidance.guide(measured, self.base)
             if guidance.acts_on_update:
                 guidance.remember(measured)
-                self.base.step()
+                self._step_base(measured)
                 guidance.correct(measured)
             else:
-                self.base.step()
-            self._totals[0] += 1
+                self._step_base(measured)
+        self._count(measured)
         self._last = measured.record
         if self._history is not None:
             self._history.append(self.metrics())
@@ -215,7 +213,8 @@ class GradGuide(Optimizer):
             ``grad_norm`` (as received), ``guided_norm`` (before clipping), ``clip_factor`` (0..1), ``direction_cosine``
             (of the gradient received with the direction before it), ``coherence`` (0..1), ``source_cosine``,
             ``conflict`` (0 or 1), ``update_norm`` (where a rule looks at the update), ``skipped`` and ``steps``
-            (counts). With several sources, also ``source_cosine/k`` and ``conflict/k``; the plain keys are the worst.
+            (counts; a step whose gradients were all zero is none). With several sources, also ``source_cosine/k`` and
+            ``conflict/k``; the plain keys are the worst.
         """
         alignment = self._guidance.alignment
         return read(self._last, self._totals, 0 if alignment is None else len(alignment.sources))
@@ -275,11 +274,36 @@ class GradGuide(Optimizer):
 
     def _stops(self, measured: Measured) -> bool:
         """Whether this step is not to be made, because of a gradient that is not finite."""
-        if self._nonfinite == "propagate" or bool(measured.finite):
+        if self._nonfinite == "propagate" or self._base_stops(measured) or bool(measured.finite):
             return False
         if self._nonfinite == "raise":
             raise FloatingPointError(f"{_where(measured, self._guidance.names)} NaN or Inf; nothing was changed")
         return True
+
+    def _base_stops(self, measured: Measured) -> bool:
+        """Whether the base can itself leave a step out by a flag on the device, so that the host need not wait for it.
+
+        Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.
+        """
+        fused = all(group.get("fused") for group in self.base.param_groups)
+        return self._nonfinite == "skip" and fused and measured.finite.device.type == "cuda"
+
+    def _step_base(self, measured: Measured) -> None:
+        if not self._base_stops(measured):
+            self.base.step()
+            return
+        base: Any = self.base
+        base.found_inf = (~measured.finite).to(torch.float32)
+        try:
+            base.step()
+        finally:
+            del base.found_inf
+
+    def _count(self, measured: Measured) -> None:
+        # A step whose gradients are all zero, as a checkpoint loader makes to allocate state, is none.
+        stopped = ~measured.finite if self._nonfinite != "propagate" else torch.zeros_like(measured.finite)
+        counted = torch.stack([measured.moved & ~stopped, stopped])
+        self._totals = self._totals.to(counted.device) + counted
 
 
 def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:

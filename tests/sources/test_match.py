@@ -1,0 +1,179 @@
+"""Whether a source fits an optimizer: the list of what does not, and the names that wrappers change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide.sources.match import check_match
+
+
+def source_of(*names: str, shape: tuple[int, ...] = (2,)) -> SourceGradient:
+    return SourceGradient({name: torch.ones(shape) for name in names})
+
+
+def parameters(*names: str, shape: tuple[int, ...] = (2,)) -> dict[Tensor, str]:
+    return {nn.Parameter(torch.zeros(shape)): name for name in names}
+
+
+def error(sources: list[SourceGradient], names: dict[Tensor, str]) -> str:
+    with pytest.raises(ValueError) as caught:
+        check_match(sources, [{"params": list(names)}], names)
+    return str(caught.value)
+
+
+def test_exact_match_in_any_order_and_over_groups() -> None:
+    names = parameters("a", "b", "c")
+    a, b, c = names
+    check_match([source_of("c", "a", "b")], [{"params": [a]}, {"params": [b, c]}], names)
+
+
+def test_no_names() -> None:
+    assert "pass names=model.named_parameters()" in error([source_of("a")], {})
+
+
+def test_missing() -> None:
+    message = error([source_of("a")], parameters("a", "b", "c"))
+    assert "2 missing from the source (b, c)" in message
+    assert "unexpected" not in message.split(". It was")[0]
+    assert "another shape" not in message
+
+
+def test_unexpected() -> None:
+    message = error([source_of("a", "z", "y")], parameters("a"))
+    assert "2 unexpected in the source (z, y)" in message
+    assert "missing" not in message
+
+
+def test_another_shape() -> None:
+    message = error([source_of("a", shape=(8, 4))], parameters("a", shape=(16, 4)))
+    assert "1 of another shape (a (8, 4) for (16, 4))" in message
+    assert "missing" not in message
+
+
+def test_same_number_of_elements_is_not_the_same_shape() -> None:
+    assert "a (2, 8) for (8, 2)" in error([source_of("a", shape=(2, 8))], parameters("a", shape=(8, 2)))
+
+
+def test_all_three_at_once() -> None:
+    source = SourceGradient({"a": torch.ones(3), "x": torch.ones(2)})
+    message = error([source], parameters("a", "b"))
+    assert (
+        "1 missing from the source (b); 1 unexpected in the source (x); 1 of another shape (a (3,) for (2,))" in message
+    )
+
+
+@pytest.mark.parametrize("count", [5, 6, 100])
+def test_long_lists_are_shortened(count: int) -> None:
+    message = error([source_of("a")], parameters("a", *(f"layer.{i}" for i in range(count))))
+    assert f"{count} missing" in message
+    assert "layer.4" in message
+    assert "layer.5" not in message
+    assert ("more" in message) == (count > 5)
+    if count > 5:
+        assert f"and {count - 5} more)" in message
+
+
+def test_several_sources_say_which() -> None:
+    names = parameters("a", "b")
+    message = error([source_of("a", "b"), source_of("a")], names)
+    assert message.startswith("source 1 does not match")
+    assert error([source_of("a"), source_of("a", "b")], names).startswith("source 0 does not match")
+    assert error([source_of("a")], names).startswith("the source does not match")
+
+
+def test_parameters_outside_names_are_left_alone() -> None:
+    names = parameters("a")
+    head = nn.Parameter(torch.zeros(7))
+    check_match([source_of("a")], [{"params": [*names, head]}], names)
+
+
+def test_named_parameter_outside_the_optimizer_is_not_asked_for() -> None:
+    names = parameters("a", "b")
+    check_match([source_of("a")], [{"params": [next(iter(names))]}], names)
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    value: Tensor = model(batch).square().mean()
+    return value
+
+
+class Wrapped(nn.Module):
+    """As DDP, FSDP and torch.compile do it: the model under an attribute of theirs."""
+
+    def __init__(self, model: nn.Module, attribute: str) -> None:
+        super().__init__()
+        self.attribute = attribute
+        setattr(self, attribute, model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = getattr(self, self.attribute)(x)
+        return result
+
+
+def tower(inner: str | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    layer: nn.Module = nn.Linear(3, 3)
+    return nn.Sequential(layer if inner is None else Wrapped(layer, inner), nn.ReLU(), nn.Linear(3, 1))
+
+
+WRAPPINGS: dict[str, nn.Module] = {
+    "plain": tower(),
+    "ddp": Wrapped(tower(), "module"),
+    "compiled": Wrapped(tower(), "_orig_mod"),
+    "compiled ddp": Wrapped(Wrapped(tower(), "module"), "_orig_mod"),
+    "ddp of compiled": Wrapped(Wrapped(tower(), "_orig_mod"), "module"),
+    "one layer compiled": tower("_orig_mod"),
+    "fsdp": Wrapped(tower("_fsdp_wrapped_module"), "_fsdp_wrapped_module"),
+    "checkpointed layer": tower("_checkpoint_wrapped_module"),
+    "really compiled": torch.compile(tower(), backend="eager"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("there", WRAPPINGS)
+def test_names_match_through_wrappers(there: str) -> None:
+    source = SourceGradient.capture(tower(), [torch.ones(2, 3)], loss, curvature=False)
+    model = WRAPPINGS[there]
+    assert [name for name, _ in model.named_parameters()] != source.names() or there == "plain"
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model.named_parameters())
+    back = SourceGradient.capture(model, [torch.ones(2, 3)], loss, curvature=False)
+    assert back.names() == source.names() == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_a_child_called_module_matches_under_ddp() -> None:
+    inner = Wrapped(nn.Linear(3, 1), "module")
+    source = SourceGradient.capture(inner, [torch.ones(2, 3)], loss, curvature=False)
+    wrapped = Wrapped(inner, "module")
+    GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=wrapped.named_parameters())
+
+
+def test_capture_refuses_names_that_collide() -> None:
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.ones(1, 2)))
+    model.register_module("module", nn.Linear(2, 1, bias=False))
+
+    def both(m: nn.Module, batch: Tensor) -> Tensor:
+        return torch.stack([p.sum() for p in m.parameters()]).sum()
+
+    with pytest.raises(ValueError, match="weight"):
+        SourceGradient.capture(model, [torch.ones(1, 2)], both, curvature=False)
+
+
+def test_constructor_refuses_before_anything_changes() -> None:
+    model = nn.Linear(2, 1)
+    base = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"1 missing from the source \(bias\)"):
+        GradGuide(base, alignment=Alignment(source_of("weight", shape=(1, 2))), names=model.named_parameters())
+    with pytest.raises(ValueError, match="found none: pass names"):
+        GradGuide(base, alignment=Alignment(source_of("weight")))
+    assert base.state == {}
+
+
+def test_optimizer_given_named_parameters_needs_no_names() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    GradGuide(SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight", shape=(1, 2))))
+    with pytest.raises(ValueError, match=r"weight \(2,\) for \(1, 2\)"):
+        GradGuide(SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight")))
