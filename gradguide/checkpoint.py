@@ -134,7 +134,7 @@ def _check_groups(state: dict[str, Any], base: Optimizer) -> None:
 def _check_sizes(entry: dict[str, Any], position: int, parameter: Tensor, guidance: Guidance) -> None:
     for name in _ELEMENTWISE & entry.keys():
         value = entry[name]
-        if value is None:
+        if value is None and name != DIRECTION:  # SGD has no momentum before its first step
             continue
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
