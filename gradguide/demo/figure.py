@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradguide.atomic import replacing
+
 from .adapt import Outcome
-from .files import replacing
 
 __all__ = ["draw_figure"]
 

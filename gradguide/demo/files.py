@@ -1,4 +1,4 @@
-"""Files and folders appear under their name only when they are complete."""
+"""A folder appears under its name only when it is complete; ``gradguide.atomic`` does the same for files."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "replacing_folder"]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path with the suffix of ``path``, which becomes ``path`` if the block ends without an error.
-
-    An older file of that name stays until then. The folder must exist.
-    """
-    with _scratch(path) as scratch:
-        partial = scratch / path.name
-        yield partial
-        partial.replace(path)
+__all__ = ["replacing_folder"]
 
 
 @contextmanager
@@ -30,20 +18,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     ``path`` must not exist, or be an empty folder; its parents are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(path) as scratch:
-        partial = scratch / path.name
+    # Beside the goal, not in the system's temporary folder: a rename works only within one file system.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        partial = scratch / path.name  # in a folder of its own, because mkdtemp makes private ones
         partial.mkdir()
         yield partial
         if path.exists():
             path.rmdir()
         partial.rename(path)
-
-
-@contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    # Beside the goal, not in the system's temporary folder: a rename works only within one file system.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

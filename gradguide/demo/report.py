@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradguide.atomic import replacing
+
 from .adapt import Outcome
 from .figure import draw_figure
-from .files import replacing
 from .prepare import Prepared
 from .stats import paired_difference
 
@@ -83,9 +84,17 @@ def table(prepared: Prepared, outcomes: Sequence[Outcome]) -> Table:
 
     results = by_method(outcomes)
     first, *others = results
-    view = Table(title=_title(prepared), caption=_caption(prepared), caption_justify="left", title_justify="left")
-    view.add_column("method")
-    for heading in ("target accuracy %", "source accuracy kept %", "gradient coherence", "s/step"):
+    # Without an outer edge the usual two methods fit a terminal of 80 columns.
+    view = Table(
+        title=_title(prepared),
+        caption=_caption(prepared),
+        title_justify="left",
+        caption_justify="left",
+        show_edge=False,
+        pad_edge=False,
+    )
+    view.add_column("method", no_wrap=True)
+    for heading in ("target %", "source kept %", "coherence", "s/step"):
         view.add_column(heading, justify="right")
     for method, runs in results.items():
         columns = _columns(runs)
@@ -103,7 +112,7 @@ def _columns(runs: Sequence[Outcome]) -> list[tuple[list[float], int]]:
     return [
         ([100 * run.target_accuracy for run in runs], 1),
         ([100 * run.source_accuracy for run in runs], 1),
-        ([run.mean_coherence for run in runs], 3),
+        ([run.mean_coherence for run in runs], 2),
         ([run.seconds_per_step for run in runs], 3),
     ]
 
@@ -117,7 +126,7 @@ def _difference(ours: Sequence[float], base: Sequence[float], digits: int) -> st
     mean, half = paired_difference(ours, base)
     if math.isnan(half):
         return f"{mean:+.{digits}f}"
-    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def _title(prepared: Prepared) -> str:
@@ -131,10 +140,13 @@ def _title(prepared: Prepared) -> str:
 def _caption(prepared: Prepared) -> str:
     seeds = prepared.config.seeds
     parts = [
-        f"Split {prepared.transfer.split}. Source accuracy before adaptation: {100 * prepared.source_accuracy:.1f} %.",
-        f"Mean ± standard deviation over {seeds} seeds; differences are paired by seed, with 95 % t-intervals."
+        f"Accuracy after adaptation; of the source before it: {100 * prepared.source_accuracy:.1f} %. "
+        f"Split {prepared.transfer.split}.",
+        f"Rows: mean ± standard deviation over {seeds} seeds. "
+        "Difference: mean over pairs of one seed ± half of its 95 % t-interval."
         if seeds > 1
         else "One seed: no spread, no interval.",
+        "Coherence is that of the gradients as received, mean over the steps.",
     ]
     if prepared.source_test_is_sampled:
         rows, whole = len(prepared.source_test), len(prepared.transfer.source.test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ HEAD = "source"
 
 _BATCH = 32
 _EPOCHS = 3
-_LEAST_STEPS = 120  # small sets need more than three passes
+_LEAST_STEPS = 80  # small sets need more than three passes
 _LR = 1e-3
+_HEAD_LR = (
+    1e-2  # the head starts from nothing; at the adapter's rate it would lag behind and the adapter make up for it
+)
 _MAX_NORM = 1.0
 
 # The Fisher information of a batch stands for that of its rows, the better the smaller the batch.
@@ -33,8 +37,10 @@ _CAPTURE_BATCH = 8
 def train_source(model: Classifier, rows: Encoded, *, seed: int) -> None:
     """Trains adapter and source head on ``rows`` with AdamW, clipped gradients and a linear decay of the rate."""
     steps = max(_EPOCHS * math.ceil(len(rows) / _BATCH), _LEAST_STEPS)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=_LR)
+    adapter = [parameter for _, parameter in lora_parameters(model)]
+    head = list(model.heads[HEAD].parameters())
+    groups: list[dict[str, Any]] = [{"params": adapter}, {"params": head, "lr": _HEAD_LR}]
+    optimizer = torch.optim.AdamW(groups, lr=_LR)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
     model.train()
     with torch.random.fork_rng(), tqdm(total=steps, desc="train source adapter", unit="step", disable=None) as bar:
@@ -42,7 +48,7 @@ def train_source(model: Classifier, rows: Encoded, *, seed: int) -> None:
         for chosen in islice(batches(len(rows), _BATCH, seed), steps):
             optimizer.zero_grad()
             model.loss(HEAD, rows.batch(chosen)).backward()
-            nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+            nn.utils.clip_grad_norm_([*adapter, *head], _MAX_NORM)
             optimizer.step()
             schedule.step()
             bar.update()

@@ -84,6 +84,7 @@ def _adapted(encoder: nn.Module, folder: Path) -> nn.Module:
 
     config = LoraConfig.from_pretrained(str(folder / _ADAPTER))
     config.inference_mode = False  # as saved, it would freeze the adapter
+    config.base_model_name_or_path = None  # PEFT fills in this model's; whether the adapter fits is checked below
     adapted = add_lora(encoder, config)
     # Not PeftModel.from_pretrained: that falls back to pickled weights.
     result = set_peft_model_state_dict(adapted, load_file(folder / _WEIGHTS))
