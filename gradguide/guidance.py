@@ -224,11 +224,12 @@ class Guidance:
     def _combine(self, measured: Measured, gradient: Tensor, direction: Tensor) -> None:
         own = self.direction is not None and not self.direction.share_momentum
         for bucket, scope, rows in zip(measured.buckets, measured.scopes, measured.rows, strict=True):
-            writes = [Write(into=bucket.gradients, coefficients=gradient[scope])]
+            writes = []
             if own:
                 into = [self.directions[p] for p in bucket.parameters]
                 rows[DIRECTION] = Row(offset=into)
                 writes.append(Write(into=into, coefficients=direction[scope]))
+            writes.append(Write(into=bucket.gradients, coefficients=gradient[scope]))
             self._ops(bucket).combine_(rows, writes)
 
     def _gram(self, buckets: Sequence[Bucket], scopes: Sequence[int], rows: Sequence[Sequence[Row | None]]) -> Span:
