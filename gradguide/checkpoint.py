@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.guidance import Guidance
+from gradguide.ops.pack import lay_out
 from gradguide.scopes import FIELDS
 
 __all__ = ["FORMAT", "merge", "restore", "split"]
@@ -95,11 +96,10 @@ def restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
     """Put direction and scope statistics in place. Returns the totals, Tensor [2]: steps and skipped steps."""
     parameters = _parameters(base)
     keep = guidance.direction is not None and not guidance.direction.share_momentum
-    guidance.directions = {
-        parameters[position]: direction.detach().to(parameters[position].device, torch.float32, copy=True)
-        for position, direction in own.directions.items()
-        if keep
-    }
+    found = {parameters[position]: direction for position, direction in own.directions.items() if keep}
+    guidance.directions = dict(zip(found, lay_out(list(found), torch.float32), strict=True))
+    for parameter, direction in found.items():
+        guidance.directions[parameter].copy_(direction.detach())
     labels = guidance.labels(base)
     statistics = {labels[parameters[position]]: counters[_HEAD:].cpu() for position, counters in own.counters.items()}
     guidance.scopes.restore(statistics)

@@ -14,6 +14,7 @@ from gradguide.buckets import Bucket, Label, gather, labeller
 from gradguide.metrics import Record
 from gradguide.momentum import momentum_of, rates
 from gradguide.ops import Row, Write
+from gradguide.ops.pack import lay_out
 from gradguide.rules import alignment as aligning
 from gradguide.rules import direction as directing
 from gradguide.rules import magnitude as bounding
@@ -176,16 +177,9 @@ class Guidance:
     def remember(self, measured: Measured) -> None:
         """Keep the parameters as they are before the base's step."""
         for bucket in measured.buckets:
-            for parameter in bucket.parameters:
-                kept = self._before.get(parameter)
-                if (
-                    kept is None
-                    or kept.shape != parameter.shape
-                    or kept.device != parameter.device
-                    or kept.dtype != parameter.dtype
-                ):
-                    self._before[parameter] = torch.empty_like(parameter, requires_grad=False)
-            torch._foreach_copy_([self._before[p] for p in bucket.parameters], [p.detach() for p in bucket.parameters])
+            new = [p for p in bucket.parameters if not _alike(self._before.get(p), p)]
+            self._before.update(zip(new, lay_out(new), strict=True))
+            torch._foreach_copy_([self._before[p] for p in bucket.parameters], list(bucket.parameters))
 
     @torch.no_grad()
     def correct(self, measured: Measured) -> None:
@@ -194,7 +188,7 @@ class Guidance:
         rows: list[list[Row | None]] = []
         for bucket in buckets:
             before = [self._before[p] for p in bucket.parameters]
-            made = Row(at=[p.detach() for p in bucket.parameters], anchor=before)
+            made = Row(at=list(bucket.parameters), anchor=before)
             rows.append([made, *self._sources(bucket, before)])
         span = self._gram(buckets, scopes, rows)
         update = span.row(0)
@@ -251,9 +245,8 @@ class Guidance:
             return Row(
                 offset=[torch.zeros_like(p) if m is None else m for m, p in zip(found, bucket.parameters, strict=True)]
             )
-        for parameter in bucket.parameters:
-            if parameter not in self.directions:
-                self.directions[parameter] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+        new = [p for p in bucket.parameters if p not in self.directions]
+        self.directions.update(zip(new, lay_out(new, torch.float32), strict=True))
         return Row(offset=[self.directions[p] for p in bucket.parameters])
 
     def _sources(self, bucket: Bucket, at: Sequence[Tensor] | None = None) -> list[Row | None]:
@@ -261,7 +254,7 @@ class Guidance:
             return []
         if not bucket.names:
             return [None] * len(self.alignment.sources)
-        present = [p.detach() for p in bucket.parameters] if at is None else at
+        present = list(bucket.parameters) if at is None else at
         return [source.row(bucket.names, present) for source in self.alignment.sources]
 
     def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
@@ -277,3 +270,13 @@ class Guidance:
 
     def _ops(self, bucket: Bucket) -> ops.Ops:
         return ops.select(self.backend, bucket.gradients[0].device)
+
+
+def _alike(kept: Tensor | None, parameter: Tensor) -> bool:
+    """Whether a copy made earlier still has the parameter's shape, dtype and device: models get moved and cast."""
+    return (
+        kept is not None
+        and kept.shape == parameter.shape
+        and kept.dtype == parameter.dtype
+        and kept.device == parameter.device
+    )

@@ -12,6 +12,9 @@ from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["Method", "default_methods", "trainable"]
 
+SOURCE_WEIGHT = 1000.0
+"""Pull of the source adapter, in units of its mean loss."""
+
 # Makes an optimizer over the model's trainable parameters (the adapter's and the target head's), for one run.
 Method = Callable[[nn.Module, SourceGradient], Optimizer]
 
@@ -28,6 +31,7 @@ def default_methods(lr: float) -> dict[str, Method]:
         return AdamW(trainable(model), lr=lr)
 
     def guided(model: nn.Module, source: SourceGradient) -> Optimizer:
-        return GradGuide(plain(model, source), alignment=Alignment(source), names=lora_parameters(model))
+        alignment = Alignment(source.anchored(), weight=SOURCE_WEIGHT)
+        return GradGuide(plain(model, source), alignment=alignment, names=lora_parameters(model))
 
     return {"AdamW": plain, "GradGuide": guided}

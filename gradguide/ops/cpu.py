@@ -1,22 +1,24 @@
-"""The CPU backend: a tensor's rows are read once and stay in cache while all their products are taken."""
+"""The CPU backend: blocks that stay in cache while all their products are taken; coefficients read by the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradguide.ops.pieces import Piece, pieces
+from gradguide.ops.pack import pack, pack_list
+from gradguide.ops.pieces import Piece, blocks, target
 from gradguide.ops.row import Row, Write, compute_dtype
 
 __all__ = ["combine_", "gram"]
 
-PIECE = 1 << 17
-"""Elements per piece: 512 KiB per row in float32. A sum of so many products in float32 is good to about 1e-6."""
+BLOCK = 1 << 18
+"""Elements per block: 1 MiB per row in float32. A sum of so many products in float32 is good to about 1e-6."""
 
-# Between these a float32 sum of squares neither overflows nor loses small terms to underflow; outside, the piece is
+# Between these a float32 sum of squares neither overflows nor loses small terms to underflow; outside, the block is
 # done again in float64.
 _SMALLEST, _LARGEST = 1e-24, 1e30
 
@@ -24,20 +26,21 @@ _SMALLEST, _LARGEST = 1e-24, 1e30
 _INVERTIBLE = 0.1
 
 
+@torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows: products in the rows' precision per piece, float64 across pieces. Tensor [R, R]."""
+    """Gram matrix of the rows: products in the rows' precision per block, float64 across blocks. Tensor [R, R]."""
     dtype = compute_dtype(rows)
     present = [(index, row) for index, row in enumerate(rows) if row is not None]
-    count = len(present)
-    pairs = list(combinations_with_replacement(range(count), 2))
-    squares = [k for k, (a, b) in enumerate(pairs) if a == b]
+    pairs = list(combinations_with_replacement(range(len(present)), 2))
     totals = [0.0] * len(pairs)
-    dot = torch.dot
-    for piece, values in _walk([row for _, row in present], dtype):
-        products = [dot(values[a], values[b]).item() for a, b in pairs]
-        if dtype == torch.float32 and not all(_SMALLEST < products[k] < _LARGEST for k in squares):
-            wide = [row.flat(piece.tensor, torch.float64, piece.start, piece.stop) for _, row in present]
-            products = [dot(wide[a], wide[b]).item() for a, b in pairs]
+    cut = list(blocks(rows, BLOCK))
+    longest = max((sum(_lengths(present[0][1].tensors, block)) for block in cut), default=0)
+    work = [torch.empty(longest, dtype=dtype) for _ in present]
+    for block in cut:
+        products = _products([pack(row, block, dtype, w) for (_, row), w in zip(present, work, strict=True)], pairs)
+        squares = [product for product, (a, b) in zip(products, pairs, strict=True) if a == b]
+        if dtype == torch.float32 and not all(_SMALLEST < square < _LARGEST for square in squares):
+            products = _products([pack(row, block, torch.float64) for _, row in present], pairs)
         totals = [total + product for total, product in zip(totals, products, strict=True)]
     result = [[0.0] * len(rows) for _ in rows]
     for (a, b), total in zip(pairs, totals, strict=True):
@@ -46,115 +49,130 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
     return torch.tensor(result, dtype=torch.float64)
 
 
+@torch.no_grad()
 def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     """Write linear combinations of the rows, all of them computed from the rows as they were before.
 
     A coefficient of 0 leaves its row unread, and a write that would change nothing is not made.
     """
-    plan = [(write, _coefficients(write, rows)) for write in writes]
-    plan = [(write, coefficients) for write, coefficients in plan if not _trivial(write, coefficients, rows)]
-    if plan and not _in_place(rows, plan):
-        _by_copy(rows, plan)
-
-
-def _in_place(rows: Sequence[Row | None], plan: list[tuple[Write, dict[int, float]]]) -> bool:
-    """Write each row over itself, without working memory: ``x <- c x + sum of others``.
-
-    A later write that wants the old value of a row already written has it from the new one. Returns False, with nothing
-    done, where that cannot be had: a write that is into no row, a precision that would round on the way, a coefficient
-    out of range.
-    """
+    plan = [_Sum(write, _coefficients(write, rows), _row_of(write, rows)) for write in writes]
+    plan = [each for each in plan if not each.trivial]
+    if not plan:
+        return
     dtype = compute_dtype(rows)
-    steps: list[tuple[int, float, dict[int, float]]] = []
-    wanted = [dict(coefficients) for _, coefficients in plan]
-    for number, (write, _) in enumerate(plan):
-        own = _row_of(write, rows)
-        if own is None or write.accumulate or any(tensor.dtype != dtype for tensor in write.into):
-            return False
+    if any(abs(c) > _LARGEST for each in plan for c in each.terms.values()):
+        dtype = torch.float64
+    chain = _chain(plan, dtype)
+    for block in blocks(rows, BLOCK, [each.write for each in plan]):
+        if chain is not None:
+            _overwrite(plan, chain, rows, block, dtype)
+        else:
+            used = {index for each in plan for index in each.terms}
+            values = {index: pack(row, block, dtype) for index in used if (row := rows[index]) is not None}
+            results = [_sum(each, block, values, dtype) for each in plan]
+            for each, result in zip(plan, results, strict=True):
+                torch._foreach_copy_(_targets(each.write, block), _parts(each.write, block, result))
+
+
+class _Sum(NamedTuple):
+    """A write with the coefficients that are not 0, by row, and the row whose memory it overwrites, if any."""
+
+    write: Write
+    terms: dict[int, float]
+    own: int | None
+
+    @property
+    def trivial(self) -> bool:
+        return not self.terms if self.write.accumulate else self.terms == {self.own: 1.0}
+
+
+def _chain(plan: list[_Sum], dtype: torch.dtype) -> list[tuple[float, dict[int, float]]] | None:
+    """The writes as ``x <- factor * x + sum of others``, each of which sees what those before it have written.
+
+    It needs no working memory for results. A write that wants the old value of a row already overwritten has it from
+    the new one: ``old = (new - sum of others) / factor``. None where that would lose precision, or a write is over no
+    row.
+    """
+    if any(tensor.dtype != dtype for each in plan for tensor in each.write.into):
+        return None
+    if len(plan) == 1 and plan[0].write.accumulate and plan[0].own not in plan[0].terms:
+        return [(1.0, plan[0].terms)]
+    wanted = [dict(each.terms) for each in plan]
+    chain: list[tuple[float, dict[int, float]]] = []
+    for number, each in enumerate(plan):
+        if each.own is None or each.write.accumulate:
+            return None
         others = wanted[number]
-        factor = others.pop(own, 0.0)
+        factor = others.pop(each.own, 0.0)
         for later in wanted[number + 1 :]:
-            if own in later:
+            if each.own in later:
                 if abs(factor) < _INVERTIBLE:
-                    return False
-                share = later[own] / factor
-                later[own] = share
+                    return None
+                share = later[each.own] / factor
+                later[each.own] = share
                 for index, coefficient in others.items():
                     later[index] = later.get(index, 0.0) - share * coefficient
-        steps.append((own, factor, others))
-    if any(abs(c) > _LARGEST for _, factor, others in steps for c in (factor, *others.values())):
-        return False
-    used = sorted({index for own, _, others in steps for index in (own, *others)})
-    position = {index: k for k, index in enumerate(used)}
-    chosen = [row for index in used if (row := rows[index]) is not None]
-    if any(not t.is_contiguous() for row in chosen if row.at is None for t in row.offset or ()):
-        return False
-    for _, values in _walk(chosen, dtype):
-        for own, factor, others in steps:
-            target = values[position[own]]
-            if factor != 1.0:
-                target.mul_(factor)
-            for index, coefficient in others.items():
-                target.add_(values[position[index]], alpha=coefficient)
-    return True
+        chain.append((factor, others))
+    return chain
 
 
-def _by_copy(rows: Sequence[Row | None], plan: list[tuple[Write, dict[int, float]]]) -> None:
-    """Compute every result of a piece in working memory, then copy all of them over."""
-    dtype = compute_dtype(rows)
-    if any(abs(c) > _LARGEST for _, coefficients in plan for c in coefficients.values()):
-        dtype = torch.float64
-    for piece in pieces(rows, PIECE, [write for write, _ in plan]):
-        values: dict[int, Tensor] = {}
-        results = []
-        for write, coefficients in plan:
-            target = _slice(write.into, piece)
-            result = target.to(dtype, copy=True) if write.accumulate else torch.zeros_like(target, dtype=dtype)
-            for index, coefficient in coefficients.items():
-                row = rows[index]
-                assert row is not None
-                if index not in values:
-                    values[index] = row.flat(piece.tensor, dtype, piece.start, piece.stop).view_as(target)
-                result.add_(values[index], alpha=coefficient)
-            results.append((target, result))
-        for target, result in results:
-            target.copy_(result)
-
-
-def _walk(rows: Sequence[Row], dtype: torch.dtype) -> Iterator[tuple[Piece, list[Tensor]]]:
-    """Each piece with the rows' values there, 1-D and of ``dtype``; views of the rows' own memory where that is so."""
-    views = [_views(row, dtype) for row in rows]
-    for piece in pieces(rows, PIECE):
-        index, start, stop = piece
-        if stop is None:
-            yield (
-                piece,
-                [
-                    row.flat(index, dtype) if view is None else view[index]
-                    for row, view in zip(rows, views, strict=True)
-                ],
-            )
+def _overwrite(
+    plan: list[_Sum],
+    chain: list[tuple[float, dict[int, float]]],
+    rows: Sequence[Row | None],
+    block: list[Piece],
+    dtype: torch.dtype,
+) -> None:
+    values: dict[int, list[Tensor]] = {}
+    for index in {index for _, others in chain for index in others}:
+        row = rows[index]
+        assert row is not None
+        if row.at is None and row.offset is not None:
+            values[index] = [target(row.offset, piece) for piece in block]
         else:
-            yield (
-                piece,
-                [
-                    row.flat(index, dtype, start, stop) if view is None else view[index][start:stop]
-                    for row, view in zip(rows, views, strict=True)
-                ],
-            )
+            values[index] = _parts(plan[0].write, block, pack(row, block, dtype))
+    for each, (factor, others) in zip(plan, chain, strict=True):
+        targets = _targets(each.write, block)
+        if factor != 1.0:
+            torch._foreach_mul_(targets, factor)
+        for index, coefficient in others.items():
+            torch._foreach_add_(targets, values[index], alpha=coefficient)
 
 
-def _views(row: Row, dtype: torch.dtype) -> list[Tensor] | None:
-    """The tensors of a plain row as 1-D views, or None where there are no such views."""
-    if row.at is not None or row.offset is None:
-        return None
-    if not all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in row.offset):
-        return None
-    return [tensor.view(-1) for tensor in row.offset]
+def _sum(each: _Sum, block: list[Piece], values: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
+    """The write's result over the block, in new memory."""
+    terms = list(each.terms.items())
+    if each.write.accumulate:
+        result = pack_list(each.write.into, block, dtype).clone()
+    elif terms:
+        index, coefficient = terms.pop(0)
+        result = values[index] * coefficient
+    else:
+        return pack_list(each.write.into, block, dtype).new_zeros(()).expand(sum(_lengths(each.write.into, block)))
+    for index, coefficient in terms:
+        result.add_(values[index], alpha=coefficient)
+    return result
+
+
+def _targets(write: Write, block: list[Piece]) -> list[Tensor]:
+    return [target(write.into, piece) for piece in block]
+
+
+def _parts(write: Write, block: list[Piece], values: Tensor) -> list[Tensor]:
+    """The values of a block, cut into the shapes of the write's targets."""
+    parts = torch.split(values, _lengths(write.into, block))
+    return [part.view(t.shape) for part, t in zip(parts, _targets(write, block), strict=True)]
+
+
+def _lengths(tensors: Sequence[Tensor], block: list[Piece]) -> list[int]:
+    return [tensors[p.tensor].numel() if p.stop is None else p.stop - p.start for p in block]
+
+
+def _products(values: list[Tensor], pairs: list[tuple[int, int]]) -> list[float]:
+    return [torch.dot(values[a], values[b]).item() for a, b in pairs]
 
 
 def _coefficients(write: Write, rows: Sequence[Row | None]) -> dict[int, float]:
-    """The coefficients that are not 0, of rows that are there."""
     found = enumerate(write.coefficients.tolist())
     return {index: c for index, c in found if c != 0.0 and rows[index] is not None}
 
@@ -165,12 +183,3 @@ def _row_of(write: Write, rows: Sequence[Row | None]) -> int | None:
         if row is not None and row.at is None and row.offset is write.into:
             return index
     return None
-
-
-def _trivial(write: Write, coefficients: dict[int, float], rows: Sequence[Row | None]) -> bool:
-    return not coefficients if write.accumulate else coefficients == {_row_of(write, rows): 1.0}
-
-
-def _slice(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    tensor = tensors[piece.tensor].detach()
-    return tensor if piece.stop is None else tensor.view(-1)[piece.start : piece.stop]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradguide.ops.pieces import Piece, pieces
+from gradguide.ops.pack import pack, pack_list
+from gradguide.ops.pieces import Piece, blocks, target
 from gradguide.ops.row import Row, Write, compute_dtype
 
 __all__ = ["combine_", "gram"]
@@ -16,12 +17,13 @@ BLOCK = 1 << 22
 """Elements per block and row: 16 MiB in float32, which bounds the working memory whatever the model's size."""
 
 
+@torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
     """Gram matrix of the rows [R, R]: products of rows scaled to at most 1, sums in float64 where the device has it."""
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
-    for block in _blocks(rows):
+    for block in blocks(rows, BLOCK):
         values = _pack(rows, block)
         largest = values.abs().amax(dim=1).to(wide)
         # Scaled by its own largest element, no row's products overflow or vanish. A row of zeros stays one; one that
@@ -35,6 +37,7 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     """Write linear combinations of the rows, all of them computed from the rows as they were before.
 
@@ -43,7 +46,7 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     coefficients = [
         write.coefficients.to(torch.float64 if _device(rows).type != "mps" else torch.float32) for write in writes
     ]
-    for block in _blocks(rows, writes):
+    for block in blocks(rows, BLOCK, writes):
         values = _pack(rows, block)
         results = []
         for write, c in zip(writes, coefficients, strict=True):
@@ -51,46 +54,22 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
             column = c.clamp(-bound, bound).to(values.dtype).unsqueeze(1)
             result = torch.where(column == 0, 0.0, values * column).sum(dim=0)
             if write.accumulate:
-                result += torch.cat([_target(write.into, piece).reshape(-1).to(values.dtype) for piece in block])
+                result += pack_list(write.into, block, values.dtype)
             results.append(result)
         for write, result in zip(writes, results, strict=True):
-            targets = [_target(write.into, piece) for piece in block]
+            targets = [target(write.into, piece) for piece in block]
             parts = torch.split(result, [target.numel() for target in targets])
             torch._foreach_copy_(
                 targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)]
             )
 
 
-def _blocks(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[list[Piece]]:
-    """Pieces gathered into blocks of about BLOCK elements."""
-    tensors = next(row for row in rows if row is not None).tensors
-    block: list[Piece] = []
-    filled = 0
-    for piece in pieces(rows, BLOCK, writes):
-        length = tensors[piece.tensor].numel() if piece.stop is None else piece.stop - piece.start
-        if block and filled + length > BLOCK:
-            yield block
-            block, filled = [], 0
-        block.append(piece)
-        filled += length
-    if block:
-        yield block
-
-
 def _pack(rows: Sequence[Row | None], block: list[Piece]) -> Tensor:
     """The rows' elements in the block, as one tensor [R, elements]."""
     dtype = compute_dtype(rows)
-    packed = [
-        None if row is None else torch.cat([row.flat(piece.tensor, dtype, piece.start, piece.stop) for piece in block])
-        for row in rows
-    ]
+    packed = [None if row is None else pack(row, block, dtype) for row in rows]
     example = next(row for row in packed if row is not None)
     return torch.stack([torch.zeros_like(example) if row is None else row for row in packed])
-
-
-def _target(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    target = tensors[piece.tensor].detach()
-    return target if piece.stop is None else target.view(-1)[piece.start : piece.stop]
 
 
 def _device(rows: Sequence[Row | None]) -> torch.device:

@@ -1,44 +1,62 @@
-"""Cutting a bucket's tensors into pieces of bounded size, so that a pass over them needs bounded memory."""
+"""Cutting a bucket's tensors into blocks of bounded size, so that a pass over them needs bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
 from gradguide.ops.row import Row, Write
 
-__all__ = ["Piece", "pieces"]
+__all__ = ["Piece", "blocks", "flat", "target"]
 
 
 class Piece(NamedTuple):
-    """Elements ``start:stop`` of the bucket's tensor ``tensor``, in flat order; ``stop`` is None for a whole tensor."""
+    """Elements ``start:stop`` of the bucket's tensor ``tensor``, in flat order; ``stop`` is None for all of it."""
 
     tensor: int
     start: int
     stop: int | None
 
 
-def pieces(rows: Sequence[Row | None], size: int, writes: Sequence[Write] = ()) -> Iterator[Piece]:
-    """The pieces of at most ``size`` elements, in order; a tensor with a part that is not contiguous stays whole.
+def blocks(rows: Sequence[Row | None], size: int, writes: Sequence[Write] = ()) -> Iterator[list[Piece]]:
+    """Pieces gathered into blocks of at most ``size`` elements, in order.
 
-    Empty tensors give none.
+    Large tensors are cut; one with a part that is not contiguous stays whole, whatever its size. Empty tensors give
+    no piece.
     """
-    lists: list[Sequence[Tensor]] = [
-        part
-        for row in rows
-        if row is not None
-        for part in (row.offset, row.scale, row.at, row.anchor)
-        if part is not None
-    ]
+    lists: list[Sequence[Tensor]] = [part for row in rows if row is not None for part in row.parts]
     lists.extend(write.into for write in writes)
+    block: list[Piece] = []
+    filled = 0
     for index, tensor in enumerate(lists[0]):
         length = tensor.numel()
         if length == 0:
             continue
         if length <= size or not all(part[index].is_contiguous() for part in lists):
-            yield Piece(index, 0, None)
+            found = [(Piece(index, 0, None), length)]
         else:
-            for start in range(0, length, size):
-                yield Piece(index, start, min(start + size, length))
+            cuts = [*range(0, length, size), length]
+            found = [(Piece(index, a, b), b - a) for a, b in pairwise(cuts)]
+        for piece, count in found:
+            if block and filled + count > size:
+                yield block
+                block, filled = [], 0
+            block.append(piece)
+            filled += count
+    if block:
+        yield block
+
+
+def flat(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
+    """The elements of a piece, 1-D, for reading only: a view if the tensor is contiguous, else a copy."""
+    tensor = tensors[piece.tensor].reshape(-1)
+    return tensor if piece.stop is None else tensor[piece.start : piece.stop]
+
+
+def target(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
+    """The elements of a piece, for writing: 1-D, or the whole tensor in its own shape."""
+    tensor = tensors[piece.tensor]
+    return tensor if piece.stop is None else tensor.view(-1)[piece.start : piece.stop]

@@ -12,6 +12,7 @@ from gradguide.ops.row import Row, Write
 __all__ = ["combine_", "gram"]
 
 
+@torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
     """Gram matrix of the rows over one bucket, summed in float64.
 
@@ -27,11 +28,12 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
         for a, first in enumerate(rows):
             for b, second in enumerate(rows):
                 if first is not None and second is not None:
-                    product = first.flat(index, torch.float64) * second.flat(index, torch.float64)
+                    product = first.value(index, torch.float64) * second.value(index, torch.float64)
                     result[a, b] += product.sum()
     return result
 
 
+@torch.no_grad()
 def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     """Write linear combinations of the rows, all of them computed from the rows as they were before.
 
@@ -46,7 +48,7 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
             total = target.detach().reshape(-1).to(torch.float64) * (1.0 if write.accumulate else 0.0)
             for coefficient, row in zip(write.coefficients.tolist(), rows, strict=True):
                 if row is not None and coefficient != 0.0:
-                    total = total + coefficient * row.flat(index, torch.float64)
+                    total = total + coefficient * row.value(index, torch.float64)
             tensors.append(total.view(target.shape))
         results.append(tensors)
     for write, tensors in zip(writes, results, strict=True):

@@ -42,23 +42,24 @@ class Row:
         assert parts is not None
         return parts
 
-    def flat(self, index: int, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``start:stop`` of tensor ``index``, as a 1-D tensor of ``dtype``.
+    @property
+    def parts(self) -> list[Sequence[Tensor]]:
+        """The lists that are there."""
+        return [part for part in (self.offset, self.scale, self.at, self.anchor) if part is not None]
 
-        It is a view of the row's own memory where the row is plain, contiguous and of that dtype, so it is to be read
-        only.
-        """
-        offset = None if self.offset is None else _flat(self.offset[index], dtype, start, stop)
-        if self.at is None:
-            assert offset is not None
-            return offset
-        assert self.anchor is not None
-        value = _flat(self.at[index], dtype, start, stop) - _flat(self.anchor[index], dtype, start, stop)
+    def value(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The vector's entries for tensor ``index``, as a new 1-D tensor of ``dtype``."""
+
+        def flat(part: Sequence[Tensor]) -> Tensor:
+            return part[index].detach().reshape(-1).to(dtype)
+
+        if self.at is None or self.anchor is None:
+            assert self.offset is not None
+            return flat(self.offset).clone()
+        result = flat(self.at) - flat(self.anchor)
         if self.scale is not None:
-            value.mul_(_flat(self.scale[index], dtype, start, stop))
-        if offset is not None:
-            value.add_(offset)
-        return value
+            result *= flat(self.scale)
+        return result if self.offset is None else result + flat(self.offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +83,3 @@ def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:
         if row is not None:
             return torch.float64 if row.tensors[0].dtype == torch.float64 else torch.float32
     raise ValueError("a bucket has at least one row")
-
-
-def _flat(tensor: Tensor, dtype: torch.dtype, start: int, stop: int | None) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    if stop is not None:
-        flat = flat[start:stop]
-    return flat.to(dtype)

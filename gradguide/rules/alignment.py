@@ -35,7 +35,9 @@ class Alignment:
         on (str): "update" or "gradient": what the hard part acts on. "update" keeps one copy of the parameters during
             the step.
         weight (float): weight of the soft part, at least 0: how much the source's mean loss counts beside the loss
-            that is trained. 0 is the pure projection.
+            that is trained. 0 is the pure projection. A source that was captured away from its optimum goes on being
+            trained by its stale gradient, so a large weight is for ``SourceGradient.anchored()``, where values from
+            100 to 1000 did well.
         project (bool): whether the hard part acts.
 
     Raises:
@@ -44,7 +46,7 @@ class Alignment:
 
     source: Source | Sequence[Source]
     on: str = field(default="update", kw_only=True)
-    weight: float = field(default=1000.0, kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
     project: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.sources import file
 from gradguide.sources.capture import Batch, Loss, measure
@@ -56,6 +57,10 @@ class SourceGradient:
         for label, table in self._tables.items():
             if {name: tensor.shape for name, tensor in table.items()} != self.shapes():
                 raise ValueError(f"{label} must have the names and shapes of the other tables")
+        # Laid out one after the other, so that a pass over the rows needs no gathering.
+        for table in self._tables.values():
+            for (name, tensor), place in zip(list(table.items()), lay_out(list(table.values())), strict=True):
+                table[name] = place.copy_(tensor.detach())
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
@@ -112,7 +117,7 @@ class SourceGradient:
         return {name: tensor.shape for name, tensor in self._first.items()}
 
     def anchored(self) -> SourceGradient:
-        """The same source taken to be at its optimum where it was captured: s0 left out, tensors shared.
+        """The same source taken to be at its optimum where it was captured: s0 left out.
 
         What training left of the source gradient is a reason neither to move nor to stop; at a large weight its stale
         direction outweighs everything else. This is the form for a large ``weight``, and it keeps a row less.
