@@ -9,29 +9,15 @@ from torch.optim import Optimizer
 
 from gradguide.optimizer import GradGuide
 
-__all__ = ["Guided", "guided", "unwrap"]
+__all__ = ["guided", "unwrap"]
 
 
-class Guided:
-    """Stands where an optimizer class is expected: ``Guided(AdamW, options)(params, lr=...)`` is a GradGuide."""
-
-    def __init__(self, base: Callable[..., Optimizer], options: dict[str, Any]) -> None:
-        self.base = base
-        self.options = options
-        self.__name__ = f"guided_{getattr(base, '__name__', type(base).__name__)}"
-        self.__doc__ = getattr(base, "__doc__", None)
-
-    def __call__(self, params: Any, **base_options: Any) -> GradGuide:
-        """Build the base with ``params`` and ``base_options``, and wrap it."""
-        return GradGuide(self.base(params, **base_options), **self.options)
-
-    def __repr__(self) -> str:
-        return f"guided({self.base!r})"
-
-
-def guided(base: Callable[..., Optimizer], **guide_options: Any) -> Guided:
-    """A callable ``(params, **base_options)`` for places that want an optimizer class, as HF Trainer's
+def guided(base: Callable[..., Optimizer], **guide_options: Any) -> type[GradGuide]:
+    """A class ``(params, **base_options)`` for places that want an optimizer class, as HF Trainer's
     ``optimizer_cls_and_kwargs=(guided(AdamW, direction=Direction()), {"lr": 1e-3})``.
+
+    It is a subclass of GradGuide, because such places check for an optimizer class; what it makes is a plain GradGuide,
+    which can be copied and pickled.
 
     Args:
         base: an optimizer class, or what makes one.
@@ -44,7 +30,13 @@ def guided(base: Callable[..., Optimizer], **guide_options: Any) -> Guided:
         raise TypeError(
             f"guided() takes an optimizer class, found {type(base).__name__}; wrap an instance with GradGuide(...)"
         )
-    return Guided(base, guide_options)
+    name = f"Guided{getattr(base, '__name__', type(base).__name__)}"
+
+    def make(cls: type, params: Any, **base_options: Any) -> GradGuide:
+        return GradGuide(base(params, **base_options), **guide_options)
+
+    # What is made is no instance of the new class, so Python does not call __init__ on it a second time.
+    return type(name, (GradGuide,), {"__new__": make, "__doc__": f"GradGuide around {base!r}."})
 
 
 def unwrap(optimizer: object) -> GradGuide | None:

@@ -89,6 +89,7 @@ class Guidance:
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Scope label of every parameter of the base."""
+        self.follow(base)
         label = labeller(self.scope, self.names)
         return {
             parameter: label(parameter, index, place)
@@ -99,7 +100,7 @@ class Guidance:
     @torch.no_grad()
     def measure(self, base: Optimizer) -> Measured | None:
         """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
-        self._rename(base)
+        self.follow(base)
         known = self.names if self.alignment is not None else {}
         buckets = gather(base.param_groups, labeller(self.scope, self.names), known)
         if not buckets:
@@ -128,8 +129,8 @@ class Guidance:
             strength = self.direction.damping * directing.evidence(length, average)
             guided = directing.damp(span, guided, direction, strength)
         if self.alignment is not None:
-            if self.alignment.weight > 0:
-                guided = aligning.pull(guided, received, SOURCES, self.alignment.weight)
+            if any(self.alignment.weights):
+                guided = aligning.pull(guided, received, SOURCES, self.alignment.weights)
             if self.alignment.project and self.alignment.on == "gradient":
                 guided = aligning.project(span, guided, SOURCES)
 
@@ -203,7 +204,7 @@ class Guidance:
         if measured.record is not None:
             measured.record.update_norm = span.norm(wanted)
 
-    def _rename(self, base: Optimizer) -> None:
+    def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
         if not self.names:
             return

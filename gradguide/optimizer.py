@@ -112,6 +112,7 @@ class GradGuide(Optimizer):
         self.base = base
         self._nonfinite = nonfinite
         self._guidance = Guidance(direction, alignment, magnitude, scope, known, backend)
+        self._guidance.follow(base)
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._last: Record | None = None
         self._history: History | None = None
@@ -204,6 +205,7 @@ class GradGuide(Optimizer):
             check_match(guidance.alignment.sources, [*self.param_groups, {"params": bare}], known)
         self.base.add_param_group(param_group)
         guidance.names = known
+        guidance.follow(self.base)
 
     def metrics(self) -> dict[str, float]:
         """What the last step measured, read from the device at once; NaN where nothing was measured, or

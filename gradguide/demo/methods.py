@@ -12,9 +12,6 @@ from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["Method", "default_methods", "trainable"]
 
-SOURCE_WEIGHT = 1000.0
-"""Pull of the source adapter, in units of its mean loss."""
-
 # Makes an optimizer over the model's trainable parameters (the adapter's and the target head's), for one run.
 Method = Callable[[nn.Module, SourceGradient], Optimizer]
 
@@ -31,7 +28,7 @@ def default_methods(lr: float) -> dict[str, Method]:
         return AdamW(trainable(model), lr=lr)
 
     def guided(model: nn.Module, source: SourceGradient) -> Optimizer:
-        alignment = Alignment(source.anchored(), weight=SOURCE_WEIGHT)
+        alignment = Alignment(source.anchored())
         return GradGuide(plain(model, source), alignment=alignment, names=lora_parameters(model))
 
     return {"AdamW": plain, "GradGuide": guided}

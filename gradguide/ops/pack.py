@@ -12,6 +12,9 @@ from gradguide.ops.row import Row
 
 __all__ = ["adjacent", "lay_out", "pack", "pack_list"]
 
+ALIGNMENT = 64
+"""Bytes; what torch's allocator gives, and the widest vector of a CPU."""
+
 
 def pack(row: Row, block: list[Piece], dtype: torch.dtype, work: Tensor | None = None) -> Tensor:
     """The row's elements in the block, 1-D and of ``dtype``; for reading only, since it may be the row's own memory.
@@ -36,11 +39,13 @@ def pack(row: Row, block: list[Piece], dtype: torch.dtype, work: Tensor | None =
 def pack_list(tensors: Sequence[Tensor], block: list[Piece], dtype: torch.dtype, work: Tensor | None = None) -> Tensor:
     """A list's elements in the block, 1-D and of ``dtype``; for reading only."""
     whole = adjacent(tensors, block, dtype)
-    if whole is not None:
+    # A sum of products is taken in another order, and rounds otherwise, where its memory begins elsewhere; so that a
+    # resumed run repeats every bit, all of them begin on a boundary.
+    if whole is not None and whole.data_ptr() % ALIGNMENT == 0:
         return whole
     parts = [flat(tensors, piece) for piece in block]
     if work is None:
-        return parts[0].to(dtype) if len(parts) == 1 else torch.cat(parts).to(dtype)
+        return torch.cat(parts).to(dtype)
     return torch.cat(parts, out=work[: sum(part.numel() for part in parts)])
 
 

@@ -34,10 +34,10 @@ class Alignment:
         source: one source or several (at most 16), for instance a :class:`gradguide.SourceGradient`.
         on (str): "update" or "gradient": what the hard part acts on. "update" keeps one copy of the parameters during
             the step.
-        weight (float): weight of the soft part, at least 0: how much the source's mean loss counts beside the loss
-            that is trained. 0 is the pure projection. A source that was captured away from its optimum goes on being
-            trained by its stale gradient, so a large weight is for ``SourceGradient.anchored()``, where values from
-            100 to 1000 did well.
+        weight (float | None): weight of the soft part, at least 0: how much the source's mean loss counts beside the
+            loss that is trained. 0 is the pure projection. None leaves it to each source: 1000 for one that is
+            anchored, 0 for any other, because what training left of a source gradient grows stale at once, and
+            following it did harm at any weight tried.
         project (bool): whether the hard part acts.
 
     Raises:
@@ -46,7 +46,7 @@ class Alignment:
 
     source: Source | Sequence[Source]
     on: str = field(default="update", kw_only=True)
-    weight: float = field(default=1.0, kw_only=True)
+    weight: float | None = field(default=None, kw_only=True)
     project: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,8 @@ class Alignment:
             if not isinstance(source, Source):
                 raise TypeError(f"source must be a SourceGradient or the like, found {type(source).__name__}")
         check_choice("on", self.on, ("update", "gradient"))
-        check_range("weight", self.weight, 0, float("inf"), open_high=True)
+        if self.weight is not None:
+            check_range("weight", self.weight, 0, float("inf"), open_high=True)
         check_flag("project", self.project)
 
     @property
@@ -68,21 +69,27 @@ class Alignment:
             return tuple(self.source)
         return (self.source,)
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each source in effect."""
+        return tuple(source.weight if self.weight is None else float(self.weight) for source in self.sources)
 
-def pull(gradient: Tensor, length: Tensor, first: int, weight: float) -> Tensor:
-    """Add ``weight`` times every source row to the gradient, where there is a gradient.
+
+def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float]) -> Tensor:
+    """Add each source row, times its weight, to the gradient, where there is a gradient.
 
     Args:
         gradient (Tensor): coordinates [S, R].
         length (Tensor): shape [S], the norm of the gradient as received.
         first (int): index of the first source row; the sources are the last R - first rows.
-        weight (float): at least 0.
+        weights: one per source, at least 0.
 
     Returns:
         Coordinates [S, R].
     """
     pulled = gradient.clone()
-    pulled[:, first:] += torch.where(length > 0, weight, 0.0).unsqueeze(1)
+    for index, weight in enumerate(weights, first):
+        pulled[:, index] += torch.where(length > 0, weight, 0.0)
     return pulled
 
 

@@ -17,6 +17,11 @@ __all__ = ["Source"]
 class Source(Protocol):
     """A source-task gradient over named parameters."""
 
+    @property
+    def weight(self) -> float:
+        """Weight of its pull where none is asked for."""
+        ...
+
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each parameter that the source speaks of, by name."""
         ...

@@ -16,6 +16,7 @@ from gradguide.sources.capture import Batch, Loss, measure
 
 __all__ = ["SourceGradient"]
 
+ANCHORED_WEIGHT = 1000.0
 _TABLES = ({"gradient"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
 
 
@@ -107,6 +108,11 @@ class SourceGradient:
     def curvature(self) -> bool:
         """Whether the answer moves with the parameters."""
         return "fisher" in self._tables
+
+    @property
+    def weight(self) -> float:
+        """Weight of its pull where none is asked for: see :class:`gradguide.Alignment`."""
+        return 0.0 if "gradient" in self._tables else ANCHORED_WEIGHT
 
     def names(self) -> list[str]:
         """Names of the parameters that the source speaks of, in the model's order."""

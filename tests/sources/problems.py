@@ -51,7 +51,7 @@ def answer(source: SourceGradient, at: Table | None = None) -> Table:
     names = source.names()
     points = [torch.zeros(source.shapes()[n], dtype=torch.float64) if at is None else at[n].detach() for n in names]
     row = source.row(names, points)
-    return {n: row.flat(i, torch.float64).reshape(points[i].shape).clone() for i, n in enumerate(names)}
+    return {n: row.value(i, torch.float64).reshape(points[i].shape).clone() for i, n in enumerate(names)}
 
 
 def fisher(source: SourceGradient, model: nn.Module) -> Table:

@@ -25,8 +25,8 @@ def test_is_a_source() -> None:
 def test_fixed_answer_is_the_gradient_wherever_it_is_asked() -> None:
     gradient = {"a": torch.randn(2, 3), "b": torch.randn(4)}
     row = SourceGradient(gradient).row(["b", "a"], [torch.randn(4), torch.randn(2, 3)])
-    assert torch.equal(row.flat(0, torch.float32), gradient["b"])
-    assert torch.equal(row.flat(1, torch.float32), gradient["a"].flatten())
+    assert torch.equal(row.value(0, torch.float32), gradient["b"])
+    assert torch.equal(row.value(1, torch.float32), gradient["a"].flatten())
 
 
 def test_moving_answer_by_hand() -> None:
@@ -37,8 +37,8 @@ def test_moving_answer_by_hand() -> None:
     )
     assert source.curvature
     row = source.row(["b", "a"], [torch.tensor([[0.25]]), torch.tensor([4.0, 7.0])])
-    assert row.flat(0, torch.float64).tolist() == [1.5]
-    assert row.flat(1, torch.float64).tolist() == [7.0, -2.0]
+    assert row.value(0, torch.float64).tolist() == [1.5]
+    assert row.value(1, torch.float64).tolist() == [7.0, -2.0]
 
 
 def test_names_and_shapes_keep_the_order() -> None:
@@ -96,11 +96,11 @@ def test_anchored_leaves_out_what_training_left(tmp_path: Path) -> None:
     s0, fisher, anchor, theta = torch.randn(4, 5, generator=generator)
     source = SourceGradient({"w": s0}, fisher={"w": fisher.abs()}, anchor={"w": anchor}, metadata={"examples": 3})
     pull = source.anchored()
-    assert torch.equal(pull.row(["w"], [theta]).flat(0, torch.float32), fisher.abs() * (theta - anchor))
-    assert torch.equal(pull.row(["w"], [anchor]).flat(0, torch.float32), torch.zeros(5))
+    assert torch.equal(pull.row(["w"], [theta]).value(0, torch.float32), fisher.abs() * (theta - anchor))
+    assert torch.equal(pull.row(["w"], [anchor]).value(0, torch.float32), torch.zeros(5))
     assert pull.names() == ["w"] and pull.shapes() == source.shapes() and pull.metadata == source.metadata
     pull.save(tmp_path / "s.safetensors")
     loaded = SourceGradient.load(tmp_path / "s.safetensors")
-    assert torch.equal(loaded.row(["w"], [theta]).flat(0, torch.float32), fisher.abs() * (theta - anchor))
+    assert torch.equal(loaded.row(["w"], [theta]).value(0, torch.float32), fisher.abs() * (theta - anchor))
     with pytest.raises(ValueError, match="needs a source with curvature"):
         SourceGradient({"w": s0}).anchored()

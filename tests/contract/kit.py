@@ -1,0 +1,165 @@
+"""Small problems, GradGuides of every kind over them, and comparisons of all that an optimizer holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
+
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+
+MakeBase = Callable[..., Optimizer]
+
+KINDS = ("default", "adaptive", "on update", "on gradient", "two sources")
+SCOPES = ("global", "group", "module", "tensor", "mapping")
+
+
+def net(*, bias: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """A classifier of 4 features and 3 classes; its values depend on the seed alone."""
+    model = nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model.to(dtype)
+
+
+def batch(step: int, size: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of a step, the same at every call."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(size, 4, generator=generator)
+    return x.to(dtype), torch.randint(3, (size,), generator=generator)
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(data[0]).float(), data[1])
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: Iterable[int]) -> None:
+    """Steps on the batches of ``steps``, with fresh gradients each."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, batch(step, dtype=dtype)).backward()
+        optimizer.step()
+
+
+def give_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    """Gradients that agree in part, the same at every call with one step, times ``scale``."""
+    common, own = torch.Generator().manual_seed(1999), torch.Generator().manual_seed(2000 + step)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape, generator=common, dtype=torch.float64)
+        gradient += torch.randn(parameter.shape, generator=own, dtype=torch.float64)
+        parameter.grad = (gradient * scale).to(parameter.dtype)
+
+
+def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> SourceGradient:
+    """A source over all parameters of ``model``: random s0 and, if it moves, random F >= 0 and anchors nearby."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    named = dict(model.named_parameters())
+    gradient = {name: randn(p) * 0.1 for name, p in named.items()}
+    if not moving:
+        return SourceGradient(gradient)
+    fisher = {name: randn(p).square() for name, p in named.items()}
+    anchor = {name: p.detach().float() + randn(p) * 0.1 for name, p in named.items()}
+    return SourceGradient(gradient, fisher=fisher, anchor=anchor)
+
+
+def options(kind: str, model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments of GradGuide; every kind but the first two keeps sources."""
+    named: dict[str, Any] = {"names": list(model.named_parameters())}
+    if kind == "default":
+        return named
+    if kind == "adaptive":
+        return named | {"magnitude": Magnitude(adaptive=True)}
+    if kind == "two sources":
+        sources = [source_of(model, seed=7), source_of(model, seed=8, moving=False)]
+        return named | {"alignment": Alignment(sources, on="gradient", weight=0.0)}
+    on = kind.removeprefix("on ")
+    return named | {
+        "direction": Direction(decay=0.8, damping=0.7),
+        "alignment": Alignment(source_of(model), on=on, weight=0.5),
+        "magnitude": Magnitude(max_norm=2.0, adaptive=True),
+    }
+
+
+def scope_of(scope: str, model: nn.Module) -> Any:
+    """The value of GradGuide's ``scope``; "mapping" puts weights and biases apart and leaves the last one out."""
+    if scope != "mapping":
+        return scope
+    pairs = list(model.named_parameters())[:-1]
+    return {p: name.rpartition(".")[2] for name, p in pairs}
+
+
+def guide(model: nn.Module, make: MakeBase, kind: str = "default", scope: str = "global", **extra: Any) -> GradGuide:
+    """A GradGuide over two param groups, so that scopes by group differ from the global one."""
+    parameters = list(model.parameters())
+    base = make([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    return GradGuide(base, **(options(kind, model) | {"scope": scope_of(scope, model)} | extra))
+
+
+def adamw(params: Any, **extra: Any) -> Optimizer:
+    return torch.optim.AdamW(params, lr=extra.pop("lr", 1e-2), **extra)
+
+
+def sgd(params: Any, **extra: Any) -> Optimizer:
+    return torch.optim.SGD(params, lr=extra.pop("lr", 0.1), **extra)
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """A copy of all that a step may change: parameters, gradients, state dict, counts."""
+    held: dict[str, Any] = {
+        "parameters": [p.detach() for p in model.parameters()],
+        "gradients": [p.grad for p in model.parameters()],
+        "state": optimizer.state_dict(),
+    }
+    if isinstance(optimizer, GradGuide):
+        held["counts"] = {key: optimizer.metrics()[key] for key in ("steps", "skipped")}
+    return copy.deepcopy(held)
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def directions_of(optimizer: GradGuide) -> dict[Any, Tensor]:
+    """The running direction, as the state dict shows it, by position of the parameter."""
+    state = optimizer.state_dict()["state"]
+    return {k: entry["gradguide.direction"].clone() for k, entry in state.items() if "gradguide.direction" in entry}
+
+
+def assert_same(found: Any, wanted: Any, where: str = "") -> None:
+    """Equal in structure and in every bit of every tensor (NaN equals NaN)."""
+    if isinstance(wanted, Tensor):
+        assert isinstance(found, Tensor), where
+        assert found.dtype == wanted.dtype, f"{where}: {found.dtype} for {wanted.dtype}"
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
+    elif isinstance(wanted, Mapping):
+        assert isinstance(found, Mapping) and set(found) == set(wanted), f"{where}: {found!r} for {wanted!r}"
+        for key, value in wanted.items():
+            assert_same(found[key], value, f"{where}/{key}")
+    elif isinstance(wanted, (list, tuple)):
+        assert isinstance(found, (list, tuple)) and len(found) == len(wanted), where
+        for index, value in enumerate(wanted):
+            assert_same(found[index], value, f"{where}/{index}")
+    else:
+        same = found == wanted or (found != found and wanted != wanted)
+        assert same, f"{where}: {found!r} for {wanted!r}"
+
+
+def differ(a: Any, b: Any) -> bool:
+    """Whether two snapshots differ anywhere; guards tests of sameness against comparing nothing."""
+    try:
+        assert_same(a, b)
+    except AssertionError:
+        return True
+    return False

@@ -1,0 +1,218 @@
+"""Bad input: the message names what was found, and nothing has changed (rows 15, 21, 23, 25 and the options)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from tests.contract import kit
+
+
+def source() -> SourceGradient:
+    return kit.source_of(kit.net())
+
+
+nan, inf = float("nan"), float("inf")
+
+# Each: what makes the options, the error, and what the message says.
+OPTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    *[(lambda v=v: Direction(decay=v), ValueError, rf"decay.*\[0, 1\).*{v}") for v in (1.0, -0.1, 2, nan, inf)],
+    *[(lambda v=v: Direction(damping=v), ValueError, rf"damping.*\[0, 1\].*{v}") for v in (1.5, -1e-3, nan)],
+    *[(lambda v=v: Magnitude(max_norm=v), ValueError, rf"max_norm.*{v}") for v in (0, -1.0, nan)],
+    *[(lambda v=v: Magnitude(coherence=v), ValueError, rf"coherence.*{v}") for v in (-0.5, inf, nan)],
+    *[(lambda v=v: Alignment(source(), weight=v), ValueError, rf"weight.*{v}") for v in (-1, inf, nan)],
+    (lambda: Direction(decay="0.9"), TypeError, "decay must be a number, found '0.9'"),  # type: ignore[arg-type]
+    (lambda: Direction(damping=True), TypeError, "damping must be a number, found True"),
+    (lambda: Direction(share_momentum=1), TypeError, "share_momentum must be True or False, found 1"),  # type: ignore[arg-type]
+    (lambda: Direction(0.9), TypeError, "positional"),  # type: ignore[call-arg]
+    (lambda: Magnitude(adaptive="yes"), TypeError, "adaptive must be True or False, found 'yes'"),  # type: ignore[arg-type]
+    (lambda: Magnitude(max_norm=[1.0]), TypeError, r"max_norm must be a number, found \[1.0\]"),  # type: ignore[arg-type]
+    (lambda: Alignment(source(), on="loss"), ValueError, "on must be one of 'update', 'gradient', found 'loss'"),
+    (lambda: Alignment(source(), project=None), TypeError, "project must be True or False, found None"),  # type: ignore[arg-type]
+    (lambda: Alignment([]), ValueError, "at least one source"),
+    (lambda: Alignment([source()] * 17), ValueError, "at most 16 sources, found 17"),
+    (lambda: Alignment(torch.ones(3)), TypeError, "SourceGradient.*found Tensor"),  # type: ignore[arg-type]
+    (lambda: Alignment([source(), None]), TypeError, "SourceGradient.*found NoneType"),  # type: ignore[list-item]
+]
+
+
+@pytest.mark.parametrize("case", range(len(OPTIONS)))
+def test_options_out_of_range_echo_name_and_value(case: int) -> None:
+    make, error, message = OPTIONS[case]
+    with pytest.raises(error, match=message):
+        make()
+
+
+WRAPPER: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "scope": ({"scope": "layer"}, ValueError, "scope must be.*found 'layer'"),
+    "scope type": ({"scope": 3}, TypeError, "scope.*found int"),
+    "scope without names": ({"scope": "module"}, ValueError, "scope='module' needs names"),
+    "nonfinite": ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of 'skip', 'raise', .*found 'ignore'"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of .*found 'cuda'"),
+    "direction": ({"direction": 0.9}, TypeError, "direction must be a Direction or None, found 0.9"),
+    "alignment": ({"alignment": "source"}, TypeError, "alignment must be a Alignment or None|an Alignment"),
+    "magnitude": ({"magnitude": Direction()}, TypeError, "magnitude must be a Magnitude or None, found Direction"),
+    "coherence": (
+        {"direction": None, "magnitude": Magnitude(coherence=2.0)},
+        ValueError,
+        r"coherence=2.0.*needs a direction",
+    ),
+    "names": ({"names": ["0.weight"]}, TypeError, "names must pair.*'0.weight'"),
+    "unknown": ({"clip": 1.0}, TypeError, "clip"),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPER)
+def test_wrapper_options_echo_name_and_value(case: str) -> None:
+    extra, error, message = WRAPPER[case]
+    with pytest.raises(error, match=message):
+        GradGuide(kit.sgd(kit.net().parameters()), **extra)
+
+
+def test_names_that_are_not_unique_are_refused() -> None:
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"unique.*'w'"):
+        GradGuide(kit.sgd([a, b]), names=[("w", a), ("w", b)])
+
+
+class Empty(Optimizer):
+    """An optimizer that lost its parameters, as some engines leave it."""
+
+    def __init__(self) -> None:
+        super().__init__([nn.Parameter(torch.ones(1))], {})
+        self.param_groups[0]["params"] = []
+
+
+def frozen() -> Optimizer:
+    return kit.sgd(kit.net().requires_grad_(False).parameters())
+
+
+BASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no parameters": (Empty, ValueError, "no parameters"),
+    "frozen": (frozen, ValueError, "none of the 4 parameters.*requires a gradient"),
+    "LBFGS": (lambda: torch.optim.LBFGS(kit.net().parameters()), TypeError, "LBFGS.*first-order"),
+    "a class": (lambda: torch.optim.SGD, TypeError, "must be a torch.optim.Optimizer, found type"),
+    "a model": (kit.net, TypeError, "found Sequential"),
+    "None": (lambda: None, TypeError, "found NoneType"),
+    "GradGuide": (lambda: GradGuide(kit.sgd(kit.net().parameters())), TypeError, "GradGuide already"),
+    "scheduler": (
+        lambda: torch.optim.lr_scheduler.StepLR(kit.sgd(kit.net().parameters()), 1),
+        TypeError,
+        "found StepLR",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_bases_that_cannot_be_guided(case: str) -> None:
+    make, error, message = BASES[case]
+    with pytest.raises(error, match=message):
+        GradGuide(make())
+
+
+@pytest.mark.parametrize("name", ["OptimizerInBackwardWrapper", "LOMO", "AdaLomo", "CPUOffloadOptimizer"])
+def test_i25_optimizers_that_run_in_backward_are_refused_with_the_reason(name: str) -> None:
+    eater = type(name, (torch.optim.SGD,), {})
+    with pytest.raises(TypeError, match=f"{name}.*backward.*no gradient is left"):
+        GradGuide(eater(kit.net().parameters(), lr=0.1))
+
+
+def test_source_without_names_is_refused() -> None:
+    model = kit.net()
+    with pytest.raises(ValueError, match=r"names=model\.named_parameters\(\)"):
+        GradGuide(kit.sgd(model.parameters()), alignment=Alignment(kit.source_of(model)))
+    GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(kit.source_of(model)))
+
+
+def test_source_mismatch_lists_missing_unexpected_and_other_shape() -> None:
+    model = kit.net()
+    found = {"0.weight": torch.ones(6, 4), "0.bias": torch.ones(7), "2.weight": torch.ones(3, 6), "head": torch.ones(1)}
+    with pytest.raises(ValueError) as caught:
+        GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(SourceGradient(found)))
+    message = str(caught.value)
+    assert "1 missing from the source (2.bias)" in message
+    assert "1 unexpected in the source (head)" in message
+    assert "1 of another shape (0.bias (7,) for (6,))" in message
+    assert "0.weight" not in message
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3, sparse=True)
+        self.head = nn.Linear(3, 2)
+
+
+def spoil_sparse(model: Sparse) -> None:
+    model.head(model.table(torch.tensor([1, 2]))).square().sum().backward()
+
+
+def test_sparse_gradient_is_refused_at_the_step_and_nothing_changes() -> None:
+    model = Sparse()
+    optimizer = GradGuide(kit.adamw(model.named_parameters()))
+    kit.give_gradients(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    spoil_sparse(model)
+    before = kit.parameters_of(model), copy.deepcopy(optimizer.state_dict()), optimizer.metrics()
+    head = [p.grad.clone() for p in model.head.parameters() if p.grad is not None]
+    with pytest.raises(ValueError, match=r"sparse.*sparse=False"):
+        optimizer.step()
+    kit.assert_same((kit.parameters_of(model), optimizer.state_dict(), optimizer.metrics()), before)
+    kit.assert_same([p.grad for p in model.head.parameters()], head)
+
+
+def test_complex_gradient_is_refused_at_the_step_and_nothing_changes() -> None:
+    pair = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3, dtype=torch.complex64))])
+    optimizer = GradGuide(kit.adamw(pair.named_parameters()))
+    for parameter in pair:
+        parameter.grad = torch.ones_like(parameter)
+    before = kit.snapshot(pair, optimizer)
+    with pytest.raises(ValueError, match=r"complex \(torch.complex64\)"):
+        optimizer.step()
+    kit.assert_same(kit.snapshot(pair, optimizer), before)
+
+
+@pytest.mark.parametrize("kind", kit.KINDS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_step_without_any_gradient_says_so_and_changes_nothing(kind: str, steps: int) -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind)
+    kit.train(model, optimizer, range(steps))
+    optimizer.zero_grad()
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"no parameter has a gradient: call loss\.backward\(\)"):
+        optimizer.step()
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+
+
+def test_bad_group_is_refused_and_changes_nothing() -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, "on update")
+    kit.train(model, optimizer, range(2))
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [next(model.parameters())]})
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": ["a string"]})
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    kit.train(model, optimizer, range(2, 4))
+    assert optimizer.metrics()["steps"] == 4
+
+
+def test_added_group_that_the_source_does_not_know_is_refused_by_name() -> None:
+    model = kit.net()
+    optimizer = GradGuide(kit.adamw(model.named_parameters()), alignment=Alignment(kit.source_of(model)))
+    kit.train(model, optimizer, range(2))
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"missing from the source \(late\)"):
+        optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2)))]})
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    assert len(optimizer.param_groups) == 1

@@ -1,0 +1,205 @@
+"""Save, load, continue (rows 3, 4, 14, 21)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradguide import Direction, GradGuide, Magnitude
+from tests.contract import kit
+
+
+def through_file(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it comes back from a file that refuses to unpickle objects."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield key
+            yield from leaves(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from leaves(entry)
+    else:
+        yield value
+
+
+@pytest.mark.parametrize("scope", kit.SCOPES)
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i03_save_load_continue_equals_uninterrupted_bitwise(kind: str, scope: str) -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind, scope)
+    kit.train(model, optimizer, range(4))
+    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    resumed_model = kit.net(seed=1)
+    resumed_model.load_state_dict(saved["model"])
+    resumed = kit.guide(resumed_model, kit.adamw, kind, scope)
+    # The source is not part of the state: it is built anew, from the model as it was when it was captured.
+    if kind not in ("default", "adaptive"):
+        names = list(resumed_model.named_parameters())
+        resumed = kit.guide(resumed_model, kit.adamw, kind, scope, **(kit.options(kind, kit.net()) | {"names": names}))
+    resumed.load_state_dict(saved["optimizer"])
+    for held in (optimizer, resumed):
+        assert held.metrics()["steps"] == 4
+    kit.assert_same(resumed.state_dict(), optimizer.state_dict())
+
+    kit.train(model, optimizer, range(4, 9))
+    kit.train(resumed_model, resumed, range(4, 9))
+    kit.assert_same(kit.snapshot(resumed_model, resumed), kit.snapshot(model, optimizer))
+    kit.assert_same(resumed.metrics(), optimizer.metrics())
+
+
+def test_i03_a_lost_direction_would_show() -> None:
+    """The test above can fail: without what GradGuide keeps, the run goes elsewhere."""
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(4))
+    twin = kit.net()
+    twin.load_state_dict(model.state_dict())
+    other = kit.guide(twin, kit.adamw)
+    with pytest.warns(UserWarning):
+        other.load_state_dict(optimizer.base.state_dict())
+    kit.train(model, optimizer, range(4, 6))
+    kit.train(twin, other, range(4, 6))
+    assert kit.differ(kit.parameters_of(twin), kit.parameters_of(model))
+
+
+def test_i03_skipped_steps_are_counted_on_across_a_load() -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(2))
+    kit.give_gradients(model, 0, scale=float("nan"))
+    optimizer.step()
+    resumed = kit.guide(kit.net(), kit.adamw)
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    assert {k: resumed.metrics()[k] for k in ("steps", "skipped")} == {"steps": 2, "skipped": 1}
+
+
+def test_i03_loaded_direction_and_counters_are_not_shared_with_the_state() -> None:
+    """Torch shares the base's own tensors with the dict that it loads; ours are copied."""
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    ours = {(i, k): v for i, entry in saved["state"].items() for k, v in entry.items() if k.startswith("gradguide.")}
+    kept = copy.deepcopy(ours)
+    twin = kit.net()
+    other = kit.guide(twin, kit.adamw)
+    other.load_state_dict(saved)
+    kit.train(twin, other, range(3))
+    assert len(kept) == 8
+    kit.assert_same(ours, kept)
+
+
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i21_state_is_tensors_and_primitives(kind: str) -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind, "module")
+    kit.train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    odd = [leaf for leaf in leaves(state) if not isinstance(leaf, (Tensor, int, float, str, bool, type(None)))]
+    assert odd == []
+    assert all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves(state) if isinstance(leaf, Tensor))
+    assert set(state) == {"state", "param_groups"}
+    kit.assert_same(through_file(state), state)
+
+
+def test_i21_before_the_first_step_the_state_is_the_bases() -> None:
+    model, twin = kit.net(), kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.assert_same(optimizer.state_dict(), optimizer.base.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kit.guide(twin, kit.adamw).load_state_dict(optimizer.state_dict())
+
+
+def plain_state() -> dict[str, Any]:
+    """The state of a bare AdamW after three steps, over the groups that kit.guide makes."""
+    model = kit.net()
+    parameters = list(model.parameters())
+    bare = kit.adamw([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    kit.train(model, bare, range(3))
+    return bare.state_dict()
+
+
+def test_i21_plain_base_checkpoint_loads_with_one_warning_and_starts_direction_anew() -> None:
+    state = plain_state()
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(copy.deepcopy(state))
+    assert len(caught) == 1
+    assert issubclass(caught[0].category, UserWarning)
+    assert "plain base" in str(caught[0].message)
+    assert caught[0].filename == __file__, "the warning must point at the caller's line"
+    kit.assert_same(optimizer.base.state_dict(), state)
+    kit.assert_same(optimizer.state_dict(), state)
+    assert optimizer.metrics()["steps"] == 0
+    fresh = kit.net()
+    fresh.load_state_dict(model.state_dict())
+    other = kit.guide(fresh, kit.adamw)
+    other.base.load_state_dict(state)
+    kit.train(model, optimizer, range(3, 6))
+    kit.train(fresh, other, range(3, 6))
+    kit.assert_same(kit.parameters_of(model), kit.parameters_of(fresh))
+
+
+def test_i21_plain_checkpoint_does_not_warn_where_nothing_is_missed() -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, direction=None, magnitude=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(plain_state())
+
+
+def test_i21_state_of_other_rules_loads() -> None:
+    """Rules may be switched between runs: a direction that is not wanted is dropped, one that is missing is new."""
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(3))
+    state = optimizer.state_dict()
+    without = kit.guide(kit.net(), kit.adamw, direction=None)
+    without.load_state_dict(copy.deepcopy(state))
+    assert kit.directions_of(without) == {}
+    kit.assert_same(without.base.state_dict(), optimizer.base.state_dict())
+    again = kit.guide(kit.net(), kit.adamw, direction=Direction(decay=0.5), magnitude=Magnitude(adaptive=True))
+    again.load_state_dict(without.state_dict())
+    twin = kit.net()
+    other = kit.guide(twin, kit.adamw, direction=Direction(decay=0.5))
+    other.load_state_dict(without.state_dict())
+    kit.train(twin, other, range(2))
+    assert all(p.isfinite().all() for p in twin.parameters())
+    assert other.metrics()["coherence"] <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_i14_direction_of_low_precision_parameters_is_float32_after_loading(dtype: torch.dtype) -> None:
+    model = kit.net(dtype=dtype)
+    optimizer = GradGuide(kit.adamw(model.parameters(), lr=1e-3))
+    for step in range(3):
+        kit.give_gradients(model, step)
+        optimizer.step()
+    before = kit.directions_of(optimizer)
+    assert len(before) == 4
+    assert {d.dtype for d in before.values()} == {torch.float32}
+    twin = kit.net(dtype=dtype)
+    other = GradGuide(kit.adamw(twin.parameters(), lr=1e-3))
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    kit.assert_same(kit.directions_of(other), before)
+    assert any(not torch.equal(d, d.to(dtype).float()) for d in before.values()), "the values fit the lower precision"

@@ -1,0 +1,131 @@
+"""What distributed checkpointing does to an optimizer (rows 6, 7, 14)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from gradguide import GradGuide
+from tests.contract import kit
+
+
+def step_on_zeros(model: torch.nn.Module, optimizer: GradGuide) -> None:
+    """The step with which distributed checkpointing makes an optimizer allocate its state."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad()
+
+
+def own(optimizer: GradGuide) -> dict[str, torch.Tensor]:
+    """Direction and counters of every parameter, zeros where there are none yet."""
+    return {
+        f"{index}/{key}": value.clone()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if key.startswith("gradguide.")
+    }
+
+
+@pytest.mark.parametrize("scope", kit.SCOPES)
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i07_zero_gradient_step_leaves_direction_and_counters(kind: str, scope: str) -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind, scope)
+    kit.train(model, optimizer, range(3))
+    before, counts = own(optimizer), {k: optimizer.metrics()[k] for k in ("steps", "skipped")}
+    assert len(before) == 8
+    parameters = kit.parameters_of(model)
+    step_on_zeros(model, optimizer)
+    kit.assert_same(own(optimizer), before)
+    assert {k: optimizer.metrics()[k] for k in counts} == counts
+    kit.assert_same(kit.parameters_of(model), parameters)
+
+
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i07_zero_gradient_step_allocates_and_counts_nothing(kind: str) -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind)
+    parameters = kit.parameters_of(model)
+    step_on_zeros(model, optimizer)
+    assert len(optimizer.base.state) == 4
+    found = own(optimizer)
+    assert sorted({key.partition("/")[2] for key in found}) == ["gradguide.counters", "gradguide.direction"]
+    assert len(found) == 8
+    for key, value in found.items():
+        assert not (value[1:] if key.endswith("counters") else value).any(), key
+    assert optimizer.metrics()["steps"] == 0
+    assert optimizer.metrics()["skipped"] == 0
+    kit.assert_same(kit.parameters_of(model), parameters)
+
+
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i07_zero_gradient_step_before_training_does_not_change_the_run(kind: str) -> None:
+    """SGD keeps nothing, so a run that starts with the allocating step equals one that does not."""
+    runs = []
+    for allocate in (False, True):
+        model = kit.net()
+        optimizer = kit.guide(model, kit.sgd, kind)
+        if allocate:
+            step_on_zeros(model, optimizer)
+        kit.train(model, optimizer, range(5))
+        runs.append({"parameters": kit.parameters_of(model), "own": own(optimizer)})
+    kit.assert_same(runs[1], runs[0])
+
+
+def saved_by_dcp(model: torch.nn.Module, optimizer: GradGuide) -> dict[str, Any]:
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    return copy.deepcopy(state)
+
+
+@pytest.mark.parametrize("kind", kit.KINDS)
+@pytest.mark.parametrize("base", [kit.adamw, kit.sgd], ids=["AdamW", "SGD"])
+def test_i07_state_goes_through_distributed_checkpoint(base: kit.MakeBase, kind: str) -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, base, kind)
+    kit.train(model, optimizer, range(3))
+    state = saved_by_dcp(model, optimizer)
+    assert set(state["state"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+    twin = kit.net()
+    other = kit.guide(twin, base, kind)
+    twin.load_state_dict(model.state_dict())
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_optimizer_state_dict(twin, other, state)
+    kit.assert_same(own(other), own(optimizer))
+    assert other.metrics()["steps"] == 3
+    kit.train(model, optimizer, range(3, 6))
+    kit.train(twin, other, range(3, 6))
+    kit.assert_same(kit.snapshot(twin, other), kit.snapshot(model, optimizer))
+
+
+def test_i14_direction_stays_float32_through_distributed_checkpoint() -> None:
+    model, twin = kit.net(dtype=torch.bfloat16), kit.net(dtype=torch.bfloat16)
+    optimizer, other = GradGuide(kit.adamw(model.parameters())), GradGuide(kit.adamw(twin.parameters()))
+    kit.train(model, optimizer, range(3))
+    set_optimizer_state_dict(twin, other, saved_by_dcp(model, optimizer))
+    found, wanted = kit.directions_of(other), kit.directions_of(optimizer)
+    assert {d.dtype for d in found.values()} == {torch.float32}
+    assert any(not torch.equal(d, d.bfloat16().float()) for d in wanted.values())
+    kit.assert_same(found, wanted)
+
+
+def test_i07_fresh_state_goes_through_distributed_checkpoint() -> None:
+    model, twin = kit.net(), kit.net()
+    optimizer, other = kit.guide(model, kit.adamw), kit.guide(twin, kit.adamw)
+    set_optimizer_state_dict(twin, other, saved_by_dcp(model, optimizer))
+    assert other.metrics()["steps"] == 0
+    kit.assert_same(kit.parameters_of(twin), kit.parameters_of(kit.net()))
+    kit.assert_same(own(other), own(optimizer))

@@ -1,0 +1,187 @@
+"""Real training loops of Accelerate and Lightning around GradGuide (rows 1, 4, 10, 22, 23)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradguide import GradGuide, unwrap
+from tests.contract import kit
+
+
+def rows(count: int) -> TensorDataset:
+    x, y = kit.batch(0, size=count)
+    return TensorDataset(x, y)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state in singletons."""
+    accelerate = pytest.importorskip("accelerate.state")
+    yield
+    accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i10_accelerate_with_accumulation_equals_large_batches(kind: str) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, plain = kit.net(), kit.net()
+    optimizer, other = kit.guide(model, kit.adamw, kind), kit.guide(plain, kit.adamw, kind)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
+    other_scheduler = torch.optim.lr_scheduler.LinearLR(other, total_iters=4)
+    loader = DataLoader(rows(24), batch_size=2)
+    wrapped, prepared, loader, prepared_scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+
+    assert unwrap(prepared) is optimizer
+    assert prepared.param_groups is optimizer.base.param_groups
+    assert prepared.state is optimizer.base.state
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in loader:
+            with accelerator.accumulate(wrapped):
+                accelerator.backward(kit.loss_of(wrapped, batch))
+                prepared.step()
+                prepared_scheduler.step()
+                prepared.zero_grad()
+    for x, y in DataLoader(rows(24), batch_size=6):
+        other.zero_grad()
+        kit.loss_of(plain, (x, y)).backward()
+        other.step()
+        other_scheduler.step()
+
+    assert optimizer.metrics()["steps"] == other.metrics()["steps"] == 4
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(other.param_groups[0]["lr"])
+    torch.testing.assert_close(kit.directions_of(optimizer), kit.directions_of(other), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(plain), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_i04_accelerate_prepares_a_gradguide_that_has_stepped() -> None:
+    """prepare() sends the state through state_dict and load_state_dict; nothing may be lost on the way."""
+    from accelerate import Accelerator
+
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(3))
+    before = kit.snapshot(model, optimizer)
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    assert unwrap(prepared) is optimizer
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    assert prepared.param_groups is optimizer.base.param_groups
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_i03_accelerate_save_state_and_load_state(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    kit.train(wrapped, prepared, range(3))
+    kept = kit.snapshot(model, optimizer)
+    accelerator.save_state(str(tmp_path / "state"))
+    kit.train(wrapped, prepared, range(3, 5))
+    assert kit.differ(kit.parameters_of(model), kept["parameters"])
+    accelerator.load_state(str(tmp_path / "state"))
+    loaded = kit.snapshot(model, optimizer)
+    del loaded["gradients"], kept["gradients"]
+    kit.assert_same(loaded, kept)
+
+
+def lightning_module(kind: str) -> Any:
+    from lightning.pytorch import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = kit.net()
+            self.found: list[Any] = []
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            self.found.append(unwrap(self.optimizers()))
+            return kit.loss_of(self.net, batch)
+
+        def configure_optimizers(self) -> Any:
+            self.guide = kit.guide(self.net, kit.adamw, kind)
+            return [self.guide], [torch.optim.lr_scheduler.LinearLR(self.guide, total_iters=4)]
+
+    return Module()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, tmp_path: Path) -> None:
+    """Lightning steps with a closure and wraps the optimizer in a class of its own."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch import Trainer
+
+    module = lightning_module("on update")
+    # Its source is built on `net`'s own names; the plain twin has the same ones.
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+    )
+    trainer.fit(module, DataLoader(rows(24), batch_size=6 // accumulate))
+    plain = kit.net()
+    other = kit.guide(plain, kit.adamw, "on update")
+    torch.optim.lr_scheduler.LinearLR(other, total_iters=4)  # Lightning steps it after the epoch only
+    for x, y in DataLoader(rows(24), batch_size=6):
+        other.zero_grad()
+        kit.loss_of(plain, (x, y)).backward()
+        other.step()
+    guide: GradGuide = module.guide
+    assert guide.metrics()["steps"] == 4
+    assert all(found is guide for found in module.found), "unwrap finds GradGuide itself"
+    torch.testing.assert_close(kit.parameters_of(module.net), kit.parameters_of(plain), rtol=1e-3, atol=1e-4)
+    if accumulate == 1:
+        kit.assert_same(kit.parameters_of(module.net), kit.parameters_of(plain))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_i22_accelerate_train_and_eval_are_no_ops_over_gradguide() -> None:
+    """Accelerate asks with hasattr before it forwards; a GradGuide that claimed train() would break here."""
+    optimizer = kit.guide(kit.net(), kit.adamw)
+    from accelerate import Accelerator
+
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    prepared.train()
+    prepared.eval()
+    kit.assert_same(optimizer.state_dict(), before)
+
+
+class Holder(nn.Module):
+    """A module that keeps its optimizer, as trainers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = kit.net()
+        self.optimizer = kit.guide(self.net, kit.adamw)
+
+
+def test_i22_unwrap_finds_what_a_module_holds_and_copies_keep_it() -> None:
+    other = copy.deepcopy(Holder())
+    assert isinstance(other.optimizer, GradGuide)
+    assert unwrap(other) is other.optimizer
+    held = {id(p) for group in other.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in other.net.parameters()}

@@ -1,0 +1,138 @@
+"""NaN and Inf without a scaler (row 19)."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from gradguide import GradGuide
+from tests.contract import kit
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+BACKENDS = ["auto", "foreach"]
+PAIRS = [(BAD[0], "auto"), (BAD[1], "foreach"), (BAD[2], "auto")]
+
+
+def spoil(model: torch.nn.Module, value: float, step: int = 50) -> None:
+    """Good gradients but for one element."""
+    kit.give_gradients(model, step)
+    gradient = list(model.parameters())[2].grad
+    assert gradient is not None
+    gradient[1, 2] = value
+
+
+def trained(kind: str, scope: str = "global", **extra: object) -> tuple[torch.nn.Module, GradGuide]:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind, scope, **extra)
+    kit.train(model, optimizer, range(3))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("value", "scope"), [(value, "global") for value in BAD] + [(BAD[0], scope) for scope in kit.SCOPES[1:]]
+)
+def test_i19_skip_leaves_everything_and_counts(value: float, scope: str, backend: str) -> None:
+    for kind in kit.KINDS if scope == "global" else ("default", "on update"):
+        model, optimizer = trained(kind, scope, backend=backend)
+        twin, other = trained(kind, scope, backend=backend)
+        spoil(model, value)
+        before = kit.snapshot(model, optimizer)
+        optimizer.step()
+        after = kit.snapshot(model, optimizer)
+        assert after.pop("counts") == {"steps": 3, "skipped": 1}
+        del before["counts"]
+        for held in (before, after):
+            for entry in held["state"]["state"].values():
+                entry["gradguide.counters"][2] = 0
+        kit.assert_same(after, before)
+        assert math.isnan(optimizer.metrics()["guided_norm"])
+
+        kit.train(model, optimizer, range(3, 6))
+        kit.train(twin, other, range(3, 6))
+        kit.assert_same(kit.parameters_of(model), kit.parameters_of(twin))
+        assert optimizer.metrics()["skipped"] == 1
+
+
+@pytest.mark.parametrize(("value", "backend"), PAIRS)
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i19_raise_names_the_parameter_and_changes_nothing(kind: str, value: float, backend: str) -> None:
+    model, optimizer = trained(kind, nonfinite="raise", backend=backend)
+    spoil(model, value)
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(FloatingPointError, match=r"2\.weight has NaN or Inf"):
+        optimizer.step()
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    kit.train(model, optimizer, range(3, 5))
+    assert optimizer.metrics()["steps"] == 5
+
+
+@pytest.mark.parametrize(("value", "backend"), PAIRS)
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_i19_propagate_gives_the_base_what_came_and_remembers_nothing(kind: str, value: float, backend: str) -> None:
+    model, optimizer = trained(kind, nonfinite="propagate", backend=backend)
+    own = {k: v for k, v in own_of(optimizer).items() if not k.endswith("counters")}
+    statistics = {k: v[3:] for k, v in own_of(optimizer).items() if k.endswith("counters")}
+    twin = kit.net()
+    twin.load_state_dict(model.state_dict())
+    parameters = list(twin.parameters())
+    bare = kit.adamw([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    bare.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))  # torch shares what it loads
+
+    spoil(model, value)
+    spoil(twin, value)
+    received = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    bare.step()
+    kit.assert_same([p.grad for p in model.parameters()], received)
+    kit.assert_same(kit.parameters_of(model), kit.parameters_of(twin))
+    kit.assert_same(optimizer.base.state_dict(), bare.state_dict())
+    after = own_of(optimizer)
+    kit.assert_same({k: v for k, v in after.items() if not k.endswith("counters")}, own)
+    kit.assert_same({k: v[3:] for k, v in after.items() if k.endswith("counters")}, statistics)
+    assert optimizer.metrics()["skipped"] == 0
+
+
+def own_of(optimizer: GradGuide) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}/{key}": value.clone()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if key.startswith("gradguide.")
+    }
+
+
+def test_i19_huge_but_finite_gradients_are_no_fault() -> None:
+    """Their squares overflow float32; the step is made all the same, clipped."""
+    for backend in BACKENDS:
+        model = kit.net()
+        optimizer = kit.guide(model, kit.sgd, backend=backend, nonfinite="raise")
+        before = kit.parameters_of(model)
+        for step in range(3):
+            kit.give_gradients(model, step, scale=1e30)
+            optimizer.step()
+        assert optimizer.metrics()["steps"] == 3
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert kit.differ(kit.parameters_of(model), before)
+
+
+def test_i19_nothing_is_checked_with_every_rule_off() -> None:
+    model = kit.net()
+    optimizer = kit.guide(model, kit.sgd, direction=None, magnitude=None)
+    spoil(model, float("nan"))
+    optimizer.step()
+    assert list(model.parameters())[2].isnan().sum() == 1
+
+
+def test_i19_skipped_step_returns_the_loss_of_its_closure() -> None:
+    model, optimizer = trained("default")
+
+    def closure() -> float:
+        spoil(model, float("nan"))
+        return 3.5
+
+    assert optimizer.step(closure) == 3.5
+    assert optimizer.metrics()["skipped"] == 1

@@ -1,0 +1,184 @@
+"""GradGuide where an optimizer class is wanted, and found again inside what wraps it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+import gradguide
+from gradguide import Direction, GradGuide, History, Magnitude, guided, unwrap
+
+
+def guide() -> GradGuide:
+    return GradGuide(SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+
+
+class Wrapper:
+    def __init__(self, inner: object, attribute: str = "optimizer") -> None:
+        setattr(self, attribute, inner)
+
+
+class Forwarding(Wrapper):
+    """Answers for whatever it wraps, as some wrappers do."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["optimizer"], name)
+
+
+class Slotted:
+    __slots__ = ("optimizer",)
+
+    def __init__(self, inner: object) -> None:
+        self.optimizer = inner
+
+
+def test_guided_builds_base_and_guide() -> None:
+    direction, magnitude = Direction(decay=0.5), Magnitude(max_norm=3.0)
+    make = guided(AdamW, direction=direction, magnitude=magnitude, nonfinite="raise")
+    model = nn.Linear(2, 1)
+    optimizer = make(model.parameters(), lr=0.25, weight_decay=0.125)
+    assert isinstance(optimizer, GradGuide)
+    assert type(optimizer.base) is AdamW
+    assert optimizer.defaults["lr"] == 0.25
+    assert optimizer.param_groups[0]["weight_decay"] == 0.125
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert str(direction) in repr(optimizer)
+    assert str(magnitude) in repr(optimizer)
+    model.weight.grad = torch.full((1, 2), torch.nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    # Two of them share no state.
+    assert make(nn.Linear(2, 1).parameters(), lr=1.0).base is not optimizer.base
+
+
+def test_guided_steps_as_the_wrapper_does() -> None:
+    models = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [
+        guided(SGD, direction=None, magnitude=Magnitude(max_norm=0.5))(models[0].parameters(), lr=0.1),
+        GradGuide(SGD(models[1].parameters(), lr=0.1), direction=None, magnitude=Magnitude(max_norm=0.5)),
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_guided_looks_like_a_class() -> None:
+    make = guided(AdamW)
+    assert callable(make)
+    assert make.__name__ == "GuidedAdamW"
+    assert make.__doc__ == AdamW.__doc__
+    assert "AdamW" in repr(make)
+
+    def factory(params: object, lr: float = 0.5) -> Optimizer:
+        return SGD(params, lr=lr)  # type: ignore[arg-type]
+
+    assert guided(factory)(nn.Linear(1, 1).parameters()).defaults["lr"] == 0.5
+
+
+def test_guided_with_wrong_options() -> None:
+    with pytest.raises(TypeError, match=r"takes an optimizer class, found SGD; wrap an instance with GradGuide"):
+        guided(SGD(nn.Linear(1, 1).parameters(), lr=0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="colour"):
+        guided(SGD, colour="red")(nn.Linear(1, 1).parameters(), lr=0.1)
+
+
+def test_unwrap_itself_and_nothing() -> None:
+    optimizer = guide()
+    assert unwrap(optimizer) is optimizer
+    assert unwrap(optimizer.base) is None
+    assert unwrap(None) is None
+    assert unwrap(object()) is None
+    assert unwrap("optimizer") is None
+    assert unwrap(Slotted(3)) is None
+
+
+@pytest.mark.parametrize("attribute", ["optimizer", "_optimizer"])
+@pytest.mark.parametrize("depth", [1, 2, 10])
+def test_unwrap_nested(attribute: str, depth: int) -> None:
+    optimizer = guide()
+    wrapped: object = optimizer
+    plain: object = optimizer.base
+    for _ in range(depth):
+        wrapped, plain = Wrapper(wrapped, attribute), Wrapper(plain, attribute)
+    assert unwrap(wrapped) is optimizer
+    assert unwrap(plain) is None
+    assert unwrap(Forwarding(wrapped)) is optimizer
+    assert unwrap(Wrapper(None, attribute)) is None
+
+
+def test_unwrap_cycles_end() -> None:
+    first = Wrapper(None)
+    second = Wrapper(first, "_optimizer")
+    first.optimizer = second  # type: ignore[attr-defined]
+    assert unwrap(first) is None
+    alone = Wrapper(None)
+    alone.optimizer = alone  # type: ignore[attr-defined]
+    assert unwrap(alone) is None
+
+
+LIGHTNING = """
+import warnings
+
+warnings.simplefilter("ignore")
+try:
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+except ImportError:
+    raise SystemExit(5)
+import torch
+from gradguide import GradGuide, History, unwrap
+
+model = torch.nn.Linear(2, 1)
+guide = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1))
+wrapped = LightningOptimizer(guide)
+assert unwrap(wrapped) is guide, unwrap(wrapped)
+assert unwrap(LightningOptimizer(guide.base)) is None
+history = History()
+unwrap(wrapped).record(history)
+model(torch.ones(1, 2)).sum().backward()
+guide.step()
+assert len(history) == 1
+"""
+
+
+def test_unwrap_lightning() -> None:
+    """In a process of its own: lightning sets up logging and warning filters when it is imported."""
+    root = Path(gradguide.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHTNING],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode == 5:
+        pytest.skip("lightning is not installed")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unwrap_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    optimizer = GradGuide(SGD(model.parameters(), lr=0.1))
+    prepared_model, prepared = accelerator.prepare(model, optimizer)
+    assert type(prepared).__name__ == "AcceleratedOptimizer"
+    assert unwrap(prepared) is optimizer
+    assert unwrap(Wrapper(prepared, "_optimizer")) is optimizer
+    assert unwrap(accelerator.prepare_optimizer(SGD(nn.Linear(1, 1).parameters(), lr=0.1))) is None
+    history = History()
+    optimizer.record(history)
+    accelerator.backward(prepared_model(torch.ones(1, 2)).sum())
+    prepared.step()
+    assert [row["steps"] for row in history] == [1.0]

@@ -1,0 +1,246 @@
+"""The history of a run: rows, files and pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import AdamW
+
+from gradguide import GradGuide, History
+
+NAN = math.nan
+
+
+def history(*rows: dict[str, float]) -> History:
+    made = History()
+    for row in rows:
+        made.append(row)
+    return made
+
+
+def same(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> bool:
+    """Same keys in the same order, and the same numbers, NaN for NaN."""
+    left, right = ([[(k, None if math.isnan(v) else v) for k, v in row.items()] for row in r] for r in (found, wanted))
+    return left == right
+
+
+def trained(steps: int) -> tuple[GradGuide, History]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = GradGuide(AdamW(model.parameters(), lr=1e-2))
+    kept = History()
+    optimizer.record(kept)
+    for step in range(steps):
+        loss = model(torch.randn(8, 4)).square().mean()
+        # Step 2 is skipped.
+        (loss * (torch.nan if step == 2 else 100.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, kept
+
+
+def test_rows() -> None:
+    kept = history({"grad_norm": 1.0}, {"grad_norm": 2.0, "update_norm": 3.0})
+    assert len(kept) == 2
+    assert list(kept) == kept.rows == [{"grad_norm": 1.0}, {"grad_norm": 2.0, "update_norm": 3.0}]
+    assert kept.columns() == ["grad_norm", "update_norm"]
+
+
+def test_clipped_norm() -> None:
+    kept = history({"guided_norm": 8.0, "clip_factor": 0.25}, {"guided_norm": 8.0}, {"clip_factor": 0.5})
+    assert kept.rows[0]["clipped_norm"] == 2.0
+    assert "clipped_norm" not in kept.rows[1]
+    assert "clipped_norm" not in kept.rows[2]
+
+
+def test_append_copies() -> None:
+    row = {"guided_norm": 1.0, "clip_factor": 1.0}
+    kept = history(row)
+    row["guided_norm"] = 5.0
+    assert kept.rows[0]["guided_norm"] == 1.0
+    assert "clipped_norm" not in row
+
+
+def test_recorded_by_an_optimizer() -> None:
+    optimizer, kept = trained(4)
+    assert [row["steps"] for row in kept] == [1, 2, 2, 3]
+    assert [row["skipped"] for row in kept] == [0, 0, 1, 1]
+    assert math.isnan(kept.rows[2]["grad_norm"])
+    assert kept.rows[0]["grad_norm"] > 1
+    assert kept.rows[0]["clipped_norm"] == pytest.approx(1.0, rel=1e-6)
+    last = optimizer.metrics()
+    assert {key: kept.rows[3][key] for key in last if key not in ("source_cosine", "conflict")} == {
+        key: value for key, value in last.items() if key not in ("source_cosine", "conflict")
+    }
+    optimizer.record(None)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize("name", ["h.csv", "h.jsonl", "H.CSV", "folder/h.jsonl"])
+def test_round_trip_of_a_run(tmp_path: Path, name: str) -> None:
+    _, kept = trained(4)
+    path = tmp_path / name
+    kept.save(path)
+    loaded = History.load(path)
+    assert same(loaded.rows, kept.rows)
+    assert loaded.columns() == kept.columns()
+    loaded.save(str(path))
+    assert same(History.load(str(path)).rows, kept.rows)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+FLOATS = st.floats(allow_infinity=False) | st.just(NAN) | st.sampled_from([5e-324, -0.0, 1e308, 0.1])
+KEYS = st.sampled_from(["grad_norm", "source_cosine/0", "a, b", 'quote"', "ümlaut", "line\nbreak"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(KEYS, FLOATS, min_size=1), min_size=1, max_size=5),
+    suffix=st.sampled_from(["csv", "jsonl"]),
+)
+def test_round_trip_of_anything(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, float]], suffix: str
+) -> None:
+    kept = history(*rows)
+    path = tmp_path_factory.mktemp("history") / f"h.{suffix}"
+    kept.save(path)
+    # A metric that a row lacks is one that was not measured.
+    assert same(History.load(path).rows, [{key: row.get(key, NAN) for key in kept.columns()} for row in kept.rows])
+
+
+def test_empty_history_round_trip(tmp_path: Path) -> None:
+    for name in ("h.csv", "h.jsonl"):
+        History().save(tmp_path / name)
+        assert History.load(tmp_path / name).rows == []
+
+
+def test_nan_in_files_is_what_other_programs_read(tmp_path: Path) -> None:
+    kept = history({"a": 1.5, "b": NAN}, {"a": NAN, "b": 2.0})
+    kept.save(tmp_path / "h.csv")
+    kept.save(tmp_path / "h.jsonl")
+    with (tmp_path / "h.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["1.5", ""], ["", "2.0"]]
+    lines = (tmp_path / "h.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"a": 1.5, "b": None}, {"a": None, "b": 2.0}]
+
+
+@pytest.mark.parametrize("name", ["h.txt", "h", "h.csv.gz", "h.json"])
+def test_bad_suffix(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"saved as \.csv or \.jsonl, found .*h"):
+        history({"a": 1.0}).save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).write_text("a\n1\n")
+    with pytest.raises(ValueError, match=r"no saved history: the suffix is neither \.csv nor \.jsonl"):
+        History.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("h.csv", b"a,b\n1,two\n"),
+        ("h.csv", b"a\n1,2\n"),
+        ("h.csv", b"\xff\xfe\x00\n\x80"),
+        ("h.csv", b"a\n" + b"1" * 200_000 + b"\n"),
+        ("h.jsonl", b'{"a": 1}\n{"a": '),
+        ("h.jsonl", b"[1, 2]\n"),
+        ("h.jsonl", b"3\n"),
+        ("h.jsonl", b'{"a": "x"}\n'),
+        ("h.jsonl", b'{"a": {}}\n'),
+    ],
+)
+def test_files_that_hold_no_history(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}' is no saved history"):
+        History.load(tmp_path / name)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        History.load(tmp_path / "h.csv")
+
+
+def test_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "h.csv"
+    kept = history({"a": 1.0})
+    kept.save(path)
+    before = path.read_bytes()
+
+    def torn(self: object, rows: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", torn)
+    with pytest.raises(OSError, match="disk full"):
+        history({"b": 2.0}).save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["h.csv"]
+
+
+def test_plot_is_an_image(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    _, kept = trained(5)
+    path = tmp_path / "deep" / "history.png"
+    kept.plot(path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 400
+    assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+    assert [entry.name for entry in path.parent.iterdir()] == ["history.png"]
+    blank = history({"grad_norm": NAN})
+    blank.plot(tmp_path / "blank.png")
+    assert (image.imread(tmp_path / "blank.png") != pixels).any()
+
+
+def test_plot_draws_values_and_cumulative_conflicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[object] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    history(
+        {"conflict": 1.0, "grad_norm": 2.0, "direction_cosine": NAN},
+        {"conflict": NAN, "grad_norm": 4.0, "direction_cosine": 0.5},
+        {"conflict": 0.0, "grad_norm": 8.0, "direction_cosine": -0.5},
+        {"conflict": 1.0, "grad_norm": NAN, "direction_cosine": 0.0},
+    ).plot(tmp_path / "h.svg")
+    (made,) = drawn
+    lines = {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for axes in made.axes  # type: ignore[attr-defined]
+        for line in axes.lines
+    }
+    assert lines == {
+        "conflict": ([1, 3, 4], [1, 1, 2]),
+        "grad norm": ([1, 2, 3], [2, 4, 8]),
+        "direction cosine": ([2, 3, 4], [0.5, -0.5, 0]),
+    }
+
+
+def test_plot_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="history is empty: record"):
+        History().plot(tmp_path / "h.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["figure", "fig.ure", "h.csv"])
+def test_plot_bad_suffix(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=rf"\.png.*{name}'"):
+        history({"grad_norm": 1.0}).plot(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "gradguide\[plot\]"'):
+        history({"grad_norm": 1.0}).plot(tmp_path / "h.png")
