@@ -75,6 +75,7 @@ class Guidance:
         self.scopes = Scopes()
         self.power = 0.0 if magnitude is None else magnitude.power(directed=direction is not None)
         self._before: dict[Tensor, Tensor] = {}
+        self._stepped: list[Tensor] = []
 
     @property
     def active(self) -> bool:
@@ -84,8 +85,11 @@ class Guidance:
     @property
     def acts_on_update(self) -> bool:
         """Whether a rule changes the update that the base optimizer makes."""
-        aligned = self.alignment is not None and self.alignment.on == "update" and self.alignment.project
-        return aligned or self.power > 0
+        return self._aligns_update or self.power > 0
+
+    @property
+    def _aligns_update(self) -> bool:
+        return self.alignment is not None and self.alignment.on == "update" and self.alignment.project
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Scope label of every parameter of the base."""
@@ -177,6 +181,7 @@ class Guidance:
     @torch.no_grad()
     def remember(self, measured: Measured) -> None:
         """Keep the parameters as they are before the base's step."""
+        self._stepped = [p for bucket in measured.buckets for p in bucket.parameters]
         for bucket in measured.buckets:
             new = [p for p in bucket.parameters if not _alike(self._before.get(p), p)]
             self._before.update(zip(new, lay_out(new), strict=True))
@@ -189,20 +194,28 @@ class Guidance:
         rows: list[list[Row | None]] = []
         for bucket in buckets:
             before = [self._before[p] for p in bucket.parameters]
-            made = Row(at=list(bucket.parameters), anchor=before)
-            rows.append([made, *self._sources(bucket, before)])
-        span = self._gram(buckets, scopes, rows)
+            made = Row(at=bucket.parameters, anchor=before)
+            rows.append([made, *(self._sources(bucket, before) if self._aligns_update else [])])
+        # Scaling alone needs no products.
+        zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
+        span = self._gram(buckets, scopes, rows) if self._aligns_update else zeros
         update = span.row(0)
         wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
-        if self.alignment is not None and self.alignment.project and self.alignment.on == "update":
+        if self._aligns_update:
             # A step raises the source loss where it goes along the source gradient.
             wanted = -aligning.project(span, -wanted, first=1)
         change = torch.where(span.gram.isfinite().all(), wanted - update, 0.0)
         for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
             write = Write(into=bucket.parameters, coefficients=change[scope], accumulate=True)
             self._ops(bucket).combine_(these, [write])
-        if measured.record is not None:
-            measured.record.update_norm = span.norm(wanted)
+
+    @torch.no_grad()
+    def update_norm(self, device: torch.device) -> Tensor:
+        """Length of the last update, Tensor [], measured on request; NaN if the parameters before it were not kept."""
+        if not self._stepped:
+            return torch.tensor(float("nan"), device=device)
+        squares = [(p.double() - self._before[p].double()).square().sum().to(device) for p in self._stepped]
+        return torch.stack(squares).sum().sqrt()
 
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""

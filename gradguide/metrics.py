@@ -21,7 +21,6 @@ class Record:
     guided (Tensor): coordinates [S, R] of the guided gradient before clipping.
     guided_norm, clip_factor (Tensor): shape [S].
     coherence (Tensor | None): shape [S], None without a direction.
-    update_norm (Tensor | None): shape [S], None where no rule looked at the update.
     """
 
     span: Span
@@ -29,15 +28,15 @@ class Record:
     guided_norm: Tensor
     clip_factor: Tensor
     coherence: Tensor | None
-    update_norm: Tensor | None = None
 
 
 @torch.no_grad()
-def read(record: Record | None, totals: Tensor, sources: int) -> dict[str, float]:
+def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: int) -> dict[str, float]:
     """The metrics of a step, over all scopes together, with one transfer to the host.
 
     Args:
         record: the last step that was not skipped; None before the first.
+        update_norm (Tensor): 0-d, length of the update of that step.
         totals (Tensor): shape [2], steps and skipped steps.
         sources (int): number of sources.
 
@@ -51,7 +50,7 @@ def read(record: Record | None, totals: Tensor, sources: int) -> dict[str, float
     if record is None:
         values = [float("nan")] * (len(keys) + len(per_source)) + totals.tolist()
     else:
-        values = torch.cat([_measures(record, sources), totals.to(record.span.gram)]).tolist()
+        values = torch.cat([_measures(record, update_norm, sources), totals.to(record.span.gram)]).tolist()
     found = dict(zip([*keys, *per_source, "steps", "skipped"], values, strict=True))
     each = {key: [found[f"{key}/{k}"] for k in range(sources)] for key in ("source_cosine", "conflict")}
     found["source_cosine"] = min(each["source_cosine"], default=float("nan"))
@@ -62,7 +61,7 @@ def read(record: Record | None, totals: Tensor, sources: int) -> dict[str, float
     return found
 
 
-def _measures(record: Record, sources: int) -> Tensor:
+def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
     gram = record.span.gram
     # A scope without a gradient has no say; one whose gradient is not finite makes the sums NaN, as it should.
     squares = gram.diagonal(dim1=1, dim2=2).clamp(min=0.0)
@@ -78,7 +77,7 @@ def _measures(record: Record, sources: int) -> Tensor:
         torch.where(guided > 0, divide(clipped, guided), 1.0),
         nan if record.coherence is None else cosines[1],
         nan if record.coherence is None else record.coherence.mean(),
-        nan if record.update_norm is None else record.update_norm.square().sum().sqrt(),
+        update_norm.to(gram),
     ]
     conflicting = conflicts(per_scope[:, 2:]).any(dim=0).to(gram.dtype)
     return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting])

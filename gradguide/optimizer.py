@@ -173,7 +173,7 @@ class GradGuide(Optimizer):
             raise RuntimeError(missing_gradients(self.base))
         if not self._stops(measured):
             guidance.guide(measured, self.base)
-            if guidance.acts_on_update:
+            if guidance.acts_on_update or self._history is not None:
                 guidance.remember(measured)
                 self._step_base(measured)
                 guidance.correct(measured)
@@ -214,12 +214,14 @@ class GradGuide(Optimizer):
         Returns:
             ``grad_norm`` (as received), ``guided_norm`` (before clipping), ``clip_factor`` (0..1), ``direction_cosine``
             (of the gradient received with the direction before it), ``coherence`` (0..1), ``source_cosine``,
-            ``conflict`` (0 or 1), ``update_norm`` (where a rule looks at the update), ``skipped`` and ``steps``
-            (counts; a step whose gradients were all zero is none). With several sources, also ``source_cosine/k`` and
-            ``conflict/k``; the plain keys are the worst.
+            ``conflict`` (0 or 1), ``update_norm`` (where a rule acts on the update or a history is
+            recorded), ``skipped`` and ``steps`` (counts; a step whose gradients were all zero is none). With several
+            sources, also ``source_cosine/k`` and ``conflict/k``; the plain keys are the worst.
         """
-        alignment = self._guidance.alignment
-        return read(self._last, self._totals, 0 if alignment is None else len(alignment.sources))
+        guidance = self._guidance
+        sources = 0 if guidance.alignment is None else len(guidance.alignment.sources)
+        norm = guidance.update_norm(self._totals.device)
+        return read(self._last, norm, self._totals, sources)
 
     def record(self, history: History | None) -> None:
         """Append the metrics of each step from now on to ``history``; None ends it. It costs a host sync per step."""

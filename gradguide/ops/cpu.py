@@ -123,20 +123,32 @@ def _overwrite(
     block: list[Piece],
     dtype: torch.dtype,
 ) -> None:
-    values: dict[int, list[Tensor]] = {}
-    for index in {index for _, others in chain for index in others}:
+    def read(index: int) -> list[Tensor]:
         row = rows[index]
         assert row is not None
         if row.at is None and row.offset is not None:
-            values[index] = [target(row.offset, piece) for piece in block]
-        else:
-            values[index] = _parts(plan[0].write, block, pack(row, block, dtype))
+            return [target(row.offset, piece) for piece in block]
+        return _parts(plan[0].write, block, pack(row, block, dtype))
+
+    # All that is formed on the fly is formed before anything is written.
+    values = {index: read(index) for _, others in chain for index in others if not _grown(plan[0].write, rows[index])}
     for each, (factor, others) in zip(plan, chain, strict=True):
         targets = _targets(each.write, block)
         if factor != 1.0:
             torch._foreach_mul_(targets, factor)
-        for index, coefficient in others.items():
-            torch._foreach_add_(targets, values[index], alpha=coefficient)
+        for index, coefficient in sorted(others.items(), key=lambda item: item[0] in values):
+            if index in values:
+                torch._foreach_add_(targets, values[index], alpha=coefficient)
+            else:
+                anchor = rows[index].anchor  # type: ignore[union-attr]
+                assert anchor is not None
+                # x + c (x - before), rounded once.
+                torch._foreach_lerp_(targets, [target(anchor, piece) for piece in block], -coefficient)
+
+
+def _grown(write: Write, row: Row | None) -> bool:
+    """Whether the row is what the target has grown by: ``into - anchor``."""
+    return write.accumulate and row is not None and row.at is write.into and row.scale is None and row.offset is None
 
 
 def _sum(each: _Sum, block: list[Piece], values: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
@@ -173,8 +185,8 @@ def _products(values: list[Tensor], pairs: list[tuple[int, int]]) -> list[float]
 
 
 def _coefficients(write: Write, rows: Sequence[Row | None]) -> dict[int, float]:
-    found = enumerate(write.coefficients.tolist())
-    return {index: c for index, c in found if c != 0.0 and rows[index] is not None}
+    pairs = zip(write.coefficients.tolist(), rows, strict=True)
+    return {index: c for index, (c, row) in enumerate(pairs) if c != 0.0 and row is not None}
 
 
 def _row_of(write: Write, rows: Sequence[Row | None]) -> int | None:

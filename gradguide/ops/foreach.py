@@ -43,6 +43,8 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
     A coefficient of 0 drops its row whatever that holds, NaN included.
     """
+    # A shorter list would broadcast, and be wrong in silence.
+    assert all(write.coefficients.shape == (len(rows),) for write in writes)
     coefficients = [
         write.coefficients.to(torch.float64 if _device(rows).type != "mps" else torch.float32) for write in writes
     ]
