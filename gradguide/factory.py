@@ -12,7 +12,7 @@ from gradguide.optimizer import GradGuide
 __all__ = ["guided", "unwrap"]
 
 
-def guided(base: Callable[..., Optimizer], **guide_options: Any) -> type[GradGuide]:
+def guided(base: Callable[..., Optimizer], **guide_options: Any) -> Callable[..., GradGuide]:
     """A class ``(params, **base_options)`` for places that want an optimizer class, as HF Trainer's
     ``optimizer_cls_and_kwargs=(guided(AdamW, direction=Direction()), {"lr": 1e-3})``.
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The suite runs in several processes side by side, one per core.
-torch.set_num_threads(1)
-
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seeded_on_one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The suite runs in several processes side by side, one per core; long tests run alone."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)

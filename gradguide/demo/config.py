@@ -39,8 +39,8 @@ class DemoConfig:
     source: tuple[str, ...] = ()
     target: str | None = None
     shots: int = 4
-    seeds: int = 5
-    steps: int = 60
+    seeds: int = 4
+    steps: int = 50
     batch: int = 16
     lr: float = 2e-3
     out: Path = Path("gradguide-demo")

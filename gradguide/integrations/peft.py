@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradguide.naming import canonical, module_of
 
@@ -26,7 +26,7 @@ def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def lora_scopes(model: nn.Module) -> dict[nn.Parameter, str]:
+def lora_scopes(model: nn.Module) -> dict[Tensor, str]:
     """Label of every trainable LoRA parameter: A and B of one layer share one. For ``GradGuide(..., scope=...)``.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,6 @@ WORDS = {
 
 
 HEADER = ("text", "label", "domain")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A tiny model has nothing to share out, and threads that wait for each other take seconds on a busy machine."""
-    threads = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_tsv(path: Path, rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> None:

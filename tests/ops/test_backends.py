@@ -152,7 +152,9 @@ def test_nan_and_inf_show_in_the_gram_matrix(backend: ModuleType) -> None:
 
 def test_a_coefficient_beyond_float32_still_gives_the_right_result_on_cpu() -> None:
     g, s = [torch.tensor([1.0, 2.0])], [torch.tensor([1e-40, 0.0])]
-    cpu.combine_([Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([1.0, 1e40], dtype=torch.float64))])
+    cpu.combine_(
+        [Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([1.0, 1e40], dtype=torch.float64))]
+    )
     assert torch.allclose(g[0], torch.tensor([2.0, 2.0]), rtol=1e-4)
 
 

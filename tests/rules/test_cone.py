@@ -14,7 +14,7 @@ from tests.strategies import EXTREMES, rows, span_of
 
 
 def oracle(x: Tensor, sources: Tensor) -> Tensor:
-    """Projection of x [n] onto {y : sources y >= 0}, by trying every active set and keeping the nearest feasible point."""
+    """Projection of x [n] onto {y : sources y >= 0}: of all active sets, the nearest feasible point."""
     live = [s / s.norm() for s in sources if s.any()]
     best, best_distance = None, float("inf")
     for size in range(len(live) + 1):

@@ -145,7 +145,7 @@ def test_options_out_of_range(options: dict[str, float], message: str) -> None:
 
 
 def test_options_of_the_wrong_type() -> None:
-    with pytest.raises(TypeError, match="decay must be a number, found '0.9'"):
+    with pytest.raises(TypeError, match=r"decay must be a number, found '0\.9'"):
         Direction(decay="0.9")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="share_momentum must be True or False, found 1"):
         Direction(share_momentum=1)  # type: ignore[arg-type]
