@@ -55,7 +55,7 @@ def missing_gradients(base: Optimizer) -> str:
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters):
         return (
             "no parameter has a gradient: DeepSpeed ZeRO keeps gradients in partitions of its own, where GradGuide "
-            "cannot guide them. Use FSDP2 (fully_shard), DDP, or DeepSpeed without ZeRO"
+            "cannot guide them. Use DDP, or DeepSpeed without ZeRO"
         )
     if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
         return (
@@ -64,5 +64,5 @@ def missing_gradients(base: Optimizer) -> str:
         )
     return (
         "no parameter has a gradient: call loss.backward() before step(), and zero_grad() after it. Where DeepSpeed "
-        "ZeRO or another engine keeps the gradients to itself, GradGuide cannot guide them; use FSDP2 or DDP"
+        "ZeRO or another engine keeps the gradients to itself, GradGuide cannot guide them; use DDP"
     )

@@ -76,7 +76,8 @@ def gather(groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor,
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if gradient.layout != torch.strided or not gradient.is_floating_point():
+            sharded = hasattr(gradient, "device_mesh")
+            if sharded or gradient.layout != torch.strided or not gradient.is_floating_point():
                 _refuse(gradient, names.get(parameter))
             scope = label(parameter, index, place)
             name = names.get(parameter)
@@ -93,6 +94,11 @@ def gather(groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor,
 
 def _refuse(gradient: Tensor, name: str | None) -> None:
     which = f"of {name} " if name else ""
+    if hasattr(gradient, "device_mesh"):
+        raise ValueError(
+            f"the gradient {which}is sharded (DTensor), which this version does not measure across ranks; use DDP, "
+            "whose gradients are whole on every rank"
+        )
     if gradient.is_complex():
         raise ValueError(f"the gradient {which}is complex ({gradient.dtype}); GradGuide guides real parameters")
     raise ValueError(

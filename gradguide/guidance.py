@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,10 @@ class Guidance:
         self.power = 0.0 if magnitude is None else magnitude.power(directed=direction is not None)
         self._before: dict[Tensor, Tensor] = {}
         self._stepped: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of the parameters that the next step makes anew have no place in a copy or a file.
+        return {**self.__dict__, "_before": {}, "_stepped": []}
 
     @property
     def active(self) -> bool:
@@ -233,10 +238,9 @@ class Guidance:
         own = self.direction is not None and not self.direction.share_momentum
         for bucket, scope, rows in zip(measured.buckets, measured.scopes, measured.rows, strict=True):
             writes = []
-            if own:
-                into = [self.directions[p] for p in bucket.parameters]
-                rows[DIRECTION] = Row(offset=into)
-                writes.append(Write(into=into, coefficients=direction[scope]))
+            kept = rows[DIRECTION]
+            if own and kept is not None and kept.offset is not None:
+                writes.append(Write(into=kept.offset, coefficients=direction[scope]))
             writes.append(Write(into=bucket.gradients, coefficients=gradient[scope]))
             self._ops(bucket).combine_(rows, writes)
 

@@ -67,7 +67,8 @@ class GradGuide(Optimizer):
             source speaks of; others are guided without it. Not needed if the base was given named parameters.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
             ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
-            takes the gradient as it is; direction and statistics stay as they were.
+            takes the gradient as it is; direction and statistics stay as they were. Without a host sync on CUDA
+            where the base is fused or with "propagate"; else one flag is read per step.
         backend: "auto" or "foreach".
 
     Raises:
