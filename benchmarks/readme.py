@@ -1,0 +1,121 @@
+"""The README's tables from committed results: ``python -m benchmarks.readme`` (``--check`` only compares)."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gradguide.atomic import replacing
+from gradguide.demo.stats import paired_difference
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def demo_table() -> str:
+    """Mean and standard deviation over the seeds of each method, and the paired difference with its 95% interval."""
+    rows = rows_of("demo-clinc150.csv")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    columns = {
+        "target_accuracy": (100, 1),
+        "source_accuracy": (100, 1),
+        "coherence": (1, 2),
+        "seconds_per_step": (1, 3),
+    }
+    values = {
+        (method, column): [float(row[column]) * factor for row in rows if row["method"] == method]
+        for method in methods
+        for column, (factor, _) in columns.items()
+    }
+    lines = ["| method | target % | source kept % | coherence | s/step |", "|---|---|---|---|---|"]
+    for method in methods:
+        cells = []
+        for column, (_, digits) in columns.items():
+            found = values[method, column]
+            cells.append(f"{statistics.fmean(found):.{digits}f} ± {statistics.stdev(found):.{digits}f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    base, *others = methods
+    for method in others:
+        cells = []
+        for column, (_, digits) in columns.items():
+            mean, half = paired_difference(values[method, column], values[base, column])
+            cells.append(f"{mean:+.{digits}f} ± {half:.{digits}f}")
+        lines.append(f"| difference | {' | '.join(cells)} |")
+    first = rows[0]
+    seeds = len({row["seed"] for row in rows})
+    lines.append("")
+    lines.append(
+        f"Target {first['target']}, {first['shots']} shots, {first['steps']} steps of AdamW at {first['lr']}, {seeds} "
+        f"seeds: mean ± standard deviation, and the mean of the paired differences ± half of its 95% t-interval. The "
+        f"source accuracy before adaptation is {100 * float(first['source_accuracy_before']):.1f}%."
+    )
+    return "\n".join(lines)
+
+
+def step_table() -> str:
+    """Ratio to clipping and AdamW, and memory, of each provider."""
+    rows = rows_of("step.csv")
+    found = {(row["benchmark"], row["provider"], row["metric"]): row for row in rows}
+    lora = rows[0]["benchmark"]
+    training = next(row["benchmark"] for row in rows if row["benchmark"] != lora)
+    ratio = next(row["metric"] for row in rows if row["unit"] == "ratio")
+    memory = next(row["metric"] for row in rows if row["unit"] == "bytes per parameter")
+    share = next(row["metric"] for row in rows if row["unit"] == "%")
+    lines = [f"| on CPU | {ratio} | extra bytes per parameter | share of a MiniLM training step |", "|---|---|---|---|"]
+    for provider in dict.fromkeys(row["provider"] for row in rows if row["benchmark"] == lora):
+        time, held = found[lora, provider, ratio], found[lora, provider, memory]
+        added = found.get((training, provider, share))
+        cells = [
+            f"{float(time['value']):.2f} ({float(time['low']):.2f} to {float(time['high']):.2f})",
+            f"{float(held['value']):.1f}",
+            "" if added is None else f"{float(added['value']):.1f}%",
+        ]
+        lines.append(f"| {provider} | {' | '.join(cells)} |")
+    about = rows[0]
+    lines.append("")
+    lines.append(
+        f"Medians (20th to 80th percentile) over {about['rounds']} rounds in one run; {about['device']}, "
+        f"{about['threads']} threads, torch {about['torch']}, commit {about['commit']}."
+    )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "step": step_table}
+
+
+def filled(text: str) -> str:
+    """The README's text with every marked table made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise ValueError(f"README has no place for the table {name!r}")
+        made = table()
+        text = re.sub(pattern, lambda match, made=made: match[1] + made + "\n" + match[2], text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a table is not what the results say")
+    options = parser.parse_args(argv)
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if options.check:
+        return int(before != after)
+    with replacing(README) as temporary:
+        temporary.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
