@@ -1,4 +1,4 @@
-"""Steps left out by a flag on the device: only CUDA needs it, but every fused base can do it, so it is tested here too."""
+"""Steps left out by a flag on the device: only CUDA needs it, every fused base can do it, so it is tested here too."""
 
 from __future__ import annotations
 
