@@ -196,3 +196,18 @@ def test_opposite_and_zero_gradients_stay_finite(backend: str) -> None:
         optimizer.step()
         assert flat(trained).isfinite().all()
         assert 0 <= optimizer.metrics()["coherence"] <= 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+def test_a_step_inside_autocast_is_the_same(backend: str) -> None:
+    results = []
+    for enabled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        trained = parameters(torch.ones(SIZE))
+        optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1), backend=backend)
+        for _ in range(4):
+            fill(trained, torch.randn(SIZE, generator=generator))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        results.append(flat(trained))
+    assert torch.equal(*results)
