@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradguide.naming import module_of
 
-__all__ = ["Bucket", "Label", "Labeller", "gather", "labeller"]
+__all__ = ["Bucket", "Label", "Labeller", "Scope", "gather", "labeller"]
 
 Label: TypeAlias = Hashable
+Scope: TypeAlias = str | Mapping[Tensor, str] | Mapping[nn.Parameter, str]
 Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
 
 
@@ -30,7 +31,7 @@ class Bucket:
     names: list[str] = field(default_factory=list)
 
 
-def labeller(scope: str | Mapping[Tensor, str], names: Mapping[Tensor, str]) -> Labeller:
+def labeller(scope: Scope, names: Mapping[Tensor, str]) -> Labeller:
     """What tells a parameter's scope from itself, its group's index and its place there.
 
     A parameter that makes a scope of its own is labelled by its place, which outlives copies and checkpoints.
@@ -40,7 +41,7 @@ def labeller(scope: str | Mapping[Tensor, str], names: Mapping[Tensor, str]) -> 
         TypeError: the scope is neither a string nor a mapping.
     """
     if isinstance(scope, Mapping):
-        labels = dict(scope)
+        labels: dict[Tensor, str] = dict(scope.items())
         # A parameter outside the mapping (a new head beside the adapters) is a scope of its own.
         return lambda parameter, group, place: labels.get(parameter, (group, place))
     if not isinstance(scope, str):
@@ -59,13 +60,16 @@ def labeller(scope: str | Mapping[Tensor, str], names: Mapping[Tensor, str]) -> 
     raise ValueError(f"scope must be 'global', 'group', 'module', 'tensor' or a mapping of parameters, found {scope!r}")
 
 
-def gather(groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor, str]) -> list[Bucket]:
+def gather(
+    groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor, str], covered: Container[str]
+) -> list[Bucket]:
     """The buckets of this step, in a fixed order. Parameters whose gradient is None are left out.
 
     Args:
         groups: the base optimizer's param groups, read anew at each step, since loaders and wrappers replace them.
         label: tells a parameter's scope.
-        names: the names of the parameters that the sources know.
+        names: the names of parameters.
+        covered: the names that the sources know.
 
     Raises:
         ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
@@ -81,6 +85,7 @@ def gather(groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor,
                 _refuse(gradient, names.get(parameter))
             scope = label(parameter, index, place)
             name = names.get(parameter)
+            name = name if name is not None and name in covered else None
             key = (scope, gradient.device, gradient.dtype, parameter.dtype, name is not None)
             bucket = buckets.get(key)
             if bucket is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide import ops
-from gradguide.buckets import Bucket, Label, gather, labeller
+from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.metrics import Record
 from gradguide.momentum import momentum_of, rates
 from gradguide.ops import Row, Write
@@ -61,7 +61,7 @@ class Guidance:
         direction: Direction | None,
         alignment: Alignment | None,
         magnitude: Magnitude | None,
-        scope: str | Mapping[Tensor, str],
+        scope: Scope,
         names: Mapping[Tensor, str],
         backend: str,
     ) -> None:
@@ -72,6 +72,9 @@ class Guidance:
         self.names = dict(names)
         self._places: dict[tuple[int, int], str] = {}
         self.backend = backend
+        sources = () if alignment is None else alignment.sources
+        # What is trained all sources know, which is checked where they are given; what is frozen perhaps only some.
+        self._covered = frozenset.intersection(*(frozenset(s.shapes()) for s in sources)) if sources else frozenset()
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = Scopes()
         self.power = 0.0 if magnitude is None else magnitude.power(directed=direction is not None)
@@ -110,8 +113,7 @@ class Guidance:
     def measure(self, base: Optimizer) -> Measured | None:
         """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
         self.follow(base)
-        known = self.names if self.alignment is not None else {}
-        buckets = gather(base.param_groups, labeller(self.scope, self.names), known)
+        buckets = gather(base.param_groups, labeller(self.scope, self.names), self.names, self._covered)
         if not buckets:
             return None
         labels: dict[Label, int] = {}

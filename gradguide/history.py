@@ -46,7 +46,8 @@ class History:
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all rows to a .csv or .jsonl file; it appears whole or not at all. NaN is an empty cell, or null.
+        """Write all rows to a .csv or .jsonl file; it appears whole or not at all. What is not finite is an
+        empty cell, or null.
 
         Raises:
             ValueError: the suffix is another one.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["NamesLike", "canonical", "module_of", "named"]
 
-NamesLike: TypeAlias = Mapping[Tensor, str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+NamesLike: TypeAlias = (
+    Mapping[Tensor, str] | Mapping[nn.Parameter, str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+)
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide import checkpoint
 from gradguide.bases import check_base, missing_gradients
-from gradguide.buckets import labeller
+from gradguide.buckets import Scope, labeller
 from gradguide.checks import check_choice
 from gradguide.guidance import Guidance, Measured
 from gradguide.history import History
@@ -83,7 +83,7 @@ class GradGuide(Optimizer):
         direction: Direction | None = Direction(),  # noqa: B008 (frozen)
         alignment: Alignment | None = None,
         magnitude: Magnitude | None = Magnitude(),  # noqa: B008 (frozen)
-        scope: str | Mapping[Tensor, str] = "global",
+        scope: Scope = "global",
         names: NamesLike | None = None,
         nonfinite: str = "skip",
         backend: str = "auto",

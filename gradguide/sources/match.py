@@ -15,7 +15,9 @@ SHOWN = 5
 
 
 def check_match(sources: Sequence[Source], groups: Iterable[dict[str, Any]], names: Mapping[Tensor, str]) -> None:
-    """Raise unless every source has exactly the named parameters of the optimizer, in their shapes.
+    """Raise unless every source has exactly the optimizer's named parameters that are trained, in their shapes.
+
+    A frozen parameter (the base model under an adapter, an adapter that is frozen by now) may be in a source or not.
 
     Args:
         sources: to be checked, each for itself.
@@ -30,10 +32,12 @@ def check_match(sources: Sequence[Source], groups: Iterable[dict[str, Any]], nam
             "a source is keyed by parameter names, found none: pass names=model.named_parameters(), or give the base "
             "optimizer named parameters"
         )
-    shapes = {names[p]: p.shape for group in groups for p in group["params"] if p in names}
+    parameters = {names[p]: p for group in groups for p in group["params"] if p in names}
+    shapes = {name: p.shape for name, p in parameters.items()}
+    trained = {name for name, p in parameters.items() if p.requires_grad}
     for index, source in enumerate(sources):
         found = source.shapes()
-        missing = [name for name in shapes if name not in found]
+        missing = [name for name in shapes if name in trained and name not in found]
         unexpected = [name for name in found if name not in shapes]
         other = [
             f"{n} {tuple(found[n])} for {tuple(shapes[n])}" for n in shapes if n in found and found[n] != shapes[n]

@@ -177,3 +177,26 @@ def test_optimizer_given_named_parameters_needs_no_names() -> None:
     GradGuide(SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight", shape=(1, 2))))
     with pytest.raises(ValueError, match=r"weight \(2,\) for \(1, 2\)"):
         GradGuide(SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight")))
+
+
+def test_frozen_parameters_need_not_be_in_the_source() -> None:
+    """The base model under an adapter: PEFT's examples give all parameters to the optimizer."""
+    frozen, trained = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(2))
+    source = SourceGradient({"trained": torch.tensor([1.0, 0.0])})
+    optimizer = GradGuide(
+        SGD([frozen, trained], lr=1.0),
+        direction=None,
+        magnitude=None,
+        alignment=Alignment(source, on="gradient", weight=2.0, project=False),
+        names={"frozen": frozen, "trained": trained},
+    )
+    trained.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(trained.grad, torch.tensor([3.0, 1.0]))
+    # Unfrozen later, it is guided without the source.
+    frozen.requires_grad_(True)
+    frozen.grad = torch.ones(3)
+    trained.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(frozen.grad, torch.ones(3))
+    assert torch.equal(frozen.detach(), torch.zeros(3))
