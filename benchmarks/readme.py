@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gradguide.atomic import replacing
@@ -22,9 +23,9 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def demo_table() -> str:
+def demo_table(name: str) -> str:
     """Mean and standard deviation over the seeds of each method, and the paired difference with its 95% interval."""
-    rows = rows_of("demo-clinc150.csv")
+    rows = rows_of(name)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     columns = {
         "target_accuracy": (100, 1),
@@ -90,7 +91,11 @@ def step_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "step": step_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": partial(demo_table, "demo-clinc150.csv"),
+    "demo-high": partial(demo_table, "demo-clinc150-lr1e-2.csv"),
+    "step": step_table,
+}
 
 
 def filled(text: str) -> str:

@@ -16,6 +16,9 @@ __all__ = ["combine_", "gram"]
 BLOCK = 1 << 22
 """Elements per block and row: 16 MiB in float32, which bounds the working memory whatever the model's size."""
 
+CPU_BLOCK = 1 << 17
+"""The same on a CPU, where a block should stay in cache."""
+
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
@@ -23,7 +26,7 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
-    for block in blocks(rows, BLOCK):
+    for block in blocks(rows, _block(device)):
         values = _pack(rows, block)
         largest = values.abs().amax(dim=1).to(wide)
         # Scaled by its own largest element, no row's products overflow or vanish. A row of zeros stays one; one that
@@ -48,7 +51,7 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     coefficients = [
         write.coefficients.to(torch.float64 if _device(rows).type != "mps" else torch.float32) for write in writes
     ]
-    for block in blocks(rows, BLOCK, writes):
+    for block in blocks(rows, _block(_device(rows)), writes):
         values = _pack(rows, block)
         results = []
         for write, c in zip(writes, coefficients, strict=True):
@@ -76,3 +79,7 @@ def _pack(rows: Sequence[Row | None], block: list[Piece]) -> Tensor:
 
 def _device(rows: Sequence[Row | None]) -> torch.device:
     return next(row for row in rows if row is not None).tensors[0].device
+
+
+def _block(device: torch.device) -> int:
+    return CPU_BLOCK if device.type == "cpu" else BLOCK
