@@ -17,10 +17,9 @@
 #define MAX_ROWS 20
 #define MAX_WRITES 4
 #define MAX_THREADS 256
-#define BLOCK 1024 /* elements; 4 KiB of each row */
-#define LANES 16
+#define BLOCK 512 /* elements; 2 KiB of each row */
 
-/* Between these a float32 sum of squares neither overflows nor loses small terms to underflow. */
+/* Between these a float32 sum of products has neither overflowed nor lost what counts to underflow. */
 #define SMALLEST 1e-24f
 #define LARGEST 1e30f
 
@@ -31,8 +30,6 @@
 #define DISPATCHED
 #endif
 #define INLINE static inline __attribute__((always_inline))
-
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 enum { OFFSET, SCALE, AT, ANCHOR, PARTS };
 
@@ -54,39 +51,40 @@ row_values(const Rows *rows, Py_ssize_t row, Py_ssize_t tensor, int64_t start, i
     if (!at)
         return offset;
     const float *anchor = part(rows, row, ANCHOR, tensor, start), *scale = part(rows, row, SCALE, tensor, start);
-    for (int64_t i = 0; i < n; i++)
-        room[i] = at[i] - anchor[i];
-    if (scale)
+    if (scale && offset)
         for (int64_t i = 0; i < n; i++)
-            room[i] *= scale[i];
-    if (offset)
+            room[i] = offset[i] + scale[i] * (at[i] - anchor[i]);
+    else if (scale)
         for (int64_t i = 0; i < n; i++)
-            room[i] += offset[i];
+            room[i] = scale[i] * (at[i] - anchor[i]);
+    else if (offset)
+        for (int64_t i = 0; i < n; i++)
+            room[i] = offset[i] + (at[i] - anchor[i]);
+    else
+        for (int64_t i = 0; i < n; i++)
+            room[i] = at[i] - anchor[i];
     return room;
 }
 
-INLINE float dot(const float *x, const float *y, int64_t n) {
-    vector a = {0}, b = {0}, c = {0}, d = {0};
-    int64_t i = 0;
-    /* Four sums at once, since each addition waits for the one before it. */
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        const vector *u = (const vector *)(x + i), *v = (const vector *)(y + i);
-        a += u[0] * v[0];
-        b += u[1] * v[1];
-        c += u[2] * v[2];
-        d += u[3] * v[3];
+/* Products of x with three rows, or with fewer where some are given twice; each element of x is loaded once. */
+INLINE void dots(const float *x, const float *const y[3], int64_t n, float products[3]) {
+    const float *p = y[0], *q = y[1], *r = y[2];
+    float a = 0.0f, b = 0.0f, c = 0.0f;
+#pragma omp simd reduction(+ : a, b, c)
+    for (int64_t i = 0; i < n; i++) {
+        a += x[i] * p[i];
+        b += x[i] * q[i];
+        c += x[i] * r[i];
     }
-    a = (a + b) + (c + d);
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++)
-        sum += a[lane];
-    for (; i < n; i++)
-        sum += x[i] * y[i];
-    return sum;
+    products[0] = a;
+    products[1] = b;
+    products[2] = c;
 }
 
+/* The same for one pair in float64. */
 INLINE double wide_dot(const float *x, const float *y, int64_t n) {
     double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++)
         sum += (double)x[i] * (double)y[i];
     return sum;
@@ -94,24 +92,23 @@ INLINE double wide_dot(const float *x, const float *y, int64_t n) {
 
 /* Adds the products of all rows over elements start..start + n of one tensor to `total` [rows][rows], upper half. */
 INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64_t n, double *total) {
-    float room[MAX_ROWS][BLOCK], products[MAX_ROWS][MAX_ROWS];
+    float room[MAX_ROWS][BLOCK], products[MAX_ROWS + 2];
     const float *values[MAX_ROWS];
-    int in_range = 1;
-    for (Py_ssize_t r = 0; r < rows->rows; r++) {
-        values[r] = row_values(rows, r, tensor, start, n, room[r]);
-        if (values[r]) {
-            products[r][r] = dot(values[r], values[r], n);
-            in_range &= products[r][r] > SMALLEST && products[r][r] < LARGEST;
+    Py_ssize_t place[MAX_ROWS], count = 0;
+    for (Py_ssize_t r = 0; r < rows->rows; r++)
+        if ((values[count] = row_values(rows, r, tensor, start, n, room[count])))
+            place[count++] = r;
+    for (Py_ssize_t r = 0; r < count; r++) {
+        double *sums = total + place[r] * rows->rows;
+        for (Py_ssize_t s = r; s < count; s += 3) {
+            const float *three[3] = {values[s], values[s + 1 < count ? s + 1 : s], values[s + 2 < count ? s + 2 : s]};
+            dots(values[r], three, n, products + s);
+        }
+        for (Py_ssize_t s = r; s < count; s++) {
+            const float size = products[s] < 0 ? -products[s] : products[s];
+            sums[place[s]] += size > SMALLEST && size < LARGEST ? products[s] : wide_dot(values[r], values[s], n);
         }
     }
-    for (Py_ssize_t r = 0; r < rows->rows; r++)
-        for (Py_ssize_t s = r; s < rows->rows; s++)
-            if (values[r] && values[s]) {
-                if (!in_range)
-                    total[r * rows->rows + s] += wide_dot(values[r], values[s], n);
-                else
-                    total[r * rows->rows + s] += r == s ? products[r][r] : dot(values[r], values[s], n);
-            }
 }
 
 DISPATCHED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,15 @@ __all__ = ["_cpu", "combine_", "gram"]
 THREADED = 1 << 16
 """Elements from which on a pass is worth a thread more."""
 
+_DTYPE = attrgetter("dtype")
+
 _LARGEST = 1e30
 """Beyond this a coefficient may leave the range of float32: rows of such sizes are rare, and taken in float64."""
 
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows: products in float32 per block of 1024 elements, float64 across blocks. [R, R]."""
+    """Gram matrix of the rows: products in float32 per block of 512 elements, float64 across blocks. [R, R]."""
     table = _table(rows)
     if _cpu is None or table is None:
         return foreach.gram(rows)
@@ -53,7 +56,7 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     if _cpu is None or table is None or not all(_plain(write.into) for write, _ in plan):
         foreach.combine_(rows, [write for write, _ in plan])
         return
-    into = array("q", [tensor.data_ptr() for write, _ in plan for tensor in write.into])
+    into = array("q", [address for write, _ in plan for address in map(Tensor.data_ptr, write.into)])
     coefficients = array("d", [number for _, numbers in plan for number in numbers])
     accumulate = bytes(write.accumulate for write, _ in plan)
     _cpu.combine(table.addresses, table.lengths, len(rows), _threads(table), into, coefficients, accumulate)
@@ -78,15 +81,15 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
             if part is None:
                 addresses.extend(absent)
             elif _plain(part):
-                addresses.extend([tensor.data_ptr() for tensor in part])
+                addresses.extend(map(Tensor.data_ptr, part))
             else:
                 return None
-    lengths = array("q", [tensor.numel() for tensor in example])
+    lengths = array("q", map(Tensor.numel, example))
     return _Table(addresses, lengths, sum(lengths))
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in tensors)
+    return set(map(_DTYPE, tensors)) <= {torch.float32} and all(map(Tensor.is_contiguous, tensors))
 
 
 def _trivial(write: Write, numbers: list[float], rows: Sequence[Row | None]) -> bool:

@@ -16,19 +16,12 @@ ALIGNMENT = 64
 """Bytes; what torch's allocator gives, and the widest vector of a CPU."""
 
 
-def pack(row: Row, block: list[Piece], dtype: torch.dtype, work: Tensor | None = None) -> Tensor:
-    """The row's elements in the block, 1-D and of ``dtype``; for reading only, since it may be the row's own memory.
-
-    Args:
-        row, block, dtype: what to gather.
-        work: memory to gather into where the row's own will not do, [at least the block's elements] of ``dtype``. New
-            memory for every block costs more than what is done in it.
-    """
+def pack(row: Row, block: list[Piece], dtype: torch.dtype) -> Tensor:
+    """The row's elements in the block, 1-D and of ``dtype``; for reading only, since it may be the row's own memory."""
     if row.at is None or row.anchor is None:
         assert row.offset is not None
-        return pack_list(row.offset, block, dtype, work)
-    now, before = pack_list(row.at, block, dtype, work), pack_list(row.anchor, block, dtype)
-    result = torch.sub(now, before, out=None if work is None else work[: now.numel()])
+        return pack_list(row.offset, block, dtype)
+    result = pack_list(row.at, block, dtype) - pack_list(row.anchor, block, dtype)
     if row.scale is not None:
         result.mul_(pack_list(row.scale, block, dtype))
     if row.offset is not None:
@@ -36,17 +29,14 @@ def pack(row: Row, block: list[Piece], dtype: torch.dtype, work: Tensor | None =
     return result
 
 
-def pack_list(tensors: Sequence[Tensor], block: list[Piece], dtype: torch.dtype, work: Tensor | None = None) -> Tensor:
+def pack_list(tensors: Sequence[Tensor], block: list[Piece], dtype: torch.dtype) -> Tensor:
     """A list's elements in the block, 1-D and of ``dtype``; for reading only."""
     whole = adjacent(tensors, block, dtype)
     # A sum of products is taken in another order, and rounds otherwise, where its memory begins elsewhere; so that a
     # resumed run repeats every bit, all of them begin on a boundary.
     if whole is not None and whole.data_ptr() % ALIGNMENT == 0:
         return whole
-    parts = [flat(tensors, piece) for piece in block]
-    if work is None:
-        return torch.cat(parts).to(dtype)
-    return torch.cat(parts, out=work[: sum(part.numel() for part in parts)])
+    return torch.cat([flat(tensors, piece) for piece in block]).to(dtype)
 
 
 def lay_out(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
