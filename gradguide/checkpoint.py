@@ -44,6 +44,10 @@ def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Te
     labels = guidance.labels(base)
     stepped = bool(guidance.directions) or bool(totals.any())
     for position, parameter in enumerate(_parameters(base)) if stepped else ():
+        # Bases take an entry for a step made. Where they keep state, a parameter without a step gets none of ours
+        # either, so that the base alone can load this; it has no direction, and its scope's numbers lie elsewhere.
+        if state["state"] and position not in state["state"] and parameter not in guidance.directions:
+            continue
         own = {
             COUNTERS: torch.cat(
                 [torch.tensor([FORMAT], dtype=torch.float64), totals, guidance.scopes.export(labels[parameter]).cpu()]

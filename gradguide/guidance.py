@@ -233,8 +233,12 @@ class Guidance:
                 name = self.names.get(parameter)
                 if name is not None:
                     self._places[index, place] = name
-                elif (index, place) in self._places:
+                elif (index, place) in self._places and self._places[index, place] not in self._held(base):
                     self.names[parameter] = self._places[index, place]
+
+    def _held(self, base: Optimizer) -> set[str]:
+        """Names whose parameter is still there: then what stands in its place is a new one, and nameless."""
+        return {self.names[p] for group in base.param_groups for p in group["params"] if p in self.names}
 
     def _combine(self, measured: Measured, gradient: Tensor, direction: Tensor) -> None:
         own = self.direction is not None and not self.direction.share_momentum
@@ -265,7 +269,7 @@ class Guidance:
             return Row(
                 offset=[torch.zeros_like(p) if m is None else m for m, p in zip(found, bucket.parameters, strict=True)]
             )
-        new = [p for p in bucket.parameters if p not in self.directions]
+        new = [p for p in bucket.parameters if p not in self.directions or self.directions[p].shape != p.shape]
         self.directions.update(zip(new, lay_out(new, torch.float32), strict=True))
         return Row(offset=[self.directions[p] for p in bucket.parameters])
 

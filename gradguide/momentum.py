@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ __all__ = ["check_momentum", "momentum_of", "rates"]
 _AVERAGING = (Adam, NAdam, RAdam, Adamax)
 
 
-def check_momentum(base: Optimizer) -> None:
-    """Raise ValueError unless ``base`` keeps a running average of its gradients in a form that is known here."""
+def check_momentum(base: Optimizer, groups: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError unless ``base`` keeps a running average of the gradients of these groups in a known form."""
     if isinstance(base, (*_AVERAGING, torch.optim.AdamW)):
         return
-    if isinstance(base, SGD) and all(group["momentum"] != 0 for group in base.param_groups):
+    if isinstance(base, SGD) and all(group.get("momentum", base.defaults.get("momentum")) != 0 for group in groups):
         return
     raise ValueError(
         "share_momentum=True reads the momentum of Adam, AdamW, NAdam, RAdam, Adamax or SGD(momentum > 0), found "

@@ -103,7 +103,7 @@ class GradGuide(Optimizer):
         if magnitude is not None:
             magnitude.power(directed=direction is not None)
         if direction is not None and direction.share_momentum:
-            check_momentum(base)
+            check_momentum(base, base.param_groups)
         known = named(names) if names is not None else _names_of(base.param_groups)
         labeller(scope, known)
         if alignment is not None:
@@ -194,10 +194,17 @@ class GradGuide(Optimizer):
         """Add a group to the base. Parameters whose names are not known are guided without the source.
 
         Raises:
-            ValueError: the source does not match a name that is known. Nothing is changed.
+            TypeError: it is no dict, or its parameters are a set.
+            ValueError: the source does not match a name that is known, or ``share_momentum`` finds no momentum in the
+                group. Nothing is changed.
         """
         guidance = self._guidance
-        added = param_group["params"]
+        added = param_group["params"] if isinstance(param_group, dict) else None
+        if added is None or isinstance(added, set):
+            self.base.add_param_group(param_group)  # which says what is wrong with it
+            return
+        if guidance.direction is not None and guidance.direction.share_momentum:
+            check_momentum(self.base, [param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
         known = guidance.names | _names_of([param_group])

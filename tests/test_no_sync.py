@@ -31,7 +31,7 @@ def test_a_step_reads_nothing(scope: str, on: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(GradGuide, "_base_stops", lambda self, measured: True)  # as with a fused base on CUDA
     model = nn.Linear(4, 3)
     named = dict(model.named_parameters())
-    tables = ({name: torch.randn_like(p) for name, p in named.items()} for _ in range(3))
+    tables = ({name: torch.rand_like(p) for name, p in named.items()} for _ in range(3))
     source = SourceGradient(next(tables), fisher=next(tables), anchor=next(tables))
     optimizer = GradGuide(
         torch.optim.SGD(model.parameters(), lr=0.1, fused=True),

@@ -56,6 +56,8 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     if _cpu is None or table is None or not all(_plain(write.into) for write, _ in plan):
         foreach.combine_(rows, [write for write, _ in plan])
         return
+    for write, _ in plan:
+        _check_lengths(write.into, table.lengths)
     into = array("q", [address for write, _ in plan for address in map(Tensor.data_ptr, write.into)])
     coefficients = array("d", [number for _, numbers in plan for number in numbers])
     accumulate = bytes(write.accumulate for write, _ in plan)
@@ -73,6 +75,7 @@ class _Table(NamedTuple):
 def _table(rows: Sequence[Row | None]) -> _Table | None:
     """None where a row has a part that is not plain float32 memory."""
     example = next(row for row in rows if row is not None).tensors
+    lengths = array("q", map(Tensor.numel, example))
     absent = [0] * len(example)
     addresses = array("q")
     for row in rows:
@@ -81,15 +84,21 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
             if part is None:
                 addresses.extend(absent)
             elif _plain(part):
+                _check_lengths(part, lengths)
                 addresses.extend(map(Tensor.data_ptr, part))
             else:
                 return None
-    lengths = array("q", map(Tensor.numel, example))
     return _Table(addresses, lengths, sum(lengths))
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     return set(map(_DTYPE, tensors)) <= {torch.float32} and all(map(Tensor.is_contiguous, tensors))
+
+
+def _check_lengths(part: Sequence[Tensor], lengths: array[int]) -> None:
+    # The compiled passes go by address: a shorter tensor would have them read or write memory of others.
+    if array("q", map(Tensor.numel, part)) != lengths:
+        raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
 
 
 def _trivial(write: Write, numbers: list[float], rows: Sequence[Row | None]) -> bool:

@@ -59,7 +59,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], di
 def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str, Any]:
     try:
         metadata = json.loads(header[_KEY])
-        version = int(metadata["format"])
+        version = metadata["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format {version!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} holds tensors but no source gradient (found metadata {sorted(header)}); "

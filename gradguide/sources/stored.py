@@ -47,7 +47,9 @@ class SourceGradient:
             metadata: what to remember about the capture; JSON types.
 
         Raises:
-            ValueError: no tensor, only one of fisher and anchor, or names or shapes that differ.
+            ValueError: no tensor, only one of fisher and anchor, names or shapes that differ, or a number that is not
+                finite, or negative in fisher.
+            TypeError: a tensor is not of floating numbers.
         """
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
@@ -58,6 +60,13 @@ class SourceGradient:
         for label, table in self._tables.items():
             if {name: tensor.shape for name, tensor in table.items()} != self.shapes():
                 raise ValueError(f"{label} must have the names and shapes of the other tables")
+            for name, tensor in table.items():
+                if not tensor.is_floating_point():
+                    raise TypeError(f"{label} must hold floating numbers, found {tensor.dtype} for {name}")
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{label} must be finite, found NaN or Inf for {name}")
+                if label == "fisher" and bool((tensor < 0).any()):
+                    raise ValueError(f"fisher must be at least 0, found {float(tensor.min())} for {name}")
         # Laid out one after the other, so that a pass over the rows needs no gathering.
         for table in self._tables.values():
             for (name, tensor), place in zip(list(table.items()), lay_out(list(table.values())), strict=True):
@@ -172,7 +181,7 @@ class SourceGradient:
             return cls(
                 ordered.get("gradient"), fisher=ordered.get("fisher"), anchor=ordered.get("anchor"), metadata=metadata
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
     def __repr__(self) -> str:

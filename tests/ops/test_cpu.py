@@ -79,3 +79,14 @@ def test_the_compiled_passes_refuse_tables_that_do_not_fit() -> None:
         cpu._cpu.gram(table, lengths, 1, 0)
     with pytest.raises(ValueError, match="at most 4 writes"):
         cpu._cpu.combine(table, lengths, 1, 1, array("q"), array("d", [1.0]), b"\0")
+
+
+def test_rows_of_other_sizes_are_refused_before_memory_is_read() -> None:
+    if cpu._cpu is None:
+        pytest.skip("the extension is not built")
+    g, short = [torch.ones(1000)], [torch.ones(4)]
+    with pytest.raises(ValueError, match="differ in size"):
+        cpu.gram(rows_of(g, short))
+    with pytest.raises(ValueError, match="differ in size"):
+        cpu.combine_(rows_of(g, g), [Write(into=short, coefficients=torch.tensor([1.0, 1.0]))])
+    assert short[0].tolist() == [1.0] * 4

@@ -104,3 +104,21 @@ def test_anchored_leaves_out_what_training_left(tmp_path: Path) -> None:
     assert torch.equal(loaded.row(["w"], [theta]).value(0, torch.float32), fisher.abs() * (theta - anchor))
     with pytest.raises(ValueError, match="needs a source with curvature"):
         SourceGradient({"w": s0}).anchored()
+
+
+@pytest.mark.parametrize(
+    ("table", "tensor", "error", "message"),
+    [
+        ("gradient", torch.tensor([1.0, torch.nan]), ValueError, "gradient must be finite, found NaN or Inf for w"),
+        ("anchor", torch.tensor([1.0, torch.inf]), ValueError, "anchor must be finite"),
+        ("fisher", torch.tensor([1.0, -0.5]), ValueError, "fisher must be at least 0, found -0.5 for w"),
+        ("gradient", torch.tensor([1, 2]), TypeError, "gradient must hold floating numbers, found torch.int64 for w"),
+    ],
+)
+def test_numbers_that_no_capture_gives_are_refused(
+    table: str, tensor: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    good = {"gradient": torch.ones(2), "fisher": torch.ones(2), "anchor": torch.ones(2)}
+    made = {name: {"w": value} for name, value in (good | {table: tensor}).items()}
+    with pytest.raises(error, match=message):
+        SourceGradient(made["gradient"], fisher=made["fisher"], anchor=made["anchor"])

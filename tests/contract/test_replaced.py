@@ -1,0 +1,84 @@
+"""Parameters that are replaced, resized or joined by others after construction."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
+from tests.contract import kit
+
+
+def anchored_at_zero() -> SourceGradient:
+    return SourceGradient(None, fisher={"a": torch.ones(3)}, anchor={"a": torch.zeros(3)})
+
+
+def test_i08_a_name_follows_a_place_only_when_its_parameter_is_gone() -> None:
+    a, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = GradGuide(
+        SGD([a], lr=0.1),
+        direction=None,
+        magnitude=None,
+        alignment=Alignment(anchored_at_zero(), weight=1.0, project=False),
+        names={"a": a},
+    )
+    optimizer.param_groups[0]["params"].insert(0, head)
+    a.grad, head.grad = torch.full((3,), 1e-9), torch.full((3,), 1e-9)
+    optimizer.step()
+    assert torch.allclose(a, torch.full((3,), 0.9)), "pulled to its anchor"
+    assert torch.allclose(head, torch.ones(3)), "the head is none of the source's parameters"
+    optimizer.param_groups[0]["params"][1] = replaced = nn.Parameter(torch.ones(3))
+    head.grad, replaced.grad = None, torch.full((3,), 1e-9)
+    optimizer.step()
+    assert torch.allclose(head, torch.ones(3))
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+def test_a_parameter_of_another_size_starts_a_direction_of_its_own(backend: str) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = GradGuide(SGD([p], lr=0.1), backend=backend)
+    for size in (4, 1000, 2):
+        p.grad = None
+        p.data = torch.ones(size)
+        p.grad = torch.ones(size)
+        optimizer.step()
+        assert bool(p.isfinite().all())
+    assert optimizer.metrics()["steps"] == 3
+
+
+def test_i03_the_base_alone_loads_a_state_in_which_a_parameter_never_had_a_gradient() -> None:
+    model = kit.net()
+    optimizer = GradGuide(AdamW(model.parameters()))
+    kit.give_gradients(model, 0)
+    next(model.parameters()).grad = None
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    plain = AdamW(model.parameters())
+    plain.load_state_dict(state)
+    kit.give_gradients(model, 1)
+    plain.step()
+    again = GradGuide(AdamW(model.parameters()))
+    again.load_state_dict(state)
+    assert again.metrics()["steps"] == 1
+
+
+def test_a_group_without_momentum_cannot_join_where_momentum_is_the_direction() -> None:
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = GradGuide(SGD([p], lr=0.1, momentum=0.9), direction=Direction(share_momentum=True))
+    with pytest.raises(ValueError, match="share_momentum=True reads the momentum"):
+        optimizer.add_param_group({"params": [q], "momentum": 0.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_group_that_the_base_refuses_is_refused() -> None:
+    optimizer = GradGuide(SGD([nn.Parameter(torch.zeros(3))], lr=0.1))
+    for bad in ([nn.Parameter(torch.zeros(1))], {"params": {nn.Parameter(torch.zeros(1))}}):
+        with pytest.raises(TypeError):
+            optimizer.add_param_group(bad)  # type: ignore[arg-type]
+    assert len(optimizer.param_groups) == 1
