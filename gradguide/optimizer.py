@@ -222,8 +222,9 @@ class GradGuide(Optimizer):
         Returns:
             ``grad_norm`` (as received), ``guided_norm`` (before clipping), ``clip_factor`` (0..1), ``direction_cosine``
             (of the gradient received with the direction before it), ``coherence`` (0..1), ``source_cosine``,
-            ``conflict`` (0 or 1), ``update_norm`` (where a rule acts on the update or a history is
-            recorded), ``skipped`` and ``steps`` (counts; a step whose gradients were all zero is none). With several
+            ``conflict`` (0 or 1), ``update_norm`` (where a rule acts on the update or a history is recorded; from the
+            parameters as they are now, so read it before anything else changes them), ``skipped`` and ``steps``
+            (counts; a step whose gradients were all zero is none). With several
             sources, also ``source_cosine/k`` and ``conflict/k``; the plain keys are the worst.
         """
         guidance = self._guidance

@@ -182,6 +182,13 @@ def test_safetensors_of_other_origin(tmp_path: Path, metadata: dict[str, str] | 
         SourceGradient.load(path)
 
 
+@pytest.mark.parametrize("version", [0, -3, True, 1.9, "1", float("inf"), None])
+def test_a_format_that_is_no_whole_number(tmp_path: Path, version: object) -> None:
+    path = damaged(tmp_path / "s.safetensors", {"gradient/w": torch.ones(2)}, {"format": version, "names": ["w"]})
+    with pytest.raises(ValueError, match="holds tensors but no source gradient"):
+        SourceGradient.load(path)
+
+
 def test_newer_format(tmp_path: Path) -> None:
     path = damaged(tmp_path / "s.safetensors", {"gradient/w": torch.ones(2)}, {"format": 2, "names": ["w"]})
     with pytest.raises(ValueError, match="has format 2, this version of gradguide reads up to 1: upgrade gradguide"):
