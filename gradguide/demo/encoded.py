@@ -50,10 +50,17 @@ class Encoded:
             yield self.batch(order[start : start + size])
 
 
-def encode(examples: Sequence[Example], labels: Sequence[str], tokenizer: Any, device: torch.device) -> Encoded:
-    """``examples`` for a model, cut to 128 tokens; the class of a row is the place of its label in ``labels``."""
+def encode(
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    max_tokens: int = _MAX_TOKENS,
+) -> Encoded:
+    """``examples`` cut to ``max_tokens``; the class of a row is the place of its label in ``labels``."""
     number = {label: place for place, label in enumerate(labels)}
-    tokens = tokenizer([example.text for example in examples], truncation=True, max_length=_MAX_TOKENS)["input_ids"]
+    tokens = tokenizer([example.text for example in examples], truncation=True, max_length=max_tokens)["input_ids"]
     return Encoded(
         tokens=tuple(tokens),
         labels=tuple(number[example.label] for example in examples),

@@ -59,21 +59,22 @@ def freeze_source(model: Classifier) -> None:
     model.heads[HEAD].requires_grad_(False)
 
 
-def capture_source(model: Classifier, rows: Encoded, *, seed: int) -> SourceGradient:
-    """The gradient and the true Fisher information of the source loss, for the parameters of the adapter.
+def capture_source(model: Classifier, rows: Encoded, *, seed: int, head: str = HEAD) -> SourceGradient:
+    """The gradient and the true Fisher information of a task's loss, for the parameters of the adapter.
 
     Args:
-        model: with its source head frozen and no other trainable parameters than the adapter's.
-        rows: source rows; all are used, in small batches.
+        model: with the task's head frozen and no other trainable parameters than the adapter's.
+        rows: the task's rows; all are used, in small batches.
         seed: of the labels drawn from the model.
+        head: of the task.
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(model(HEAD, batch), batch["labels"])
+        return nn.functional.cross_entropy(model(head, batch), batch["labels"])
 
     def sampled_loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(HEAD, batch)
+        logits = model(head, batch)
         probabilities = logits.detach().softmax(dim=-1)
         drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         return nn.functional.cross_entropy(logits, drawn)

@@ -1,0 +1,132 @@
+"""What the suite was to show, beside what it shows: on the confirming sets, for GradGuide with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from benchmarks.few_shot.grid import CONFIRMING
+from benchmarks.few_shot.methods import BASE
+from benchmarks.few_shot.views import Difference, cells, difference, tuned, untuned, worst
+
+__all__ = ["share_above", "table"]
+
+OURS = "GradGuide"
+_DIRECTIONS = {True: "yes", False: "**no**"}
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown: goal, what was found, whether it is reached; "not run" where rows are missing."""
+    lines = ["| goal | found | reached |", "|---|---|---|"]
+    for goal, check in _GOALS.items():
+        lines.append(f"| {goal} | {_checked(check, rows)} |")
+    return "\n".join(lines)
+
+
+def _checked(check: Callable[[pd.DataFrame], tuple[str, bool]], rows: pd.DataFrame) -> str:
+    try:
+        found, reached = check(rows)
+    except (KeyError, ValueError, IndexError):  # rows of a method, a scenario or a half are missing
+        return "not run | "
+    return f"{found} | {_DIRECTIONS[reached]}"
+
+
+def share_above(table: pd.DataFrame, method: str, base: str = BASE) -> float:
+    """Share of the cells, means over seeds, in which ``method`` is above ``base``, in [0, 1]."""
+    means = table[[method, base]].dropna().groupby(level=list(range(6))).mean()
+    return float((means[method] > means[base]).mean())
+
+
+def _transfer(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[(rows["scenario"] == "transfer") & (rows["shots"] == 4) & rows["target"].isin(CONFIRMING)]
+
+
+def _untuned(column: str, least: float) -> Callable[[pd.DataFrame], tuple[str, bool]]:
+    def check(rows: pd.DataFrame) -> tuple[str, bool]:
+        found = difference(untuned(_transfer(rows), column), OURS)
+        return str(found), found.mean >= least and found.low > 0
+
+    return check
+
+
+def _worst_target(rows: pd.DataFrame) -> tuple[str, bool]:
+    part = _transfer(rows)
+    ours = worst(part, "target_accuracy")[OURS].mean()
+    best = tuned(part, "target_accuracy")[BASE].mean()
+    return f"{ours:.1f}, base tuned {best:.1f}", bool(ours >= best - 1.0)
+
+
+def _worst_source(rows: pd.DataFrame) -> tuple[str, bool]:
+    part = _transfer(rows)
+    share = 100 * worst(part, "source_accuracy")[OURS].mean() / part["source_accuracy_before"].mean()
+    return f"{share:.1f}%", bool(share >= 90.0)
+
+
+def _tuned_target(rows: pd.DataFrame) -> tuple[str, bool]:
+    found = difference(tuned(_transfer(rows), "target_accuracy"), OURS)
+    return str(found), found.low > -0.3
+
+
+def _tuned_source(rows: pd.DataFrame) -> tuple[str, bool]:
+    found = difference(tuned(_transfer(rows), "source_accuracy"), OURS)
+    return str(found), found.mean >= 0
+
+
+def _sequence(base: str, least: float) -> Callable[[pd.DataFrame], tuple[str, bool]]:
+    def check(rows: pd.DataFrame) -> tuple[str, bool]:
+        part = rows[(rows["scenario"] == "sequence") & (rows["target"] == "confirming")]
+        found: Difference = difference(untuned(part, "target_accuracy"), OURS, base)
+        return str(found), found.mean >= least
+
+    return check
+
+
+def _sequence_time(rows: pd.DataFrame) -> tuple[str, bool]:
+    part = rows[(rows["scenario"] == "sequence") & (rows["target"] == "confirming")]
+    pairs = part.pivot_table(index=["lr", "seed"], columns="method", values="seconds_per_step")
+    ratio = float((pairs[OURS] / pairs[BASE]).median())
+    return f"{ratio:.2f}", ratio <= 1.05
+
+
+def _rough(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[(rows["scenario"] == "rough") & rows["target"].isin(CONFIRMING)]
+
+
+def _spread(rows: pd.DataFrame) -> tuple[str, bool]:
+    spread = _rough(rows).groupby(["method", "condition", "lr"])["target_accuracy"].std().groupby("method").mean()
+    ratio = float(spread[OURS] / spread[BASE])
+    return f"{spread[OURS]:.1f} to {spread[BASE]:.1f}: {ratio:.2f}", ratio <= 0.7
+
+
+def _diverged(rows: pd.DataFrame) -> tuple[str, bool]:
+    counted = _rough(rows).groupby(["method", "condition", "target", "lr"])["diverged"].sum().unstack("method")
+    where = counted[counted[BASE] > 0]
+    ours = int(where[OURS].sum())
+    return f"{ours} to {int(where[BASE].sum())} of the base's", ours == 0
+
+
+def _above(column: str) -> Callable[[pd.DataFrame], tuple[str, bool]]:
+    def check(rows: pd.DataFrame) -> tuple[str, bool]:
+        share = 100 * share_above(cells(_transfer(rows), column), OURS)
+        return f"{share:.0f}% of the cells", share >= 80.0
+
+    return check
+
+
+_GOALS: dict[str, Callable[[pd.DataFrame], tuple[str, bool]]] = {
+    "untuned, target: at least +1.0, interval above 0": _untuned("target_accuracy", 1.0),
+    "untuned, source: at least +5.0, interval above 0": _untuned("source_accuracy", 5.0),
+    "worst rate, target: within 1 point of the base's tuned": _worst_target,
+    "worst rate, source: at least 90% of what was known": _worst_source,
+    "tuned, target: interval above -0.3": _tuned_target,
+    "tuned, source: kept better or equal": _tuned_source,
+    f"sequence: at least +3 over {BASE}": _sequence(BASE, 3.0),
+    "sequence: not below A-GEM": _sequence("A-GEM", 0.0),
+    "sequence: not below EWC": _sequence("EWC", 0.0),
+    f"sequence: time of a step at most 1.05 of {BASE}": _sequence_time,
+    f"rough data: spread over seeds at most 0.7 of {BASE}'s": _spread,
+    f"rough data: no diverged run where {BASE} has any": _diverged,
+    "directional alignment above in at least 80% of the cells": _above("alignment"),
+    "stability (coherence) above in at least 80% of the cells": _above("coherence"),
+}

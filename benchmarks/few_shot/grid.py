@@ -1,0 +1,163 @@
+"""Which runs there are: the full grid and the quick one, in the order in which they are made.
+
+Seeds are the outermost loop, so that a grid that is stopped early has every cell, with fewer seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.few_shot.methods import BASE, METHODS
+from benchmarks.few_shot.rough import CONDITIONS
+
+__all__ = ["CONFIRMING", "DEVELOPING", "LRS", "SECONDS", "Run", "candidates", "full", "quick"]
+
+DEVELOPING = ("clinc150", "banking77", "mr", "snli")
+"""The sets on which defaults were chosen."""
+CONFIRMING = ("hwu64", "goemotions", "subj", "medical_abstracts")
+"""The sets on which they were then judged."""
+
+LRS = (1e-4, 5e-4, 2e-3, 1e-2)
+SHOTS = (1, 2, 4, 8, 16, 32)
+_SHOTS = 4  # where shots are not what is studied
+_SEEDS = range(10)
+_LOWER = f"{BASE}, rate / 4"
+_SEQUENCE_METHODS = (
+    BASE, _LOWER, "L2-SP", "EWC", "A-GEM", "replay", "GG alignment", "GG direction+magnitude", "GradGuide",
+)  # fmt: skip
+_ROUGH_METHODS = ("AdamW", BASE, "ZClip", "C-AdamW", "GG direction", "GG magnitude", "GradGuide")
+_ROUGH_LRS = (5e-4, 2e-3)
+_CROSS_METHODS = (BASE, _LOWER, "EWC", "A-GEM", "GradGuide")
+_SHOT_METHODS = (BASE, _LOWER, "EWC", "GradGuide")
+_CROSS = (("films", "goemotions"), ("home", "banking77"), ("home", "medical_abstracts"))
+
+SECONDS = {"transfer": 5.5, "cross": 5.5, "rough": 4.0, "sequence": 30.0, "digits": 0.3, "causal": 60.0}
+"""About what a run takes in one thread of a 2-core machine, by scenario; for the estimate before the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run; its fields are its key in the results.
+
+    Args:
+        scenario: transfer, cross, rough, sequence, digits or causal.
+        source: name of the source task; "none" in sequences.
+        target: name of the target's set; in sequences that of the half whose sets are learnt one after the other.
+        condition: what is rough about the data; "clean" otherwise.
+        shots: training rows per class.
+        method: a name in ``METHODS``.
+        lr: learning rate of the adapter.
+        seed: of the classes, rows, head and order.
+    """
+
+    scenario: str
+    source: str
+    target: str
+    condition: str
+    shots: int
+    method: str
+    lr: float
+    seed: int
+
+
+def full(*, causal: bool = False) -> list[Run]:
+    """Every cell, ten seeds each; ``causal`` adds those of a causal language model."""
+    return [
+        run
+        for seed in _SEEDS
+        for run in (
+            *_transfer(DEVELOPING + CONFIRMING, METHODS, LRS, seed),
+            *_sequence(seed),
+            *_cross(seed),
+            *_rough(seed),
+            *_shots(seed),
+            *_digits(SHOTS, METHODS, LRS, seed),
+            *(_causal(seed) if causal else ()),
+        )
+    ]
+
+
+def candidates(names: Iterable[str]) -> list[Run]:
+    """The candidates called ``names`` beside what they are compared with, on developing sets, three seeds of their own."""
+    methods = (BASE, _LOWER, "GG direction+magnitude", "GradGuide", *names)
+    return [run for seed in range(10, 13) for run in _transfer(("clinc150", "banking77", "snli"), methods, LRS, seed)]
+
+
+def quick() -> list[Run]:
+    """A few cells of three seeds: one small source, one target, and the digits."""
+    methods = (BASE, "EWC", "GradGuide")
+    return [
+        run
+        for seed in range(3)
+        for run in (
+            *(
+                Run(scenario="cross", source="films", target="goemotions", condition="clean", shots=_SHOTS,
+                    method=method, lr=lr, seed=seed)
+                for lr in (5e-4, 1e-2) for method in methods
+            ),
+            *_digits((_SHOTS,), methods, LRS, seed),
+        )
+    ]  # fmt: skip
+
+
+def _transfer(
+    sets: Iterable[str], methods: Iterable[str], lrs: Iterable[float], seed: int, shots: int = _SHOTS
+) -> list[Run]:
+    methods, lrs = tuple(methods), tuple(lrs)
+    return [
+        Run(scenario="transfer", source="assistant", target=target, condition="clean", shots=shots, method=method,
+            lr=lr, seed=seed)
+        for target in sets for lr in lrs for method in methods
+    ]  # fmt: skip
+
+
+def _shots(seed: int) -> list[Run]:
+    return [
+        run
+        for shots in SHOTS
+        if shots != _SHOTS
+        for run in _transfer(("banking77", "hwu64"), _SHOT_METHODS, LRS, seed, shots)
+    ]
+
+
+def _cross(seed: int) -> list[Run]:
+    return [
+        Run(scenario="cross", source=source, target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
+            seed=seed)
+        for source, target in _CROSS for lr in LRS for method in _CROSS_METHODS
+    ]  # fmt: skip
+
+
+def _causal(seed: int) -> list[Run]:
+    return [
+        Run(scenario="causal", source="assistant", target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
+            seed=seed)
+        for target in DEVELOPING + CONFIRMING for lr in LRS for method in _CROSS_METHODS
+    ]  # fmt: skip
+
+
+def _rough(seed: int) -> list[Run]:
+    return [
+        Run(scenario="rough", source="assistant", target=target, condition=condition, shots=_SHOTS, method=method,
+            lr=lr, seed=seed)
+        for target in ("clinc150", "hwu64") for condition in CONDITIONS for lr in _ROUGH_LRS
+        for method in _ROUGH_METHODS
+    ]  # fmt: skip
+
+
+def _sequence(seed: int) -> list[Run]:
+    return [
+        Run(scenario="sequence", source="none", target=half, condition="clean", shots=_SHOTS, method=method, lr=lr,
+            seed=seed)
+        for half in ("developing", "confirming") for lr in LRS for method in _SEQUENCE_METHODS
+    ]  # fmt: skip
+
+
+def _digits(shots: Iterable[int], methods: Iterable[str], lrs: Iterable[float], seed: int) -> list[Run]:
+    methods, lrs = tuple(methods), tuple(lrs)
+    return [
+        Run(scenario="digits", source="digits 0-4", target="digits 5-9", condition="clean", shots=k, method=method,
+            lr=lr, seed=seed)
+        for k in shots for lr in lrs for method in methods
+    ]  # fmt: skip

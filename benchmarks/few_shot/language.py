@@ -1,0 +1,165 @@
+"""An encoder with a LoRA adapter on all its linear layers as the thing trained: source tasks, targets, sequences."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.texts import Episode, source_task
+from gradguide import SourceGradient
+from gradguide.demo.data import Example
+from gradguide.demo.encoded import Encoded, encode
+from gradguide.demo.model import Classifier, accuracy, add_lora, load_encoder
+from gradguide.demo.sampling import batches, draw
+from gradguide.demo.source import HEAD, capture_source, freeze_source, train_source
+from gradguide.demo.storage import load_source, save_source
+from gradguide.integrations.peft import lora_parameters
+
+__all__ = ["Encoder", "Known", "LiveRows"]
+
+_SEED = 0
+_MAX_TOKENS = 40  # most texts are shorter, but for medical abstracts, of which this is the beginning
+_TRAIN_ROWS_PER_LABEL = 32
+_TEST_ROWS = 100
+_LIVE_BATCH = 8
+_TARGET = "target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveRows:
+    """Rows of an earlier task, for methods that go on seeing them: head and rows."""
+
+    head: str
+    rows: Encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the model knows before the target: stored sources, the rows behind them, and how to judge what is kept."""
+
+    sources: Sequence[SourceGradient]
+    live: Sequence[LiveRows]
+    judged: Callable[[], dict[str, float]]
+
+
+class Encoder:
+    """A pretrained encoder with an adapter, from a source task on (or from a fresh adapter, without a source).
+
+    Args:
+        model: hub id or folder.
+        data: folder of the text sets.
+        source: name of the source task, or None.
+        cache: folder where source adapters are kept, trained once.
+    """
+
+    def __init__(self, model: str, data: Path, source: str | None, cache: Path) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder, self._tokenizer = load_encoder(model)
+        encoder.to(self.device)
+        self.source_accuracy = float("nan")
+        self.known = Known(sources=(), live=(), judged=dict)
+        if source is None:
+            self.model = Classifier(add_lora(encoder, seed=_SEED), _width(encoder)).to(self.device)
+        else:
+            self._learn(encoder, data, source, cache / source)
+        self._start = {name: p.detach().clone() for name, p in lora_parameters(self.model)}
+
+    def encode(self, rows: Sequence[Example], labels: Sequence[str]) -> Encoded:
+        return encode(rows, labels, self._tokenizer, self.device, max_tokens=_MAX_TOKENS)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The adapter as it was after the source task, and no heads but the source's."""
+        for name, parameter in lora_parameters(self.model):
+            parameter.copy_(self._start[name])
+            parameter.grad = None
+        for head in set(self.model.heads) - {HEAD}:
+            del self.model.heads[head]
+
+    def problem(
+        self,
+        episode: Episode,
+        seed: int,
+        *,
+        known: Known | None = None,
+        head: str = _TARGET,
+        rows: Sequence[Example] | None = None,
+        spoilt: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> Problem:
+        """The episode as a problem on the adapter as it stands, with a new head.
+
+        Args:
+            known: what is known before; by default the source task.
+            rows: training rows in place of the episode's.
+            spoilt: a change of the batch at the n-th call of the loss.
+        """
+        known = self.known if known is None else known
+        model, labels = self.model, episode.task.labels
+        model.add_head(head, len(labels), seed)
+        model.train()
+        train = self.encode(episode.train if rows is None else rows, labels)
+        pool, probe, test = (self.encode(r, labels) for r in (episode.pool, episode.probe, episode.task.test))
+        calls = count()
+
+        def loss(chosen: Sequence[int]) -> Tensor:
+            batch = train.batch(chosen)
+            return model.loss(head, batch if spoilt is None else spoilt(next(calls), batch))
+
+        def pool_loss() -> Iterable[tuple[int, Tensor]]:
+            model.eval()
+            for batch in pool.by_length(16):
+                yield len(batch["labels"]), model.loss(head, batch)
+            model.train()
+
+        return Problem(
+            adapter=lora_parameters(model),
+            head=list(model.heads[head].parameters()),
+            rows=len(train),
+            classes=len(labels),
+            loss=loss,
+            source_loss=[_live_loss(model, live, seed) for live in known.live],
+            sources=known.sources,
+            pool_loss=pool_loss,
+            accuracy=lambda: {"target": accuracy(model, head, test), **known.judged()},
+            probe=lambda: accuracy(model, head, probe),
+        )
+
+    def _learn(self, encoder: Any, data: Path, source: str, folder: Path) -> None:
+        task = source_task(data, source)
+        rows = self.encode(draw(task.train, _TRAIN_ROWS_PER_LABEL, _SEED), task.labels)
+        if not folder.exists():
+            model = Classifier(add_lora(encoder, seed=_SEED), _width(encoder)).to(self.device)
+            model.add_head(HEAD, len(task.labels), _SEED)
+            train_source(model, rows, seed=_SEED)
+            freeze_source(model)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            save_source(folder, model, capture_source(model, rows, seed=_SEED), task.labels)
+            adapted: Any = model.encoder
+            encoder = adapted.unload()  # what follows is the same whether the source was trained here or not
+        self.model, gradient = load_source(folder, encoder, task.labels, self.device)
+        freeze_source(self.model)
+        per_label = max(1, round(_TEST_ROWS / len(task.labels)))
+        test = self.encode(draw(task.test, per_label, _SEED), task.labels)
+        self.known = Known(
+            sources=(gradient,),
+            live=(LiveRows(head=HEAD, rows=rows),),
+            judged=lambda: {"source": accuracy(self.model, HEAD, test)},
+        )
+        self.source_accuracy = accuracy(self.model, HEAD, test)
+
+
+def _live_loss(model: Classifier, live: LiveRows, seed: int) -> Callable[[], Tensor]:
+    stream: Iterator[list[int]] = batches(len(live.rows), _LIVE_BATCH, random.Random(f"live/{seed}").randrange(2**31))
+    return lambda: model.loss(live.head, live.rows.batch(next(stream)))
+
+
+def _width(encoder: Any) -> int:
+    return int(encoder.config.hidden_size)

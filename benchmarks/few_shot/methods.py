@@ -1,0 +1,102 @@
+"""The methods compared. Each is an optimizer, and what is done to the gradients before its step.
+
+Every method has the same budget: the grid of learning rates. What else it could be tuned by stands at its authors'
+value, or at the library's default, and is the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.few_shot import guided, live, penalties
+from benchmarks.few_shot.cautious import CautiousAdamW
+from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.zclip import ZClip
+
+__all__ = ["BASE", "METHODS", "STORED", "Learner", "Method"]
+
+MAX_NORM = 1.0
+BASE = "clip"
+"""What every other method is compared with: clip_grad_norm_ and AdamW."""
+
+Change = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """An optimizer for one run, and the changes made to the gradients before each of its steps, in order."""
+
+    optimizer: Optimizer
+    changes: tuple[Change, ...] = ()
+
+    def step(self) -> None:
+        """One step from the gradients that the parameters hold."""
+        for change in self.changes:
+            change()
+        self.optimizer.step()
+
+
+Method = Callable[[Problem, float], Learner]
+
+
+def _adamw(problem: Problem, lr: float) -> Learner:
+    return Learner(optimizer=AdamW(problem.groups(lr)))
+
+
+def _before_clipping(make: Callable[[Problem], Change] | None) -> Method:
+    """AdamW with clipped gradients, after ``make``'s change."""
+
+    def method(problem: Problem, lr: float) -> Learner:
+        def clip() -> None:
+            nn.utils.clip_grad_norm_(problem.parameters, MAX_NORM)
+
+        first = (make(problem),) if make is not None else ()
+        return Learner(optimizer=AdamW(problem.groups(lr)), changes=(*first, clip))
+
+    return method
+
+
+def _lower(problem: Problem, lr: float) -> Learner:
+    return METHODS[BASE](problem, lr / 4)
+
+
+def _cautious(problem: Problem, lr: float) -> Learner:
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(problem.parameters, MAX_NORM)
+
+    return Learner(optimizer=CautiousAdamW(problem.groups(lr)), changes=(clip,))
+
+
+def _zclip(problem: Problem, lr: float) -> Learner:
+    return Learner(optimizer=AdamW(problem.groups(lr)), changes=(ZClip(problem.parameters),))
+
+
+def _guided(variant: guided.Variant) -> Method:
+    def method(problem: Problem, lr: float) -> Learner:
+        return Learner(optimizer=guided.wrap(AdamW(problem.groups(lr)), problem, variant))
+
+    return method
+
+
+METHODS: dict[str, Method] = {
+    "AdamW": _adamw,
+    BASE: _before_clipping(None),
+    f"{BASE}, rate / 4": _lower,
+    "L2-SP": _before_clipping(penalties.l2_sp),
+    "EWC": _before_clipping(penalties.ewc),
+    "A-GEM": _before_clipping(live.a_gem),
+    "replay": _before_clipping(live.replay),
+    "PCGrad": _before_clipping(live.pcgrad),
+    "UPGrad": _before_clipping(live.upgrad),
+    "ZClip": _zclip,
+    "C-AdamW": _cautious,
+    **{name: _guided(variant) for name, variant in guided.VARIANTS.items()},
+}
+"""By name, as it stands in the results."""
+
+STORED = frozenset({"EWC", *(name for name, variant in guided.VARIANTS.items() if variant.alignment is not None)})
+"""The methods that use a stored source of each earlier task."""

@@ -1,0 +1,255 @@
+"""The report, from the results alone: ``python -m benchmarks.few_shot.report`` writes few_shot.md and the figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.few_shot import figures, goals
+from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING
+from benchmarks.few_shot.methods import BASE, METHODS
+from benchmarks.few_shot.views import cells, difference, load, outcomes, tuned, untuned, worst
+from gradguide.atomic import replacing
+
+__all__ = ["summary", "table", "write"]
+
+RESULTS = Path(__file__).parent.parent / "results"
+_ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
+
+
+def write(results: Path, out: Path) -> None:
+    """Writes ``out`` (Markdown) and two figures beside it."""
+    rows = load(results)
+    transfer = rows[rows["scenario"] == "transfer"]
+    standard = transfer[transfer["shots"] == 4]
+    with replacing(out) as temporary:
+        temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
+    figures.by_rate(standard, out.with_name(f"{out.stem}-rates.png"))
+    figures.by_shots(transfer[transfer["target"].isin(("banking77", "hwu64"))], out.with_name(f"{out.stem}-shots.png"))
+
+
+def summary(results: Path) -> str:
+    """A short table of every scenario in the file, untuned view, for a terminal."""
+    rows = load(results)
+    parts = [f"{name}\n{_accuracies(part, 'untuned')}" for name, part in rows.groupby("scenario")]
+    return "\n\n".join(parts) + "\n\nmeans over the grid of rates; in brackets 95% bootstrap intervals of differences"
+
+
+def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
+    halves = (("confirming", CONFIRMING), ("developing", DEVELOPING))
+    parts = [
+        "# Few-shot evaluation",
+        f"{len(rows)} runs, seeds {rows['seed'].min()} to {rows['seed'].max()}; torch {_all(rows, 'torch')}, commits "
+        f"{_all(rows, 'commit')}. Differences are paired (same samples, head and order) against `{BASE}` "
+        "(clip_grad_norm_ and AdamW), with 95% bootstrap intervals over (data set, seed). Accuracies in percent.",
+        "## Goals, on the confirming sets",
+        goals.table(rows),
+    ]
+    for half, sets in halves:
+        part = standard[standard["target"].isin(sets)]
+        if part.empty:
+            continue
+        parts += [
+            f"## Transfer, {half} sets ({', '.join(sets)}), 4 shots",
+            "### Untuned: mean over the grid of learning rates, 1e-4 to 1e-2",
+            _accuracies(part, "untuned"),
+            "### Tuned: the rate that is best for the target on the other sets",
+            _accuracies(part, "tuned"),
+            "### Worst rate of the grid, mean over sets",
+            _worst(part),
+        ]
+    parts += ["## Wins, ties and losses by cell, transfer", _outcomes(transfer)]
+    parts += ["## Stability, alignment and cost, transfer at 4 shots", _measures(standard)]
+    for scenario, title in (("sequence", "Five tasks one after the other"), ("cross", "Cross-domain"),
+                            ("digits", "Not language: handwritten digits"),
+                            ("causal", "Causal language model")):  # fmt: skip
+        part = rows[rows["scenario"] == scenario]
+        if not part.empty:
+            parts += [f"## {title}", *_scenario(part, scenario)]
+    rough = rows[rows["scenario"] == "rough"]
+    if not rough.empty:
+        parts += ["## Rough data", _rough(rough)]
+    shots = transfer[transfer["target"].isin(("banking77", "hwu64"))]
+    if shots["shots"].nunique() > 1:
+        parts += ["## Shots, untuned view", _shots(shots)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _accuracies(rows: pd.DataFrame, view: str) -> str:
+    made = {column: (untuned if view == "untuned" else tuned)(rows, column) for column in _ACCURACIES}
+    lines = []
+    for method in _methods(rows):
+        line = [method]
+        for column in _ACCURACIES:
+            values = made[column]
+            if method not in values:
+                line += ["", ""]
+                continue
+            line += [f"{values[method].mean():.1f}", "" if method == BASE else str(difference(values, method))]
+        lines.append(line)
+    heads = [part for title in _ACCURACIES.values() for part in (title, f"difference from {BASE}")]
+    return table(["method", *heads], lines)
+
+
+def _worst(rows: pd.DataFrame) -> str:
+    found = {column: worst(rows, column) for column in _ACCURACIES}
+    lines = [
+        [method, *(f"{values[method].mean():.1f}" for values in found.values())] for method in _methods(rows)
+    ]  # fmt: skip
+    return table(["method", *_ACCURACIES.values()], lines)
+
+
+def _outcomes(rows: pd.DataFrame) -> str:
+    lines = []
+    for method in _methods(rows):
+        if method == BASE:
+            continue
+        line = [method]
+        for column in _ACCURACIES:
+            counted = outcomes(rows, column, method)
+            line.append(" / ".join(str(counted[key]) for key in ("wins", "ties", "losses")))
+        lines.append(line)
+    return table(["method", "target: wins / ties / losses", "source: wins / ties / losses"], lines)
+
+
+def _measures(rows: pd.DataFrame) -> str:
+    """Means, and for stability and alignment the share of cells (set, rate) in which the mean is above the base's."""
+    lines = []
+    base = rows[rows["method"] == BASE]
+    for method in _methods(rows):
+        mine = rows[rows["method"] == method]
+        line = [method]
+        for column in ("coherence", "successive_cosine", "alignment"):
+            share = goals.share_above(cells(rows, column), method)
+            line.append(f"{mine[column].mean():.3f}" + ("" if method == BASE else f" ({100 * share:.0f}%)"))
+        ratio = (
+            mine.groupby("target")["seconds_per_step"].median() / base.groupby("target")["seconds_per_step"].median()
+        )
+        line += [f"{ratio.mean():.2f}", f"{mine['memory'].mean() / 2**20:.1f}", f"{mine['steps_to_final'].mean():.0f}"]
+        lines.append(line)
+    heads = [
+        "coherence",
+        "successive cosine",
+        "alignment with the pool",
+        "time of a step",
+        "MiB held",
+        "steps to final",
+    ]
+    return table(["method", *heads], lines) + (
+        "\n\nIn brackets: share of the cells (set, rate) in which the mean over seeds is above the base's. Time of a "
+        "step: forward, backward and optimizer, median, relative to the base's. MiB: beside parameters and gradients."
+    )
+
+
+def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
+    if scenario == "sequence":
+        parts = []
+        for half, part in rows.groupby("target"):
+            parts += [f"### {str(half).capitalize()} sets", _sequence(part)]
+        return parts
+    return [
+        "### Untuned", _accuracies(rows, "untuned"), "### Tuned", _accuracies(rows, "tuned"),
+    ]  # fmt: skip
+
+
+def _sequence(rows: pd.DataFrame) -> str:
+    """Average accuracy over the five tasks, in both views, and backward transfer."""
+    means = rows.groupby(["method", "lr"])["target_accuracy"].mean().unstack("lr")
+    mean = untuned(rows, "target_accuracy")
+    lines = []
+    for method in _methods(rows):
+        if method not in mean:
+            continue
+        mine = rows[rows["method"] == method]
+        step = mine["seconds_per_step"].median() / rows[rows["method"] == BASE]["seconds_per_step"].median()
+        lines.append([
+            method,
+            f"{mean[method].mean():.1f}",
+            "" if method == BASE else str(difference(mean, method)),
+            f"{means.loc[method].max():.1f} at {means.loc[method].idxmax():g}",
+            f"{mine['backward_transfer'].mean():+.1f}",
+            f"{step:.2f}",
+        ])  # fmt: skip
+    heads = ["average accuracy", f"difference from {BASE}", "at its best rate", "backward transfer", "time of a step"]
+    return table(["method", *heads], lines)
+
+
+def _rough(rows: pd.DataFrame) -> str:
+    lines = []
+    for condition, part in rows.groupby("condition", sort=False):
+        for method in _methods(part):
+            mine = part[part["method"] == method]
+            spread = mine.groupby(["target", "lr"])["target_accuracy"].std().mean()
+            means = untuned(part, "target_accuracy")
+            lines.append([
+                str(condition), method, f"{mine['target_accuracy'].mean():.1f}",
+                "" if method == BASE or method not in means else str(difference(means, method)),
+                f"{spread:.1f}", f"{mine['source_accuracy'].mean():.1f}", f"{mine['diverged'].sum()} of {len(mine)}",
+            ])  # fmt: skip
+    heads = [
+        "condition",
+        "method",
+        "target %",
+        f"difference from {BASE}",
+        "spread over seeds",
+        "source kept %",
+        "diverged",
+    ]
+    return table(heads, lines)
+
+
+def _shots(rows: pd.DataFrame) -> str:
+    lines = []
+    for shots, part in rows.groupby("shots"):
+        made = {column: untuned(part, column) for column in _ACCURACIES}
+        for method in _methods(part):
+            if all(method in values for values in made.values()) and method in _shot_methods(rows):
+                cellsof = [
+                    text
+                    for values in made.values()
+                    for text in (
+                        f"{values[method].mean():.1f}",
+                        "" if method == BASE else str(difference(values, method)),
+                    )
+                ]
+                lines.append([str(shots), method, *cellsof])
+    heads = [part for title in _ACCURACIES.values() for part in (title, f"difference from {BASE}")]
+    return table(["shots", "method", *heads], lines)
+
+
+def _shot_methods(rows: pd.DataFrame) -> set[str]:
+    return set(rows[rows["shots"] != 4]["method"])
+
+
+def _methods(rows: pd.DataFrame) -> list[str]:
+    """Methods in the order of ``METHODS``; others, such as candidates, after them."""
+    found = set(rows["method"])
+    return [m for m in METHODS if m in found] + sorted(found - set(METHODS))
+
+
+def _all(rows: pd.DataFrame, column: str) -> str:
+    return ", ".join(sorted(map(str, rows[column].unique())))
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    made = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.few_shot.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "few_shot.csv", help="file of results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "few_shot.md", help="where the report goes")
+    options = parser.parse_args(argv)
+    write(options.results, options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

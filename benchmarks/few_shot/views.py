@@ -1,0 +1,89 @@
+"""Statistics of the results: paired differences with bootstrap intervals, the tuned and the untuned view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.few_shot.methods import BASE
+
+__all__ = ["Difference", "cells", "difference", "load", "outcomes", "tuned", "untuned", "worst"]
+
+_RESAMPLES = 10_000
+_PAIR = ["target", "seed"]
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, with its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+def load(path: Path) -> pd.DataFrame:
+    """The rows of a file of results; accuracies in percent."""
+    rows = pd.read_csv(path)
+    for column in ("target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer"):
+        rows[column] *= 100
+    return rows
+
+
+def untuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean over the grid of rates: one value per (target, seed), by method; only pairs whose grid is complete."""
+    table = rows.pivot_table(index=_PAIR, columns=["method", "lr"], values=column)
+    return table.dropna().T.groupby("method").mean().T
+
+
+def tuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Each method at the rate that is best for the target on the *other* sets: one value per (target, seed), by method.
+
+    The choice is by the mean target accuracy, whatever ``column`` is shown.
+    """
+    means = rows.groupby(["method", "target", "lr"])["target_accuracy"].mean().unstack("lr")
+    parts = []
+    for (method, target), _ in means.iterrows():
+        others = means.loc[method].drop(index=target)
+        best = (others if len(others) else means.loc[method]).mean().idxmax()
+        parts.append(rows[(rows["method"] == method) & (rows["target"] == target) & (rows["lr"] == best)])
+    return pd.concat(parts).pivot_table(index=_PAIR, columns="method", values=column).dropna()
+
+
+def worst(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean over seeds at the worst rate of the grid: one value per target, by method."""
+    means: pd.DataFrame = rows.groupby(["method", "target", "lr"])[column].mean().unstack("lr")
+    return means.min(axis=1).unstack("method")
+
+
+def difference(table: pd.DataFrame, method: str, base: str = BASE) -> Difference:
+    """``method`` minus ``base`` over the pairs of ``table``, resampled with replacement 10,000 times."""
+    pairs = (table[method] - table[base]).to_numpy(dtype=float)
+    generator = np.random.default_rng(0)
+    means = pairs[generator.integers(len(pairs), size=(_RESAMPLES, len(pairs)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(float(pairs.mean()), float(low), float(high))
+
+
+def cells(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Every cell (scenario, source, target, condition, shots, rate) and seed, by method."""
+    index = ["scenario", "source", "target", "condition", "shots", "lr", "seed"]
+    return rows.pivot_table(index=index, columns="method", values=column)
+
+
+def outcomes(rows: pd.DataFrame, column: str, method: str) -> dict[str, int]:
+    """Wins, ties and losses against the base by cell: where the interval of the paired differences leaves out zero."""
+    table = cells(rows, column)
+    counted = {"wins": 0, "ties": 0, "losses": 0}
+    if method not in table:
+        return counted
+    pairs = table[[method, BASE]].dropna()
+    for _, cell in pairs.groupby(level=list(range(6))):
+        found = difference(cell, method)
+        counted["wins" if found.low > 0 else "losses" if found.high < 0 else "ties"] += 1
+    return counted
