@@ -124,8 +124,8 @@ def _measures(rows: pd.DataFrame) -> str:
         mine = rows[rows["method"] == method]
         line = [method]
         for column in ("coherence", "successive_cosine", "alignment"):
-            share = goals.share_above(cells(rows, column), method)
-            line.append(f"{mine[column].mean():.3f}" + ("" if method == BASE else f" ({100 * share:.0f}%)"))
+            share = "" if method == BASE else f" ({100 * goals.share_above(cells(rows, column), method):.0f}%)"
+            line.append(f"{mine[column].mean():.3f}{share}")
         ratio = (
             mine.groupby("target")["seconds_per_step"].median() / base.groupby("target")["seconds_per_step"].median()
         )

@@ -15,7 +15,7 @@ __all__ = ["append", "done"]
 _MEASURED = (
     "target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer", "loss", "diverged",
     "coherence", "successive_cosine", "alignment", "steps_to_final", "seconds_per_step", "capture_seconds", "memory",
-    "seconds",
+    "peak_memory", "seconds",
 )  # fmt: skip
 _ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
 _COLUMNS = [*(field.name for field in fields(Run)), *_MEASURED, *_ABOUT]

@@ -12,8 +12,9 @@ from typing import Any
 from benchmarks.few_shot.candidates import CANDIDATES
 from benchmarks.few_shot.causal import Causal
 from benchmarks.few_shot.digits import Digits
-from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, Run
+from benchmarks.few_shot.grid import SEQUENCES, Run
 from benchmarks.few_shot.language import Encoder, Known, LiveRows
+from benchmarks.few_shot.memory import peak_memory, reset_peak
 from benchmarks.few_shot.methods import METHODS, STORED
 from benchmarks.few_shot.rough import CONDITIONS, Rough, outlier_batches, spikes
 from benchmarks.few_shot.texts import episode, spoil_labels
@@ -64,10 +65,11 @@ class Suite:
     def row(self, run: Run) -> dict[str, Any]:
         """The results of ``run``."""
         self.prepare(run)
+        reset_peak()
         start = time.perf_counter()
         made = {"digits": self._digit_run, "causal": self._causal_run, "sequence": self._sequence_run}
         row = made.get(run.scenario, self._transfer_run)(run)
-        return {**row, "seconds": time.perf_counter() - start}
+        return {**row, "peak_memory": peak_memory(), "seconds": time.perf_counter() - start}
 
     def _transfer_run(self, run: Run) -> dict[str, Any]:
         encoder = self._encoders[run.source]
@@ -116,13 +118,12 @@ class Suite:
         """
         encoder = self._encoders[run.source]
         encoder.reset()
-        order = DEVELOPING if run.target == "developing" else CONFIRMING
         known = Known(sources=(), live=(), judged=dict)
         tests: dict[str, Encoded] = {}
         learnt, each, captured = [], [], 0.0
-        for place, name in enumerate((*order, order[0])):
+        for place, name in enumerate(SEQUENCES[run.target]):
             head = f"task{place}"
-            few = episode(self.settings.data, name, run.shots, 100 * place + run.seed)
+            few = episode(self.settings.data, name, run.shots, 101 * place + run.seed)
             rows = encoder.encode(few.train, few.task.labels)
             tests[head] = encoder.encode(few.task.test, few.task.labels)
             problem = encoder.problem(few, run.seed, known=known, head=head)

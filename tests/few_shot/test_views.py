@@ -1,0 +1,112 @@
+"""Statistics, goals and report on results whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.few_shot import goals, report
+from benchmarks.few_shot.grid import CONFIRMING, LRS
+from benchmarks.few_shot.methods import BASE
+from benchmarks.few_shot.views import difference, load, outcomes, tuned, untuned, worst
+
+OURS = "GradGuide"
+
+
+def results(ours: float = 5.0, spread: float = 0.5) -> pd.DataFrame:
+    """Transfer on the confirming sets: the base is good at 5e-4 alone; ours is ``ours`` points above it everywhere."""
+    generator = np.random.default_rng(0)
+    level = dict(zip(LRS, (60.0, 80.0, 70.0, 30.0), strict=True))
+    rows = []
+    for target in CONFIRMING:
+        for seed in range(10):
+            for lr in LRS:
+                shared = generator.normal()
+                for method, gain in ((BASE, 0.0), (OURS, ours)):
+                    accuracy = level[lr] + shared + gain + spread * generator.normal()
+                    rows.append({
+                        "scenario": "transfer", "source": "assistant", "target": target, "condition": "clean",
+                        "shots": 4, "method": method, "lr": lr, "seed": seed, "target_accuracy": accuracy / 100,
+                        "source_accuracy": (accuracy + 10) / 100, "source_accuracy_before": 0.95,
+                        "backward_transfer": np.nan, "coherence": 0.4 + gain / 100, "successive_cosine": 0.1,
+                        "alignment": 0.2 - gain / 100, "steps_to_final": 10, "seconds_per_step": 0.1,
+                        "memory": 2**20, "diverged": 0, "commit": "abc", "torch": "2",
+                    })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "few_shot.csv"
+    results().to_csv(path, index=False)
+    return path
+
+
+def test_the_untuned_view_is_the_mean_over_the_grid_in_pairs(file: Path) -> None:
+    table = untuned(load(file), "target_accuracy")
+    assert len(table) == 40
+    assert table[BASE].mean() == pytest.approx(60.0, abs=1.0)
+    found = difference(table, OURS)
+    assert found.mean == pytest.approx(5.0, abs=0.2)
+    assert found.low < 5.0 < found.high
+    assert found.high - found.low < 0.4  # what the pairs share is no noise
+
+
+def test_an_incomplete_grid_is_left_out_of_the_untuned_view(file: Path) -> None:
+    rows = load(file)
+    gap = (rows["method"] == OURS) & (rows["lr"] == 1e-2) & (rows["seed"] == 9) & (rows["target"] == "subj")
+    assert len(untuned(rows[~gap], "target_accuracy")) == 39
+
+
+def test_the_tuned_view_chooses_the_rate_on_the_other_sets(file: Path) -> None:
+    rows = load(file)
+    # On one set another rate is far better; it must not be chosen there, since the other sets know nothing of it.
+    lucky = (rows["target"] == "subj") & (rows["lr"] == 1e-2)
+    rows.loc[lucky, "target_accuracy"] += 65.0
+    table = tuned(rows, "target_accuracy")[BASE]
+    assert table.loc["subj"].mean() == pytest.approx(80.0, abs=1.5)
+
+
+def test_the_worst_view_is_the_worst_rate_of_each_set(file: Path) -> None:
+    assert worst(load(file), "target_accuracy")[BASE].mean() == pytest.approx(30.0, abs=1.0)
+
+
+def test_wins_ties_and_losses(tmp_path: Path) -> None:
+    for gain, expected in ((5.0, "wins"), (-5.0, "losses")):
+        results(gain).to_csv(tmp_path / "r.csv", index=False)
+        counted = outcomes(load(tmp_path / "r.csv"), "target_accuracy", OURS)
+        assert counted == {**dict.fromkeys(("wins", "ties", "losses"), 0), expected: 16}
+    results(0.0).to_csv(tmp_path / "r.csv", index=False)
+    assert outcomes(load(tmp_path / "r.csv"), "target_accuracy", OURS)["ties"] >= 12
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        pairs = pd.DataFrame({BASE: np.zeros(40), OURS: generator.normal(1.0, 3.0, size=40)})
+        found = difference(pairs, OURS)
+        covered += found.low <= 1.0 <= found.high
+    assert 178 <= covered <= 200
+
+
+def test_goals_say_yes_no_and_not_run(file: Path) -> None:
+    text = goals.table(load(file))
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
+    assert "| yes |" in lines["untuned, target: at least +1.0, interval above 0"]
+    assert "| yes |" in lines["stability (coherence) above in at least 80% of the cells"]
+    assert "**no**" in lines["directional alignment above in at least 80% of the cells"]
+    assert "not run" in lines["sequence: not below A-GEM"]
+
+
+def test_the_report_is_made_from_the_rows_alone(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.md"
+    assert report.main(["--results", str(file), "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "Transfer, confirming sets" in text
+    assert "| GradGuide |" in text
+    assert (tmp_path / "report-rates.png").stat().st_size > 10_000
+    assert "GradGuide" in report.summary(file)
