@@ -29,6 +29,8 @@ __all__ = ["Guidance", "Measured"]
 
 # Rows of the step's span: the gradient, the running direction, then the sources.
 GRADIENT, DIRECTION, SOURCES = 0, 1, 2
+# Rows of the update's span: the update, the parameters before it where it is bounded, then the sources.
+UPDATE, BEFORE = 0, 1
 
 
 @dataclass(slots=True)
@@ -77,7 +79,8 @@ class Guidance:
         self._covered = frozenset.intersection(*(frozenset(s.shapes()) for s in sources)) if sources else frozenset()
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = Scopes()
-        self.power = 0.0 if magnitude is None else magnitude.power(directed=direction is not None)
+        self.power = 0.0 if magnitude is None else magnitude.coherence
+        self._largest = None if magnitude is None else magnitude.max_update
         self._before: dict[Tensor, Tensor] = {}
         self._stepped: list[Tensor] = []
 
@@ -93,7 +96,7 @@ class Guidance:
     @property
     def acts_on_update(self) -> bool:
         """Whether a rule changes the update that the base optimizer makes."""
-        return self._aligns_update or self.power > 0
+        return self._aligns_update or self.power > 0 or self._largest is not None
 
     @property
     def _aligns_update(self) -> bool:
@@ -197,20 +200,24 @@ class Guidance:
     @torch.no_grad()
     def correct(self, measured: Measured) -> None:
         """Measure, decide and combine once more, on the update that the base made since :meth:`remember`."""
-        buckets, scopes = measured.buckets, measured.scopes
+        buckets, scopes, bounded = measured.buckets, measured.scopes, self._largest is not None
         rows: list[list[Row | None]] = []
         for bucket in buckets:
             before = [self._before[p] for p in bucket.parameters]
             made = Row(at=bucket.parameters, anchor=before)
-            rows.append([made, *(self._sources(bucket, before) if self._aligns_update else [])])
+            start = [Row(offset=before)] if bounded else []
+            rows.append([made, *start, *(self._sources(bucket, before) if self._aligns_update else [])])
         # Scaling alone needs no products.
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
-        span = self._gram(buckets, scopes, rows) if self._aligns_update else zeros
-        update = span.row(0)
+        span = self._gram(buckets, scopes, rows) if self._aligns_update or bounded else zeros
+        update = span.row(UPDATE)
         wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
+        if self._largest is not None:
+            lengths = span.norm(wanted), span.norm(span.row(BEFORE))
+            wanted = wanted * bounding.shrink(*lengths, self._numbers(measured), self._largest).unsqueeze(1)
         if self._aligns_update:
             # A step raises the source loss where it goes along the source gradient.
-            wanted = -aligning.project(span, -wanted, first=1)
+            wanted = -aligning.project(span, -wanted, first=BEFORE + bounded)
         change = torch.where(span.gram.isfinite().all(), wanted - update, 0.0)
         for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
             write = Write(into=bucket.parameters, coefficients=change[scope], accumulate=True)
@@ -280,6 +287,14 @@ class Guidance:
             return [None] * len(self.alignment.sources)
         present = list(bucket.parameters) if at is None else at
         return [source.row(bucket.names, present) for source in self.alignment.sources]
+
+    def _numbers(self, measured: Measured) -> Tensor:
+        """How many numbers each scope has: Tensor [S]."""
+        counts = [0] * measured.span.gram.shape[0]
+        for bucket, scope in zip(measured.buckets, measured.scopes, strict=True):
+            counts[scope] += sum(p.numel() for p in bucket.parameters)
+        # Filled on the device: a copy from the host would make it wait.
+        return torch.cat([measured.span.gram.new_full((1,), count) for count in counts])
 
     def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
         """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""

@@ -100,8 +100,8 @@ class GradGuide(Optimizer):
                 raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
         check_choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
         check_backend(backend)
-        if magnitude is not None:
-            magnitude.power(directed=direction is not None)
+        if magnitude is not None and magnitude.coherence > 0 and direction is None:
+            raise ValueError(f"Magnitude(coherence={magnitude.coherence}) needs a direction, found direction=None")
         if direction is not None and direction.share_momentum:
             check_momentum(base, base.param_groups)
         known = named(names) if names is not None else _names_of(base.param_groups)

@@ -90,7 +90,7 @@ def test_values_over_steps() -> None:
         SGD(known.values(), lr=rate),
         direction=Direction(decay=DECAY, damping=0.0),
         alignment=Alignment(source, on="gradient", weight=weight),
-        magnitude=Magnitude(max_norm=max_norm, coherence=power),
+        magnitude=Magnitude(max_norm=max_norm, max_update=None, coherence=power),
         names=known.items(),
     )
     d = torch.zeros(10, dtype=torch.float64)
@@ -163,7 +163,9 @@ def test_guided_norm_with_damping() -> None:
 def test_what_is_off_is_nan() -> None:
     known = parameters()
     (g,) = vectors(1, seed=4)
-    optimizer = GradGuide(SGD(known.values(), lr=0.1), direction=None, magnitude=Magnitude(max_norm=0.5))
+    optimizer = GradGuide(
+        SGD(known.values(), lr=0.1), direction=None, magnitude=Magnitude(max_norm=0.5, max_update=None)
+    )
     set_gradient(known, g)
     optimizer.step()
     norm = float(g.norm())
@@ -236,7 +238,7 @@ def test_scopes_are_reported_together() -> None:
         SGD(known.values(), lr=0.1),
         direction=Direction(decay=DECAY, damping=0.0),
         alignment=Alignment(fixed(s), weight=0.0, project=False),
-        magnitude=Magnitude(max_norm=max_norm, coherence=0.0),
+        magnitude=Magnitude(max_norm=max_norm, max_update=None),
         scope="tensor",
         names=known.items(),
     )

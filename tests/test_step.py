@@ -28,6 +28,7 @@ class Oracle:
     weight: float
     on: str
     max_norm: float
+    largest: float
     power: float
     s0: Tensor
     fisher: Tensor
@@ -57,6 +58,8 @@ class Oracle:
         mass = 1 - self.decay ** len(self.history)
         coherence = min(1.0, float(self.d.norm()) / mass)
         update = -self.lr * guided * coherence**self.power
+        length = max(float(self.theta.norm()), 0.01 * math.sqrt(SIZE))
+        update = update * min(1.0, self.largest * length / float(update.norm()))
         if self.on == "update":
             update = -self.free(-update, source)
         self.theta = self.theta + update
@@ -94,11 +97,20 @@ def source_of(s0: Tensor, fisher: Tensor, anchor: Tensor) -> SourceGradient:
     weight=st.sampled_from([0.0, 0.5, 100.0]),
     on=st.sampled_from(["update", "gradient"]),
     max_norm=st.sampled_from([0.1, 1.0, math.inf]),
+    largest=st.sampled_from([0.02, 0.1, 1e9]),
     power=st.sampled_from([0.0, 0.5, 2.0]),
     backend=st.sampled_from(["auto", "foreach"]),
 )
 def test_steps_are_the_methods(
-    seed: int, decay: float, damping: float, weight: float, on: str, max_norm: float, power: float, backend: str
+    seed: int,
+    decay: float,
+    damping: float,
+    weight: float,
+    on: str,
+    max_norm: float,
+    largest: float,
+    power: float,
+    backend: str,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -106,13 +118,13 @@ def test_steps_are_the_methods(
         return torch.randn(SIZE, generator=generator, dtype=torch.float64)
 
     theta, s0, fisher, anchor, shared = draw(), draw(), draw().abs(), draw(), draw()
-    oracle = Oracle(theta, 0.1, decay, damping, weight, on, max_norm, power, s0, fisher, anchor)
+    oracle = Oracle(theta, 0.1, decay, damping, weight, on, max_norm, largest, power, s0, fisher, anchor)
     trained = parameters(theta)
     optimizer = GradGuide(
         torch.optim.SGD(trained, lr=0.1),
         direction=Direction(decay=decay, damping=damping),
         alignment=Alignment(source_of(s0, fisher, anchor), on=on, weight=weight),
-        magnitude=Magnitude(max_norm=max_norm, coherence=power),
+        magnitude=Magnitude(max_norm=max_norm, max_update=largest, coherence=power),
         names=[(f"p{i}", p) for i, p in enumerate(trained)],
         backend=backend,
     )

@@ -90,15 +90,63 @@ def _plain(variant: Variant) -> Method:
     return lambda problem, lr: Learner(optimizer=guided.wrap(AdamW(problem.groups(lr)), problem, variant))
 
 
+class Agreement:
+    """Scales each update by ``c^power``, c the estimated cosine between two independent gradients of the run.
+
+    With R the length of the running mean of unit gradients and R0 what as many unrelated ones would show, R^2 is in the
+    mean ``R0^2 + (1 - R0^2) c``; with a prior of ``prior``, worth one gradient, ``c = R^2 - (1 - prior) R0^2``.
+    """
+
+    def __init__(self, base: Optimizer, problem: Problem, power: float, prior: float) -> None:
+        self.base = base
+        self._parameters = problem.parameters
+        self._power, self._prior = power, prior
+        self._mean: Tensor | None = None
+        self._mass = self._square = 0.0
+
+    def zero_grad(self) -> None:
+        self.base.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        g = torch.cat([p.grad.reshape(-1) for p in self._parameters if p.grad is not None])
+        unit = g / g.norm().clamp_min(1e-30)
+        self._mean = 0.05 * unit if self._mean is None else self._mean.lerp(unit, 0.05)
+        self._mass = 0.95 * self._mass + 0.05
+        self._square = 0.95**2 * self._square + 0.05**2
+        r2, chance = (float(self._mean.norm()) / self._mass) ** 2, self._square / self._mass**2
+        scale = max(r2 - (1 - self._prior) * chance, 0.0) ** self._power
+        before = [p.clone() for p in self._parameters]
+        self.base.step()
+        for p, old in zip(self._parameters, before, strict=True):
+            p.copy_(old + scale * (p - old))
+
+
+_ALIGNED = _weight(1000.0)
+
+
+def _agreed(power: float, variant: Variant) -> Method:
+    def method(problem: Problem, lr: float) -> Learner:
+        base = guided.wrap(AdamW(problem.groups(lr)), problem, variant)
+        return Learner(optimizer=Agreement(base, problem, power, prior=0.1))  # type: ignore[arg-type]
+
+    return method
+
+
+def _magnitude(max_update: float | None, coherence: float = 0.0) -> Magnitude:
+    return Magnitude(max_update=max_update, coherence=coherence)
+
+
 CANDIDATES: dict[str, Method] = {
-    "weight 10": _plain(Variant(alignment=_weight(10.0))),
+    "coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 1.0))),
+    "coherence 2": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 2.0))),
+    "agreement 0.5": _agreed(0.5, Variant(alignment=_ALIGNED, magnitude=_magnitude(None))),
+    "radial 0.02": _budget(0.02, "radial", Variant(magnitude=_magnitude(None, 1.0))),
+    "prox 0.02": _budget(0.02, "prox", Variant(magnitude=_magnitude(None, 1.0))),
     "weight 100": _plain(Variant(alignment=_weight(100.0))),
-    "weight 1000, no projection": _plain(Variant(alignment=_weight(1000.0, project=False))),
-    "coherence 2": _plain(Variant(magnitude=Magnitude(coherence=2.0))),
-    "coherence 0.5": _plain(Variant(magnitude=Magnitude(coherence=0.5))),
-    "radial 0.02": _budget(0.02, "radial", Variant()),
-    "radial 0.1": _budget(0.1, "radial", Variant()),
-    "prox 0.02": _budget(0.02, "prox", Variant()),
-    "prox 0.1": _budget(0.1, "prox", Variant()),
-    "prox 0.1, damping 0": _budget(0.1, "prox", Variant(direction=Direction(damping=0.0))),
+    "bound 0.02": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.02))),
+    "bound 0.1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.1))),
+    "bound 0.05, coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.05, 1.0))),
+    "damping 0": _plain(Variant(direction=Direction(damping=0.0), alignment=_ALIGNED)),
+    "damping 0.8": _plain(Variant(direction=Direction(damping=0.8), alignment=_ALIGNED)),
 }

@@ -39,7 +39,8 @@ def share_above(table: pd.DataFrame, method: str, base: str = BASE) -> float:
 
 
 def _transfer(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[(rows["scenario"] == "transfer") & (rows["shots"] == 4) & rows["target"].isin(CONFIRMING)]
+    part = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean") & (rows["shots"] == 4)]
+    return part[part["target"].isin(CONFIRMING)]
 
 
 def _untuned(column: str, least: float) -> Callable[[pd.DataFrame], tuple[str, bool]]:

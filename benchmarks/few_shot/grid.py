@@ -26,6 +26,8 @@ SEQUENCES = {
 
 LRS = (1e-4, 5e-4, 2e-3, 1e-2)
 SHOTS = (1, 2, 4, 8, 16, 32)
+ONE_RATE = "one rate"
+"""The condition under which a new head trains at the adapter's rate, and not at one of its own."""
 _SHOTS = 4  # where shots are not what is studied
 _SEEDS = range(10)
 _LOWER = f"{BASE}, rate / 4"
@@ -33,6 +35,7 @@ _MAIN = (BASE, _LOWER, "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
 _EVERY_METHOD = ("clinc150", "banking77", "hwu64", "goemotions")
 """Two sets of each half, on which every method runs; on the others only the main ones."""
 _SHOT_SETS = ("banking77", "hwu64")
+_ONE_RATE_SETS = ("clinc150", "hwu64")
 _FEW = (BASE, "EWC", "GradGuide")
 _ROUGH_METHODS = ("AdamW", BASE, "ZClip", "GG magnitude", "GradGuide")
 _ROUGH_SETS = ("clinc150", "hwu64")
@@ -51,7 +54,7 @@ class Run:
         scenario: transfer, cross, rough, sequence, digits or causal.
         source: name of the source task; "none" in sequences.
         target: name of the target's set; in sequences that of the half whose sets are learnt one after the other.
-        condition: what is rough about the data; "clean" otherwise.
+        condition: what is rough about the data, or "one rate" for head and adapter alike; "clean" otherwise.
         shots: training rows per class.
         method: a name in ``METHODS``.
         lr: learning rate of the adapter.
@@ -76,6 +79,7 @@ def full(*, causal: bool = False) -> list[Run]:
         for run in (
             *_transfer(_EVERY_METHOD, METHODS, LRS, seed),
             *_transfer((s for s in DEVELOPING + CONFIRMING if s not in _EVERY_METHOD), _MAIN, LRS, seed),
+            *_transfer(_ONE_RATE_SETS, _FEW, LRS, seed, condition=ONE_RATE),
             *_sequence(seed),
             *_cross(seed),
             *_rough(seed),
@@ -89,7 +93,12 @@ def full(*, causal: bool = False) -> list[Run]:
 def candidates(names: Iterable[str]) -> list[Run]:
     """The candidates ``names`` beside what they are compared with, on developing sets and seeds of their own."""
     methods = (BASE, _LOWER, "GG direction+magnitude", "GradGuide", *names)
-    return [run for seed in range(10, 13) for run in _transfer(("clinc150", "banking77", "snli"), methods, LRS, seed)]
+    sets = ("clinc150", "banking77", "snli")
+    return [
+        run
+        for seed in range(10, 13)
+        for run in (*_transfer(sets, methods, LRS, seed), *_transfer(sets[:1], methods, LRS, seed, condition=ONE_RATE))
+    ]
 
 
 def quick() -> list[Run]:
@@ -110,18 +119,24 @@ def quick() -> list[Run]:
 
 
 def _transfer(
-    sets: Iterable[str], methods: Iterable[str], lrs: Iterable[float], seed: int, shots: int = _SHOTS
+    sets: Iterable[str],
+    methods: Iterable[str],
+    lrs: Iterable[float],
+    seed: int,
+    *,
+    shots: int = _SHOTS,
+    condition: str = "clean",
 ) -> list[Run]:
     methods, lrs = tuple(methods), tuple(lrs)
     return [
-        Run(scenario="transfer", source="assistant", target=target, condition="clean", shots=shots, method=method,
+        Run(scenario="transfer", source="assistant", target=target, condition=condition, shots=shots, method=method,
             lr=lr, seed=seed)
         for target in sets for lr in lrs for method in methods
     ]  # fmt: skip
 
 
 def _shots(seed: int) -> list[Run]:
-    return [run for shots in SHOTS if shots != _SHOTS for run in _transfer(_SHOT_SETS, _FEW, LRS, seed, shots)]
+    return [run for shots in SHOTS if shots != _SHOTS for run in _transfer(_SHOT_SETS, _FEW, LRS, seed, shots=shots)]
 
 
 def _cross(seed: int) -> list[Run]:

@@ -38,16 +38,15 @@ def wrap(base: Optimizer, problem: Problem, variant: Variant) -> GradGuide:
     )
 
 
-# "magnitude" scales steps by the coherence, which a direction measures: there it measures only.
-_MEASURE = Direction(damping=0.0)
-_CLIP = Magnitude(coherence=0.0)
+# Without magnitude control there is still what every method has, clipping.
+_CLIP = Magnitude(max_update=None)
 
 VARIANTS: dict[str, Variant] = {
     "GG direction": Variant(magnitude=_CLIP),
-    "GG alignment": Variant(direction=None, alignment=_anchored),
-    "GG magnitude": Variant(direction=_MEASURE),
+    "GG alignment": Variant(direction=None, alignment=_anchored, magnitude=_CLIP),
+    "GG magnitude": Variant(direction=None),
     "GG direction+alignment": Variant(alignment=_anchored, magnitude=_CLIP),
     "GG direction+magnitude": Variant(),
-    "GG alignment+magnitude": Variant(direction=_MEASURE, alignment=_anchored),
+    "GG alignment+magnitude": Variant(direction=None, alignment=_anchored),
     "GradGuide": Variant(alignment=_anchored),
 }

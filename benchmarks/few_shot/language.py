@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.problem import HEAD_LR, Problem
 from benchmarks.few_shot.texts import Episode, source_task
 from gradguide import SourceGradient
 from gradguide.demo.data import Example
@@ -92,6 +92,7 @@ class Encoder:
         known: Known | None = None,
         head: str = _TARGET,
         rows: Sequence[Example] | None = None,
+        head_lr: float | None = HEAD_LR,
         spoilt: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> Problem:
         """The episode as a problem on the adapter as it stands, with a new head.
@@ -99,6 +100,7 @@ class Encoder:
         Args:
             known: what is known before; by default the source task.
             rows: training rows in place of the episode's.
+            head_lr: rate of the head; None for the adapter's.
             spoilt: a change of the batch at the n-th call of the loss.
         """
         known = self.known if known is None else known
@@ -122,6 +124,7 @@ class Encoder:
         return Problem(
             adapter=lora_parameters(model),
             head=list(model.heads[head].parameters()),
+            head_lr=head_lr,
             rows=len(train),
             classes=len(labels),
             loss=loss,

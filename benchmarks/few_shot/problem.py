@@ -21,6 +21,7 @@ class Problem:
     Args:
         adapter: what the source knows and the target trains further, (name, parameter).
         head: the new head's parameters.
+        head_lr: the head's rate; None for that of the adapter.
         rows: number of training rows; row numbers are in [0, rows).
         classes: number of target classes.
         loss: mean loss of the given training rows, a scalar.
@@ -33,6 +34,7 @@ class Problem:
 
     adapter: Sequence[tuple[str, nn.Parameter]]
     head: Sequence[nn.Parameter]
+    head_lr: float | None = HEAD_LR
     rows: int
     classes: int
     loss: Callable[[Sequence[int]], Tensor]
@@ -47,5 +49,8 @@ class Problem:
         object.__setattr__(self, "parameters", [*(p for _, p in self.adapter), *self.head])
 
     def groups(self, lr: float) -> list[dict[str, object]]:
-        """Param groups: the adapter at ``lr``, the head at its own rate."""
-        return [{"params": [p for _, p in self.adapter], "lr": lr}, {"params": list(self.head), "lr": HEAD_LR}]
+        """Param groups: the adapter at ``lr``, the head, if there is one, at its own rate."""
+        adapter, head = [p for _, p in self.adapter], list(self.head)
+        if self.head_lr is None or not head:
+            return [{"params": [*adapter, *head], "lr": lr}]
+        return [{"params": adapter, "lr": lr}, {"params": head, "lr": self.head_lr}]

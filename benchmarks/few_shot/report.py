@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.few_shot import figures, goals
-from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING
+from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, ONE_RATE
 from benchmarks.few_shot.methods import BASE, METHODS
 from benchmarks.few_shot.views import cells, difference, load, outcomes, tuned, untuned, worst
 from gradguide.atomic import replacing
@@ -24,7 +24,7 @@ _ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"
 def write(results: Path, out: Path) -> None:
     """Writes ``out`` (Markdown) and two figures beside it."""
     rows = load(results)
-    transfer = rows[rows["scenario"] == "transfer"]
+    transfer = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean")]
     standard = transfer[transfer["shots"] == 4]
     with replacing(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
@@ -70,6 +70,9 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         part = rows[rows["scenario"] == scenario]
         if not part.empty:
             parts += [f"## {title}", *_scenario(part, scenario)]
+    one_rate = rows[rows["condition"] == ONE_RATE]
+    if not one_rate.empty:
+        parts += ["## One rate for head and adapter", *_scenario(one_rate, "transfer"), _by_rate(one_rate)]
     rough = rows[rows["scenario"] == "rough"]
     if not rough.empty:
         parts += ["## Rough data", _rough(rough)]
@@ -154,6 +157,17 @@ def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
     return [
         "### Untuned", _accuracies(rows, "untuned"), "### Tuned", _accuracies(rows, "tuned"),
     ]  # fmt: skip
+
+
+def _by_rate(rows: pd.DataFrame) -> str:
+    """Target and source accuracy at each rate."""
+    means = {column: rows.pivot_table(index="method", columns="lr", values=column) for column in _ACCURACIES}
+    rates = sorted(rows["lr"].unique())
+    lines = [
+        [method, *(" / ".join(f"{values.loc[method, lr]:.1f}" for values in means.values()) for lr in rates)]
+        for method in _methods(rows)
+    ]
+    return "Target / source kept, %, by rate:\n\n" + table(["method", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def _sequence(rows: pd.DataFrame) -> str:

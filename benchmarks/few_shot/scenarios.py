@@ -12,10 +12,11 @@ from typing import Any
 from benchmarks.few_shot.candidates import CANDIDATES
 from benchmarks.few_shot.causal import Causal
 from benchmarks.few_shot.digits import Digits
-from benchmarks.few_shot.grid import SEQUENCES, Run
+from benchmarks.few_shot.grid import ONE_RATE, SEQUENCES, Run
 from benchmarks.few_shot.language import Encoder, Known, LiveRows
 from benchmarks.few_shot.memory import peak_memory, reset_peak
 from benchmarks.few_shot.methods import METHODS, STORED
+from benchmarks.few_shot.problem import HEAD_LR
 from benchmarks.few_shot.rough import CONDITIONS, Rough, outlier_batches, spikes
 from benchmarks.few_shot.texts import episode, spoil_labels
 from benchmarks.few_shot.train import Trained, train
@@ -79,6 +80,7 @@ class Suite:
         problem = encoder.problem(
             few,
             run.seed,
+            head_lr=None if run.condition == ONE_RATE else HEAD_LR,
             rows=spoil_labels(few.train, few.task.labels, rough.wrong_labels, run.seed),
             spoilt=outlier_batches(rough.outliers, len(few.task.labels), run.seed) if rough.outliers else None,
         )

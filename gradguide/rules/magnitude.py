@@ -1,4 +1,4 @@
-"""Magnitude control: bounded steps, and smaller ones while gradients disagree."""
+"""Magnitude control: bounded gradients, bounded updates, and smaller ones while gradients disagree."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gradguide.checks import check_flag, check_range
 
-__all__ = ["LogNorms", "Magnitude", "clip", "observe", "threshold"]
+__all__ = ["LogNorms", "Magnitude", "clip", "observe", "shrink", "threshold"]
 
-DEFAULT_POWER = 1.0
+LEAST_LENGTH = 0.01
+"""Root mean square below which parameters count as this long: those that start at zero, as LoRA's B, must be free to
+leave it. It is about what torch draws for a layer of 3,000 inputs."""
 DECAY = 0.95
 PRIOR_DEVIATION = 0.5
 PRIOR_COUNT = 4.0
@@ -22,10 +24,17 @@ DEVIATIONS = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Magnitude:
-    """Clip what the other rules left, and scale the step of the base optimizer by the coherence of the gradients.
+    """Clip what the other rules left, and bound the update that the base optimizer makes of it.
 
-    Source: "gradient magnitude control", abstract of arXiv 2506.00726. The adaptive threshold follows the idea of ZClip
-    (arXiv 2504.02507), an outlier test on recent norms, in log space and with a prior in place of a warm-up.
+    Clipping bounds the gradient, and with it the step of SGD. The step of Adam and its kin does not depend on the
+    gradient's length: each element moves by about the learning rate, whatever was clipped. So the update itself is
+    bounded too, by ``max_update`` times the parameters' own length: a learning rate that is too high does no more harm
+    than one that is just too high, and one that is right never meets the bound.
+
+    Source: "gradient magnitude control", abstract of arXiv 2506.00726. The bound of the update is the clipped trust
+    ratio of LARS and LAMB (arXiv 1708.03888; arXiv 1904.00962, section 3), used as a limit only. The adaptive threshold
+    follows the idea of ZClip (arXiv 2504.02507), an outlier test on recent norms, in log space and with a prior in
+    place of a warm-up.
 
     Args:
         max_norm (float | None): largest norm of the guided gradient per scope, above 0. None is 1.0, or no fixed bound
@@ -33,9 +42,11 @@ class Magnitude:
         adaptive (bool): clip a norm that stands out among the recent ones: more than 2.5 standard deviations of its
             logarithm above their mean. The deviation starts from a prior of 0.5 (worth 4 steps), so that the threshold
             means something from step 2 on; the first norm has nothing to be compared with.
-        coherence (float | None): p >= 0; the update that the base optimizer makes is multiplied by coherence^p, in
-            [0, 1]. Above 0 it needs ``direction``, and keeps one copy of the parameters during the step. None is 1.0
-            with a direction, and 0 without.
+        max_update (float | None): largest length of an update, per scope, relative to that of the scope's parameters,
+            above 0; parameters shorter than 0.01 in root mean square count as that long. None is no bound. It keeps
+            one copy of the parameters during the step.
+        coherence (float): p >= 0; the update is multiplied by coherence^p, in [0, 1]. Above 0 it needs ``direction``,
+            and keeps a copy of the parameters too. It acts as a lower learning rate that adapts; 0 is off.
 
     Raises:
         ValueError, TypeError: an option is out of range.
@@ -43,33 +54,20 @@ class Magnitude:
 
     max_norm: float | None = None
     adaptive: bool = False
-    coherence: float | None = None
+    max_update: float | None = 0.05
+    coherence: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
             check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
         check_flag("adaptive", self.adaptive)
-        if self.coherence is not None:
-            check_range("coherence", self.coherence, 0, math.inf, open_high=True)
-
-    def power(self, *, directed: bool) -> float:
-        """The p in effect.
-
-        Args:
-            directed: whether there is a running direction, and so a coherence.
-
-        Raises:
-            ValueError: p > 0 was asked for without a direction.
-        """
-        if self.coherence is None:
-            return DEFAULT_POWER if directed else 0.0
-        if self.coherence > 0 and not directed:
-            raise ValueError(f"Magnitude(coherence={self.coherence}) needs a direction, found direction=None")
-        return self.coherence
+        if self.max_update is not None:
+            check_range("max_update", self.max_update, 0, math.inf, open_low=True, open_high=True)
+        check_range("coherence", self.coherence, 0, math.inf, open_high=True)
 
     @property
     def bound(self) -> float:
-        """The fixed bound in effect; infinity when there is none."""
+        """The fixed bound of the gradient in effect; infinity when there is none."""
         if self.max_norm is not None:
             return self.max_norm
         return math.inf if self.adaptive else 1.0
@@ -110,3 +108,17 @@ def observe(seen: LogNorms, norm: Tensor) -> LogNorms:
 def clip(norm: Tensor, bound: Tensor) -> Tensor:
     """Factor in (0, 1] that brings ``norm`` [S] down to ``bound`` [S]; 1 where it is there already: Tensor [S]."""
     return torch.where(norm > bound, bound / torch.where(norm > bound, norm, 1.0), 1.0)
+
+
+def shrink(update: Tensor, length: Tensor, numbers: Tensor, largest: float) -> Tensor:
+    """Factor in (0, 1] that brings an update down to ``largest`` times the length of the parameters.
+
+    Args:
+        update, length (Tensor): shape [S], lengths of the update and of the parameters before it.
+        numbers (Tensor): shape [S], how many numbers each scope has.
+        largest (float): see ``Magnitude.max_update``.
+
+    Returns:
+        Tensor [S].
+    """
+    return clip(update, largest * torch.maximum(length, LEAST_LENGTH * numbers.sqrt()))

@@ -69,7 +69,7 @@ def test_all_rules_off_is_bitwise_the_base(name: str, closure: bool) -> None:
 def test_a_bound_that_is_never_met_is_bitwise_the_base(name: str, bound: float, closure: bool) -> None:
     plain, model = net_for(name), net_for(name)
     one = bare(plain, name)
-    other = kit.guide(model, BASES[name], direction=None, magnitude=Magnitude(max_norm=bound))
+    other = kit.guide(model, BASES[name], direction=None, magnitude=Magnitude(max_norm=bound, max_update=1e9))
     for optimizer, net in ((one, plain), (other, model)):
         if closure:
             train_by_closure(net, optimizer)
@@ -87,7 +87,7 @@ def test_only_measuring_is_bitwise_the_base(name: str) -> None:
     plain, model = net_for(name), net_for(name)
     one = bare(plain, name)
     other = kit.guide(
-        model, BASES[name], direction=Direction(damping=0.0), magnitude=Magnitude(max_norm=1e9, coherence=0.0)
+        model, BASES[name], direction=Direction(damping=0.0), magnitude=Magnitude(max_norm=1e9, max_update=None)
     )
     kit.train(plain, one, range(STEPS))
     kit.train(model, other, range(STEPS))

@@ -55,7 +55,7 @@ def test_coherence_is_momentum_over_its_greatest_length(name: str) -> None:
     """By hand, from the norms that the base received: R = |m| / sum of the weights times the norms."""
     make, key = SHARING[name]
     model = kit.net()
-    optimizer = kit.guide(model, make, direction=SHARED, magnitude=Magnitude(max_norm=0.7, coherence=0.0))
+    optimizer = kit.guide(model, make, direction=SHARED, magnitude=Magnitude(max_norm=0.7, max_update=None))
     group = optimizer.param_groups[0]
     mass = 0.0
     for step in range(6):
@@ -75,7 +75,7 @@ def test_coherence_is_momentum_over_its_greatest_length(name: str) -> None:
 def test_no_memory_per_parameter(name: str) -> None:
     make, _ = SHARING[name]
     model, plain = kit.net(), kit.net()
-    optimizer = kit.guide(model, make, direction=SHARED, magnitude=Magnitude(coherence=0.0))
+    optimizer = kit.guide(model, make, direction=SHARED, magnitude=Magnitude(max_update=None))
     parameters = list(plain.parameters())
     bare = make([{"params": parameters[:1]}, {"params": parameters[1:]}])
     kit.train(model, optimizer, range(3))

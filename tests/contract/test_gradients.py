@@ -26,7 +26,7 @@ def scaled_run(kind: str, scope: str, factor: float) -> tuple[list[dict[str, flo
         "one source": {"alignment": Alignment(sources[0], on="gradient", weight=0.0)},
         "two sources": {"alignment": Alignment(sources, on="gradient", weight=0.0)},
     }[kind]
-    optimizer = kit.guide(model, kit.sgd, scope=scope, magnitude=Magnitude(adaptive=True, coherence=0.0), **extra)
+    optimizer = kit.guide(model, kit.sgd, scope=scope, magnitude=Magnitude(adaptive=True, max_update=None), **extra)
     metrics, directions, guided = [], [], []
     for step in range(5):
         kit.give_gradients(model, step, factor * (30.0 if step == 3 else 1.0))

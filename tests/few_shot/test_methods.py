@@ -45,7 +45,7 @@ def test_ewc_is_the_alignment_without_projection(digits: Digits) -> None:
     variant = Variant(
         direction=None,
         alignment=lambda sources: Alignment([s.anchored() for s in sources], weight=1000.0, project=False),
-        magnitude=Magnitude(max_norm=1.0),
+        magnitude=Magnitude(max_update=None),
     )
     problem = digits.problem(2, 0)
     rival = run(problem, METHODS["EWC"](problem, 3e-3))
@@ -59,7 +59,7 @@ def test_the_base_is_the_magnitude_alone(digits: Digits) -> None:
     problem = digits.problem(2, 0)
     rival = run(problem, METHODS[BASE](problem, 3e-3))
     problem = digits.problem(2, 0)
-    variant = Variant(direction=None)
+    variant = Variant(direction=None, magnitude=Magnitude(max_update=None))
     ours = run(problem, Learner(optimizer=guided.wrap(AdamW(problem.groups(3e-3)), problem, variant)))
     for a, b in zip(rival, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradguide import Magnitude
-from gradguide.rules.magnitude import LogNorms, clip, observe, threshold
+from gradguide.rules.magnitude import LogNorms, clip, observe, shrink, threshold
 
 NORMS = st.floats(1e-30, 1e30)
 
@@ -77,15 +77,28 @@ def test_scopes_do_not_mix() -> None:
     assert torch.equal(threshold(both)[:1], threshold(alone))
 
 
-def test_bounds_and_powers_in_effect() -> None:
+def test_bounds_in_effect() -> None:
     assert Magnitude().bound == 1.0
     assert math.isinf(Magnitude(adaptive=True).bound)
     assert Magnitude(adaptive=True, max_norm=3.0).bound == 3.0
-    assert Magnitude().power(directed=False) == 0.0
-    assert Magnitude().power(directed=True) > 0.0
-    assert Magnitude(coherence=0.5).power(directed=True) == 0.5
-    with pytest.raises(ValueError, match=r"coherence=0.5\) needs a direction"):
-        Magnitude(coherence=0.5).power(directed=False)
+
+
+@given(
+    update=st.floats(1e-30, 1e30), length=st.floats(0.0, 1e6), numbers=st.integers(1, 10**9), most=st.floats(1e-4, 10)
+)
+def test_a_shrunk_update_is_within_the_bound_and_no_shorter(
+    update: float, length: float, numbers: int, most: float
+) -> None:
+    factor = float(shrink(scalar(update), scalar(length), scalar(numbers), most))
+    allowed = most * max(length, 0.01 * math.sqrt(numbers))
+    assert 0.0 < factor <= 1.0
+    assert factor * update <= allowed * (1 + 1e-12)
+    assert factor == 1.0 or factor * update == pytest.approx(allowed)
+
+
+def test_parameters_that_start_at_zero_can_leave_it() -> None:
+    assert float(shrink(scalar(1e-3), scalar(0.0), scalar(100.0), 0.05)) == 1.0
+    assert float(shrink(scalar(0.0), scalar(0.0), scalar(100.0), 0.05)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -93,6 +106,7 @@ def test_bounds_and_powers_in_effect() -> None:
     [
         ({"max_norm": 0.0}, r"max_norm must be in \(0, inf\], found 0.0"),
         ({"max_norm": -1}, r"max_norm must be in \(0, inf\], found -1"),
+        ({"max_update": 0.0}, r"max_update must be in \(0, inf\), found 0.0"),
         ({"coherence": -0.5}, r"coherence must be in \[0, inf\), found -0.5"),
         ({"coherence": math.inf}, r"coherence must be in \[0, inf\), found inf"),
     ],
