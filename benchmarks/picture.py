@@ -20,9 +20,11 @@ PICTURE = Path(__file__).parent / "results" / "guidance.png"
 COLOURS = {"before": "#9aa0a6", "after": "#1a73e8", "reference": "#e8710a"}
 
 
-def after_steps(gradients: list[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def after_steps(
+    gradients: list[Tensor], start: tuple[float, float] = (0.0, 0.0), **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Last gradient as guided, running direction before it, and last update of SGD with learning rate 1; each [2]."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter = torch.nn.Parameter(torch.tensor(start))
     optimizer = GradGuide(torch.optim.SGD([("weight", parameter)], lr=1.0), **options)
     direction, before = torch.zeros(2), torch.zeros(2)
     for gradient in gradients:
@@ -93,20 +95,21 @@ def draw_alignment(axes: Any) -> None:
 
 def draw_magnitude(axes: Any) -> None:
     gradient = torch.tensor([0.95, 1.0])
-    clipped, _, _ = after_steps([gradient], direction=None, magnitude=Magnitude(max_norm=1.0))
-    noise = [torch.tensor(v) for v in ([0.9, -0.2], [-0.2, 0.8], [0.5, 0.6], [-0.6, 0.3])]
-    _, _, step = after_steps([*noise, gradient], magnitude=Magnitude(max_norm=1.0), direction=Direction(damping=0.0))
+    clipped, _, free = after_steps([gradient], direction=None, magnitude=Magnitude(max_update=None))
+    _, _, step = after_steps([gradient], direction=None, magnitude=Magnitude(max_update=0.5), start=(0.9, -0.5))
     panel(
         axes,
         "magnitude",
-        "g is clipped; where recent gradients\ndisagree, the update of the base\nshrinks by their coherence",
+        "g is clipped; the update that the base\nmakes of it is at most max_update times\nas long as the parameters",
     )
     turns = torch.linspace(0, 2 * torch.pi, 200)
     axes.plot(turns.cos(), turns.sin(), "--", color=COLOURS["reference"], linewidth=1)
     arrow(axes, gradient, "before", "g")
     arrow(axes, clipped, "after", "")
     axes.text(0.98, 0.52, "clipped", color=COLOURS["after"], fontsize=10)
-    arrow(axes, step, "after", "update")
+    arrow(axes, free, "before", "u")
+    arrow(axes, step, "after", "")
+    axes.text(float(step[0]) - 0.16, float(step[1]) + 0.1, "bounded", color=COLOURS["after"], fontsize=10, ha="right")
 
 
 def main(argv: list[str] | None = None) -> None:

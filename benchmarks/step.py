@@ -105,21 +105,25 @@ def providers(shapes: list[tuple[int, int]]) -> list[Provider]:
         first, second = (dict(zip(names, table, strict=True)) for table in copies)
         return SourceGradient(first, fisher=second, anchor=anchor)
 
-    plain = Magnitude(coherence=0.0)
+    clipping = Magnitude(max_update=None)
     makes: dict[str, Callable[[list[tuple[str, Tensor]]], Optimizer]] = {
         "AdamW(fused)": base,
         BASELINE: base,
-        "magnitude": lambda n: GradGuide(base(n), direction=None, magnitude=plain),
+        "clipping": lambda n: GradGuide(base(n), direction=None, magnitude=clipping),
+        "magnitude": lambda n: GradGuide(base(n), direction=None),
         "direction": lambda n: GradGuide(base(n), magnitude=None),
-        "direction + magnitude": lambda n: GradGuide(base(n), magnitude=plain),
-        "direction (shared momentum) + magnitude": lambda n: GradGuide(
-            base(n), direction=Direction(share_momentum=True), magnitude=plain
+        "direction + clipping": lambda n: GradGuide(base(n), magnitude=clipping),
+        "direction (shared momentum) + clipping": lambda n: GradGuide(
+            base(n), direction=Direction(share_momentum=True), magnitude=clipping
         ),
-        "direction + source + magnitude": lambda n: GradGuide(
-            base(n), alignment=Alignment(source(n, moving=False), on="gradient", weight=1.0), magnitude=plain, names=n
+        "direction + source + clipping": lambda n: GradGuide(
+            base(n),
+            alignment=Alignment(source(n, moving=False), on="gradient", weight=1.0),
+            magnitude=clipping,
+            names=n,
         ),
-        "direction + moving source + magnitude": lambda n: GradGuide(
-            base(n), alignment=Alignment(source(n, moving=True), on="gradient", weight=1.0), magnitude=plain, names=n
+        "direction + moving source + clipping": lambda n: GradGuide(
+            base(n), alignment=Alignment(source(n, moving=True), on="gradient", weight=1.0), magnitude=clipping, names=n
         ),
         "defaults, no source": lambda n: GradGuide(base(n)),
         "defaults, anchored source": lambda n: GradGuide(
@@ -179,10 +183,10 @@ def training_step(rounds: int, label: str) -> list[Result]:
 
     optimizers: dict[str, Optimizer] = {
         BASELINE: adamw(),
-        "direction + source + magnitude": GradGuide(
+        "direction + source + clipping": GradGuide(
             adamw(),
             alignment=Alignment(SourceGradient(fisher), on="gradient", weight=1.0),
-            magnitude=Magnitude(coherence=0.0),
+            magnitude=Magnitude(max_update=None),
             names=named,
         ),
         "defaults, no source": GradGuide(adamw()),
