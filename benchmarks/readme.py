@@ -11,6 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.few_shot import goals
+from benchmarks.few_shot.report import compact
+from benchmarks.few_shot.views import load
 from gradguide.atomic import replacing
 from gradguide.demo.stats import paired_difference
 
@@ -94,6 +97,8 @@ def step_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": partial(demo_table, "demo-clinc150.csv"),
     "demo-high": partial(demo_table, "demo-clinc150-lr1e-2.csv"),
+    "few-shot": lambda: compact(RESULTS / "few_shot.csv"),
+    "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv")),
     "step": step_table,
 }
 

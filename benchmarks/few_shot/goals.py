@@ -10,7 +10,7 @@ from benchmarks.few_shot.grid import CONFIRMING
 from benchmarks.few_shot.methods import BASE
 from benchmarks.few_shot.views import Difference, cells, difference, tuned, untuned, worst
 
-__all__ = ["share_above", "table"]
+__all__ = ["share_above", "table", "transfer"]
 
 OURS = "GradGuide"
 _DIRECTIONS = {True: "yes", False: "**no**"}
@@ -38,39 +38,40 @@ def share_above(table: pd.DataFrame, method: str, base: str = BASE) -> float:
     return float((means[method] > means[base]).mean())
 
 
-def _transfer(rows: pd.DataFrame) -> pd.DataFrame:
+def transfer(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that most goals speak of: transfer to the confirming sets at 4 shots."""
     part = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean") & (rows["shots"] == 4)]
     return part[part["target"].isin(CONFIRMING)]
 
 
 def _untuned(column: str, least: float) -> Callable[[pd.DataFrame], tuple[str, bool]]:
     def check(rows: pd.DataFrame) -> tuple[str, bool]:
-        found = difference(untuned(_transfer(rows), column), OURS)
+        found = difference(untuned(transfer(rows), column), OURS)
         return str(found), found.mean >= least and found.low > 0
 
     return check
 
 
 def _worst_target(rows: pd.DataFrame) -> tuple[str, bool]:
-    part = _transfer(rows)
+    part = transfer(rows)
     ours = worst(part, "target_accuracy")[OURS].mean()
     best = tuned(part, "target_accuracy")[BASE].mean()
     return f"{ours:.1f}, base tuned {best:.1f}", bool(ours >= best - 1.0)
 
 
 def _worst_source(rows: pd.DataFrame) -> tuple[str, bool]:
-    part = _transfer(rows)
+    part = transfer(rows)
     share = 100 * worst(part, "source_accuracy")[OURS].mean() / part["source_accuracy_before"].mean()
     return f"{share:.1f}%", bool(share >= 90.0)
 
 
 def _tuned_target(rows: pd.DataFrame) -> tuple[str, bool]:
-    found = difference(tuned(_transfer(rows), "target_accuracy"), OURS)
+    found = difference(tuned(transfer(rows), "target_accuracy"), OURS)
     return str(found), found.low > -0.3
 
 
 def _tuned_source(rows: pd.DataFrame) -> tuple[str, bool]:
-    found = difference(tuned(_transfer(rows), "source_accuracy"), OURS)
+    found = difference(tuned(transfer(rows), "source_accuracy"), OURS)
     return str(found), found.mean >= 0
 
 
@@ -109,7 +110,7 @@ def _diverged(rows: pd.DataFrame) -> tuple[str, bool]:
 
 def _above(column: str) -> Callable[[pd.DataFrame], tuple[str, bool]]:
     def check(rows: pd.DataFrame) -> tuple[str, bool]:
-        share = 100 * share_above(cells(_transfer(rows), column), OURS)
+        share = 100 * share_above(cells(transfer(rows), column), OURS)
         return f"{share:.0f}% of the cells", share >= 80.0
 
     return check

@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.few_shot import figures, goals
-from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, ONE_RATE
+from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, MAIN, ONE_RATE, SHOT_SETS
 from benchmarks.few_shot.methods import BASE, METHODS
 from benchmarks.few_shot.views import cells, difference, load, outcomes, tuned, untuned, worst
 from gradguide.atomic import replacing
 
-__all__ = ["summary", "table", "write"]
+__all__ = ["compact", "summary", "table", "write"]
 
 RESULTS = Path(__file__).parent.parent / "results"
 _ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
@@ -29,7 +29,7 @@ def write(results: Path, out: Path) -> None:
     with replacing(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
     figures.by_rate(standard, out.with_name(f"{out.stem}-rates.png"))
-    figures.by_shots(transfer[transfer["target"].isin(("banking77", "hwu64"))], out.with_name(f"{out.stem}-shots.png"))
+    figures.by_shots(transfer[transfer["target"].isin(SHOT_SETS)], out.with_name(f"{out.stem}-shots.png"))
 
 
 def summary(results: Path) -> str:
@@ -37,6 +37,34 @@ def summary(results: Path) -> str:
     rows = load(results)
     parts = [f"{name}\n{_accuracies(part, 'untuned')}" for name, part in rows.groupby("scenario")]
     return "\n\n".join(parts) + "\n\nmeans over the grid of rates; in brackets 95% bootstrap intervals of differences"
+
+
+def compact(results: Path) -> str:
+    """The README's table: both views and the worst rate, confirming sets, for the methods that run everywhere."""
+    rows = load(results)
+    part = goals.transfer(rows)
+    made = {column: (untuned(part, column), tuned(part, column), worst(part, column)) for column in _ACCURACIES}
+    lines = []
+    for method in MAIN:
+        line = [method]
+        for mean, best, least in made.values():
+            if method not in mean:
+                break
+            line.append(f"{mean[method].mean():.1f}" + ("" if method == BASE else f", {difference(mean, method)}"))
+            line.append(f"{best[method].mean():.1f}")
+            line.append(f"{least[method].mean():.1f}")
+        if len(line) == 7:
+            lines.append(line)
+    heads = [
+        f"{title}: {view}" for title in _ACCURACIES.values() for view in ("mean over rates", "tuned", "worst rate")
+    ]
+    seeds = part["seed"].nunique()
+    before = part["source_accuracy_before"].mean()
+    return table(["method", *heads], lines) + (
+        f"\n\n{', '.join(CONFIRMING)}; 4 shots, seeds: {seeds}, rates 1e-4, 5e-4, 2e-3 and 1e-2. The source was known "
+        f"at {before:.1f}%. With a comma: paired difference from `{BASE}`, clip_grad_norm_ and AdamW, with its 95% "
+        "bootstrap interval."
+    )
 
 
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
@@ -76,7 +104,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
     rough = rows[rows["scenario"] == "rough"]
     if not rough.empty:
         parts += ["## Rough data", _rough(rough)]
-    shots = transfer[transfer["target"].isin(("banking77", "hwu64"))]
+    shots = transfer[transfer["target"].isin(SHOT_SETS)]
     if shots["shots"].nunique() > 1:
         parts += ["## Shots, untuned view", _shots(shots)]
     return "\n\n".join(parts) + "\n"
