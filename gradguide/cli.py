@@ -1,13 +1,14 @@
-"""The command line: ``gradguide demo``."""
+"""The command line: ``gradguide demo | inspect | plot``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main", "run"]
 
@@ -38,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
-    return _demo(options)
+    command = {"demo": _demo, "inspect": _inspect, "plot": _plot}[str(options.pop("command"))]
+    try:
+        return command(options)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stderr.close()
+        return 0
 
 
 def run() -> NoReturn:
@@ -46,19 +52,59 @@ def run() -> NoReturn:
     sys.exit(main())
 
 
-def _demo(options: dict[str, object]) -> int:
+def _demo(options: dict[str, Any]) -> int:
     from gradguide.demo.errors import DemoError
 
-    del options["command"]
     try:
         # The demo's modules need nothing but the library; its extras are looked for when it runs.
         from gradguide.demo.run import DemoConfig
         from gradguide.demo.run import run as run_demo
 
-        run_demo(DemoConfig(**options))  # type: ignore[arg-type]  # argparse knows the types, mypy does not
+        run_demo(DemoConfig(**options))
     except DemoError as error:
         return _refuse(error)
     return 0
+
+
+def _inspect(options: dict[str, Any]) -> int:
+    from gradguide import description
+
+    try:
+        found = {"source": description.describe(options["file"])}
+        if options["against"] is not None:
+            found["against"] = description.compare(options["file"], options["against"])
+        if options["adapter"] is not None:
+            found["drift"] = description.drift(options["file"], options["adapter"])
+        if options["json"]:
+            print(json.dumps(found, indent=2))
+        else:
+            from gradguide import inspection
+
+            inspection.show(found)
+    except (OSError, ValueError, ImportError) as error:
+        return _refuse(error)
+    return 0
+
+
+def _plot(options: dict[str, Any]) -> int:
+    from gradguide.comparison import draw
+    from gradguide.history import History
+
+    try:
+        runs = {_run_name(path, options["history"]): History.load(path) for path in options["history"]}
+        draw(runs, options["out"])
+    except (OSError, ValueError, ImportError) as error:
+        return _refuse(error)
+    if options["json"]:
+        print(json.dumps({"out": str(options["out"]), "steps": {name: len(run) for name, run in runs.items()}}))
+    else:
+        print(f"wrote {options['out']}")
+    return 0
+
+
+def _run_name(path: Path, paths: Sequence[Path]) -> str:
+    """The file's name where that tells the runs apart, else the whole path."""
+    return path.stem if [other.stem for other in paths].count(path.stem) == 1 else str(path)
 
 
 def _refuse(error: Exception) -> int:
@@ -98,6 +144,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="folder for results.csv and results.png (gradguide-demo)")
     add("--save-source", type=Path, metavar="DIR", help="keep the source adapter, its head and the source gradient")
     add("--source-adapter", type=Path, metavar="DIR", help="use what --save-source kept, in place of training")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a source file holds, how it compares with another, how far an adapter has gone from it",
+        description="Reads a file of SourceGradient.save and prints what it holds, layer by layer.",
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a source file (safetensors)")
+    inspect.add_argument("--against", type=Path, metavar="FILE", help="another source file: cosines, layer by layer")
+    inspect.add_argument("--adapter", type=Path, metavar="PATH", help="an adapter as PEFT saves it: its drift")
+    inspect.add_argument("--json", action="store_true", help="JSON in place of tables")
+    plot = commands.add_parser(
+        "plot",
+        help="compare recorded runs in one figure",
+        description="Draws the histories of one or several runs (History.save, .csv or .jsonl) into one figure.",
+    )
+    plot.add_argument("history", type=Path, nargs="+", metavar="HISTORY", help="file of History.save")
+    plot.add_argument(
+        "--out", type=Path, default=Path("gradguide-plot.png"), metavar="FILE", help="image (%(default)s)"
+    )
+    plot.add_argument("--json", action="store_true", help="say as JSON what was written")
     return parser
 
 

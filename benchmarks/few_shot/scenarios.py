@@ -31,7 +31,7 @@ STEPS = 30
 _DIGITS_STEPS = 60
 _BATCH = 8
 _ALL = {**METHODS, **CANDIDATES}
-_CLOSELY = 3  # seeds below this are also measured where it costs time
+_CLOSELY = 2  # seeds below this are also measured where it costs time
 
 
 @dataclass(frozen=True, kw_only=True)

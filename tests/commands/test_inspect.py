@@ -1,0 +1,133 @@
+"""gradguide inspect: what it says against sums done by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gradguide import SourceGradient
+from gradguide.cli import main
+from gradguide.description import compare, describe, drift
+
+NAMES = [
+    "model.base_model.layer.0.query.lora_A.default.weight",
+    "model.base_model.layer.0.query.lora_B.default.weight",
+    "model.base_model.layer.1.query.lora_A.default.weight",
+]
+
+
+def table(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(2, 3, generator=generator) for name in NAMES}
+
+
+def source(seed: int, *, curvature: bool = True) -> SourceGradient:
+    fisher = {name: t.abs() for name, t in table(seed + 1).items()} if curvature else None
+    anchor = table(seed + 2) if curvature else None
+    about = {"examples": 7, "loss": 0.5, "curvature": "true", "versions": {"torch": "2"}}
+    return SourceGradient(table(seed), fisher=fisher, anchor=anchor, metadata=about)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "source.safetensors"
+    source(0).save(path)
+    return path
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.double().reshape(-1) for t in tensors.values()])
+
+
+def test_describe_sums_up_and_splits_by_layer(file: Path) -> None:
+    found = describe(file)
+    assert (found["kind"], found["tensors"], found["numbers"], found["bytes"]) == ("moving", 3, 18, 18 * 4 * 3)
+    assert found["gradient_norm"] == pytest.approx(float(flat(table(0)).norm()))
+    assert found["fisher_trace"] == pytest.approx(float(flat(table(1)).abs().sum()))
+    assert found["metadata"]["examples"] == 7
+    assert [layer["layer"] for layer in found["layers"]] == [
+        "model.base_model.layer.0.query",
+        "model.base_model.layer.1.query",
+    ]
+    assert math.hypot(*(layer["gradient_norm"] for layer in found["layers"])) == pytest.approx(found["gradient_norm"])
+
+
+def test_kinds(tmp_path: Path) -> None:
+    source(0, curvature=False).save(tmp_path / "fixed")
+    source(0).anchored().save(tmp_path / "anchored")
+    assert describe(tmp_path / "fixed")["kind"] == "fixed"
+    assert describe(tmp_path / "fixed")["fisher_trace"] is None
+    assert describe(tmp_path / "anchored")["kind"] == "anchored"
+    assert describe(tmp_path / "anchored")["gradient_norm"] is None
+
+
+def test_compare_gives_cosines(file: Path, tmp_path: Path) -> None:
+    source(5).save(tmp_path / "other")
+    found = compare(file, tmp_path / "other")
+    expected = torch.nn.functional.cosine_similarity(flat(table(0)), flat(table(5)), dim=0)
+    assert found["gradient_cosine"] == pytest.approx(float(expected))
+    assert found["shared"] == 3
+    same = compare(file, file)
+    assert same["gradient_cosine"] == pytest.approx(1.0)
+    assert all(layer["fisher_cosine"] == pytest.approx(1.0) for layer in same["layers"])
+
+
+@pytest.mark.parametrize("kind", ["peft", "folder", "full"])
+def test_drift_of_an_adapter_as_peft_names_it(file: Path, tmp_path: Path, kind: str) -> None:
+    moved = {name: t + 0.1 for name, t in table(2).items()}
+    keys = {n: n if kind == "full" else n.replace(".default", "").removeprefix("model.") for n in NAMES}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file({keys[name]: t for name, t in moved.items()}, folder / "adapter_model.safetensors")
+    found = drift(file, folder if kind == "folder" else folder / "adapter_model.safetensors")
+    move = flat(moved) - flat(table(2))
+    rise = float(flat(table(0)) @ move + 0.5 * (flat(table(1)).abs() * move.square()).sum())
+    assert found["matched"] == 3
+    assert found["distance"] == pytest.approx(float(move.norm()))
+    assert found["relative"] == pytest.approx(float(move.norm() / flat(table(2)).norm()))
+    assert found["modelled_rise"] == pytest.approx(rise)
+    assert math.fsum(layer["modelled_rise"] for layer in found["layers"]) == pytest.approx(rise)
+
+
+def test_json_is_what_the_functions_give(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(file), "--against", str(file), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found == {"source": describe(file), "against": compare(file, file)}
+
+
+def test_tables_for_people(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "a.safetensors"
+    save_file(table(2), adapter)
+    assert main(["inspect", str(file), "--against", str(file), "--adapter", str(adapter)]) == 0
+    out = capsys.readouterr().out
+    for text in ("moving", "1.query", "cosine with", "drift of", "modelled rise"):
+        assert text in out, text
+    assert "lora_A" not in out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_bad_files(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no source file" in refused(capsys, "inspect", str(tmp_path / "none"))
+    other = tmp_path / "weights.safetensors"
+    save_file({"w": torch.zeros(2)}, other)
+    assert "no source gradient" in refused(capsys, "inspect", str(other))
+    assert "no tensor" in refused(capsys, "inspect", str(file), "--adapter", str(other))
+    assert "no adapter file" in refused(capsys, "inspect", str(file), "--adapter", str(tmp_path / "none"))
+    source(0, curvature=False).save(tmp_path / "fixed")
+    assert "no curvature" in refused(capsys, "inspect", str(tmp_path / "fixed"), "--adapter", str(other))
+    SourceGradient({"x": torch.ones(2)}).save(tmp_path / "x")
+    assert "share no parameter" in refused(capsys, "inspect", str(file), "--against", str(tmp_path / "x"))
+    (tmp_path / "cut").write_bytes(file.read_bytes()[:100])
+    assert "not a readable safetensors file" in refused(capsys, "inspect", str(tmp_path / "cut"))
