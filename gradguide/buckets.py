@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradguide.naming import module_of
+from gradguide.sharding import layout_of, local, unsupported
 
 __all__ = ["Bucket", "Label", "Labeller", "Scope", "gather", "labeller"]
 
@@ -22,11 +23,14 @@ Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
 class Bucket:
     """Parameters with gradients, of one scope, device and precision, all or none of them known to the sources.
 
-    Lists are aligned; ``names`` is empty where the sources know nothing.
+    Lists are aligned; ``names`` is empty where the sources know nothing. Of a DTensor, ``values`` and ``gradients`` are
+    this rank's part, and ``summed`` are the process groups that products are to be summed over.
     """
 
     label: Label
+    summed: tuple[Any, ...] = ()
     parameters: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
@@ -80,30 +84,30 @@ def gather(
             gradient = parameter.grad
             if gradient is None:
                 continue
-            sharded = hasattr(gradient, "device_mesh")
-            if sharded or gradient.layout != torch.strided or not gradient.is_floating_point():
-                _refuse(gradient, names.get(parameter))
+            uneven = unsupported(parameter, gradient)
+            if uneven is not None or gradient.layout != torch.strided or not gradient.is_floating_point():
+                _refuse(gradient, names.get(parameter), uneven)
+            layout = layout_of(parameter)
+            summed = () if layout is None else layout.summed
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
-            key = (scope, gradient.device, gradient.dtype, parameter.dtype, name is not None)
+            key = (scope, gradient.device, gradient.dtype, parameter.dtype, name is not None, summed)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket(scope)
+                bucket = buckets[key] = Bucket(scope, summed)
             bucket.parameters.append(parameter)
-            bucket.gradients.append(gradient)
+            bucket.values.append(local(parameter))
+            bucket.gradients.append(local(gradient))
             if name is not None:
                 bucket.names.append(name)
     return list(buckets.values())
 
 
-def _refuse(gradient: Tensor, name: str | None) -> None:
+def _refuse(gradient: Tensor, name: str | None, uneven: str | None) -> None:
     which = f"of {name} " if name else ""
-    if hasattr(gradient, "device_mesh"):
-        raise ValueError(
-            f"the gradient {which}is sharded (DTensor), which this version does not measure across ranks; use DDP, "
-            "whose gradients are whole on every rank"
-        )
+    if uneven is not None:
+        raise ValueError(f"the gradient {which}{uneven}; GradGuide measures DTensors that lie as their parameters do")
     if gradient.is_complex():
         raise ValueError(f"the gradient {which}is complex ({gradient.dtype}); GradGuide guides real parameters")
     raise ValueError(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gradguide.guidance import Guidance
 from gradguide.ops.pack import lay_out
 from gradguide.scopes import FIELDS
+from gradguide.sharding import gathered, local, spread
 
 __all__ = ["FORMAT", "merge", "restore", "split"]
 
@@ -54,7 +55,7 @@ def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Te
             )
         }
         if parameter in guidance.directions:
-            own[DIRECTION] = guidance.directions[parameter]
+            own[DIRECTION] = spread(guidance.directions[parameter], parameter)
         entries[position] = {**entries.get(position, {}), **own}
     return {**state, "state": entries}
 
@@ -101,9 +102,9 @@ def restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
     parameters = _parameters(base)
     keep = guidance.direction is not None and not guidance.direction.share_momentum
     found = {parameters[position]: direction for position, direction in own.directions.items() if keep}
-    guidance.directions = dict(zip(found, lay_out(list(found), torch.float32), strict=True))
+    guidance.directions = dict(zip(found, lay_out([local(p) for p in found], torch.float32), strict=True))
     for parameter, direction in found.items():
-        guidance.directions[parameter].copy_(direction.detach())
+        guidance.directions[parameter].copy_(gathered(direction.detach(), parameter))
     labels = guidance.labels(base)
     statistics = {labels[parameters[position]]: counters[_HEAD:].cpu() for position, counters in own.counters.items()}
     guidance.scopes.restore(statistics)

@@ -24,6 +24,8 @@ from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span, divide
 from gradguide.scopes import Scopes
+from gradguide.sharding import Layout, add_up_, distinct, layout_of, local
+from gradguide.sources.source import Source
 
 __all__ = ["Guidance", "Measured"]
 
@@ -83,10 +85,13 @@ class Guidance:
         self._largest = None if magnitude is None else magnitude.max_update
         self._before: dict[Tensor, Tensor] = {}
         self._stepped: list[Tensor] = []
+        self._update_square: Tensor | None = None
+        self._shards: tuple[dict[str, Layout], list[Source]] | None = None
+        self._groups: list[tuple[Any, ...]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the parameters that the next step makes anew have no place in a copy or a file.
-        return {**self.__dict__, "_before": {}, "_stepped": []}
+        return {**self.__dict__, "_before": {}, "_stepped": [], "_shards": None, "_groups": []}
 
     @property
     def active(self) -> bool:
@@ -117,15 +122,22 @@ class Guidance:
         """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
         self.follow(base)
         buckets = gather(base.param_groups, labeller(self.scope, self.names), self.names, self._covered)
-        if not buckets:
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        self._groups = distinct(trained)
+        if not buckets and not any(self._groups):
             return None
-        labels: dict[Label, int] = {}
+        # Ranks may lack different gradients; what they add up has the same scopes on all of them.
+        everywhere = self.labels(base) if any(self._groups) else {}
+        ordered = dict.fromkeys(everywhere[p] for p in trained if p in everywhere)
+        labels = {label: place for place, label in enumerate(ordered)}
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
+        self._localise(trained)
         rows = [
             [Row(offset=bucket.gradients), self._direction_row(base, bucket), *self._sources(bucket)]
             for bucket in buckets
         ]
-        span = self._gram(buckets, scopes, rows)
+        sources = 0 if self.alignment is None else len(self.alignment.sources)
+        span = self._gram(buckets, scopes, rows, len(labels), SOURCES + sources, trained[0].device)
         positions = self.scopes.locate(list(labels), span.gram.device)
         finite, moved = span.gram.isfinite().all(), (span.gram[:, GRADIENT, GRADIENT] != 0).any()
         return Measured(buckets, scopes, positions, rows, span, finite, moved)
@@ -193,9 +205,10 @@ class Guidance:
         """Keep the parameters as they are before the base's step."""
         self._stepped = [p for bucket in measured.buckets for p in bucket.parameters]
         for bucket in measured.buckets:
-            new = [p for p in bucket.parameters if not _alike(self._before.get(p), p)]
-            self._before.update(zip(new, lay_out(new), strict=True))
-            torch._foreach_copy_([self._before[p] for p in bucket.parameters], list(bucket.parameters))
+            pairs = zip(bucket.parameters, bucket.values, strict=True)
+            new = {p: value for p, value in pairs if not _alike(self._before.get(p), value)}
+            self._before.update(zip(new, lay_out(list(new.values())), strict=True))
+            torch._foreach_copy_([self._before[p] for p in bucket.parameters], bucket.values)
 
     @torch.no_grad()
     def correct(self, measured: Measured) -> None:
@@ -204,12 +217,15 @@ class Guidance:
         rows: list[list[Row | None]] = []
         for bucket in buckets:
             before = [self._before[p] for p in bucket.parameters]
-            made = Row(at=bucket.parameters, anchor=before)
+            made = Row(at=bucket.values, anchor=before)
             start = [Row(offset=before)] if bounded else []
             rows.append([made, *start, *(self._sources(bucket, before) if self._aligns_update else [])])
         # Scaling alone needs no products.
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
-        span = self._gram(buckets, scopes, rows) if self._aligns_update or bounded else zeros
+        needed = self._aligns_update or bounded or any(self._groups)
+        count = measured.span.gram.shape[0]
+        size = 1 + bounded + (measured.span.gram.shape[1] - SOURCES if self._aligns_update else 0)
+        span = self._gram(buckets, scopes, rows, count, size, zeros.gram.device) if needed else zeros
         update = span.row(UPDATE)
         wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
         if self._largest is not None:
@@ -219,8 +235,10 @@ class Guidance:
             # A step raises the source loss where it goes along the source gradient.
             wanted = -aligning.project(span, -wanted, first=BEFORE + bounded)
         change = torch.where(span.gram.isfinite().all(), wanted - update, 0.0)
+        # Sharded, only a collective could measure it later, and metrics may be read on one rank alone.
+        self._update_square = span.norm(update + change).square().sum() if any(self._groups) else None
         for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
-            write = Write(into=bucket.parameters, coefficients=change[scope], accumulate=True)
+            write = Write(into=bucket.values, coefficients=change[scope], accumulate=True)
             self._ops(bucket).combine_(these, [write])
 
     @torch.no_grad()
@@ -228,6 +246,8 @@ class Guidance:
         """Length of the last update, Tensor [], measured on request; NaN if the parameters before it were not kept."""
         if not self._stepped:
             return torch.tensor(float("nan"), device=device)
+        if self._update_square is not None:
+            return self._update_square.sqrt().to(device)
         squares = [(p.double() - self._before[p].double()).square().sum().to(device) for p in self._stepped]
         return torch.stack(squares).sum().sqrt()
 
@@ -257,14 +277,27 @@ class Guidance:
             writes.append(Write(into=bucket.gradients, coefficients=gradient[scope]))
             self._ops(bucket).combine_(rows, writes)
 
-    def _gram(self, buckets: Sequence[Bucket], scopes: Sequence[int], rows: Sequence[Sequence[Row | None]]) -> Span:
-        device = buckets[0].parameters[0].device
-        totals: list[Tensor | None] = [None] * (max(scopes) + 1)
+    def _gram(
+        self,
+        buckets: Sequence[Bucket],
+        scopes: Sequence[int],
+        rows: Sequence[Sequence[Row | None]],
+        count: int,
+        size: int,
+        device: torch.device,
+    ) -> Span:
+        """Gram matrices [count, size, size] of the scopes, summed over buckets, and of shards over ranks."""
+        parts: dict[tuple[Any, ...], list[Tensor | None]] = {groups: [None] * count for groups in self._groups}
         for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
             part = self._ops(bucket).gram(these).to(device)
-            total = totals[scope]
-            totals[scope] = part if total is None else total + part
-        return Span(torch.stack([total for total in totals if total is not None]))
+            total = parts[bucket.summed][scope]
+            parts[bucket.summed][scope] = part if total is None else total + part
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        zero = torch.zeros(size, size, dtype=wide, device=device)
+        whole = {g: torch.stack([zero if total is None else total for total in each]) for g, each in parts.items()}
+        summed = add_up_(whole)
+        assert summed is not None
+        return Span(summed)
 
     def _direction_row(self, base: Optimizer, bucket: Bucket) -> Row | None:
         if self.direction is None:
@@ -274,10 +307,14 @@ class Guidance:
             if all(momentum is None for momentum in found):
                 return None
             return Row(
-                offset=[torch.zeros_like(p) if m is None else m for m, p in zip(found, bucket.parameters, strict=True)]
+                offset=[
+                    torch.zeros_like(value) if momentum is None else local(momentum)
+                    for momentum, value in zip(found, bucket.values, strict=True)
+                ]
             )
-        new = [p for p in bucket.parameters if p not in self.directions or self.directions[p].shape != p.shape]
-        self.directions.update(zip(new, lay_out(new, torch.float32), strict=True))
+        pairs = list(zip(bucket.parameters, bucket.values, strict=True))
+        new = {p: v for p, v in pairs if p not in self.directions or self.directions[p].shape != v.shape}
+        self.directions.update(zip(new, lay_out(list(new.values()), torch.float32), strict=True))
         return Row(offset=[self.directions[p] for p in bucket.parameters])
 
     def _sources(self, bucket: Bucket, at: Sequence[Tensor] | None = None) -> list[Row | None]:
@@ -285,8 +322,18 @@ class Guidance:
             return []
         if not bucket.names:
             return [None] * len(self.alignment.sources)
-        present = list(bucket.parameters) if at is None else at
-        return [source.row(bucket.names, present) for source in self.alignment.sources]
+        present = bucket.values if at is None else at
+        sources = self.alignment.sources if self._shards is None else self._shards[1]
+        return [source.row(bucket.names, present) for source in sources]
+
+    def _localise(self, parameters: Sequence[Tensor]) -> None:
+        """Keep this rank's part of each source for parameters that are sharded."""
+        known = {self.names[p]: layout_of(p) for p in parameters if p in self.names}
+        layouts = {name: layout for name, layout in known.items() if layout is not None}
+        if self.alignment is None or not layouts:
+            self._shards = None
+        elif self._shards is None or self._shards[0] != layouts:
+            self._shards = layouts, [source.shards(layouts) for source in self.alignment.sources]
 
     def _numbers(self, measured: Measured) -> Tensor:
         """How many numbers each scope has: Tensor [S]."""
@@ -303,7 +350,9 @@ class Guidance:
         for bucket, scope, rows in zip(measured.buckets, measured.scopes, measured.rows, strict=True):
             per_scope.setdefault(scope, rates(base, owner[bucket.parameters[0]], rows[DIRECTION] is not None))
         gram = measured.span.gram
-        decays, gains = zip(*(per_scope[scope] for scope in sorted(per_scope)), strict=True)
+        # A scope without a gradient on this rank adds nothing to its average, whatever its rates.
+        all_rates = (per_scope.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0]))
+        decays, gains = zip(*all_rates, strict=True)
         # Filled on the device: a copy from the host would make it wait.
         return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])
 

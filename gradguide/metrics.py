@@ -76,7 +76,8 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         guided,
         torch.where(guided > 0, divide(clipped, guided), 1.0),
         nan if record.coherence is None else cosines[1],
-        nan if record.coherence is None else record.coherence.mean(),
+        # A scope that never had a gradient has no coherence.
+        nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
         update_norm.to(gram),
     ]
     conflicting = conflicts(per_scope[:, 2:]).any(dim=0).to(gram.dtype)

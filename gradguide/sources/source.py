@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gradguide.ops.row import Row
+from gradguide.sharding import Layout
 
 __all__ = ["Source"]
 
@@ -24,6 +25,10 @@ class Source(Protocol):
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each parameter that the source speaks of, by name."""
+        ...
+
+    def shards(self, layouts: Mapping[str, Layout]) -> Source:
+        """The same source for this rank's parts of the parameters that lie over ranks as ``layouts`` says."""
         ...
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
+from gradguide.sharding import Layout, shard
 from gradguide.sources import file
 from gradguide.sources.capture import Batch, Loss, measure
 
@@ -144,6 +145,16 @@ class SourceGradient:
             raise ValueError("anchored() needs a source with curvature, found none: capture it with curvature=True")
         return SourceGradient(
             None, fisher=self._tables["fisher"], anchor=self._tables["anchor"], metadata=self.metadata
+        )
+
+    def shards(self, layouts: Mapping[str, Layout]) -> SourceGradient:
+        """This rank's parts of the tables, for parameters that are sharded; others stay whole. No communication."""
+        tables = {
+            label: {name: shard(t, layouts[name]) if name in layouts else t for name, t in table.items()}
+            for label, table in self._tables.items()
+        }
+        return SourceGradient(
+            tables.get("gradient"), fisher=tables.get("fisher"), anchor=tables.get("anchor"), metadata=self.metadata
         )
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:

@@ -1,0 +1,111 @@
+"""DTensors (FSDP2, HSDP, tensor parallelism): the local tensors that passes read, and the sums over their shards.
+
+A Gram matrix of vectors that are spread over ranks is the sum of the local Gram matrices, one per distinct shard. So
+one all-reduce of a few numbers per scope is all that sharding costs, whatever the number of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Layout", "add_up_", "distinct", "gathered", "layout_of", "local", "shard", "spread", "unsupported"]
+
+
+class Layout(NamedTuple):
+    """How a tensor lies over ranks: a device mesh, and one placement for each of its dimensions."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    @property
+    def summed(self) -> tuple[Any, ...]:
+        """The process groups over which shards differ; ranks along the other dimensions hold the same."""
+        return tuple(
+            self.mesh.get_group(dim) for dim, placed in enumerate(self.placements) if not placed.is_replicate()
+        )
+
+
+def layout_of(tensor: Tensor) -> Layout | None:
+    """The layout of a DTensor, None for a plain tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def unsupported(parameter: Tensor, gradient: Tensor) -> str | None:
+    """Why a DTensor's gradient cannot be measured, or None if it can."""
+    theirs, ours = layout_of(gradient), layout_of(parameter)
+    if theirs is None and ours is None:
+        return None
+    if ours is None or theirs is None or theirs.mesh != ours.mesh or theirs.placements != ours.placements:
+        found = None if theirs is None else theirs.placements
+        return f"lies over ranks as {found}, its parameter as {None if ours is None else ours.placements}"
+    if any(placed.is_partial() for placed in theirs.placements):
+        return "is a partial sum on each rank: reduce it first"
+    return None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds, the same memory; a plain tensor as it is."""
+    if layout_of(tensor) is None:
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def shard(whole: Tensor, layout: Layout) -> Tensor:
+    """This rank's part of a tensor that every rank has whole; no communication."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, layout.mesh, layout.placements)
+    part = whole
+    for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
+        part = part.narrow(dim, min(start, part.shape[dim]), length)
+    return part.contiguous()
+
+
+def spread(part: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of this rank's part, laid out as ``like``; ``part`` itself where ``like`` is plain."""
+    layout = layout_of(like)
+    if layout is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, layout.mesh, layout.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def gathered(value: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of ``value``, a DTensor or the same whole tensor on all ranks, where it lies as ``like``."""
+    given, wanted = layout_of(value), layout_of(like)
+    if given == wanted:
+        return local(value)
+    whole: Tensor = value if given is None else value.full_tensor()  # type: ignore[attr-defined]
+    return whole if wanted is None else shard(whole, wanted)
+
+
+def add_up_(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
+    """Sums over ranks: each tensor over its process groups, then all together; None where there is none.
+
+    Args:
+        parts: tensors of one shape by the process groups that they are to be summed over. The keys, and their order,
+            must be the same on all ranks: each group is one all-reduce.
+    """
+    total: Tensor | None = None
+    for groups, part in parts.items():
+        for group in groups:
+            dist.all_reduce(part, group=group)
+        total = part if total is None else total + part
+    return total
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """The process groups that the tensors are summed over, each combination once, in a fixed order."""
+    found: Sequence[tuple[Any, ...]] = [() if (lay := layout_of(t)) is None else lay.summed for t in tensors]
+    return list(dict.fromkeys(found))

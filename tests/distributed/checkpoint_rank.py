@@ -1,0 +1,65 @@
+"""One rank of test_checkpoints.py: ``python checkpoint_rank.py RANK WORLD FOLDER save|load NAME``.
+
+"save" trains, writes a distributed checkpoint to FOLDER/NAME and trains on; "load" starts from that checkpoint in place
+of the first part. Both write the parameters at the end to FOLDER/NAME-ACTION-WORLD.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gradguide import GradGuide
+from tests.distributed import problem
+from tests.distributed.fsdp_rank import whole
+
+HALF = 6
+
+
+def train(model: nn.Module, optimizer: GradGuide, steps: range, rank: int, world: int) -> None:
+    for step in steps:
+        x, y = problem.batch(step)
+        share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+        optimizer.zero_grad()
+        problem.loss_of(model, x[share], y[share]).backward()
+        optimizer.step()
+
+
+def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
+    torch.set_num_threads(1)
+    meeting = folder / f"meeting-{name}-{action}-{world}"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    model = problem.net()
+    model.unused.requires_grad_(
+        False
+    )  # torch's loader wants state, which no step has made, for whatever can be trained
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = problem.guide(model, "update")
+    if action == "save":
+        train(model, optimizer, range(HALF), rank, world)
+        weights, state = get_state_dict(model, optimizer)
+        save({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
+    else:
+        weights, state = get_state_dict(model, optimizer)
+        held: dict[str, Any] = {"model": weights, "optimizer": state}
+        load(held, checkpoint_id=folder / name)
+        set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    train(model, optimizer, range(HALF, 2 * HALF), rank, world)
+    result = {"steps": torch.tensor(optimizer.metrics()["steps"]), **{n: whole(p) for n, p in model.named_parameters()}}
+    if rank == 0:
+        torch.save(result, folder / f"{name}-{action}-{world}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])

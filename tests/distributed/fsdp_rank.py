@@ -1,0 +1,71 @@
+"""One rank of test_fsdp.py: ``python fsdp_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gradguide import sharding
+from tests.distributed import problem
+
+
+def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
+    model = problem.net()
+    fully_shard(model, mesh=mesh, ignored_params={model.gain})
+    optimizer = problem.guide(model, kind)
+    calls: list[int] = []
+    counted: Any = dist
+    dist_all_reduce = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(tensor.numel())
+        return dist_all_reduce(tensor, *args, **options)
+
+    metrics = []
+    for step in range(problem.STEPS):
+        x, y = problem.batch(step)
+        share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+        optimizer.zero_grad()
+        problem.loss_of(model, x[share], y[share]).backward()
+        gain = model.gain.grad
+        assert gain is not None
+        dist_all_reduce(gain)  # what FSDP ignores, its user adds up
+        gain /= world
+        counted.all_reduce = all_reduce
+        optimizer.step()
+        counted.all_reduce = dist_all_reduce
+        metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank may read them alone
+    directions = {
+        name: sharding.spread(optimizer._guidance.directions[p], p)
+        for name, p in model.named_parameters()
+        if p in optimizer._guidance.directions
+    }
+    return {
+        "parameters": {name: whole(p) for name, p in model.named_parameters()},
+        "directions": {name: whole(d) for name, d in directions.items()},
+        "metrics": metrics,
+        "all_reduces": calls,
+    }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    torch.save({kind: run(kind, mesh, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,44 @@
+"""Ranks as processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gradguide
+
+__all__ = ["ranks"]
+
+
+def ranks(script: str, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
+    """Runs ``script RANK WORLD FOLDER ARGUMENTS...`` once per rank; returns their outputs.
+
+    Raises:
+        AssertionError: a rank failed, or took longer than ``timeout`` seconds.
+    """
+    root = Path(gradguide.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    # A process of its own per rank, by path: pytest's test modules cannot be imported in a spawned child.
+    path = Path(__file__).with_name(script)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(path), str(rank), str(world), str(folder), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=timeout)
+            assert process.returncode == 0, output
+            outputs.append(output)
+    finally:
+        for process in processes:
+            process.kill()
+    return outputs

@@ -1,0 +1,71 @@
+"""The problem that one process and two ranks solve: uneven shards, a parameter that is whole, one that is not used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import AdamW
+
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+
+STEPS = 20
+KINDS = ("default", "gradient", "update", "shared", "module", "tensor", "two sources")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.last = nn.Linear(7, 3)
+        self.unused = nn.Linear(3, 2)
+        self.gain = nn.Parameter(torch.ones(7))  # whole on every rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(torch.tanh(self.first(x)) * self.gain)
+        return found
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def source(seed: int) -> SourceGradient:
+    """Whole tables for every parameter but the gain; the same on all ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: p.shape for name, p in net().named_parameters() if name != "gain"}
+    tables = [{n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(3)]
+    fisher = {name: t.abs() for name, t in tables[1].items()}
+    return SourceGradient(tables[0], fisher=fisher, anchor=tables[2])
+
+
+def guide(model: nn.Module, kind: str) -> GradGuide:
+    base = AdamW(model.parameters(), lr=0.02)
+    names = [(name, p) for name, p in model.named_parameters() if name != "gain"]
+    match kind:
+        case "gradient":
+            return GradGuide(
+                base,
+                alignment=Alignment(source(1), on="gradient", weight=0.5),
+                magnitude=Magnitude(adaptive=True, max_update=None),
+                names=names,
+            )
+        case "update":
+            return GradGuide(base, alignment=Alignment(source(1).anchored()), names=names)
+        case "two sources":
+            return GradGuide(base, alignment=Alignment([source(1), source(2)], weight=1.0), names=names)
+        case "shared":
+            return GradGuide(base, direction=Direction(share_momentum=True), magnitude=Magnitude(max_update=None))
+        case "module" | "tensor":
+            return GradGuide(base, scope=kind, names=model.named_parameters())
+    return GradGuide(base, magnitude=Magnitude(coherence=0.5))

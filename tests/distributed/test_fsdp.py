@@ -1,0 +1,67 @@
+"""FSDP2 on two gloo ranks against one process (rows 8, 11, 16, 17)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import problem
+from tests.distributed.launch import ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("fsdp")
+    ranks("fsdp_rank.py", folder)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def alone(kind: str) -> dict[str, Any]:
+    model = problem.net()
+    optimizer = problem.guide(model, kind)
+    metrics = []
+    for step in range(problem.STEPS):
+        optimizer.zero_grad()
+        problem.loss_of(model, *problem.batch(step)).backward()
+        optimizer.step()
+        metrics.append(optimizer.metrics())
+    directions = optimizer._guidance.directions
+    return {
+        "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "directions": {name: directions[p] for name, p in model.named_parameters() if p in directions},
+        "metrics": metrics,
+    }
+
+
+@pytest.mark.parametrize("kind", problem.KINDS)
+def test_i11_two_ranks_equal_one_process(found: list[dict[str, Any]], kind: str) -> None:
+    wanted = alone(kind)
+    for rank in found:
+        for part in ("parameters", "directions"):
+            assert rank[kind][part].keys() == wanted[part].keys()
+            for name, value in wanted[part].items():
+                torch.testing.assert_close(rank[kind][part][name], value, rtol=2e-4, atol=2e-5, msg=name)
+    for step, (ours, theirs) in enumerate(zip(found[0][kind]["metrics"], wanted["metrics"], strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=2e-4, nan_ok=True), step
+
+
+@pytest.mark.parametrize("kind", problem.KINDS)
+def test_i16_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str) -> None:
+    for name, value in found[0][kind]["parameters"].items():
+        assert torch.equal(value, found[1][kind]["parameters"][name]), name
+
+
+@pytest.mark.parametrize("kind", problem.KINDS)
+def test_i17_one_all_reduce_of_a_few_numbers_per_measuring(found: list[dict[str, Any]], kind: str) -> None:
+    scopes = {"module": 4, "tensor": 7}.get(kind, 1)
+    sources = {"gradient": 1, "update": 1, "two sources": 2}.get(kind, 0)
+    step = [scopes * (2 + sources) ** 2]
+    if kind not in ("gradient", "shared"):  # a rule acts on the update: measured once more
+        step.append(scopes * (2 + (sources if kind != "gradient" else 0)) ** 2)
+    for rank in found:
+        assert rank[kind]["all_reduces"] == step * problem.STEPS
