@@ -24,7 +24,7 @@ from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span, divide
 from gradguide.scopes import Scopes
-from gradguide.sharding import Layout, add_up_, distinct, layout_of, local
+from gradguide.sharding import Layout, add_up_, check_agreement, distinct, layout_of, local
 from gradguide.sources.source import Source
 
 __all__ = ["Guidance", "Measured"]
@@ -88,6 +88,7 @@ class Guidance:
         self._update_square: Tensor | None = None
         self._shards: tuple[dict[str, Layout], list[Source]] | None = None
         self._groups: list[tuple[Any, ...]] = []
+        self._agreed = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the parameters that the next step makes anew have no place in a copy or a file.
@@ -131,6 +132,7 @@ class Guidance:
         ordered = dict.fromkeys(everywhere[p] for p in trained if p in everywhere)
         labels = {label: place for place, label in enumerate(ordered)}
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
+        self._check_ranks(trained, everywhere)
         self._localise(trained)
         rows = [
             [Row(offset=bucket.gradients), self._direction_row(base, bucket), *self._sources(bucket)]
@@ -325,6 +327,17 @@ class Guidance:
         present = bucket.values if at is None else at
         sources = self.alignment.sources if self._shards is None else self._shards[1]
         return [source.row(bucket.names, present) for source in sources]
+
+    def _check_ranks(self, trained: Sequence[Tensor], labels: Mapping[Tensor, Label]) -> None:
+        """Before the first collective: whatever differs between ranks is an error on all of them, and no hang."""
+        groups = next((groups for groups in self._groups if groups), ())
+        if not groups or self._agreed:
+            return
+        told = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(labels[p])) for p in trained]
+        sources = () if self.alignment is None else self.alignment.sources
+        rules = (self.direction, self.magnitude, [s.fingerprint() for s in sources])
+        check_agreement(repr((told, rules)), groups, local(trained[0]).device)
+        self._agreed = True
 
     def _localise(self, parameters: Sequence[Tensor]) -> None:
         """Keep this rank's part of each source for parameters that are sharded."""

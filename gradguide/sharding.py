@@ -6,6 +6,7 @@ one all-reduce of a few numbers per scope is all that sharding costs, whatever t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Layout", "add_up_", "distinct", "gathered", "layout_of", "local", "shard", "spread", "unsupported"]
+__all__ = [
+    "Layout",
+    "add_up_",
+    "check_agreement",
+    "distinct",
+    "gathered",
+    "layout_of",
+    "local",
+    "shard",
+    "spread",
+    "unsupported",
+]
 
 
 class Layout(NamedTuple):
@@ -103,6 +115,24 @@ def add_up_(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part
     return total
+
+
+def check_agreement(fingerprint: str, groups: tuple[Any, ...], device: torch.device) -> None:
+    """Raise on every rank unless all have the same fingerprint: what differs would else hang or drift apart later.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    number = int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:7], "big")
+    extremes = torch.tensor([number, -number], device=device)
+    for group in groups:
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    if extremes.tolist() != [number, -number]:
+        raise ValueError(
+            "the ranks differ in what they train or align with: parameters (names, order, shapes, groups), scopes and "
+            "sources must be the same on all of them. Build model, optimizer and GradGuide alike, and capture a source "
+            "on all ranks together or load one file on all"
+        )
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:

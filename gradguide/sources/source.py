@@ -27,6 +27,10 @@ class Source(Protocol):
         """Shape of each parameter that the source speaks of, by name."""
         ...
 
+    def fingerprint(self) -> str:
+        """A digest of all that the source answers with: the same on all ranks, or they drift apart."""
+        ...
+
     def shards(self, layouts: Mapping[str, Layout]) -> Source:
         """The same source for this rank's parts of the parameters that lie over ranks as ``layouts`` says."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -146,6 +147,15 @@ class SourceGradient:
         return SourceGradient(
             None, fisher=self._tables["fisher"], anchor=self._tables["anchor"], metadata=self.metadata
         )
+
+    def fingerprint(self) -> str:
+        """Digest of names, shapes and numbers."""
+        digest = hashlib.sha256()
+        for label, table in self._tables.items():
+            for name, tensor in table.items():
+                digest.update(f"{label}/{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def shards(self, layouts: Mapping[str, Layout]) -> SourceGradient:
         """This rank's parts of the tables, for parameters that are sharded; others stay whole. No communication."""

@@ -1,0 +1,55 @@
+"""One rank of test_disagreement.py: ``python disagree_rank.py RANK WORLD FOLDER WHAT``; prints its step's error."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW
+
+from gradguide import Alignment, Direction, GradGuide
+from tests.distributed import problem
+
+
+def main(rank: int, world: int, folder: Path, what: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    model = problem.net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    odd = rank == 1
+    source = problem.source(1)
+    names = [(name, p) for name, p in model.named_parameters() if name != "gain"]
+    base = AdamW(model.parameters(), lr=0.02)
+    match what:
+        case "sources":
+            source = problem.source(2 if odd else 1)
+        case "order":
+            base = AdamW(list(model.parameters())[:: -1 if odd else 1], lr=0.02)
+        case "scopes":
+            pass
+    scope = "tensor" if odd and what == "scopes" else "global"
+    direction = Direction(decay=0.5 if odd and what == "rules" else 0.9)
+    optimizer = GradGuide(base, direction=direction, alignment=Alignment(source), names=names, scope=scope)
+    problem.loss_of(model, *problem.batch(0)).backward()
+    before = [p.to_local().clone() for p in model.parameters()]  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+        print("stepped")
+    except ValueError as error:
+        same = all(
+            torch.equal(p.to_local(), old)  # type: ignore[attr-defined]
+            for p, old in zip(model.parameters(), before, strict=True)
+        )
+        print(f"refused, parameters {'unchanged' if same else 'changed'}: {error}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
