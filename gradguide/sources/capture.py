@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.naming import named
+from gradguide.sharding import layout_of, local, spread
+from gradguide.sources.gradients import plain_gradients, sharded_gradients
 
 __all__ = ["Batch", "Loss", "measure"]
 
@@ -38,23 +39,26 @@ def measure(
     if not parameters:
         raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
     total = _Total(list(parameters.values()), square=curvature is not False)
+    sharded = any(layout_of(p) is not None for p in total.parameters)
+    gradients_of = sharded_gradients if sharded else plain_gradients
     with _undisturbed(model, parameters.values()):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
-            count = _examples(batch)
-            value, gradients = _gradients(loss, model, batch, total.parameters, index)
-            squared = gradients
+            found = gradients_of(loss, model, batch, total.parameters, index)
+            squared = found
             if callable(curvature):
-                squared = _gradients(curvature, model, batch, total.parameters, index)[1]
-            total.add(count, value, gradients, squared)
-    total.reduce()
+                squared = gradients_of(curvature, model, batch, total.parameters, index)
+            total.add(found.examples, found.loss, found.gradients, squared.gradients)
+    if not sharded:  # else each batch was one of all ranks together
+        total.reduce()
     if total.examples == 0:
         raise ValueError("batches must hold at least one example, found none; a generator can be read only once")
 
-    gradient = total.mean()
+    gradient = total.whole(total.mean())
     fisher = anchor = None
     if curvature is not False:
-        fisher = dict(zip(parameters, (f.to(dtype) for f in total.fisher(callable(curvature))), strict=True))
-        anchor = {name: p.detach().clone() for name, p in parameters.items()}
+        squares = total.whole(total.fisher(callable(curvature)))
+        fisher = dict(zip(parameters, (f.to(dtype) for f in squares), strict=True))
+        anchor = dict(zip(parameters, total.whole([local(p.detach()).clone() for p in total.parameters]), strict=True))
     table = dict(zip(parameters, (g.to(dtype) for g in gradient), strict=True))
     _warn_of_zero(table)
     return table, fisher, anchor, _metadata(model, total, curvature)
@@ -68,7 +72,7 @@ class _Total:
         self.examples = 0
         self.loss = 0.0
         self._pairs = 0
-        self._sums = [torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for p in parameters]
+        self._sums = [torch.zeros_like(local(p), dtype=_wide(p), requires_grad=False) for p in parameters]
         self._squares = [torch.zeros_like(s) for s in self._sums] if square else []
 
     def add(self, count: int, loss: float, gradients: Sequence[Tensor], squared: Sequence[Tensor]) -> None:
@@ -92,6 +96,11 @@ class _Total:
             dist.all_reduce(tensor)
         examples, self.loss, pairs = scalars.tolist()
         self.examples, self._pairs = round(examples), round(pairs)
+
+    def whole(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What lies over ranks as the parameters do, put together on every rank."""
+        pairs = zip(parts, self.parameters, strict=True)
+        return [spread(part, p).full_tensor() if layout_of(p) is not None else part for part, p in pairs]  # type: ignore[attr-defined]
 
     def mean(self) -> list[Tensor]:
         return [total / self.examples for total in self._sums]
@@ -135,48 +144,6 @@ def _undisturbed(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[Non
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _gradients(
-    loss: Loss, model: nn.Module, batch: Batch, parameters: list[Tensor], index: int
-) -> tuple[float, list[Tensor]]:
-    value = loss(model, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")
-    if not value.requires_grad:
-        raise ValueError(f"the loss of batch {index} has no gradient: it was detached, or made under no_grad")
-    # autograd.grad, not backward: the gradients that the parameters hold stay as they are.
-    found_gradients = torch.autograd.grad(value.reshape(()), parameters, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found_gradients, strict=True)]
-    finite = torch.stack([g.isfinite().all() for g in gradients]).all()
-    number = float(value.detach())
-    if not math.isfinite(number) or not bool(finite):
-        raise ValueError(
-            f"batch {index} has a loss of {number} and gradients that are {'' if finite else 'not '}finite; "
-            "nothing was captured"
-        )
-    return number, gradients
-
-
-def _examples(batch: Batch) -> int:
-    """Number of examples: the first dimension of the first tensor found."""
-    if isinstance(batch, Tensor) and batch.dim() > 0:
-        return batch.shape[0]
-    if isinstance(batch, Mapping):
-        return _first(batch.values(), batch)
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return _first(batch, batch)
-    raise TypeError(f"a batch must be a tensor, or a mapping or sequence of tensors, found {type(batch).__name__}")
-
-
-def _first(items: Iterable[object], batch: object) -> int:
-    for item in items:
-        if isinstance(item, Tensor) and item.dim() > 0:
-            return item.shape[0]
-    raise TypeError(
-        f"a batch must hold a tensor whose first dimension counts examples, found {type(batch).__name__} without"
-    )
 
 
 def _warn_of_zero(gradient: Table) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from gradguide import sharding
+from gradguide import SourceGradient, sharding
 from tests.distributed import problem
 
 
@@ -54,6 +54,22 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def capture(mesh: Any, rank: int, world: int, folder: Path) -> None:
+    """Captures over this rank's half of each batch, with gradients in place that must stay."""
+    model = problem.net()
+    fully_shard(model, mesh=mesh, ignored_params={model.gain})
+    problem.loss_of(model, *problem.batch(99)).backward()
+    held = {name: p.grad for name, p in model.named_parameters()}
+    copies = {name: None if g is None else whole(g) for name, g in held.items()}
+    halves = [tuple(t.chunk(world)[rank] for t in problem.batch(step)) for step in range(3)]
+    source = SourceGradient.capture(model, halves, lambda m, b: problem.loss_of(m, *b))
+    source.save(folder / f"captured{rank}.safetensors")
+    for name, p in model.named_parameters():
+        before = copies[name]
+        assert p.grad is held[name], name
+        assert before is None or (p.grad is not None and torch.equal(whole(p.grad), before)), name
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().clone()
@@ -64,6 +80,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     torch.save({kind: run(kind, mesh, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
+    capture(mesh, rank, world, folder)
     dist.destroy_process_group()
 
 

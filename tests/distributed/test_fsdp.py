@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from gradguide import SourceGradient
 from tests.distributed import problem
 from tests.distributed.launch import ranks
 
@@ -15,9 +17,14 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    ranks("fsdp_rank.py", folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("fsdp")
+    ranks("fsdp_rank.py", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -66,3 +73,18 @@ def test_i17_one_all_reduce_of_a_few_numbers_per_measuring(found: list[dict[str,
     for rank in found:
         # Before the first, one to see that the ranks agree.
         assert rank[kind]["all_reduces"] == [2, *step * problem.STEPS]
+
+
+def test_i16_a_source_captured_on_shards_is_that_of_one_process_on_every_rank(folder: Path) -> None:
+    model = problem.net()
+    batches = [problem.batch(step) for step in range(3)]
+    wanted = SourceGradient.capture(model, batches, lambda m, b: problem.loss_of(m, *b))
+    captured = [SourceGradient.load(folder / f"captured{rank}.safetensors") for rank in range(2)]
+    assert captured[0].fingerprint() == captured[1].fingerprint()
+    at = list(model.parameters())
+    ours, theirs = (source.row(wanted.names(), at) for source in (captured[0], wanted))
+    assert captured[0].metadata["examples"] == wanted.metadata["examples"] == 24
+    assert captured[0].metadata["loss"] == pytest.approx(wanted.metadata["loss"])
+    for part in ("offset", "scale", "anchor"):
+        for a, b in zip(getattr(ours, part), getattr(theirs, part), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
