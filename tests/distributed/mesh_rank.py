@@ -1,0 +1,55 @@
+"""One rank of test_meshes.py: ``python mesh_rank.py RANK WORLD FOLDER hsdp|tensor-parallel``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from tests.distributed import problem
+from tests.distributed.fsdp_rank import whole
+
+STEPS = 10
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def train(model: nn.Module, share: slice) -> dict[str, Any]:
+    """Steps of every mechanism but a source, whose tables are those of another model."""
+    optimizer = problem.guide(model, "default")
+    for step in range(STEPS):
+        x, y = problem.batch(step)
+        optimizer.zero_grad()
+        problem.loss_of(model, x[share], y[share]).backward()
+        optimizer.step()
+    return {"metrics": optimizer.metrics(), **{name: whole(p) for name, p in model.named_parameters()}}
+
+
+def main(rank: int, world: int, folder: Path, how: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    model = net()
+    if how == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+        share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        share = slice(0, 8)  # every rank sees every row
+    torch.save(train(model, share), folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

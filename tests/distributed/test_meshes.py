@@ -1,0 +1,69 @@
+"""Other ways to lie over ranks: HSDP on a 2 x 2 mesh, and tensor parallelism, against one process (row 11)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradguide.sharding import Layout, add_up_, unsupported
+from tests.distributed.launch import ranks
+from tests.distributed.mesh_rank import net, train
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+@pytest.mark.parametrize(("how", "world"), [("tensor-parallel", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+def test_i11_meshes_equal_one_process(tmp_path: Path, how: str, world: int) -> None:
+    ranks("mesh_rank.py", tmp_path, world, how)
+    wanted = train(net(), slice(0, 8))
+    for rank in range(world):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-2, abs=2e-4, nan_ok=True)
+        for name, value in wanted.items():
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
+
+
+class _Mesh:
+    """A mesh of two dimensions whose groups are their names."""
+
+    @staticmethod
+    def get_group(dim: int) -> str:
+        return ("replicate", "shard")[dim]
+
+
+def test_only_dimensions_that_hold_different_shards_are_summed_over() -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    assert Layout(_Mesh(), (Replicate(), Shard(0))).summed == ("shard",)
+    assert Layout(_Mesh(), (Shard(0), Shard(1))).summed == ("replicate", "shard")
+    assert Layout(_Mesh(), (Replicate(), Replicate())).summed == ()
+
+
+def test_what_is_whole_everywhere_is_counted_once() -> None:
+    assert add_up_({}) is None
+    total = add_up_({(): torch.ones(2, 2)})
+    assert total is not None
+    assert torch.equal(total, torch.ones(2, 2))
+
+
+class _Placed:
+    """A stand-in for a DTensor of one process."""
+
+    def __init__(self, *placements: object) -> None:
+        self.device_mesh = "mesh"
+        self.placements = placements
+
+
+def test_gradients_that_lie_otherwise_than_their_parameters_are_refused() -> None:
+    from torch.distributed.tensor import Partial, Shard
+
+    sharded, partial = _Placed(Shard(0)), _Placed(Partial())
+    assert unsupported(sharded, sharded) is None  # type: ignore[arg-type]
+    assert "its parameter as" in str(unsupported(torch.zeros(2), sharded))  # type: ignore[arg-type]
+    assert "lies over ranks as" in str(unsupported(sharded, _Placed(Shard(1))))  # type: ignore[arg-type]
+    assert "partial sum" in str(unsupported(partial, partial))  # type: ignore[arg-type]
