@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 from torch.optim import Optimizer
 
 from gradguide import checkpoint
@@ -147,6 +148,9 @@ class GradGuide(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
+    # torch.compile leaves it out and calls it as it is, as it does with zero_grad: its passes are fused already, and a
+    # graph would be made anew whenever a gradient is missing.
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Guide the gradients in place, then step the base.
 
