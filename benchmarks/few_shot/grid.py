@@ -91,13 +91,13 @@ def full(*, causal: bool = False) -> list[Run]:
         run
         for seed in _SEEDS
         for run in (
-            *_transfer(_EVERY_METHOD, METHODS, LRS, seed),
-            *_transfer((s for s in DEVELOPING + CONFIRMING if s not in _EVERY_METHOD), MAIN, LRS, seed),
+            *_transfer(CONFIRMING + DEVELOPING, MAIN, LRS, seed),
             *_transfer(_ONE_RATE_SETS, _FEW, LRS, seed, condition=ONE_RATE),
             *_sequence(seed),
             *_cross(seed),
             *_rough(seed),
             *_shots(seed),
+            *_transfer(_EVERY_METHOD, (method for method in METHODS if method not in MAIN), LRS, seed),
             *_digits(SHOTS, METHODS, LRS, seed),
             *(_causal(seed) if causal else ()),
         )

@@ -52,7 +52,8 @@ def tuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
         others = means.loc[method].drop(index=target)
         best = (others if len(others) else means.loc[method]).mean().idxmax()
         parts.append(rows[(rows["method"] == method) & (rows["target"] == target) & (rows["lr"] == best)])
-    return pd.concat(parts).pivot_table(index=_PAIR, columns="method", values=column).dropna()
+    chosen = pd.concat(parts) if parts else rows
+    return chosen.pivot_table(index=_PAIR, columns="method", values=column).dropna()
 
 
 def worst(rows: pd.DataFrame, column: str) -> pd.DataFrame:
