@@ -1,0 +1,154 @@
+"""What sharding adds to a step: ``python -m benchmarks.communication`` writes results/communication.csv.
+
+Two gloo ranks train models of 1e5 and 1e7 parameters under FSDP2, and count GradGuide's collectives: their number and
+bytes, and the time of a step of the optimizer with and without GradGuide. The bytes that a rank moves in a ring
+all-reduce of n ranks, 2 (n - 1) / n times the payload, are computed for more ranks than one machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.harness import versions
+from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide.atomic import replacing
+
+RESULTS = Path(__file__).parent / "results" / "communication.csv"
+SIZES = {"1e5": 224, "1e7": 2236}  # width of two square layers
+RANKS = (2, 8, 64, 1024)
+STEPS = 12
+
+
+def model_of(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
+def optimizer_of(model: nn.Module, kind: str) -> Optimizer:
+    base = AdamW(model.parameters(), lr=1e-4)
+    if kind == "AdamW":
+        return base
+    if kind == "no source":
+        return GradGuide(base)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    source = SourceGradient({name: torch.randn(shape) for name, shape in shapes.items()})
+    return GradGuide(base, alignment=Alignment(source), names=model.named_parameters())
+
+
+def measure(rank: int, world: int, meeting: str) -> list[dict[str, Any]]:
+    """On each rank: collectives and seconds per step, by size and optimizer."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    rows = []
+    for label, width in SIZES.items():
+        for kind in ("AdamW", "no source", "one source"):
+            torch.manual_seed(1)  # the source is the same on all ranks
+            model = model_of(width)
+            fully_shard(model, mesh=mesh)
+            counted, seconds = steps(model, optimizer_of(model, kind), width)
+            rows.append({"parameters": label, "optimizer": kind, "payloads": counted, "seconds": seconds})
+    dist.destroy_process_group()
+    return rows
+
+
+def steps(model: nn.Module, optimizer: Optimizer, width: int) -> tuple[list[int], float]:
+    """Bytes of each all-reduce of the last step, and the median seconds of the later steps."""
+    module: Any = dist
+    original, payloads, seconds = dist.all_reduce, [], []
+
+    def counting(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        payloads.append(tensor.numel() * tensor.element_size())
+        return original(tensor, *args, **options)
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(2, width)).square().mean().backward()
+        payloads.clear()
+        dist.barrier()
+        module.all_reduce = counting
+        start = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+        module.all_reduce = original
+    return list(payloads), statistics.median(seconds[2:])
+
+
+def launch() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.communication",
+            "--meeting",
+            str(Path(folder) / "meeting"),
+            "--rank",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+            for rank in range(2)
+        ]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("a rank failed; its error stands above")
+    found: list[dict[str, Any]] = json.loads(outputs[0].splitlines()[-1])
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the result file: measured on two ranks, computed for more."""
+    rows = []
+    alone = {row["parameters"]: row["seconds"] for row in found if row["optimizer"] == "AdamW"}
+    for row in found:
+        for ranks in RANKS:
+            payload = sum(row["payloads"])
+            rows.append({
+                "parameters": row["parameters"],
+                "optimizer": row["optimizer"],
+                "ranks": ranks,
+                "how": "measured" if ranks == 2 else "computed",
+                "all_reduces_per_step": len(row["payloads"]),
+                "payload_bytes": payload,
+                "bytes_moved_per_rank": round(2 * (ranks - 1) / ranks * payload, 1),
+                "added_milliseconds": f"{1e3 * (row['seconds'] - alone[row['parameters']]):.3g}" if ranks == 2 else "",
+            })  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.rank is not None:
+        print(json.dumps(measure(options.rank, 2, options.meeting)))
+        return
+    rows, about = table(launch()), versions()
+    with replacing(options.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
