@@ -32,3 +32,11 @@ def test_the_python_in_it_parses() -> None:
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_the_support_matrix_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\|[^|]+\|[^|]+\|([^|]*)\|$", TEXT.split("## What it works with")[1], flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(named) > 20
+    assert {name for name in named if not any(f"def {name}(" in text for text in texts)} == set()
