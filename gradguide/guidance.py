@@ -123,7 +123,7 @@ class Guidance:
         """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
         self.follow(base)
         buckets = gather(base.param_groups, labeller(self.scope, self.names), self.names, self._covered)
-        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
         self._groups = distinct(trained)
         if not buckets and not any(self._groups):
             return None
