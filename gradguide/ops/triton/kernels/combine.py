@@ -67,11 +67,33 @@ def weighted(coefficients, rows):
 
 
 @triton.jit
+def prepare(
+    table, coefficients, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    WRITES: tl.constexpr,
+):  # fmt: skip
+    """What every block needs: addresses of the columns, coefficients of the writes, which columns and writes count."""
+    weights = ()
+    changes = ()
+    for write in tl.static_range(len(WRITES)):
+        weights = weights + (load_coefficients(coefficients[write], SLOTS),)
+        changes = changes + (any_nonzero(weights[write]) if item(WRITES, write, 1) else 1,)
+    reads = ()
+    for column in tl.static_range(COLUMNS):
+        read = 0
+        for write in tl.static_range(len(WRITES)):
+            read = read | is_read(weights[write], column, ROWS)
+            if item(WRITES, write, 1) and item(WRITES, write, 0) == column:
+                read = read | changes[write]
+        reads = reads + (read,)
+    return addresses_of(table, tensor, tensors, COLUMNS), weights, changes, reads
+
+
+@triton.jit
 def block(
-    addresses, offsets, inside, coefficients, changes, reads, DTYPES: tl.constexpr, ROWS: tl.constexpr,
-    WRITES: tl.constexpr, VECTOR: tl.constexpr,
+    prepared, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, WRITES: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """One block: read what is wanted, and only when all is read write, since what is written may be a row."""
+    addresses, weights, changes, reads = prepared
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column) or grows(WRITES, column):
@@ -84,7 +106,7 @@ def block(
         rows = rows + (form(columns, ROWS, row),)
     results = ()
     for write in tl.static_range(len(WRITES)):
-        result = weighted(coefficients[write], rows)
+        result = weighted(weights[write], rows)
         if item(WRITES, write, 1):
             result += columns[item(WRITES, write, 0)]
         results = results + (result,)
@@ -111,29 +133,18 @@ def combine(
         ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
         WRITES: for each write its column, and whether it adds to what is there (then nothing is written where all
             coefficients are 0).
+        RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
-    addresses = addresses_of(table, tensor, tensors, len(DTYPES))
-    weights, changes = (), ()
-    for write in tl.static_range(len(WRITES)):
-        weights = weights + (load_coefficients(coefficients[write], SLOTS),)
-        changes = changes + (any_nonzero(weights[write]) if item(WRITES, write, 1) else 1,)
-    reads = ()
-    for column in tl.static_range(len(DTYPES)):
-        read = 0
-        for write in tl.static_range(len(WRITES)):
-            read = read | is_read(weights[write], column, ROWS)
-            if item(WRITES, write, 1) and item(WRITES, write, 0) == column:
-                read = read | changes[write]
-        reads = reads + (read,)
+    prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
     lanes = tl.arange(0, BLOCK)
-    split = vector_end(addresses, begin, end, BLOCK)
+    split = vector_end(prepared[0], begin, end, BLOCK)
     for start in range(begin, split, BLOCK):
         if RELOAD:
-            addresses = addresses_of(table, tensor, tensors, len(DTYPES))
-        block(addresses, start + lanes, None, weights, changes, reads, DTYPES, ROWS, WRITES, True)
+            prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+        block(prepared, start + lanes, None, DTYPES, ROWS, WRITES, True)
     for start in range(split, end, BLOCK):
         if RELOAD:
-            addresses = addresses_of(table, tensor, tensors, len(DTYPES))
+            prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
         offsets = start + lanes
-        block(addresses, offsets, offsets < end, weights, changes, reads, DTYPES, ROWS, WRITES, False)
+        block(prepared, offsets, offsets < end, DTYPES, ROWS, WRITES, False)
