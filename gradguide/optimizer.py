@@ -69,11 +69,13 @@ class GradGuide(Optimizer):
             ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
             takes the gradient as it is; direction and statistics stay as they were. Without a host sync on CUDA
             where the base is fused or with "propagate"; else one flag is read per step.
-        backend: "auto" or "foreach".
+        backend: "auto" takes fused kernels (Triton) on CUDA and compiled passes on the CPU where they can be had, and
+            the portable backend elsewhere; "foreach" is the portable one, "triton" the fused kernels or an error.
 
     Raises:
         TypeError, ValueError: the base cannot be guided, an option is out of range, a source comes without names or
             does not match them. Nothing is changed.
+        RuntimeError: ``backend="triton"`` cannot be had; the message says why.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class GradGuide(Optimizer):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
         check_choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
-        check_backend(backend)
+        check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
         if magnitude is not None:
             magnitude.power(directed=direction is not None)
         if direction is not None and direction.share_momentum:

@@ -137,7 +137,7 @@ def combine(
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
     prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(prepared[0], begin, end, BLOCK)
     for start in range(begin, split, BLOCK):
         if RELOAD:

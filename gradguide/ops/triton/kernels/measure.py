@@ -66,7 +66,7 @@ def measure(
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
     addresses = addresses_of(table, tensor, tensors, len(DTYPES))
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(addresses, begin, end, BLOCK)
     sums = ()
     for i in tl.static_range(len(A)):

@@ -1,0 +1,14 @@
+"""The kernels run on the GPU if there is one, else in Triton's interpreter; without Triton these tests are skipped."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.ops.triton.interpreter import repair
+
+    repair()
