@@ -16,8 +16,9 @@ def repair() -> None:
     """Let scalars of the interpreter be bounds of a ``range``. Harmless if called again, or not needed."""
     original = interpreter._patch_lang_tensor
 
-    def patched(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patched(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        put = scope[0].set_attr if scope else setattr  # Triton 3.5 has no scopes
+        put(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched

@@ -89,15 +89,25 @@ def prepare(
 
 
 @triton.jit
+def lanes_if(flag, inside, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """A mask of all lanes, or of those ``inside``, if ``flag`` is not 0; else of none."""
+    mask = tl.zeros([BLOCK], tl.int32) + flag != 0
+    if not VECTOR:
+        mask = mask & inside
+    return mask
+
+
+@triton.jit
 def block(
-    prepared, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, WRITES: tl.constexpr, VECTOR: tl.constexpr
+    prepared, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One block: read what is wanted, and only when all is read write, since what is written may be a row."""
     addresses, weights, changes, reads = prepared
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column) or grows(WRITES, column):
-            mask = reads[column] != 0 if VECTOR else (reads[column] != 0) & inside
+            mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
             columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
         else:
             columns = columns + (0.0,)
@@ -111,7 +121,7 @@ def block(
             result += columns[item(WRITES, write, 0)]
         results = results + (result,)
     for write in tl.static_range(len(WRITES)):
-        mask = changes[write] != 0 if VECTOR else (changes[write] != 0) & inside
+        mask = lanes_if(changes[write], inside, BLOCK, VECTOR)
         store_column(
             addresses[item(WRITES, write, 0)], offsets, results[write], mask, DTYPES[item(WRITES, write, 0)], VECTOR
         )
@@ -142,9 +152,9 @@ def combine(
     for start in range(begin, split, BLOCK):
         if RELOAD:
             prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
-        block(prepared, start + lanes, None, DTYPES, ROWS, WRITES, True)
+        block(prepared, start + lanes, None, DTYPES, ROWS, WRITES, BLOCK, True)
     for start in range(split, end, BLOCK):
         if RELOAD:
             prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
         offsets = start + lanes
-        block(prepared, offsets, offsets < end, DTYPES, ROWS, WRITES, False)
+        block(prepared, offsets, offsets < end, DTYPES, ROWS, WRITES, BLOCK, False)
