@@ -25,6 +25,11 @@ BLOCK = 1024
 WIDE_BLOCK = 512
 """The same where more than TILE rows are held at once: half the registers per row."""
 
+WIDEST_BLOCK = 256
+"""The same where more than WIDE columns are combined, as sixteen moving sources have."""
+
+WIDE = 24
+
 TILE = 6
 """Rows whose products with each other, 21 sums per thread, stay in registers beside the rows themselves."""
 
@@ -86,7 +91,8 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
             combine[(len(chunks),)](
                 table, lengths, chunks, tuple(write.coefficients.contiguous() for write in writes), columns.tensors,
                 DTYPES=columns.dtypes, ROWS=columns.rows, SLOTS=tuple(i for i, row in enumerate(rows) if row),
-                WRITES=columns.writes, RELOAD=len(columns.rows) > TILE, BLOCK=block_for(columns), CHUNK=CHUNK,
+                WRITES=columns.writes, RELOAD=len(columns.rows) > TILE,
+                BLOCK=WIDEST_BLOCK if len(columns.dtypes) > WIDE else block_for(columns), CHUNK=CHUNK,
                 num_warps=WARPS,
             )  # fmt: skip
     return True
