@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ def recorded() -> Iterator[list[Call]]:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, **options: calls.append(Call(self._kernel, arguments, options))
 
-    with mock.patch.multiple(launch, **{name: Recorder(getattr(launch, name)) for name in KERNELS}):
+    with ExitStack() as replaced:
+        for name in KERNELS:
+            replaced.enter_context(mock.patch.object(launch, name, Recorder(getattr(launch, name))))
         yield calls
 
 
@@ -138,7 +140,8 @@ def compiled(call: Call, arch: int) -> bytes:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(call.kernel, signature, {name: given[name] for name in constants}, attributes)
     target = GPUTarget("cuda", arch, 32)
-    binary: bytes = triton.compile(source, target=target, options={"num_warps": call.options["num_warps"]}).asm["cubin"]
+    options = {name: value for name, value in call.options.items() if name not in names}
+    binary: bytes = triton.compile(source, target=target, options=options).asm["cubin"]
     return binary
 
 
@@ -168,11 +171,11 @@ def tool(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def binaries(architectures: list[int], quick: bool) -> list[Binary]:
-    """Every kernel of every configuration; ``quick`` leaves out K = 16, whose compilation takes most of the time."""
+def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
+    """Every kernel of the configurations called ``names``."""
     found: dict[tuple[str, str, str], Binary] = {}
-    wanted = [(name, rows) for name, rows in configurations().items() if not (quick and "K=16" in name)]
-    for name, rows in tqdm(wanted, desc="compiling", leave=False):
+    for name in tqdm(names, desc="compiling", leave=False):
+        rows = configurations()[name]
         for call in calls_of(rows):
             kernel = call.kernel.__name__
             label = name
@@ -199,12 +202,13 @@ def save(path: Path, found: list[Binary]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="without K = 16, whose compilation takes minutes")
+    names = list(configurations())
+    parser.add_argument("--only", choices=names, nargs="+", default=names, help="configurations (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels are not compiled in Triton's interpreter; unset TRITON_INTERPRET")
-    found = binaries(options.arch, options.quick)
+    found = binaries(options.arch, options.only)
     save(options.out, found)
     for binary in found:
         print(

@@ -1,4 +1,4 @@
-"""Rows as kernels see them: distinct lists of tensors (columns), and for each row the columns that it is formed from."""
+"""Rows as kernels see them: distinct lists of tensors (columns), and for each row the columns that it is formed of."""
 
 from __future__ import annotations
 

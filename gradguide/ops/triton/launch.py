@@ -25,7 +25,7 @@ BLOCK = 1024
 WIDE_BLOCK = 512
 """The same where more than TILE rows are held at once: half the registers per row."""
 
-WIDEST_BLOCK = 256
+WIDEST_BLOCK = 128
 """The same where more than WIDE columns are combined, as sixteen moving sources have."""
 
 WIDE = 24
@@ -35,6 +35,10 @@ TILE = 6
 
 CHUNK = 1 << 14
 """Elements per program."""
+
+REGISTERS = 232
+"""Most per thread of a program that combines. Left to itself the compiler aims at more threads than a pass that waits
+for memory needs, and spills for it."""
 
 FINISH = 2048
 """Partial sums that a program adds at a time."""
@@ -93,7 +97,7 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
                 DTYPES=columns.dtypes, ROWS=columns.rows, SLOTS=tuple(i for i, row in enumerate(rows) if row),
                 WRITES=columns.writes, RELOAD=len(columns.rows) > TILE,
                 BLOCK=WIDEST_BLOCK if len(columns.dtypes) > WIDE else block_for(columns), CHUNK=CHUNK,
-                num_warps=WARPS,
+                num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return True
 

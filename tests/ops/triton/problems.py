@@ -34,7 +34,7 @@ def unaligned(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = tor
 
 
 def some_rows(shapes: list[tuple[int, ...]], sources: int, dtypes: tuple[torch.dtype, ...]) -> list[Row | None]:
-    """Gradient, direction and ``sources`` more rows: moving, plain, anchored and updates in turn, precisions in turn."""
+    """Gradient, direction and ``sources`` more rows: moving, plain, anchored and updates in turn, as precisions."""
     seeds = iter(range(1000))
 
     def draw() -> list[Tensor]:

@@ -81,7 +81,7 @@ def test_combine(
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_views_that_are_not_aligned(dtype: torch.dtype) -> None:
-    shapes = [(2049,), (3,)]
+    shapes: list[tuple[int, ...]] = [(2049,), (3,)]
     for rows in (
         [Row(offset=unaligned(0, shapes, dtype)), Row(offset=tensors(1, shapes))],
         [Row(offset=unaligned(0, shapes, dtype)), Row(offset=unaligned(1, shapes))],

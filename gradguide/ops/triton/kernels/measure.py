@@ -1,4 +1,4 @@
-"""Products of all pairs of rows: one read of every row, then one small sum over chunks. No atomics: same bits always."""
+"""Products of all pairs of rows: one read of every row, then a small sum over chunks. No atomics: same bits always."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form, lo
 
 __all__ = ["finish", "measure"]
 
+
 @triton.constexpr_function
 def place(i, j, count, same):
-    """Where the product of row ``i`` with row ``j`` of ``count`` is kept; of the SAME rows only pairs with j >= i are."""
+    """Where the product of row ``i`` with row ``j`` of ``count`` is kept; of the SAME rows only pairs with j >= i."""
     return i * count - i * (i - 1) // 2 + j - i if same else i * count + j
 
 
@@ -38,7 +39,7 @@ def dot(a, b, THREADS: tl.constexpr):
 
 @triton.jit
 def add_products(sums, a, b, SAME: tl.constexpr, THREADS: tl.constexpr):
-    """The sums, grown by the products of all pairs of ``a`` and ``b``; where they are the SAME rows, of each pair once."""
+    """The sums, grown by the products of all pairs of ``a`` and ``b``; of the SAME rows, of each pair once."""
     grown = ()
     for i in tl.static_range(len(a)):
         for j in tl.static_range(i if SAME else 0, len(b)):
