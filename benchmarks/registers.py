@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, clone
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,11 +30,12 @@ from benchmarks.harness import versions
 from gradguide.atomic import replacing
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
+from gradguide.ops.triton import adam as fused
 from gradguide.ops.triton import launch
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
-KERNELS = ("measure", "finish", "combine")
+KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "adam"))
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
 
@@ -79,8 +80,8 @@ def recorded() -> Iterator[list[Call]]:
             return lambda *arguments, **options: calls.append(Call(self._kernel, arguments, options))
 
     with ExitStack() as replaced:
-        for name in KERNELS:
-            replaced.enter_context(mock.patch.object(launch, name, Recorder(getattr(launch, name))))
+        for module, name in KERNELS:
+            replaced.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
         yield calls
 
 
@@ -112,7 +113,7 @@ def configurations() -> dict[str, list[Row | None]]:
 
 
 def calls_of(rows: list[Row | None]) -> list[Call]:
-    """The launches of a step over ``rows``: measuring them, then writing the first two (an update grows)."""
+    """The launches of a step over ``rows``: measuring them, writing the first two (an update grows), AdamW's step."""
     first, *others = [row for row in rows if row is not None]
     coefficients = torch.ones(len(rows), dtype=torch.float64)
     if first.offset is None:
@@ -124,7 +125,26 @@ def calls_of(rows: list[Row | None]) -> list[Call]:
     with recorded() as calls:
         ops.gram(rows)
         ops.combine_(rows, writes)
+        # The update is that of a base which has stepped.
+        if first.offset is not None:
+            adamw(rows, first.offset)
     return calls
+
+
+def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
+    """The fused step over ``rows``, with parameters that no row is formed from, unless a moving source is."""
+    parameters = next((list(row.at) for row in rows if row is not None and row.at is not None), [*map(clone, like)])
+    moments = fused.Moments(
+        parameters=parameters, first=[*map(clone, like)], second=[*map(clone, like)], steps=[torch.zeros(())]
+    )
+    settings = fused.Settings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False)
+    coefficients = torch.ones(len(rows), dtype=torch.float64)
+    direction = rows[1] if len(rows) > 1 else None
+    write = None if direction is None else Write(into=direction.tensors, coefficients=coefficients)
+    columns = fused.plan_adam(rows, write, moments)
+    assert columns is not None
+    one = torch.ones((), dtype=torch.float64)
+    fused.launch_adam(columns, rows, coefficients, write, moments, settings, one, one.float())
 
 
 def compiled(call: Call, arch: int) -> bytes:
@@ -148,7 +168,9 @@ def compiled(call: Call, arch: int) -> bytes:
 def signature_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}"
-    return tuple(map(signature_of, value)) if isinstance(value, tuple) else "i32"
+    if isinstance(value, tuple):
+        return tuple(map(signature_of, value))
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def inspect(binary: bytes) -> dict[str, int]:

@@ -176,12 +176,14 @@ class GradGuide(Optimizer):
             raise RuntimeError(missing_gradients(self.base))
         if not self._stops(measured):
             guidance.guide(measured, self.base)
-            if guidance.acts_on_update or self._history is not None:
-                guidance.remember(measured)
-                self._step_base(measured)
-                guidance.correct(measured)
-            else:
-                self._step_base(measured)
+            if not guidance.step_fused(measured, self.base, propagate=self._nonfinite == "propagate"):
+                guidance.combine(measured)
+                if guidance.acts_on_update or self._history is not None:
+                    guidance.remember(measured)
+                    self._step_base(measured)
+                    guidance.correct(measured)
+                else:
+                    self._step_base(measured)
         self._count(measured)
         self._last = measured.record
         if self._history is not None:

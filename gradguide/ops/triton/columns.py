@@ -32,6 +32,7 @@ class Columns:
     dtypes: Triton's type of each column.
     rows: for each row its columns: offset, scale, at, anchor; -1 is absent.
     writes: for each write its column, and whether it accumulates.
+    others: columns of the lists that are neither.
     addresses: [columns, tensors].
     lengths: [tensors], elements.
     """
@@ -40,6 +41,7 @@ class Columns:
     dtypes: tuple[Any, ...]
     rows: tuple[tuple[int, int, int, int], ...]
     writes: tuple[tuple[int, bool], ...]
+    others: tuple[int, ...]
     addresses: array[int]
     lengths: array[int]
 
@@ -48,36 +50,53 @@ class Columns:
         return len(self.lengths)
 
 
-def columns_of(rows: Sequence[Row], writes: Sequence[Write] = ()) -> Columns | None:
-    """The columns of rows and writes, or None where a tensor is not contiguous or of a precision without a kernel.
+def columns_of(
+    rows: Sequence[Row], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
+) -> Columns | None:
+    """The columns of rows, writes and other lists; None where a tensor is not contiguous or of a precision without a
+    kernel.
 
-    A list that stands in several places is one column, read once.
+    Tensors that stand in several lists are one column, read once.
 
     Raises:
         ValueError: lists differ in number or size of their tensors.
     """
-    lists: dict[int, Sequence[Tensor]] = {}
-
-    def number(part: Sequence[Tensor] | None) -> int:
-        if part is None:
-            return -1
-        lists.setdefault(id(part), part)
-        return list(lists).index(id(part))
-
-    formed = tuple((number(row.offset), number(row.scale), number(row.at), number(row.anchor)) for row in rows)
-    written = tuple((number(write.into), write.accumulate) for write in writes)
-    found = list(lists.values())
-    lengths = array("q", map(Tensor.numel, found[0]))
-    addresses, dtypes = array("q"), []
-    for part in found:
+    lengths = array("q", map(Tensor.numel, rows[0].tensors))
+    device = rows[0].tensors[0].device
+    numbers: dict[int, int] = {}  # of lists seen before
+    places: dict[bytes, int] = {}  # of lists with other lists' tensors
+    addresses: array[int] = array("q")
+    dtypes: list[Any] = []
+    parts = [part for row in rows for part in (row.offset, row.scale, row.at, row.anchor)]
+    parts += [write.into for write in writes]
+    parts += others
+    for part in parts:
+        if part is None or id(part) in numbers:
+            continue
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
         if array("q", map(Tensor.numel, part)) != lengths:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
         kinds = set(map(_DTYPE, part))
         if len(kinds) > 1 or not kinds <= DTYPES.keys() or not all(map(Tensor.is_contiguous, part)):
             return None
-        if len(set(map(_DEVICE, part)) | {found[0][0].device}) > 1:
+        if set(map(_DEVICE, part)) != {device}:
             return None
-        dtypes.append(DTYPES[kinds.pop()])
-        addresses.extend(map(Tensor.data_ptr, part))
-    return Columns(found[0][0].device, tuple(dtypes), formed, written, addresses, lengths)
+        where = array("q", map(Tensor.data_ptr, part))
+        place = places.setdefault(where.tobytes(), len(places))
+        numbers[id(part)] = place
+        if place == len(dtypes):
+            dtypes.append(DTYPES[kinds.pop()])
+            addresses.extend(where)
+
+    def number(part: Sequence[Tensor] | None) -> int:
+        return -1 if part is None else numbers[id(part)]
+
+    return Columns(
+        device=device,
+        dtypes=tuple(dtypes),
+        rows=tuple((number(row.offset), number(row.scale), number(row.at), number(row.anchor)) for row in rows),
+        writes=tuple((number(write.into), write.accumulate) for write in writes),
+        others=tuple(map(number, others)),
+        addresses=addresses,
+        lengths=lengths,
+    )

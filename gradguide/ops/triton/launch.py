@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations_with_replacement
@@ -15,7 +16,22 @@ from gradguide.ops.triton.kernels.combine import combine
 from gradguide.ops.triton.kernels.measure import finish, measure
 from gradguide.ops.triton.tables import Tables, chunk_numbers
 
-__all__ = ["BLOCK", "CHUNK", "FINISH", "TILE", "WARPS", "WIDE_BLOCK", "launch_combine", "launch_measure"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "FINISH",
+    "REGISTERS",
+    "TILE",
+    "WARPS",
+    "WIDE",
+    "WIDEST_BLOCK",
+    "WIDE_BLOCK",
+    "launch_combine",
+    "launch_measure",
+    "on",
+    "table_of",
+    "tables_of",
+]
 
 WARPS = 4
 
@@ -23,7 +39,7 @@ BLOCK = 1024
 """Elements that a program takes at a time: 8 per thread, one vector of 128 bits in 16-bit precision."""
 
 WIDE_BLOCK = 512
-"""The same where more than TILE rows are held at once: half the registers per row."""
+"""The same where more than TILE rows are held at once, or moments beside them: half the registers per row."""
 
 WIDEST_BLOCK = 128
 """The same where more than WIDE columns are combined, as sixteen moving sources have."""
@@ -105,12 +121,13 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
 def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
     """Addresses [columns, tensors], lengths [tensors] and chunks [chunks, 2] on the device."""
     device, lengths = columns.device, columns.lengths
-    key = lengths.tobytes()
-    return (
-        _tables.get(device, "addresses", columns.addresses.tobytes(), lambda: _as_tensor(columns.addresses)),
-        _tables.get(device, "lengths", key, lambda: _as_tensor(lengths)),
-        _tables.get(device, "chunks", key, lambda: chunk_numbers(lengths, CHUNK)),
-    )
+    chunks = _tables.get(device, "chunks", lengths.tobytes(), lambda: chunk_numbers(lengths, CHUNK))
+    return table_of(device, columns.addresses), table_of(device, lengths), chunks
+
+
+def table_of(device: torch.device, numbers: array[int]) -> Tensor:
+    """The numbers on the device: Tensor [len(numbers)], int64."""
+    return _tables.get(device, "numbers", numbers.tobytes(), lambda: torch.tensor(numbers, dtype=torch.int64))
 
 
 def block_for(columns: Columns) -> int:
@@ -121,10 +138,6 @@ def block_for(columns: Columns) -> int:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Kernels start on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _as_tensor(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _slots(rows: Sequence[Row | None]) -> tuple[int, ...]:
