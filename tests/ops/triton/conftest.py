@@ -12,3 +12,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.ops.triton.interpreter import repair
 
     repair()
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several chunks take not long in the interpreter."""
+    from gradguide.ops.triton import adam, launch
+    from tests.ops.triton.problems import CHUNK
+
+    monkeypatch.setattr(launch, "CHUNK", CHUNK)
+    monkeypatch.setattr(adam, "CHUNK", CHUNK)

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from gradguide.ops import Row
+from gradguide.ops.triton import launch
 
-__all__ = ["DEVICE", "MANY", "ODD", "some_rows", "tensors", "unaligned"]
+__all__ = ["CHUNK", "DEVICE", "MANY", "ODD", "some_rows", "tensors", "unaligned"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu")
 
-ODD = [(3, 5), (0,), (), (64, 33), (7, 0, 2), (1,), (1024,), (129, 130)]
-"""Scalars, empty tensors, less than a block, one block exactly, and more than one chunk."""
+CHUNK = launch.CHUNK if DEVICE.type == "cuda" else 2048
+"""Elements per chunk: few in the interpreter, where each operation takes a while."""
 
-MANY = [(3,), (1,), (2, 2)] * 15
+ODD = [(3, 5), (0,), (), (64, 33), (7, 0, 2), (1,), (1024,), (43, 50)]
+"""Scalars, empty tensors, less than a block, one block exactly, and in the interpreter more than one chunk."""
+
+MANY = [(3,), (1,), (2, 2)] * 8
 
 
 def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
