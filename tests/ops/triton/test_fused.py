@@ -16,7 +16,7 @@ from gradguide import Alignment, Direction, GradGuide, History, Magnitude, Sourc
 from tests.contract import kit
 from tests.ops.triton.problems import DEVICE
 
-SHAPES: tuple[tuple[int, ...], ...] = ((5, 7), (40, 13), (), (0,))
+SHAPES: tuple[tuple[int, ...], ...] = ((5, 7), (), (40, 13), (0,))
 
 
 @pytest.fixture(autouse=True)
