@@ -156,7 +156,7 @@ def compiled(call: Call, arch: int) -> bytes:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(call.kernel.params):
         # torch's memory begins on such boundaries, and a launch tells the compiler so.
-        if isinstance(given[parameter.name], Tensor):
+        if isinstance(given[parameter.name], Tensor) and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(call.kernel, signature, {name: given[name] for name in constants}, attributes)
     target = GPUTarget("cuda", arch, 32)

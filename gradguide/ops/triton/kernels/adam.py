@@ -75,7 +75,8 @@ def block(
     return change if VECTOR else tl.where(inside, change, 0.0)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+# A scope's coefficients may begin anywhere; that must not be a reason to compile anew.
+@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["gradient", "direction", "scale"])
 def adam(
     table, lengths, chunks, steps, gradient, direction, scale, go, squares, tensors, lr, beta1, rest1, log_beta1,
     beta2, rest2, log_beta2, eps, decay,
