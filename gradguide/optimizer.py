@@ -320,7 +320,8 @@ class GradGuide(Optimizer):
         # A step whose gradients are all zero, as a checkpoint loader makes to allocate state, is none.
         stopped = ~measured.finite if self._nonfinite != "propagate" else torch.zeros_like(measured.finite)
         counted = torch.stack([measured.moved & ~stopped, stopped])
-        self._totals = self._totals.to(counted.device) + counted
+        self._totals = self._totals.to(counted.device)
+        self._totals += counted  # in place, so that a CUDA graph that replays the step counts on
 
 
 def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:

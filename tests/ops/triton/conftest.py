@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.ops.triton.interpreter import repair
 
     repair()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU they belong to the suite that needs one."""
+    from tests.ops.triton.problems import DEVICE
+
+    for item in items:
+        if DEVICE.type == "cuda" and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
