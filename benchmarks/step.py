@@ -7,7 +7,6 @@ before each step, untimed, as a backward pass would.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from tqdm.auto import tqdm
 
-from benchmarks.harness import Case, Result, held_bytes, save, summarise, time_side_by_side, versions
+from benchmarks.harness import BASELINE, Case, Result, held_bytes, save, summarise, time_side_by_side, versions
 from benchmarks.sets import SETS, Set
+from benchmarks.training import minilm_step
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
-BASELINE = "clip_grad_norm_ + AdamW(fused)"
 
 
 class Provider:
@@ -219,70 +217,6 @@ def time_set(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
     return results
 
 
-def training_step(rounds: int, label: str) -> list[Result]:
-    """Whole training steps of all-MiniLM-L6-v2 with LoRA on all linear layers, and the share that guiding adds.
-
-    The batch has 16 texts of 32 tokens. Forward with backward, and the optimizer's part, are timed apart in each step.
-    """
-    from gradguide.demo.model import DEFAULT_MODEL, Classifier, add_lora, load_encoder
-    from gradguide.integrations.peft import lora_parameters
-
-    encoder, _ = load_encoder(DEFAULT_MODEL)
-    model = Classifier(add_lora(encoder, seed=0), 384)
-    model.add_head("target", 15, 0)
-    model.train()
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "input_ids": torch.randint(1000, 20000, (16, 32), generator=generator),
-        "attention_mask": torch.ones(16, 32, dtype=torch.long),
-        "labels": torch.randint(15, (16,), generator=generator),
-    }
-    named = lora_parameters(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    anchor = {name: p.detach().clone() for name, p in named}
-    zeros = {name: torch.zeros_like(p) for name, p in anchor.items()}
-    fisher = {name: torch.full_like(p, 1e-6) for name, p in anchor.items()}
-    moving = SourceGradient(zeros, fisher=fisher, anchor=anchor)
-
-    def adamw() -> AdamW:
-        return AdamW(trained, lr=0.0, fused=True)  # rate 0: every provider meets the same gradients
-
-    optimizers: dict[str, Optimizer] = {
-        BASELINE: adamw(),
-        "direction + source + magnitude": GradGuide(
-            adamw(),
-            alignment=Alignment(SourceGradient(fisher), on="gradient", weight=1.0),
-            magnitude=Magnitude(coherence=0.0),
-            names=named,
-        ),
-        "defaults, no source": GradGuide(adamw()),
-        "defaults, anchored source": GradGuide(adamw(), alignment=Alignment(moving.anchored()), names=named),
-    }
-    whole: dict[str, list[float]] = {name: [] for name in optimizers}
-    part: dict[str, list[float]] = {name: [] for name in optimizers}
-    for index in tqdm(range(rounds + 5), desc=label, leave=False):
-        for name, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            model.loss("target", batch).backward()
-            backward = time.perf_counter()
-            if name == BASELINE:
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            end = time.perf_counter()
-            if index >= 5:
-                whole[name].append(1e3 * (end - start))
-                part[name].append(1e3 * (end - backward))
-    results = [summarise(label, "model", "trained parameters", "count", [float(count)])]
-    for name in optimizers:
-        added = [100 * (a - b) / t for a, b, t in zip(part[name], part[BASELINE], whole[name], strict=True)]
-        results.append(summarise(label, name, "whole step", "ms", whole[name]))
-        results.append(summarise(label, name, "optimizer's part", "ms", part[name]))
-        results.append(summarise(label, name, "share of the step that guiding adds", "%", added))
-    return results
-
-
 def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(SETS))
@@ -300,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     rounds = 15 if chosen.quick else 60
     results = [result for name in chosen.sets for result in time_set(SETS[name], rounds, device)]
     if device.type == "cpu":
-        results += training_step(rounds, "training step of MiniLM, LoRA r8")
+        results += minilm_step(rounds, "training step of MiniLM, LoRA r8")
     save(chosen.out, results, versions())
     for result in results:
         spread = f"({result.low:.3f} .. {result.high:.3f})"
