@@ -50,8 +50,8 @@ class GradGuide(Optimizer):
     bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run
     for both.
 
-    Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and no rule projects the update, the base's step is
-    made in the same pass, in the base's own state; ``p.grad`` then stays as received (see :mod:`gradguide.fused`).
+    Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and no rule projects the update, the base's step
+    is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see :mod:`gradguide.fused`).
 
     Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
     parameters where a rule acts on the update.
