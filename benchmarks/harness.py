@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,7 +20,20 @@ from tqdm.auto import tqdm
 import gradguide
 from gradguide.atomic import replacing
 
-__all__ = ["Case", "Result", "held_bytes", "save", "time_side_by_side", "versions"]
+__all__ = [
+    "BASELINE",
+    "Case",
+    "Result",
+    "held_bytes",
+    "save",
+    "summarise",
+    "synchronise",
+    "time_side_by_side",
+    "versions",
+]
+
+BASELINE = "clip_grad_norm_ + AdamW(fused)"
+"""What a guided step is compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +73,10 @@ def time_side_by_side(cases: Iterable[Case], *, rounds: int, warmup: int, label:
             shift = index % len(cases)
             for case in cases[shift:] + cases[:shift]:
                 case.prepare()
-                _synchronise()
+                synchronise()
                 start = time.perf_counter()
                 case.run()
-                _synchronise()
+                synchronise()
                 if index >= warmup:
                     times[case.name].append(1e3 * (time.perf_counter() - start))
     finally:
@@ -106,6 +120,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "device": device,
         "threads": str(torch.get_num_threads()),
+        "triton": _triton(),
     }
 
 
@@ -119,9 +134,17 @@ def save(path: Path, results: Iterable[Result], about: Mapping[str, str]) -> Non
             writer.writerow({**row, **about})
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for the device, so that what was launched is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -7,61 +7,39 @@ before each step, untimed, as a backward pass would.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from tqdm.auto import tqdm
 
-from benchmarks.harness import Case, Result, held_bytes, save, summarise, time_side_by_side, versions
+from benchmarks.harness import BASELINE, Case, Result, held_bytes, save, summarise, time_side_by_side, versions
+from benchmarks.sets import SETS, Set
+from benchmarks.training import minilm_step
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
-BASELINE = "clip_grad_norm_ + AdamW(fused)"
-
-
-def llama_lora_shapes(
-    layers: int = 22, hidden: int = 2048, inner: int = 5632, kv: int = 256, rank: int = 16
-) -> list[tuple[int, int]]:
-    """Shapes of the LoRA matrices on all linear layers of a Llama; the defaults are those of a model of 1.1B."""
-    linears = [
-        (hidden, hidden),
-        (hidden, kv),
-        (hidden, kv),
-        (hidden, hidden),
-        (hidden, inner),
-        (hidden, inner),
-        (inner, hidden),
-    ]
-    return [shape for _ in range(layers) for ins, outs in linears for shape in ((rank, ins), (outs, rank))]
 
 
 class Provider:
     """Parameters of its own, an optimizer over them, and the shared gradients."""
 
-    def __init__(
-        self,
-        name: str,
-        shapes: list[tuple[int, int]],
-        gradients: list[list[Tensor]],
-        make: Callable[[list[tuple[str, Tensor]]], Optimizer],
-        clip: bool,
-    ) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, name: str, problem: Problem, option: Option, clip: bool) -> None:
+        generator = torch.Generator(problem.device).manual_seed(0)
         self.name = name
         self.named = [
-            (f"layer{i}", torch.nn.Parameter(torch.randn(s, generator=generator) * 0.02)) for i, s in enumerate(shapes)
+            (f"layer{i}", torch.nn.Parameter(torch.randn(s, generator=generator, device=problem.device) * 0.02))
+            for i, s in enumerate(problem.shapes)
         ]
         for _, parameter in self.named:
             parameter.grad = torch.zeros_like(parameter)
-        self._gradients = gradients
+        self._gradients = problem.gradients
         self._filled = 0
         self._clip = clip
         before = held_bytes()
-        self.optimizer = make(list(self.named))
+        self.optimizer = option.make(list(self.named))
         self.case.prepare()
         self.case.run()
         self.bytes = held_bytes() - before
@@ -81,150 +59,183 @@ class Provider:
         self.optimizer.step()
 
 
-def base(named: list[tuple[str, Tensor]]) -> AdamW:
-    return AdamW([p for _, p in named], lr=1e-3, fused=True)
+class Problem:
+    """Gradients and source tables over the shapes of a set, shared by all providers."""
 
+    def __init__(self, shapes: list[tuple[int, ...]], device: torch.device, batches: int) -> None:
+        generator = torch.Generator(device).manual_seed(1)
 
-def providers(shapes: list[tuple[int, int]]) -> list[Provider]:
-    """The base, the base after clipping, and GradGuide with each mechanism alone and together."""
-    generator = torch.Generator().manual_seed(1)
+        def draw(scale: float) -> list[Tensor]:
+            return [torch.randn(shape, generator=generator, device=device) * scale for shape in shapes]
 
-    def draw(scale: float) -> list[Tensor]:
-        return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+        self.shapes = shapes
+        self.device = device
+        shared = draw(1e-3)
+        self.gradients = [[s + n for s, n in zip(shared, draw(1e-3), strict=True)] for _ in range(batches)]
+        self.s0, self.fisher = draw(1e-3), [f.abs() for f in draw(1e-6)]
 
-    shared = draw(1e-3)
-    gradients = [[s + n for s, n in zip(shared, draw(1e-3), strict=True)] for _ in range(3)]
-    s0, fisher = draw(1e-3), [f.abs() for f in draw(1e-6)]
-
-    def source(named: list[tuple[str, Tensor]], *, moving: bool) -> SourceGradient:
+    def source(
+        self, named: list[tuple[str, Tensor]], *, moving: bool, dtype: torch.dtype = torch.float32
+    ) -> SourceGradient:
+        """A source of the provider's own, so that what it holds is counted."""
         names = [name for name, _ in named]
+
+        def table(tensors: list[Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(dtype, copy=True) for name, tensor in zip(names, tensors, strict=True)}
+
         if not moving:
-            return SourceGradient(dict(zip(names, (s.clone() for s in s0), strict=True)))
+            return SourceGradient(table(self.s0))
         anchor = {name: p.detach().clone() for name, p in named}
-        copies = ([t.clone() for t in table] for table in (s0, fisher))
-        first, second = (dict(zip(names, table, strict=True)) for table in copies)
-        return SourceGradient(first, fisher=second, anchor=anchor)
-
-    clipping = Magnitude(max_update=None)
-    makes: dict[str, Callable[[list[tuple[str, Tensor]]], Optimizer]] = {
-        "AdamW(fused)": base,
-        BASELINE: base,
-        "clipping": lambda n: GradGuide(base(n), direction=None, magnitude=clipping),
-        "magnitude": lambda n: GradGuide(base(n), direction=None),
-        "direction": lambda n: GradGuide(base(n), magnitude=None),
-        "direction + clipping": lambda n: GradGuide(base(n), magnitude=clipping),
-        "direction (shared momentum) + clipping": lambda n: GradGuide(
-            base(n), direction=Direction(share_momentum=True), magnitude=clipping
-        ),
-        "direction + source + clipping": lambda n: GradGuide(
-            base(n),
-            alignment=Alignment(source(n, moving=False), on="gradient", weight=1.0),
-            magnitude=clipping,
-            names=n,
-        ),
-        "direction + moving source + clipping": lambda n: GradGuide(
-            base(n), alignment=Alignment(source(n, moving=True), on="gradient", weight=1.0), magnitude=clipping, names=n
-        ),
-        "defaults, no source": lambda n: GradGuide(base(n)),
-        "defaults, anchored source": lambda n: GradGuide(
-            base(n), alignment=Alignment(source(n, moving=True).anchored()), names=n
-        ),
-    }
-    return [Provider(name, shapes, gradients, make, name == BASELINE) for name, make in makes.items()]
+        return SourceGradient(table(self.s0), fisher=table(self.fisher), anchor=anchor)
 
 
-def lora_step(rounds: int, shapes: list[tuple[int, int]], label: str) -> list[Result]:
-    """Times, ratios to the baseline and bytes per parameter of every provider."""
-    found = providers(shapes)
-    times = time_side_by_side([p.case for p in found], rounds=rounds, warmup=5, label=label)
-    count = sum(a * b for a, b in shapes)
-    reference = found[0].bytes
-    results = []
-    for provider in found:
-        mine = times[provider.name]
-        ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
-        extra = (provider.bytes - reference) / count
-        results.append(summarise(label, provider.name, "time", "ms", mine))
-        results.append(summarise(label, provider.name, f"time / {BASELINE}", "ratio", ratios))
-        results.append(
-            summarise(label, provider.name, "memory beyond AdamW, sources included", "bytes per parameter", [extra])
-        )
-    return results
+def base(named: list[tuple[str, Tensor]], *, fused: bool = True) -> AdamW:
+    return AdamW([p for _, p in named], lr=1e-3, fused=fused, foreach=not fused)
 
 
-def training_step(rounds: int, label: str) -> list[Result]:
-    """Whole training steps of all-MiniLM-L6-v2 with LoRA on all linear layers, and the share that guiding adds.
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How to make a provider's optimizer, and the bytes per parameter that it has to move at least, all in float32."""
 
-    The batch has 16 texts of 32 tokens. Forward with backward, and the optimizer's part, are timed apart in each step.
+    make: Callable[[list[tuple[str, Tensor]]], Optimizer]
+    floor: float
+
+
+def options(problem: Problem) -> dict[str, Option]:
+    """The base, the base after clipping, and GradGuide with each mechanism alone and together.
+
+    AdamW moves 28 bytes per parameter (it reads p, g, m, v and writes p, m, v); clipping reads g, then reads and
+    writes it. GradGuide reads every row to measure and to combine, and writes g and d.
     """
-    from gradguide.demo.model import DEFAULT_MODEL, Classifier, add_lora, load_encoder
-    from gradguide.integrations.peft import lora_parameters
-
-    encoder, _ = load_encoder(DEFAULT_MODEL)
-    model = Classifier(add_lora(encoder, seed=0), 384)
-    model.add_head("target", 15, 0)
-    model.train()
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "input_ids": torch.randint(1000, 20000, (16, 32), generator=generator),
-        "attention_mask": torch.ones(16, 32, dtype=torch.long),
-        "labels": torch.randint(15, (16,), generator=generator),
-    }
-    named = lora_parameters(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    anchor = {name: p.detach().clone() for name, p in named}
-    zeros = {name: torch.zeros_like(p) for name, p in anchor.items()}
-    fisher = {name: torch.full_like(p, 1e-6) for name, p in anchor.items()}
-    moving = SourceGradient(zeros, fisher=fisher, anchor=anchor)
-
-    def adamw() -> AdamW:
-        return AdamW(trained, lr=0.0, fused=True)  # rate 0: every provider meets the same gradients
-
-    optimizers: dict[str, Optimizer] = {
-        BASELINE: adamw(),
-        "direction + source + clipping": GradGuide(
-            adamw(),
-            alignment=Alignment(SourceGradient(fisher), on="gradient", weight=1.0),
-            magnitude=Magnitude(max_update=None),
-            names=named,
+    plain = Magnitude(max_update=None)
+    found = {
+        "AdamW(fused)": Option(base, 28),
+        BASELINE: Option(base, 40),
+        "clipping": Option(lambda n: GradGuide(base(n), direction=None, magnitude=plain), 40),
+        "magnitude": Option(lambda n: GradGuide(base(n), direction=None), 56),
+        "direction": Option(lambda n: GradGuide(base(n), magnitude=None), 52),
+        "direction + clipping": Option(lambda n: GradGuide(base(n), magnitude=plain), 52),
+        "direction (shared momentum) + clipping": Option(
+            lambda n: GradGuide(base(n), direction=Direction(share_momentum=True), magnitude=plain), 48
         ),
-        "defaults, no source": GradGuide(adamw()),
-        "defaults, anchored source": GradGuide(adamw(), alignment=Alignment(moving.anchored()), names=named),
+        "direction + source + clipping": Option(
+            lambda n: GradGuide(
+                base(n),
+                alignment=Alignment(problem.source(n, moving=False), on="gradient", weight=1.0),
+                magnitude=plain,
+                names=n,
+            ),
+            60,
+        ),
+        "direction + moving source + clipping": Option(
+            lambda n: GradGuide(
+                base(n),
+                alignment=Alignment(problem.source(n, moving=True), on="gradient", weight=1.0),
+                magnitude=plain,
+                names=n,
+            ),
+            84,
+        ),
+        "defaults, no source": Option(lambda n: GradGuide(base(n)), 68),
+        "defaults, anchored source": Option(
+            lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 120
+        ),
     }
-    whole: dict[str, list[float]] = {name: [] for name in optimizers}
-    part: dict[str, list[float]] = {name: [] for name in optimizers}
-    for index in tqdm(range(rounds + 5), desc=label, leave=False):
-        for name, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            model.loss("target", batch).backward()
-            backward = time.perf_counter()
-            if name == BASELINE:
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            end = time.perf_counter()
-            if index >= 5:
-                whole[name].append(1e3 * (end - start))
-                part[name].append(1e3 * (end - backward))
-    results = [summarise(label, "model", "trained parameters", "count", [float(count)])]
-    for name in optimizers:
-        added = [100 * (a - b) / t for a, b, t in zip(part[name], part[BASELINE], whole[name], strict=True)]
-        results.append(summarise(label, name, "whole step", "ms", whole[name]))
-        results.append(summarise(label, name, "optimizer's part", "ms", part[name]))
-        results.append(summarise(label, name, "share of the step that guiding adds", "%", added))
+    if problem.device.type == "cuda":
+        found |= kernels(problem)
+    return found
+
+
+def kernels(problem: Problem) -> dict[str, Option]:
+    """What only CUDA has: the portable backend beside kernels, and kernels with the base's step fused or apart."""
+    plain = Magnitude(max_update=None)
+
+    def guided(n: list[tuple[str, Tensor]], backend: str, *, fused: bool = True) -> GradGuide:
+        alignment = Alignment(problem.source(n, moving=False), on="gradient", weight=1.0)
+        # Apart: a hook on the base, even one that does nothing, keeps its step its own.
+        optimizer = base(n)
+        if not fused:
+            optimizer.register_step_post_hook(lambda *_: None)
+        return GradGuide(optimizer, alignment=alignment, magnitude=plain, names=n, backend=backend)
+
+    def shared(n: list[tuple[str, Tensor]]) -> GradGuide:
+        source = problem.source(n, moving=False, dtype=torch.bfloat16)
+        return GradGuide(
+            base(n),
+            direction=Direction(share_momentum=True),
+            alignment=Alignment(source, on="gradient", weight=1.0),
+            magnitude=plain,
+            names=n,
+        )
+
+    return {
+        "clip_grad_norm_ + AdamW(foreach)": Option(lambda n: base(n, fused=False), 40),
+        "direction + source + clipping, foreach": Option(lambda n: guided(n, "foreach"), 60),
+        "direction + source + clipping, not fused": Option(lambda n: guided(n, "triton", fused=False), 60),
+        "shared momentum + bf16 source + clipping": Option(shared, 40),
+    }
+
+
+# With the fused step g is neither written nor read again, and scaling the update needs no copy of the parameters.
+FUSED_FLOORS = {
+    "clipping": 32,
+    "direction": 44,
+    "direction + clipping": 44,
+    "direction (shared momentum) + clipping": 36,
+    "direction + source + clipping": 52,
+    "direction + moving source + clipping": 72,
+}
+
+
+def time_set(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
+    """Times, ratios to the baseline, bytes held and bytes moved at least, of every provider.
+
+    Where the set is all of a large model, each provider is timed beside a baseline of its own.
+    """
+    problem = Problem(chosen.shapes, device, batches=1 if chosen.whole else 3)
+    found = options(problem)
+    groups = [[BASELINE, name] for name in found if name != BASELINE] if chosen.whole else [list(found)]
+    results = []
+    for names in groups:
+        made = {name: Provider(name, problem, found[name], name.startswith("clip")) for name in names}
+        times = time_side_by_side([p.case for p in made.values()], rounds=rounds, warmup=5, label=chosen.name)
+        # AdamW holds two rows, which are no cost of guiding.
+        for name, provider in made.items():
+            mine = times[name]
+            ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
+            extra = (provider.bytes - made[BASELINE].bytes) / chosen.elements
+            floor = float(FUSED_FLOORS.get(name, found[name].floor) if device.type == "cuda" else found[name].floor)
+            results += [
+                summarise(chosen.name, name, "time", "ms", mine),
+                summarise(chosen.name, name, f"time / {BASELINE}", "ratio", ratios),
+                summarise(chosen.name, name, "memory beyond AdamW, sources included", "bytes per parameter", [extra]),
+                summarise(chosen.name, name, "moved at least", "bytes moved per parameter", [floor]),
+            ]
+        del made
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return results
 
 
 def main(argv: list[str] | None = None) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = next(iter(SETS))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rounds: a minute, and figures that are less sure")
+    parser.add_argument("--quick", action="store_true", help="few rounds: a minute on a CPU, and figures less sure")
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        choices=list(SETS),
+        default=list(SETS) if device.type == "cuda" else [first],
+        help="(default: all on CUDA, the first on a CPU)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
-    options = parser.parse_args(argv)
-    rounds = 15 if options.quick else 60
-    results = lora_step(rounds, llama_lora_shapes(), "LoRA r16 of a 1.1B Llama")
-    results += training_step(rounds, "training step of MiniLM, LoRA r8")
-    save(options.out, results, versions())
+    chosen = parser.parse_args(argv)
+    rounds = 15 if chosen.quick else 60
+    results = [result for name in chosen.sets for result in time_set(SETS[name], rounds, device)]
+    if device.type == "cpu":
+        results += minilm_step(rounds, "training step of MiniLM, LoRA r8")
+    save(chosen.out, results, versions())
     for result in results:
         spread = f"({result.low:.3f} .. {result.high:.3f})"
         print(

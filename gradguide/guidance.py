@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide import ops
+from gradguide import fused, ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.metrics import Record
 from gradguide.momentum import momentum_of, rates
@@ -44,6 +44,8 @@ class Measured:
     rows: for each bucket its R rows.
     span: Gram matrices of the rows, [S, R, R].
     finite, moved (Tensor): 0-d bool, whether all products are finite, and whether any gradient is not zero.
+    gradient, direction (Tensor): shape [S, R], once decided: coordinates of the guided gradient and the new direction.
+    scale (Tensor): shape [S], once decided: what the update is multiplied by, if it is scaled.
     """
 
     buckets: list[Bucket]
@@ -54,6 +56,8 @@ class Measured:
     finite: Tensor
     moved: Tensor
     record: Record | None = None
+    gradient: Tensor | None = None
+    direction: Tensor | None = None
     scale: Tensor | None = None
 
 
@@ -85,6 +89,7 @@ class Guidance:
         self._largest = None if magnitude is None else magnitude.max_update
         self._before: dict[Tensor, Tensor] = {}
         self._stepped: list[Tensor] = []
+        self._squares: list[Tensor] = []
         self._update_square: Tensor | None = None
         self._shards: tuple[dict[str, Layout], list[Source]] | None = None
         self._groups: list[tuple[Any, ...]] = []
@@ -92,7 +97,7 @@ class Guidance:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the parameters that the next step makes anew have no place in a copy or a file.
-        return {**self.__dict__, "_before": {}, "_stepped": [], "_shards": None, "_groups": []}
+        return {**self.__dict__, "_before": {}, "_stepped": [], "_squares": [], "_shards": None, "_groups": []}
 
     @property
     def active(self) -> bool:
@@ -146,7 +151,7 @@ class Guidance:
 
     @torch.no_grad()
     def guide(self, measured: Measured, base: Optimizer) -> None:
-        """Decide, and write the guided gradient and the new running direction."""
+        """Decide: the guided gradient, the new running direction and statistics, and how far to scale the update."""
         span, positions = measured.span, measured.positions
         average, norms = self.scopes.read(positions)
         gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
@@ -195,12 +200,46 @@ class Guidance:
             directing.Average(*(torch.where(finite, a, b) for a, b in zip(new_average, average, strict=True))),
             bounding.LogNorms(*(torch.where(finite, a, b) for a, b in zip(new_norms, norms, strict=True))),
         )
-        self._combine(measured, final, moved)
-
+        measured.gradient, measured.direction = final, moved
         measured.record = Record(span, guided, norm, factor, coherence)
         if self.power > 0 and coherence is not None:
             agreed = torch.where(new_average.mass > 0, coherence, 1.0)
             measured.scale = torch.where(finite, agreed**self.power, 1.0)
+
+    @torch.no_grad()
+    def combine(self, measured: Measured) -> None:
+        """Write what was decided: the guided gradient and the new running direction."""
+        assert measured.gradient is not None and measured.direction is not None
+        self._stepped, self._squares = [], []
+        directions = self._directions_written(measured)
+        for bucket, scope, rows, kept in zip(measured.buckets, measured.scopes, measured.rows, directions, strict=True):
+            writes = [] if kept is None else [Write(into=kept, coefficients=measured.direction[scope])]
+            writes.append(Write(into=bucket.gradients, coefficients=measured.gradient[scope]))
+            self._ops(bucket).combine_(rows, writes)
+
+    @torch.no_grad()
+    def step_fused(self, measured: Measured, base: Optimizer, *, propagate: bool) -> bool:
+        """Combine and make the base's step in one pass, if that can be done: see :mod:`gradguide.fused`.
+
+        Args:
+            propagate: whether the step is made whatever was measured; else one that is not finite changes nothing.
+
+        Returns:
+            Whether it was done; if not, nothing was.
+        """
+        assert measured.gradient is not None and measured.direction is not None
+        if self._aligns_update or self._largest is not None or any(map(_sharded, measured.buckets)):
+            return False
+        parts = fused.parts_of(
+            base, measured.buckets, measured.scopes, measured.rows, self._directions_written(measured), self._ops
+        )
+        if parts is None:
+            return False
+        scale = torch.ones_like(measured.gradient[:, 0]) if measured.scale is None else measured.scale
+        go = torch.ones_like(measured.finite) if propagate else measured.finite
+        self._stepped = []
+        self._squares = fused.step(parts, measured.gradient, measured.direction, scale, go.to(torch.float32))
+        return True
 
     @torch.no_grad()
     def remember(self, measured: Measured) -> None:
@@ -246,6 +285,8 @@ class Guidance:
     @torch.no_grad()
     def update_norm(self, device: torch.device) -> Tensor:
         """Length of the last update, Tensor [], measured on request; NaN if the parameters before it were not kept."""
+        if self._squares:
+            return torch.stack([s.sum(dtype=torch.float64).to(device) for s in self._squares]).sum().sqrt()
         if not self._stepped:
             return torch.tensor(float("nan"), device=device)
         if self._update_square is not None:
@@ -269,15 +310,12 @@ class Guidance:
         """Names whose parameter is still there: then what stands in its place is a new one, and nameless."""
         return {self.names[p] for group in base.param_groups for p in group["params"] if p in self.names}
 
-    def _combine(self, measured: Measured, gradient: Tensor, direction: Tensor) -> None:
-        own = self.direction is not None and not self.direction.share_momentum
-        for bucket, scope, rows in zip(measured.buckets, measured.scopes, measured.rows, strict=True):
-            writes = []
-            kept = rows[DIRECTION]
-            if own and kept is not None and kept.offset is not None:
-                writes.append(Write(into=kept.offset, coefficients=direction[scope]))
-            writes.append(Write(into=bucket.gradients, coefficients=gradient[scope]))
-            self._ops(bucket).combine_(rows, writes)
+    def _directions_written(self, measured: Measured) -> list[Sequence[Tensor] | None]:
+        """For each bucket the running direction, where it is ours to write."""
+        if self.direction is None or self.direction.share_momentum:
+            return [None] * len(measured.buckets)
+        kept = [rows[DIRECTION] for rows in measured.rows]
+        return [None if row is None else row.offset for row in kept]
 
     def _gram(
         self,
@@ -371,6 +409,10 @@ class Guidance:
 
     def _ops(self, bucket: Bucket) -> ops.Ops:
         return ops.select(self.backend, bucket.gradients[0].device)
+
+
+def _sharded(bucket: Bucket) -> bool:
+    return any(value is not parameter for value, parameter in zip(bucket.values, bucket.parameters, strict=True))
 
 
 def _alike(kept: Tensor | None, parameter: Tensor) -> bool:

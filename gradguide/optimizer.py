@@ -51,6 +51,9 @@ class GradGuide(Optimizer):
     bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run
     for both.
 
+    Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and no rule projects the update, the base's step
+    is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see :mod:`gradguide.fused`).
+
     Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
     parameters where a rule acts on the update.
 
@@ -70,11 +73,13 @@ class GradGuide(Optimizer):
             ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
             takes the gradient as it is; direction and statistics stay as they were. Without a host sync on CUDA
             where the base is fused or with "propagate"; else one flag is read per step.
-        backend: "auto" or "foreach".
+        backend: "auto" takes fused kernels (Triton) on CUDA and compiled passes on the CPU where they can be had, and
+            the portable backend elsewhere; "foreach" is the portable one, "triton" the fused kernels or an error.
 
     Raises:
         TypeError, ValueError: the base cannot be guided, an option is out of range, a source comes without names or
             does not match them. Nothing is changed.
+        RuntimeError: ``backend="triton"`` cannot be had; the message says why.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class GradGuide(Optimizer):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
         check_choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
-        check_backend(backend)
+        check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
         if magnitude is not None and magnitude.coherence > 0 and direction is None:
             raise ValueError(f"Magnitude(coherence={magnitude.coherence}) needs a direction, found direction=None")
         if direction is not None and direction.share_momentum:
@@ -178,12 +183,14 @@ class GradGuide(Optimizer):
             raise RuntimeError(missing_gradients(self.base))
         if not self._stops(measured):
             guidance.guide(measured, self.base)
-            if guidance.acts_on_update or self._history is not None:
-                guidance.remember(measured)
-                self._step_base(measured)
-                guidance.correct(measured)
-            else:
-                self._step_base(measured)
+            if not guidance.step_fused(measured, self.base, propagate=self._nonfinite == "propagate"):
+                guidance.combine(measured)
+                if guidance.acts_on_update or self._history is not None:
+                    guidance.remember(measured)
+                    self._step_base(measured)
+                    guidance.correct(measured)
+                else:
+                    self._step_base(measured)
         self._count(measured)
         self._last = measured.record
         if self._history is not None:
@@ -320,7 +327,8 @@ class GradGuide(Optimizer):
         # A step whose gradients are all zero, as a checkpoint loader makes to allocate state, is none.
         stopped = ~measured.finite if self._nonfinite != "propagate" else torch.zeros_like(measured.finite)
         counted = torch.stack([measured.moved & ~stopped, stopped])
-        self._totals = self._totals.to(counted.device) + counted
+        self._totals = self._totals.to(counted.device)
+        self._totals += counted  # in place, so that a CUDA graph that replays the step counts on
 
 
 def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradguide.checks import check_choice
 from gradguide.ops import cpu, foreach
+from gradguide.ops.available import lacks_triton
 from gradguide.ops.row import Row, Write
 
 __all__ = ["Ops", "Row", "Write", "check_backend", "select"]
@@ -23,13 +24,33 @@ class Ops(Protocol):
     def combine_(self, rows: Sequence[Row | None], writes: Sequence[Write]) -> None: ...
 
 
-def check_backend(backend: str) -> None:
-    """Raise if ``backend`` is no backend's name, or cannot be had."""
+def check_backend(backend: str, devices: Iterable[torch.device] = ()) -> None:
+    """Raise if ``backend`` cannot be had for tensors on ``devices``.
+
+    Raises:
+        ValueError: it is no backend's name.
+        RuntimeError: it was asked for by name, and something that it needs is missing, which the message names.
+    """
     check_choice("backend", backend, ("auto", "foreach", "triton"))
     if backend == "triton":
-        raise NotImplementedError("backend='triton' is not in this version; backend='auto' takes the fastest there is")
+        for device in devices:
+            missing = lacks_triton(device)
+            if missing is not None:
+                raise RuntimeError(f"backend='triton' cannot be had: {missing}; use backend='auto'")
 
 
 def select(backend: str, device: torch.device) -> Ops:
-    """The backend for tensors on ``device``: "auto" has its own for the CPU, "foreach" runs anywhere."""
+    """The backend for tensors on ``device``.
+
+    "auto" takes fused kernels on CUDA and compiled passes on the CPU where they are to be had, and the portable
+    backend elsewhere; "foreach" is the portable one, "triton" the fused kernels.
+
+    Raises:
+        RuntimeError: backend "triton" cannot be had for ``device``.
+    """
+    check_backend(backend, [device])
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and lacks_triton(device) is None):
+        from gradguide.ops import triton
+
+        return triton
     return cpu if backend == "auto" and device.type == "cpu" else foreach

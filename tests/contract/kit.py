@@ -55,7 +55,7 @@ def give_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
     for parameter in model.parameters():
         gradient = torch.randn(parameter.shape, generator=common, dtype=torch.float64)
         gradient += torch.randn(parameter.shape, generator=own, dtype=torch.float64)
-        parameter.grad = (gradient * scale).to(parameter.dtype)
+        parameter.grad = (gradient * scale).to(parameter)
 
 
 def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> SourceGradient:
@@ -63,7 +63,7 @@ def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> Source
     generator = torch.Generator().manual_seed(seed)
 
     def randn(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator)
+        return torch.randn(like.shape, generator=generator).to(like.device)
 
     named = dict(model.named_parameters())
     gradient = {name: randn(p) * 0.1 for name, p in named.items()}

@@ -1,0 +1,172 @@
+"""GradGuide beside other ways to reconcile gradients, on the same vectors: ``python -m benchmarks.peers --out FILE``.
+
+Each takes the gradient and the source gradient of a LoRA set as backward passes leave them, tensor by tensor, and puts
+the reconciled gradient where an optimizer would read it. What a package needs of its own (a matrix, a flat vector) is
+part of its time. Peers that are not installed (``pip install -e '.[peers]'``) are left out.
+
+- UPGrad, PCGrad of TorchJD (arXiv 2406.16232): aggregators of a matrix with a row per objective.
+- PCGrad of pytorch_optimizer (arXiv 2001.06782).
+- A-GEM (arXiv 1812.00420): flat vectors, one product read by the host, a projection if it is negative; as Avalanche's
+  plugin does it.
+- ZClip (arXiv 2504.02507): no second gradient; the norm clipped where it stands out from its running mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
+from benchmarks.sets import SETS, Set
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+
+OURS = "GradGuide, direction + source + clipping"
+
+Run = Callable[[], None]
+
+
+class Vectors:
+    """Parameters, and the two gradients that every peer gets anew before each run."""
+
+    def __init__(self, chosen: Set, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw() -> list[Tensor]:
+            return [torch.randn(shape, generator=generator, device=device) * 1e-3 for shape in chosen.shapes]
+
+        self.parameters = [nn.Parameter(tensor) for tensor in draw()]
+        self.gradient, self.source = draw(), draw()
+        # A conflict, so that nobody gets away without a projection.
+        torch._foreach_sub_(self.source, self.gradient, alpha=0.5)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def fill(self) -> None:
+        torch._foreach_copy_(self.grads, self.gradient)
+
+    def put(self, flat: Tensor) -> None:
+        """Spread a flat vector over the gradients."""
+        parts = flat.split([g.numel() for g in self.grads])
+        torch._foreach_copy_(self.grads, [part.view_as(g) for part, g in zip(parts, self.grads, strict=True)])
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def gradguide(vectors: Vectors) -> Run:
+    """Its base is SGD at rate 0, whose step is part of the time."""
+    named = [(f"p{i}", p) for i, p in enumerate(vectors.parameters)]
+    source = SourceGradient({name: s for (name, _), s in zip(named, vectors.source, strict=True)})
+    base = torch.optim.SGD(vectors.parameters, lr=0.0, fused=True)
+    alignment = Alignment(source, on="gradient", weight=0.0)
+    optimizer = GradGuide(base, alignment=alignment, magnitude=Magnitude(max_update=None), names=named)
+    return lambda: void(optimizer.step())
+
+
+def torchjd(name: str, vectors: Vectors) -> Run:
+    aggregator = getattr(import_module("torchjd.aggregation"), name)()
+    return lambda: vectors.put(aggregator(torch.stack([flat(vectors.grads), flat(vectors.source)])))
+
+
+def pytorch_optimizer(vectors: Vectors) -> Run:
+    """Its ``project_conflicting`` is what follows the backward passes; before it gradients are flattened by task."""
+    kind = import_module("pytorch_optimizer").PCGrad
+    surgery = kind(torch.optim.SGD(vectors.parameters, lr=0.0))
+    masks = [[torch.ones_like(g) for g in vectors.grads]] * 2
+
+    def run() -> None:
+        tasks = [flat(vectors.grads), flat(vectors.source)]
+        vectors.put(surgery.project_conflicting(tasks, [flat(mask) for mask in masks]))
+
+    return run
+
+
+def a_gem(vectors: Vectors) -> Run:
+    def run() -> None:
+        g, s = flat(vectors.grads), flat(vectors.source)
+        inner = torch.dot(g, s)
+        if inner < 0:
+            vectors.put(g - inner / torch.dot(s, s) * s)
+
+    return run
+
+
+class ZClip:
+    """Norms that stand out by z > 2.5 deviations are clipped to ``mean + 2.5^2 / z`` deviations, by the host."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        self._vectors = vectors
+        self._mean, self._variance = 1.0, 0.01
+
+    def __call__(self) -> None:
+        grads = self._vectors.grads
+        norm = float(torch.stack(torch._foreach_norm(grads)).norm())
+        z = (norm - self._mean) / (math.sqrt(self._variance) + 1e-6)
+        bound = norm
+        if z > 2.5:
+            bound = self._mean + 2.5**2 / z * math.sqrt(self._variance)
+            torch._foreach_mul_(grads, bound / (norm + 1e-6))
+        self._mean = 0.97 * self._mean + 0.03 * bound
+        self._variance = 0.97 * self._variance + 0.03 * (bound - self._mean) ** 2
+
+
+PEERS: dict[str, Callable[[Vectors], Run]] = {
+    OURS: gradguide,
+    "TorchJD UPGrad": lambda v: torchjd("UPGrad", v),
+    "TorchJD PCGrad": lambda v: torchjd("PCGrad", v),
+    "pytorch_optimizer PCGrad": pytorch_optimizer,
+    "A-GEM": a_gem,
+    "ZClip (no source)": ZClip,
+}
+
+
+def void(value: object) -> None:
+    """Drop what a step returns."""
+
+
+def compare(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
+    """Times of every peer that is installed, and their ratio to GradGuide's."""
+    vectors = Vectors(chosen, device)
+    cases = []
+    for name, make in PEERS.items():
+        try:
+            run = make(vectors)
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        cases.append(Case(name=name, prepare=vectors.fill, run=run))
+    times = time_side_by_side(cases, rounds=rounds, warmup=3, label=chosen.name)
+    results = []
+    for name, mine in times.items():
+        ratios = [m / o for m, o in zip(mine, times[OURS], strict=True)]
+        results.append(summarise(chosen.name, name, "time", "ms", mine))
+        results.append(summarise(chosen.name, name, f"time / {OURS}", "ratio", ratios))
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--set", choices=list(SETS), default=next(iter(SETS)), help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="result file")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = compare(SETS[options.set], options.rounds, device)
+    save(options.out, results, versions())
+    for result in results:
+        print(f"{result.provider:44} {result.metric:54} {result.value:9.3f} {result.unit}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""What the compiler makes of the kernels: ``python -m benchmarks.registers`` writes results/registers.csv.
+
+Every kernel is compiled ahead of time as the library launches it, which needs no GPU, and the binary is read: registers
+per thread, shared memory, local memory (where spilled registers go), and loads and stores of 128 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor, clone
+from tqdm.auto import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.harness import versions
+from gradguide.atomic import replacing
+from gradguide.ops import Row, Write
+from gradguide.ops import triton as ops
+from gradguide.ops.triton import adam as fused
+from gradguide.ops.triton import launch
+
+RESULTS = Path(__file__).parent / "results" / "registers.csv"
+ARCHITECTURES = (80, 90, 100)
+KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "adam"))
+
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binary:
+    """One compiled kernel, one row of the result file.
+
+    registers: per thread. shared: bytes per program. local: instructions that read or write local memory, where
+    spilled registers go. loads_128, stores_128: instructions of 128 bits.
+    """
+
+    kernel: str
+    configuration: str
+    arch: str
+    registers: int
+    shared: int
+    local: int
+    loads_128: int
+    stores_128: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A launch that was asked for: the kernel, its arguments, and options among them."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Launches within are recorded in place of being made."""
+    calls: list[Call] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **options: calls.append(Call(self._kernel, arguments, options))
+
+    with ExitStack() as replaced:
+        for module, name in KERNELS:
+            replaced.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
+        yield calls
+
+
+def configurations() -> dict[str, list[Row | None]]:
+    """Rows as steps have them: gradient, direction, then K sources."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+    def some(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.ones(8, dtype=dtype)]
+
+    def moving(dtype: torch.dtype, now: list[Tensor], anchor: list[Tensor]) -> Row:
+        return Row(offset=some(dtype), scale=some(dtype), at=now, anchor=anchor)
+
+    found: dict[str, list[Row | None]] = {"gradient": [Row(offset=some(f32))]}
+    for name, dtype in (("fp32", f32), ("bf16", bf16), ("fp16", f16)):
+        now, anchor = some(dtype), some(f32)
+        own: list[Row | None] = [Row(offset=some(dtype)), Row(offset=some(f32))]
+        found[f"{name}, K=0"] = own
+        found[f"{name}, K=1"] = [*own, Row(offset=some(bf16))]
+        found[f"{name}, K=1 moving"] = [*own, moving(bf16, now, anchor)]
+        found[f"{name}, K=1 anchored"] = [*own, Row(scale=some(bf16), at=now, anchor=anchor)]
+        found[f"{name}, K=4 moving"] = [*own, *(moving(bf16, now, anchor) for _ in range(4))]
+        found[f"{name}, update, K=1 moving"] = [Row(at=now, anchor=some(dtype)), moving(bf16, now, anchor)]
+    now, anchor = some(f32), some(f32)
+    own = [Row(offset=some(f32)), Row(offset=some(f32))]
+    found["fp32, K=16"] = [*own, *(Row(offset=some(f32)) for _ in range(16))]
+    found["fp32, K=16 moving"] = [*own, *(moving(bf16, now, anchor) for _ in range(16))]
+    return found
+
+
+def calls_of(rows: list[Row | None]) -> list[Call]:
+    """The launches of a step over ``rows``: measuring them, writing the first two (an update grows), AdamW's step."""
+    first, *others = [row for row in rows if row is not None]
+    coefficients = torch.ones(len(rows), dtype=torch.float64)
+    if first.offset is None:
+        assert first.at is not None
+        writes = [Write(into=first.at, coefficients=coefficients, accumulate=True)]
+    else:
+        targets = [row.offset for row in (first, *others[:1]) if row.offset is not None]
+        writes = [Write(into=target, coefficients=coefficients) for target in targets]
+    with recorded() as calls:
+        ops.gram(rows)
+        ops.combine_(rows, writes)
+        # The update is that of a base which has stepped.
+        if first.offset is not None:
+            adamw(rows, first.offset)
+    return calls
+
+
+def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
+    """The fused step over ``rows``, with parameters that no row is formed from, unless a moving source is."""
+    parameters = next((list(row.at) for row in rows if row is not None and row.at is not None), [*map(clone, like)])
+    moments = fused.Moments(
+        parameters=parameters, first=[*map(clone, like)], second=[*map(clone, like)], steps=[torch.zeros(())]
+    )
+    settings = fused.Settings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False)
+    coefficients = torch.ones(len(rows), dtype=torch.float64)
+    direction = rows[1] if len(rows) > 1 else None
+    write = None if direction is None else Write(into=direction.tensors, coefficients=coefficients)
+    columns = fused.plan_adam(rows, write, moments)
+    assert columns is not None
+    one = torch.ones((), dtype=torch.float64)
+    fused.launch_adam(columns, rows, coefficients, write, moments, settings, one, one.float())
+
+
+def compiled(call: Call, arch: int) -> bytes:
+    """The binary for one architecture, specialised as a launch with these arguments is."""
+    names = call.kernel.arg_names
+    given = dict(zip(names, call.arguments, strict=False)) | {k: v for k, v in call.options.items() if k in names}
+    constants = {p.name for p in call.kernel.params if p.is_constexpr}
+    signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in names}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(call.kernel.params):
+        # torch's memory begins on such boundaries, and a launch tells the compiler so.
+        if isinstance(given[parameter.name], Tensor) and not parameter.do_not_specialize_on_alignment:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(call.kernel, signature, {name: given[name] for name in constants}, attributes)
+    target = GPUTarget("cuda", arch, 32)
+    options = {name: value for name, value in call.options.items() if name not in names}
+    binary: bytes = triton.compile(source, target=target, options=options).asm["cubin"]
+    return binary
+
+
+def signature_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, tuple):
+        return tuple(map(signature_of, value))
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def inspect(binary: bytes) -> dict[str, int]:
+    """What a binary uses: registers, shared memory, local and 128-bit instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "shared": int(re.findall(r"SHARED:(\d+)", usage)[0]),
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "loads_128": len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", code)),
+        "stores_128": len(re.findall(r"\bSTG\.E(?:\.\w+)*?\.128\b", code)),
+    }
+
+
+def tool(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
+    """Every kernel of the configurations called ``names``."""
+    found: dict[tuple[str, str, str], Binary] = {}
+    for name in tqdm(names, desc="compiling", leave=False):
+        rows = configurations()[name]
+        for call in calls_of(rows):
+            kernel = call.kernel.__name__
+            label = name
+            if kernel == "measure" and len(rows) > launch.TILE:
+                label += f", rows {call.arguments[6]} and {call.arguments[7]} on"
+            for arch in architectures:
+                numbers = inspect(compiled(call, arch))
+                found[kernel, label, f"sm_{arch}"] = Binary(
+                    kernel=kernel, configuration=label, arch=f"sm_{arch}", **numbers
+                )
+    return list(found.values())
+
+
+def save(path: Path, found: list[Binary]) -> None:
+    """Write the result file, every row with its versions."""
+    about = {"triton": triton.__version__, "torch": torch.__version__, "commit": versions()["commit"]}
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Binary)] + list(about), lineterminator="\n")
+        writer.writeheader()
+        for binary in found:
+            writer.writerow(asdict(binary) | about)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="(default: %(default)s)")
+    names = list(configurations())
+    parser.add_argument("--only", choices=names, nargs="+", default=names, help="configurations (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("kernels are not compiled in Triton's interpreter; unset TRITON_INTERPRET")
+    found = binaries(options.arch, options.only)
+    save(options.out, found)
+    for binary in found:
+        print(
+            f"{binary.arch:7} {binary.kernel:8} {binary.configuration:40} {binary.registers:3} registers, "
+            f"{binary.local} local, {binary.loads_128} loads and {binary.stores_128} stores of 128 bits"
+        )
+
+
+if __name__ == "__main__":
+    main()

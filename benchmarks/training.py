@@ -1,0 +1,118 @@
+"""Whole training steps, and the share of them that guiding adds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from tqdm.auto import tqdm
+
+from benchmarks.harness import BASELINE, Result, summarise, synchronise
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+
+__all__ = ["llama_step", "minilm_step"]
+
+
+def guided(trained: list[nn.Parameter], named: list[tuple[str, nn.Parameter]]) -> dict[str, Optimizer]:
+    """The baseline and three GradGuides. Their learning rate is 0, so that all meet the same gradients."""
+
+    def adamw() -> AdamW:
+        return AdamW(trained, lr=0.0, fused=True)
+
+    anchor = {name: p.detach().float().clone() for name, p in named}
+    fisher = {name: torch.full_like(p, 1e-6) for name, p in anchor.items()}
+    moving = SourceGradient({n: torch.zeros_like(p) for n, p in anchor.items()}, fisher=fisher, anchor=anchor)
+    return {
+        BASELINE: adamw(),
+        "direction + source + clipping": GradGuide(
+            adamw(),
+            alignment=Alignment(SourceGradient(fisher), on="gradient", weight=1.0),
+            magnitude=Magnitude(max_update=None),
+            names=named,
+        ),
+        "defaults, no source": GradGuide(adamw()),
+        "defaults, anchored source": GradGuide(adamw(), alignment=Alignment(moving.anchored()), names=named),
+    }
+
+
+def time_training(
+    label: str, rounds: int, loss: Callable[[], Tensor], trained: list[nn.Parameter], optimizers: dict[str, Optimizer]
+) -> list[Result]:
+    """Forward with backward, and the optimizer's part, timed apart in each step, the optimizers in turns."""
+    whole: dict[str, list[float]] = {name: [] for name in optimizers}
+    part: dict[str, list[float]] = {name: [] for name in optimizers}
+    for index in tqdm(range(rounds + 5), desc=label, leave=False):
+        for name, optimizer in optimizers.items():
+            synchronise()
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss().backward()
+            synchronise()
+            backward = time.perf_counter()
+            if name == BASELINE:
+                nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            synchronise()
+            end = time.perf_counter()
+            if index >= 5:
+                whole[name].append(1e3 * (end - start))
+                part[name].append(1e3 * (end - backward))
+    count = sum(p.numel() for p in trained)
+    results = [summarise(label, "model", "trained parameters", "count", [float(count)])]
+    for name in optimizers:
+        added = [100 * (a - b) / t for a, b, t in zip(part[name], part[BASELINE], whole[name], strict=True)]
+        results.append(summarise(label, name, "whole step", "ms", whole[name]))
+        results.append(summarise(label, name, "optimizer's part", "ms", part[name]))
+        results.append(summarise(label, name, "share of the step that guiding adds", "%", added))
+    return results
+
+
+def minilm_step(rounds: int, label: str) -> list[Result]:
+    """all-MiniLM-L6-v2 with LoRA on all linear layers, on a batch of 16 texts of 32 tokens."""
+    from gradguide.demo.model import DEFAULT_MODEL, Classifier, add_lora, load_encoder
+    from gradguide.integrations.peft import lora_parameters
+
+    encoder, _ = load_encoder(DEFAULT_MODEL)
+    model = Classifier(add_lora(encoder, seed=0), 384)
+    model.add_head("target", 15, 0)
+    model.train()
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(1000, 20000, (16, 32), generator=generator),
+        "attention_mask": torch.ones(16, 32, dtype=torch.long),
+        "labels": torch.randint(15, (16,), generator=generator),
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = guided(trained, lora_parameters(model))
+    return time_training(label, rounds, lambda: model.loss("target", batch), trained, optimizers)
+
+
+def llama_step(
+    rounds: int, label: str, device: torch.device, *, layers: int = 22, batch: tuple[int, int] = (4, 512)
+) -> list[Result]:
+    """A Llama of 1.1B in bfloat16 with random weights and LoRA of rank 16 on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gradguide.integrations.peft import lora_parameters
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    torch.manual_seed(0)
+    with device:
+        plain = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = get_peft_model(plain, LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False)
+    tokens = torch.randint(config.vocab_size, batch, device=device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = guided(trained, list(lora_parameters(model)))
+    return time_training(label, rounds, lambda: model(input_ids=tokens, labels=tokens).loss, trained, optimizers)

@@ -1,0 +1,179 @@
+"""The step of a fused Adam or AdamW, made in the same pass that combines the rows.
+
+Where it applies, the guided gradient is never stored: ``p.grad`` stays as received, and no copy of the parameters is
+made to scale the update. The base's state keeps its own format, so checkpoints are those of the base, and a step can be
+made by either at any time: ``group["fused"] = False`` hands the next one to the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import optimizer as hooks
+
+from gradguide import ops
+from gradguide.buckets import Bucket
+from gradguide.ops.row import Row, Write
+
+__all__ = ["Part", "parts_of", "step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one launch steps: the parameters of a bucket that share a param group.
+
+    rows: R rows over these parameters.
+    scope (int): which scope's coefficients count.
+    direction: the running direction, where the step writes it.
+    moments, settings, columns: see ``gradguide.ops.triton.adam``.
+    """
+
+    rows: Sequence[Row | None]
+    scope: int
+    direction: Sequence[Tensor] | None
+    moments: Any
+    settings: Any
+    columns: Any
+
+
+def parts_of(
+    base: Optimizer,
+    buckets: Sequence[Bucket],
+    scopes: Sequence[int],
+    rows: Sequence[Sequence[Row | None]],
+    directions: Sequence[Sequence[Tensor] | None],
+    select: Callable[[Bucket], ops.Ops],
+) -> list[Part] | None:
+    """The launches of a fused step, or None where the base has to step by itself.
+
+    It has to unless it is exactly Adam or AdamW with ``fused=True`` in every group and no amsgrad, nobody hooks into
+    its step or wraps it, and every tensor has a kernel. States that are not there yet are made as the base makes them.
+
+    Args:
+        base: the base optimizer.
+        buckets, scopes, rows: those of the step.
+        directions: for each bucket the running direction that the step writes, or None.
+        select: gives a bucket's backend.
+    """
+    if not _plain(base) or not all(map(_simple, base.param_groups)):
+        return None
+    if any(select(bucket).__name__ != "gradguide.ops.triton" for bucket in buckets):  # type: ignore[attr-defined]
+        return None
+    from gradguide.ops.triton.adam import Moments, Settings, plan_adam
+
+    owner = {p: index for index, group in enumerate(base.param_groups) for p in group["params"]}
+    parts = []
+    for bucket, scope, all_rows, kept in zip(buckets, scopes, rows, directions, strict=True):
+        groups: dict[int, list[int]] = {}
+        for place, parameter in enumerate(bucket.parameters):
+            groups.setdefault(owner[parameter], []).append(place)
+        for index, places in groups.items():
+            whole = len(groups) == 1
+            these = all_rows if whole else [_taken(row, places) for row in all_rows]
+            into = kept if whole or kept is None else [kept[place] for place in places]
+            parameters = [bucket.parameters[place] for place in places]
+            states = [_state(base, parameter) for parameter in parameters]
+            if any(state["step"].device != p.device for state, p in zip(states, parameters, strict=True)):
+                return None
+            moments = Moments(
+                parameters=parameters,
+                first=[state["exp_avg"] for state in states],
+                second=[state["exp_avg_sq"] for state in states],
+                steps=[state["step"] for state in states],
+            )
+            group = base.param_groups[index]
+            settings = Settings(
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled=isinstance(base, AdamW) or group.get("decoupled_weight_decay", False),
+                maximize=group["maximize"],
+            )
+            # Coefficients are not known yet, and the columns do not depend on them.
+            write = None if into is None else Write(into=into, coefficients=torch.empty(0))
+            columns = plan_adam(these, write, moments)
+            if columns is None:
+                return None
+            parts.append(Part(these, scope, into, moments, settings, columns))
+    return parts
+
+
+def step(parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tensor, go: Tensor) -> list[Tensor]:
+    """Make the step.
+
+    Args:
+        parts: from :func:`parts_of`.
+        gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and the new direction.
+        scale (Tensor): shape [S], float64, what the update is multiplied by.
+        go (Tensor): 0-d float32, 1; or 0 to leave everything as it is.
+
+    Returns:
+        Squared lengths of the update, each a Tensor [chunks]: their sum is that of the whole update.
+    """
+    from gradguide.ops.triton.adam import launch_adam
+
+    squares = []
+    for part in parts:
+        write = None if part.direction is None else Write(into=part.direction, coefficients=direction[part.scope])
+        squares.append(
+            launch_adam(
+                part.columns,
+                part.rows,
+                gradient[part.scope],
+                write,
+                part.moments,
+                part.settings,
+                scale[part.scope],
+                go,
+            )
+        )
+        torch._foreach_add_(list(part.moments.steps), go)
+    return squares
+
+
+def _plain(base: Optimizer) -> bool:
+    """Whether stepping in the base's place goes unnoticed: it is no subclass, and nobody waits for its step."""
+    waiting = (
+        base._optimizer_step_pre_hooks
+        or base._optimizer_step_post_hooks
+        or hooks._global_optimizer_pre_hooks
+        or hooks._global_optimizer_post_hooks
+    )
+    return type(base) in (Adam, AdamW) and not waiting and "step" not in vars(base)
+
+
+def _simple(group: dict[str, Any]) -> bool:
+    numbers = [*group["betas"], group["eps"], group["weight_decay"]]
+    return bool(
+        group["fused"]
+        and not group["amsgrad"]
+        and not group["differentiable"]
+        and not any(isinstance(number, Tensor) for number in numbers)
+    )
+
+
+def _state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The base's state of a parameter, made as a fused Adam makes it if there is none."""
+    state: dict[str, Tensor] = base.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def _taken(row: Row | None, places: Sequence[int]) -> Row | None:
+    """The row over some of its tensors."""
+    if row is None:
+        return None
+
+    def some(part: Sequence[Tensor] | None) -> list[Tensor] | None:
+        return None if part is None else [part[place] for place in places]
+
+    return Row(offset=some(row.offset), scale=some(row.scale), at=some(row.at), anchor=some(row.anchor))

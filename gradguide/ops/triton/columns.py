@@ -1,0 +1,102 @@
+"""Rows as kernels see them: distinct lists of tensors (columns), and for each row the columns that it is formed of."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gradguide.ops.row import Row, Write
+
+__all__ = ["Columns", "columns_of"]
+
+DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a kernel is specialised on, and where it finds its data.
+
+    device: of all tensors.
+    dtypes: Triton's type of each column.
+    rows: for each row its columns: offset, scale, at, anchor; -1 is absent.
+    writes: for each write its column, and whether it accumulates.
+    others: columns of the lists that are neither.
+    addresses: [columns, tensors].
+    lengths: [tensors], elements.
+    """
+
+    device: torch.device
+    dtypes: tuple[Any, ...]
+    rows: tuple[tuple[int, int, int, int], ...]
+    writes: tuple[tuple[int, bool], ...]
+    others: tuple[int, ...]
+    addresses: array[int]
+    lengths: array[int]
+
+    @property
+    def tensors(self) -> int:
+        return len(self.lengths)
+
+
+def columns_of(
+    rows: Sequence[Row], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
+) -> Columns | None:
+    """The columns of rows, writes and other lists; None where a tensor is not contiguous or of a precision without a
+    kernel.
+
+    Tensors that stand in several lists are one column, read once.
+
+    Raises:
+        ValueError: lists differ in number or size of their tensors.
+    """
+    lengths = array("q", map(Tensor.numel, rows[0].tensors))
+    device = rows[0].tensors[0].device
+    numbers: dict[int, int] = {}  # of lists seen before
+    places: dict[bytes, int] = {}  # of lists with other lists' tensors
+    addresses: array[int] = array("q")
+    dtypes: list[Any] = []
+    parts = [part for row in rows for part in (row.offset, row.scale, row.at, row.anchor)]
+    parts += [write.into for write in writes]
+    parts += others
+    for part in parts:
+        if part is None or id(part) in numbers:
+            continue
+        # Kernels go by address: a shorter tensor would have them read or write memory of others.
+        if array("q", map(Tensor.numel, part)) != lengths:
+            raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
+        kinds = set(map(_DTYPE, part))
+        if len(kinds) > 1 or not kinds <= DTYPES.keys() or not all(map(Tensor.is_contiguous, part)):
+            return None
+        if set(map(_DEVICE, part)) != {device}:
+            return None
+        where = array("q", map(Tensor.data_ptr, part))
+        place = places.setdefault(where.tobytes(), len(places))
+        numbers[id(part)] = place
+        if place == len(dtypes):
+            dtypes.append(DTYPES[kinds.pop()])
+            addresses.extend(where)
+
+    def number(part: Sequence[Tensor] | None) -> int:
+        return -1 if part is None else numbers[id(part)]
+
+    return Columns(
+        device=device,
+        dtypes=tuple(dtypes),
+        rows=tuple((number(row.offset), number(row.scale), number(row.at), number(row.anchor)) for row in rows),
+        writes=tuple((number(write.into), write.accumulate) for write in writes),
+        others=tuple(map(number, others)),
+        addresses=addresses,
+        lengths=lengths,
+    )

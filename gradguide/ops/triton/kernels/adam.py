@@ -1,0 +1,140 @@
+"""Combination of rows and the step of Adam or AdamW in one pass over parameters, rows and moments."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradguide.ops.triton.kernels.access import (
+    addresses_of,
+    chunk_of,
+    form,
+    load_column,
+    store_column,
+    uses,
+    vector_end,
+)
+from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
+from gradguide.ops.triton.kernels.measure import dot
+
+__all__ = ["adam"]
+
+
+@triton.constexpr_function
+def among(column, columns):
+    """Whether a column is one of ``columns``."""
+    return column in columns
+
+
+@triton.jit
+def correction(step, log_beta):
+    """``1 - beta^step``, float32, from the logarithm of beta to base 2; in float64, since beta^step may be near 1."""
+    return (1.0 - tl.exp2(step.to(tl.float64) * log_beta)).to(tl.float32)
+
+
+@triton.jit
+def block(
+    addresses, offsets, inside, gradient, direction, reads, settings, corrections,
+    DTYPES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One block; gives the change of the parameters, as rounded."""
+    lr, beta1, rest1, beta2, rest2, eps, decay, scale = settings
+    columns = ()
+    for column in tl.static_range(len(DTYPES)):
+        if among(column, (P, M, V)):
+            columns = columns + (load_column(addresses[column], offsets, inside, DTYPES[column], VECTOR),)
+        elif uses(ROWS, column):
+            mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
+            columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
+        else:
+            columns = columns + (0.0,)
+    rows = ()
+    for row in tl.static_range(len(ROWS)):
+        rows = rows + (form(columns, ROWS, row),)
+    before = columns[P]
+    g = weighted(gradient, rows)
+    if MAXIMIZE:
+        g = -g
+    if DECOUPLED:
+        p = before * (1.0 - lr * decay)
+    else:
+        g = tl.where(decay != 0.0, g + decay * before, g)
+        p = before
+    m = beta1 * columns[M] + rest1 * g
+    v = beta2 * columns[V] + rest2 * g * g
+    p -= lr / corrections[0] * m / (tl.sqrt_rn(v) / tl.sqrt_rn(corrections[1]) + eps)
+    p = (before + scale * (p - before)).to(DTYPES[P]).to(tl.float32)
+    # Only when all is read, since what is written may be a row.
+    if D >= 0:
+        store_column(addresses[D], offsets, weighted(direction, rows), inside, DTYPES[D], VECTOR)
+    store_column(addresses[M], offsets, m, inside, DTYPES[M], VECTOR)
+    store_column(addresses[V], offsets, v, inside, DTYPES[V], VECTOR)
+    store_column(addresses[P], offsets, p, inside, DTYPES[P], VECTOR)
+    change = p - before
+    return change if VECTOR else tl.where(inside, change, 0.0)
+
+
+# A scope's coefficients may begin anywhere; that must not be a reason to compile anew.
+@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["gradient", "direction", "scale"])
+def adam(
+    table, lengths, chunks, steps, gradient, direction, scale, go, squares, tensors, lr, beta1, rest1, log_beta1,
+    beta2, rest2, log_beta2, eps, decay,
+    DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    V: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of ``g = gradient . rows; d = direction . rows; p, m, v = Adam(p, g, m, v)``, g never stored.
+
+    Args:
+        table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
+        lengths: int64 [tensors].
+        chunks: int64 [chunks, 2], tensor and number of each chunk of CHUNK elements.
+        steps: int64 [tensors], addresses of float32 counts of the steps before this one.
+        gradient, direction: float64 coefficients of the guided gradient and the new direction, for ROWS[i] at SLOTS[i].
+        scale: float64, what the update is multiplied by.
+        go: float32; 0 leaves everything as it is.
+        squares: float32 [chunks], where the squared length of each chunk's update goes.
+        tensors: how many.
+        lr: a number, or where it lies with RATE_ON_DEVICE.
+        beta1, beta2, rest1, rest2, log_beta1, log_beta2: the decays, 1 minus each, and their logarithms to base 2.
+        eps, decay: of Adam, and its weight decay, DECOUPLED or not.
+        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
+        D, P, M, V: columns of direction (-1 for none), parameters, first and second moments.
+        THREADS: of a program.
+    """
+    index = tl.program_id(0)
+    tl.store(squares + index, 0.0)
+    if tl.load(go) == 0.0:
+        return
+    tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
+    addresses = addresses_of(table, tensor, tensors, len(DTYPES))
+    weights = load_coefficients(gradient, SLOTS)
+    turned = load_coefficients(direction, SLOTS)
+    reads = ()
+    for column in tl.static_range(len(DTYPES)):
+        read = is_read(weights, column, ROWS)
+        if D >= 0:
+            read = read | is_read(turned, column, ROWS)
+        reads = reads + (read,)
+    rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
+    step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
+    settings = (rate, beta1, rest1, beta2, rest2, eps, decay, tl.load(scale).to(tl.float32))
+    corrections = (correction(step, log_beta1), correction(step, log_beta2))
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    split = vector_end(addresses, begin, end, BLOCK)
+    total = tl.zeros([THREADS], tl.float32)
+    for start in range(begin, split, BLOCK):
+        change = block(
+            addresses, start + lanes, None, weights, turned, reads, settings, corrections,
+            DTYPES, ROWS, D, P, M, V, DECOUPLED, MAXIMIZE, BLOCK, True,
+        )  # fmt: skip
+        total += dot(change, change, THREADS)
+    for start in range(split, end, BLOCK):
+        offsets = start + lanes
+        change = block(
+            addresses, offsets, offsets < end, weights, turned, reads, settings, corrections,
+            DTYPES, ROWS, D, P, M, V, DECOUPLED, MAXIMIZE, BLOCK, False,
+        )  # fmt: skip
+        total += dot(change, change, THREADS)
+    tl.store(squares + index, tl.sum(total))

@@ -1,0 +1,160 @@
+"""Linear combinations of rows: all writes of a bucket in one pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradguide.ops.triton.kernels.access import (
+    addresses_of,
+    chunk_of,
+    form,
+    item,
+    load_column,
+    section,
+    store_column,
+    uses,
+    vector_end,
+)
+
+__all__ = ["any_nonzero", "combine", "is_read", "load_coefficients", "weighted"]
+
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.constexpr_function
+def grows(writes, column):
+    """Whether a write adds to this column."""
+    return (column, True) in writes
+
+
+@triton.jit
+def load_coefficients(coefficients, SLOTS: tl.constexpr):
+    """Coefficients at SLOTS as a tuple of float32 scalars; one beyond float32 becomes its largest number."""
+    found = ()
+    for row in tl.static_range(len(SLOTS)):
+        value = tl.load(coefficients + SLOTS[row])
+        found = found + (tl.minimum(tl.maximum(value, -LARGEST), LARGEST).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def any_nonzero(coefficients):
+    """Whether a combination with these coefficients is more than zeros: int32, 1 or 0."""
+    found = 0
+    for row in tl.static_range(len(coefficients)):
+        found = found | tl.where(coefficients[row] != 0.0, 1, 0)
+    return found
+
+
+@triton.jit
+def is_read(coefficients, column, ROWS: tl.constexpr):
+    """Whether a combination reads this column, as int32: a row formed from it has a coefficient that is not 0."""
+    found = 0
+    for row in tl.static_range(len(ROWS)):
+        if uses(section(ROWS, row, 1), column):
+            found = found | tl.where(coefficients[row] != 0.0, 1, 0)
+    return found
+
+
+@triton.jit
+def weighted(coefficients, rows):
+    """The sum of the rows times their coefficients. A coefficient of 0 drops its row whatever that holds."""
+    total = tl.where(coefficients[0] == 0.0, 0.0, coefficients[0] * rows[0])
+    for row in tl.static_range(1, len(rows)):
+        total += tl.where(coefficients[row] == 0.0, 0.0, coefficients[row] * rows[row])
+    return total
+
+
+@triton.jit
+def prepare(
+    table, coefficients, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    WRITES: tl.constexpr,
+):  # fmt: skip
+    """What every block needs: addresses of the columns, coefficients of the writes, which columns and writes count."""
+    weights = ()
+    changes = ()
+    for write in tl.static_range(len(WRITES)):
+        weights = weights + (load_coefficients(coefficients[write], SLOTS),)
+        changes = changes + (any_nonzero(weights[write]) if item(WRITES, write, 1) else 1,)
+    reads = ()
+    for column in tl.static_range(COLUMNS):
+        read = 0
+        for write in tl.static_range(len(WRITES)):
+            read = read | is_read(weights[write], column, ROWS)
+            if item(WRITES, write, 1) and item(WRITES, write, 0) == column:
+                read = read | changes[write]
+        reads = reads + (read,)
+    return addresses_of(table, tensor, tensors, COLUMNS), weights, changes, reads
+
+
+@triton.jit
+def lanes_if(flag, inside, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """A mask of all lanes, or of those ``inside``, if ``flag`` is not 0; else of none."""
+    mask = tl.zeros([BLOCK], tl.int32) + flag != 0
+    if not VECTOR:
+        mask = mask & inside
+    return mask
+
+
+@triton.jit
+def block(
+    prepared, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One block: read what is wanted, and only when all is read write, since what is written may be a row."""
+    addresses, weights, changes, reads = prepared
+    columns = ()
+    for column in tl.static_range(len(DTYPES)):
+        if uses(ROWS, column) or grows(WRITES, column):
+            mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
+            columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
+        else:
+            columns = columns + (0.0,)
+    rows = ()
+    for row in tl.static_range(len(ROWS)):
+        rows = rows + (form(columns, ROWS, row),)
+    results = ()
+    for write in tl.static_range(len(WRITES)):
+        result = weighted(weights[write], rows)
+        if item(WRITES, write, 1):
+            result += columns[item(WRITES, write, 0)]
+        results = results + (result,)
+    for write in tl.static_range(len(WRITES)):
+        mask = lanes_if(changes[write], inside, BLOCK, VECTOR)
+        store_column(
+            addresses[item(WRITES, write, 0)], offsets, results[write], mask, DTYPES[item(WRITES, write, 0)], VECTOR
+        )
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def combine(
+    table, lengths, chunks, coefficients, tensors, DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    WRITES: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write combinations of rows over one chunk. Columns that no coefficient wants are not read.
+
+    Args:
+        table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
+        lengths: int64 [tensors].
+        chunks: int64 [chunks, 2], tensor and number of each chunk of CHUNK elements.
+        coefficients: for each write a float tensor, that of ROWS[i] at SLOTS[i].
+        tensors: how many.
+        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
+        WRITES: for each write its column, and whether it adds to what is there (then nothing is written where all
+            coefficients are 0).
+        RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
+    """
+    tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
+    prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    split = vector_end(prepared[0], begin, end, BLOCK)
+    for start in range(begin, split, BLOCK):
+        if RELOAD:
+            prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+        block(prepared, start + lanes, None, DTYPES, ROWS, WRITES, BLOCK, True)
+    for start in range(split, end, BLOCK):
+        if RELOAD:
+            prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+        offsets = start + lanes
+        block(prepared, offsets, offsets < end, DTYPES, ROWS, WRITES, BLOCK, False)

@@ -1,0 +1,114 @@
+"""Products of all pairs of rows: one read of every row, then a small sum over chunks. No atomics: same bits always."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form, load_column, uses, vector_end
+
+__all__ = ["finish", "measure"]
+
+
+@triton.constexpr_function
+def place(i, j, count, same):
+    """Where the product of row ``i`` with row ``j`` of ``count`` is kept; of the SAME rows only pairs with j >= i."""
+    return i * count - i * (i - 1) // 2 + j - i if same else i * count + j
+
+
+@triton.jit
+def load_rows(addresses, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """Rows as a tuple of blocks. A column that several of them share is read once."""
+    columns = ()
+    for column in tl.static_range(len(DTYPES)):
+        if uses(ROWS, column):
+            columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
+        else:
+            columns = columns + (0.0,)
+    rows = ()
+    for row in tl.static_range(len(ROWS)):
+        rows = rows + (form(columns, ROWS, row),)
+    return rows
+
+
+@triton.jit
+def dot(a, b, THREADS: tl.constexpr):
+    """Products summed within each thread, which holds neighbours: float32 [THREADS], with no exchange between them."""
+    return tl.sum(tl.reshape(a * b, [THREADS, a.shape[0] // THREADS]), axis=1)
+
+
+@triton.jit
+def add_products(sums, a, b, SAME: tl.constexpr, THREADS: tl.constexpr):
+    """The sums, grown by the products of all pairs of ``a`` and ``b``; of the SAME rows, of each pair once."""
+    grown = ()
+    for i in tl.static_range(len(a)):
+        for j in tl.static_range(i if SAME else 0, len(b)):
+            grown = grown + (sums[place(i, j, len(b), SAME)] + dot(a[i], b[j], THREADS),)
+    return grown
+
+
+@triton.jit(do_not_specialize=["tensors", "count", "first_a", "first_b", "rows"])
+def measure(
+    partials, table, lengths, chunks, tensors, count, first_a, first_b, rows, DTYPES: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """One chunk's products of rows A with rows B, into float32 partials [rows, rows, chunks].
+
+    Args:
+        table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
+        lengths: int64 [tensors].
+        chunks: int64 [count, 2], tensor and number of each chunk of CHUNK elements.
+        tensors, count, rows: how many.
+        first_a, first_b: which of all rows A and B begin with.
+        A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
+        SAME: whether A and B are the same rows; then each pair is taken once.
+        THREADS: of a program.
+    """
+    tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
+    addresses = addresses_of(table, tensor, tensors, len(DTYPES))
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    split = vector_end(addresses, begin, end, BLOCK)
+    sums = ()
+    for i in tl.static_range(len(A)):
+        for _ in tl.static_range(i if SAME else 0, len(B)):
+            sums = sums + (tl.zeros([THREADS], tl.float32),)
+    for start in range(begin, split, BLOCK):
+        offsets = start + lanes
+        a = load_rows(addresses, offsets, None, DTYPES, A, True)
+        b = a if SAME else load_rows(addresses, offsets, None, DTYPES, B, True)
+        sums = add_products(sums, a, b, SAME, THREADS)
+    for start in range(split, end, BLOCK):
+        offsets = start + lanes
+        a = load_rows(addresses, offsets, offsets < end, DTYPES, A, False)
+        b = a if SAME else load_rows(addresses, offsets, offsets < end, DTYPES, B, False)
+        sums = add_products(sums, a, b, SAME, THREADS)
+    for i in tl.static_range(len(A)):
+        for j in tl.static_range(i if SAME else 0, len(B)):
+            entry = ((first_a + i) * rows + first_b + j) * count.to(tl.int64) + tl.program_id(0)
+            tl.store(partials + entry, tl.sum(sums[place(i, j, len(B), SAME)]))
+
+
+@triton.jit(do_not_specialize=["count"])
+def finish(gram, partials, count, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Entry (r, s) of the Gram matrix, float64 [len(SLOTS), len(SLOTS)], summed in float64 over the chunks.
+
+    Args:
+        partials: float32 [ROWS, ROWS, count], upper half.
+        SLOTS: for each row of the matrix its row among ROWS; -1 is a row of zeros.
+    """
+    entry = tl.program_id(0)
+    r, s = entry // len(SLOTS), entry % len(SLOTS)
+    a, b = -1, -1
+    for row in tl.static_range(len(SLOTS)):
+        a = tl.where(r == row, SLOTS[row], a)
+        b = tl.where(s == row, SLOTS[row], b)
+    # Both halves sum the same numbers in the same order, so the matrix is symmetric to the bit.
+    first, second = tl.minimum(a, b), tl.maximum(a, b)
+    number = tl.where(first >= 0, count, 0)
+    start = partials + (first * ROWS + second).to(tl.int64) * count
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, number, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        total += tl.load(start + index, mask=index < number, other=0.0).to(tl.float64)
+    tl.store(gram + entry, tl.sum(total))

@@ -1,0 +1,93 @@
+"""Numbers that kernels go by, on the device: copied when they are new, without making the host wait."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tables", "chunk_numbers"]
+
+Key = tuple[torch.device, str, bytes]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A table on the device, the pinned memory that it was copied from, and whether a CUDA graph reads either."""
+
+    table: Tensor
+    staged: Tensor | None
+    captured: bool = False
+
+
+class Tables:
+    """Tables by content, so that one is right for as long as it is kept. Those used longest ago go first.
+
+    Args:
+        budget: bytes to keep, on each side; what CUDA graphs hold is kept beyond it.
+    """
+
+    def __init__(self, budget: int = 64 << 20) -> None:
+        self._budget = budget
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, device: torch.device, kind: str, key: bytes, make: Callable[[], Tensor]) -> Tensor:
+        """The table that ``make`` gives for ``key``: Tensor int64 on ``device``.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and no step before it prepared memory for such a table.
+        """
+        found = self._entries.get((device, kind, key))
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if found is None:
+            found = _Entry(*self._copied(make(), device, capturing))
+            self._entries[device, kind, key] = found
+            self._bytes += found.table.nbytes
+        self._entries.move_to_end((device, kind, key))
+        # A graph reads the table again at each replay, and repeats the copy if that was captured.
+        found.captured = found.captured or capturing
+        self._evict(found)
+        return found.table
+
+    def _copied(self, numbers: Tensor, device: torch.device, capturing: bool) -> tuple[Tensor, Tensor | None]:
+        if device.type != "cuda":
+            return numbers.to(device), None
+        staged = self._borrowed(numbers) if capturing else torch.empty_like(numbers, pin_memory=True)
+        staged.copy_(numbers)
+        return staged.to(device, non_blocking=True), staged
+
+    def _borrowed(self, numbers: Tensor) -> Tensor:
+        """Pinned memory of an earlier table of this size, whose copy is done: none can be allocated in a capture."""
+        for entry in self._entries.values():
+            if entry.staged is not None and not entry.captured and entry.staged.shape == numbers.shape:
+                staged, entry.staged = entry.staged, None
+                return staged
+        raise RuntimeError(
+            "a CUDA graph is being captured before GradGuide has made a step over these tensors; make at least one "
+            "ordinary step first, as a warm-up"
+        )
+
+    def _evict(self, current: _Entry) -> None:
+        for key in list(self._entries):
+            if self._bytes <= self._budget:
+                return
+            entry = self._entries[key]
+            if entry is not current and not entry.captured:
+                del self._entries[key]
+                self._bytes -= entry.table.nbytes
+
+
+def chunk_numbers(lengths: array[int], size: int) -> Tensor:
+    """Tensor and number of each chunk of ``size`` elements, in order: Tensor [chunks, 2]; empty tensors have none."""
+    counts = (torch.tensor(lengths, dtype=torch.int64) + size - 1) // size
+    tensors = torch.arange(len(lengths)).repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    return torch.stack([tensors, torch.arange(len(tensors)) - first[tensors]], dim=1)

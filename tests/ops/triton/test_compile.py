@@ -1,0 +1,71 @@
+"""The kernels, compiled ahead of time for three architectures, which needs no GPU: what the binaries hold."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.registers import ARCHITECTURES, RESULTS, configurations
+
+NAMES = ("fp32, K=1 moving", "bf16, K=1")
+
+# Instructions of 128 bits in the aligned path. A thread measures and combines 8 elements at a time: two loads for a
+# column in float32, one for 16 bits. In the fused step it holds 4, so there only float32 columns have any.
+LOADS = {
+    ("measure", "fp32, K=1 moving"): 2 + 2 + 1 + 1 + 2 + 2,
+    ("combine", "fp32, K=1 moving"): 2 + 2 + 1 + 1 + 2 + 2,
+    ("adam", "fp32, K=1 moving"): 6,
+    ("measure", "bf16, K=1"): 1 + 2 + 1,
+    ("combine", "bf16, K=1"): 1 + 2 + 1,
+    ("adam", "bf16, K=1"): 1,
+}
+STORES = {
+    ("combine", "fp32, K=1 moving"): 2 + 2,
+    ("adam", "fp32, K=1 moving"): 4,
+    ("combine", "bf16, K=1"): 1 + 2,
+    ("adam", "bf16, K=1"): 1,
+}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def compiled(path: Path, *names: str) -> list[dict[str, str]]:
+    """In a process of its own, since this one may hold the kernels in the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.registers", "--out", str(path), "--only", *names]
+    done = subprocess.run(command, env=environment, cwd=RESULTS.parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return rows_of(path)
+
+
+def test_binaries_spill_nothing_and_load_128_bits_at_a_time(tmp_path: Path) -> None:
+    found = compiled(tmp_path / "registers.csv", *NAMES)
+    assert {(row["kernel"], row["configuration"]) for row in found} >= LOADS.keys()
+    assert {row["arch"] for row in found} == {f"sm_{arch}" for arch in ARCHITECTURES}
+    for row in found:
+        key = row["kernel"], row["configuration"]
+        assert row["local"] == "0", row
+        assert int(row["loads_128"]) >= LOADS.get(key, 0), row
+        assert int(row["stores_128"]) >= STORES.get(key, 0), row
+
+
+@pytest.mark.slow
+def test_every_binary_spills_nothing(tmp_path: Path) -> None:
+    found = compiled(tmp_path / "registers.csv", *configurations())
+    assert [row for row in found if row["local"] != "0"] == []
+
+
+def test_the_committed_results_spill_nothing() -> None:
+    found = rows_of(RESULTS)
+    assert {row["configuration"].partition(", rows")[0] for row in found} == set(configurations())
+    assert {row["arch"] for row in found} == {f"sm_{arch}" for arch in ARCHITECTURES}
+    assert [row for row in found if row["local"] != "0"] == []
+    assert all(int(row["registers"]) < 255 for row in found)

@@ -1,0 +1,318 @@
+"""The fused step against torch's own Adam and AdamW under the unfused step."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from gradguide import Alignment, Direction, GradGuide, History, Magnitude, SourceGradient, fused
+from tests.contract import kit
+from tests.ops.triton.problems import DEVICE
+
+SHAPES: tuple[tuple[int, ...], ...] = ((5, 7), (), (40, 13), (0,))
+
+
+@pytest.fixture(autouse=True)
+def fused_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many launches each fused step made: a test that expects fused steps can see that there were some."""
+    launches: list[int] = []
+    original = fused.step
+
+    def counted(parts: Any, *rest: Any) -> list[Tensor]:
+        launches.append(len(parts))
+        return original(parts, *rest)
+
+    monkeypatch.setattr(fused, "step", counted)
+    yield launches
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in SHAPES]
+
+
+def give_gradients(held: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in held:
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter)
+
+
+def source_of(held: list[nn.Parameter], moving: bool) -> SourceGradient:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw() -> dict[str, Tensor]:
+        return {f"p{i}": torch.randn(p.shape, generator=generator).to(DEVICE) for i, p in enumerate(held)}
+
+    if not moving:
+        return SourceGradient(draw())
+    return SourceGradient(draw(), fisher={k: t.abs() for k, t in draw().items()}, anchor=draw())
+
+
+Make = Callable[..., Optimizer]
+
+
+def guided(
+    backend: str, make: Make, dtype: torch.dtype = torch.float32, source: bool | None = None, **options: Any
+) -> tuple[list[nn.Parameter], GradGuide]:
+    """Two param groups; ``source`` says whether a source moves, None is without."""
+    held = parameters(dtype)
+    if source is not None:
+        options["alignment"] = Alignment(source_of(held, source), on="gradient", weight=0.1)
+        options["names"] = [(f"p{i}", p) for i, p in enumerate(held)]
+    # A bound on the update is decided after the base's step, which then is not fused.
+    directed = options.get("direction", ...) is not None
+    options.setdefault("magnitude", Magnitude(max_update=None, coherence=1.0 if directed else 0.0))
+    base = make([{"params": held[:2]}, {"params": held[2:], "lr": 0.03, "weight_decay": 0.1}])
+    return held, GradGuide(base, backend=backend, **options)
+
+
+def run(held: list[nn.Parameter], optimizer: GradGuide, steps: range) -> None:
+    for step in steps:
+        give_gradients(held, step)
+        optimizer.step()
+
+
+def assert_close(found: Any, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    for (mine, one), (theirs, other) in zip([found], [wanted], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
+        for p, q in zip(mine, theirs, strict=True):
+            assert one.state[p].keys() == other.state[q].keys()
+            for key, value in other.state[q].items():
+                assert one.state[p][key].dtype == value.dtype
+                torch.testing.assert_close(one.state[p][key], value, rtol=rtol, atol=atol)
+    torch.testing.assert_close(kit.directions_of(found[1]), kit.directions_of(wanted[1]), rtol=rtol, atol=atol)
+
+
+def made(kind: type[Adam], **options: Any) -> Make:
+    return lambda params: kind(params, **({"lr": 0.01, "fused": True} | options))
+
+
+BASES = {
+    "AdamW": made(AdamW),
+    "AdamW maximize": made(AdamW, maximize=True),
+    "AdamW capturable": made(AdamW, capturable=True),
+    "AdamW betas": made(AdamW, betas=(0.0, 0.5), eps=1e-3),
+    "Adam": made(Adam),
+    "Adam decay": made(Adam, weight_decay=0.2, maximize=True),
+}
+
+RULES: dict[str, dict[str, Any]] = {
+    "scaled by coherence": {},
+    "direction": {"magnitude": None},
+    "magnitude": {"direction": None},
+    "shared momentum": {"direction": Direction(share_momentum=True)},
+    "source": {"source": False, "magnitude": Magnitude(max_norm=2.0, max_update=None)},
+    "moving source, by group": {"source": True, "scope": "group"},
+    "by tensor": {"scope": "tensor"},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("rules", ["scaled by coherence", "shared momentum"])
+def test_every_base_steps_as_by_itself(name: str, rules: str, fused_steps: list[int]) -> None:
+    mine, other = (guided(backend, BASES[name], **RULES[rules]) for backend in ("triton", "foreach"))
+    run(*mine, range(3))
+    assert fused_steps == [2] * 3
+    run(*other, range(3))
+    assert len(fused_steps) == 3
+    assert_close(mine, other)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_every_rule_acts_as_in_a_step_of_its_own(rules: str, fused_steps: list[int]) -> None:
+    mine, other = (guided(backend, BASES["AdamW"], **RULES[rules]) for backend in ("triton", "foreach"))
+    run(*mine, range(3))
+    run(*other, range(3))
+    assert len(fused_steps) == 3
+    assert_close(mine, other)
+    found, wanted = mine[1].metrics(), other[1].metrics()
+    if wanted["update_norm"] != wanted["update_norm"]:  # NaN
+        wanted["update_norm"] = found["update_norm"]  # the unfused step does not measure it here
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def test_with_a_bound_on_the_update_the_base_steps_by_itself(fused_steps: list[int]) -> None:
+    options: dict[str, Any] = {"magnitude": Magnitude(max_update=1e-3)}
+    mine, other = (guided(backend, BASES["AdamW"], **options) for backend in ("triton", "foreach"))
+    run(*mine, range(3))
+    run(*other, range(3))
+    assert fused_steps == []
+    assert_close(mine, other)
+
+
+def test_update_norm_is_the_length_of_the_update() -> None:
+    held, optimizer = guided("triton", BASES["AdamW"])
+    before = [p.detach().clone() for p in held]
+    run(held, optimizer, range(1))
+    squares = [(p.detach() - b).double().square().sum() for p, b in zip(held, before, strict=True)]
+    assert optimizer.metrics()["update_norm"] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-5)
+
+
+def test_low_precision_parameters(fused_steps: list[int]) -> None:
+    mine, other = (guided(backend, BASES["AdamW"], torch.bfloat16) for backend in ("triton", "foreach"))
+    run(*mine, range(3))
+    run(*other, range(3))
+    assert len(fused_steps) == 3
+    assert_close(mine, other, rtol=2e-2, atol=1e-2)
+
+
+def test_the_learning_rate_may_be_a_tensor_that_changes(fused_steps: list[int]) -> None:
+    results = []
+    for backend in ("triton", "foreach"):
+        rate = torch.tensor(0.01, device=DEVICE)
+        held = parameters()
+        optimizer = GradGuide(AdamW(held, lr=rate, fused=True), magnitude=None, backend=backend)
+        run(held, optimizer, range(1))
+        rate.mul_(3.0)
+        run(held, optimizer, range(1, 3))
+        results.append((held, optimizer))
+    assert fused_steps == [1, 1, 1]
+    assert_close(results[0], results[1])
+
+
+def test_the_gradient_stays_as_received() -> None:
+    held, optimizer = guided("triton", BASES["AdamW"], magnitude=Magnitude(max_norm=1e-3, max_update=None))
+    give_gradients(held, 0)
+    before = [p.grad.clone() for p in held if p.grad is not None]
+    optimizer.step()
+    assert optimizer.metrics()["clip_factor"] < 1.0
+    kit.assert_same([p.grad for p in held], before)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_a_gradient_that_is_not_finite(nonfinite: str, monkeypatch: pytest.MonkeyPatch, fused_steps: list[int]) -> None:
+    monkeypatch.setattr(GradGuide, "_base_stops", lambda self, measured: nonfinite == "skip")  # as on CUDA
+    held, optimizer = guided("triton", BASES["AdamW"], nonfinite=nonfinite)
+    run(held, optimizer, range(2))
+    before = copy.deepcopy(
+        [[p.detach() for p in held], [optimizer.state[p] for p in held], kit.directions_of(optimizer)]
+    )
+    give_gradients(held, 2)
+    assert held[0].grad is not None
+    held[0].grad[1, 1] = float("nan")
+    optimizer.step()
+    assert len(fused_steps) == 3
+    after = [[p.detach() for p in held], [optimizer.state[p] for p in held], kit.directions_of(optimizer)]
+    if nonfinite == "skip":
+        kit.assert_same(after, before)
+        assert optimizer.metrics()["skipped"] == 1
+        assert optimizer.metrics()["update_norm"] == 0.0
+    else:
+        assert held[0].isnan().any()
+        kit.assert_same(after[2], before[2])
+
+
+def test_fused_can_be_switched_off_and_on_within_a_run(fused_steps: list[int]) -> None:
+    mine, other = (guided(backend, BASES["AdamW"]) for backend in ("triton", "foreach"))
+    for step in range(6):
+        for group in mine[1].param_groups:
+            group["fused"] = step % 3 != 1
+        run(*mine, range(step, step + 1))
+    run(*other, range(6))
+    assert len(fused_steps) == 4
+    assert_close(mine, other)
+
+
+def test_a_checkpoint_is_that_of_the_base(fused_steps: list[int]) -> None:
+    held, optimizer = guided("triton", BASES["AdamW"])
+    run(held, optimizer, range(2))
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    twin, other = guided("triton", BASES["AdamW"])
+    for p, q in zip(twin, held, strict=True):
+        p.data.copy_(q.data)
+    other.load_state_dict(copy.deepcopy(saved))  # which takes the tensors themselves
+    run(held, optimizer, range(2, 4))
+    run(twin, other, range(2, 4))
+    kit.assert_same([p.detach() for p in twin], [p.detach() for p in held])
+    # Plain AdamW takes the same file.
+    plain = AdamW([{"params": held[:2]}, {"params": held[2:]}], lr=0.01, fused=True)
+    plain.load_state_dict(saved)
+    assert float(plain.state[held[0]]["step"]) == 2.0
+
+
+def test_a_state_made_by_the_fused_step_is_as_the_base_makes_it() -> None:
+    mine, other = (guided(backend, BASES["AdamW"]) for backend in ("triton", "foreach"))
+    run(*mine, range(1))
+    run(*other, range(1))
+    for p, q in zip(mine[0], other[0], strict=True):
+        found, wanted = mine[1].state[p], other[1].state[q]
+        assert list(found) == list(wanted)
+        for key in wanted:
+            assert found[key].dtype == wanted[key].dtype
+            assert found[key].device == wanted[key].device
+            assert found[key].shape == wanted[key].shape
+
+
+def test_a_history_is_recorded() -> None:
+    held, optimizer = guided("triton", BASES["AdamW"])
+    history = History()
+    optimizer.record(history)
+    run(held, optimizer, range(2))
+    assert len(history) == 2
+
+
+def hook_post(base: Optimizer) -> None:
+    base.register_step_post_hook(lambda *_: None)
+
+
+def hook_pre(base: Optimizer) -> None:
+    base.register_step_pre_hook(lambda *_: None)
+
+
+def schedule(base: Optimizer) -> None:
+    torch.optim.lr_scheduler.StepLR(base, 1)
+
+
+def amsgrad(base: Optimizer) -> None:
+    for group in base.param_groups:
+        group["amsgrad"] = True
+
+
+def tensor_beta(base: Optimizer) -> None:
+    base.param_groups[1]["weight_decay"] = torch.tensor(0.1, device=DEVICE)
+
+
+def one_group_not_fused(base: Optimizer) -> None:
+    base.param_groups[1]["fused"] = False
+
+
+@pytest.mark.parametrize("change", [hook_post, hook_pre, schedule, amsgrad, tensor_beta, one_group_not_fused])
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_the_base_steps_by_itself_where_that_would_be_noticed(
+    change: Callable[[Optimizer], None], fused_steps: list[int]
+) -> None:
+    _, optimizer = guided("triton", BASES["AdamW"])
+    change(optimizer.base)
+    parts = fused.parts_of(optimizer.base, [], [], [], [], lambda bucket: pytest.fail("asked for a backend"))
+    assert parts is None
+
+
+class Subclass(AdamW):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["subclass", "SGD", "not contiguous", "on update", "foreach"])
+def test_other_steps_are_the_bases(kind: str, fused_steps: list[int]) -> None:
+    make: Make = made(Subclass) if kind == "subclass" else BASES["AdamW"]
+    if kind == "SGD":
+        make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    held, optimizer = guided("foreach" if kind == "foreach" else "triton", make)
+    if kind == "not contiguous":
+        held[0].data = held[0].data.T.contiguous().T
+    if kind == "on update":
+        names = [(f"p{i}", p) for i, p in enumerate(held)]
+        optimizer = GradGuide(optimizer.base, alignment=Alignment(source_of(held, True)), names=names, backend="triton")
+    before = kit.parameters_of(nn.ParameterList(held))
+    run(held, optimizer, range(1))
+    assert fused_steps == []
+    assert kit.differ(kit.parameters_of(nn.ParameterList(held)), before)
