@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide import fused, ops
+from gradguide.before import Before
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.metrics import Record
 from gradguide.momentum import momentum_of, rates
 from gradguide.ops import Row, Write
 from gradguide.ops.pack import lay_out
+from gradguide.ranks import Ranks
 from gradguide.rules import alignment as aligning
 from gradguide.rules import direction as directing
 from gradguide.rules import magnitude as bounding
@@ -24,7 +26,7 @@ from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span, divide
 from gradguide.scopes import Scopes
-from gradguide.sharding import Layout, add_up_, check_agreement, distinct, layout_of, local
+from gradguide.sharding import local
 from gradguide.sources.source import Source
 
 __all__ = ["Guidance", "Measured"]
@@ -87,17 +89,9 @@ class Guidance:
         self.scopes = Scopes()
         self.power = 0.0 if magnitude is None else magnitude.coherence
         self._largest = None if magnitude is None else magnitude.max_update
-        self._before: dict[Tensor, Tensor] = {}
-        self._stepped: list[Tensor] = []
-        self._squares: list[Tensor] = []
-        self._update_square: Tensor | None = None
-        self._shards: tuple[dict[str, Layout], list[Source]] | None = None
-        self._groups: list[tuple[Any, ...]] = []
-        self._agreed = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies of the parameters that the next step makes anew have no place in a copy or a file.
-        return {**self.__dict__, "_before": {}, "_stepped": [], "_squares": [], "_shards": None, "_groups": []}
+        self.before = Before()
+        self._ranks = Ranks()
+        self._present: Sequence[Source] = sources
 
     @property
     def active(self) -> bool:
@@ -108,6 +102,10 @@ class Guidance:
     def acts_on_update(self) -> bool:
         """Whether a rule changes the update that the base optimizer makes."""
         return self._aligns_update or self.power > 0 or self._largest is not None
+
+    @property
+    def _all_sources(self) -> Sequence[Source]:
+        return () if self.alignment is None else self.alignment.sources
 
     @property
     def _aligns_update(self) -> bool:
@@ -129,22 +127,24 @@ class Guidance:
         self.follow(base)
         buckets = gather(base.param_groups, labeller(self.scope, self.names), self.names, self._covered)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
-        self._groups = distinct(trained)
-        if not buckets and not any(self._groups):
+        self._ranks.meet(trained)
+        if not buckets and not self._ranks.sharded:
             return None
-        # Ranks may lack different gradients; what they add up has the same scopes on all of them.
-        everywhere = self.labels(base) if any(self._groups) else {}
-        ordered = dict.fromkeys(everywhere[p] for p in trained if p in everywhere)
-        labels = {label: place for place, label in enumerate(ordered)}
+        labels: dict[Label, int] = {}
+        if self._ranks.sharded:
+            # Ranks may lack different gradients; what they add up has the same scopes on all of them.
+            everywhere = self.labels(base)
+            labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
+            told = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(everywhere[p])) for p in trained]
+            self._ranks.agree(trained, (told, self.direction, self.magnitude), self._all_sources)
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
-        self._check_ranks(trained, everywhere)
-        self._localise(trained)
+        named = {self.names[p]: p for p in trained if p in self.names}
+        self._present = self._ranks.parts_of(self._all_sources, named)
         rows = [
             [Row(offset=bucket.gradients), self._direction_row(base, bucket), *self._sources(bucket)]
             for bucket in buckets
         ]
-        sources = 0 if self.alignment is None else len(self.alignment.sources)
-        span = self._gram(buckets, scopes, rows, len(labels), SOURCES + sources, trained[0].device)
+        span = self._gram(buckets, scopes, rows, len(labels), SOURCES + len(self._present), trained[0].device)
         positions = self.scopes.locate(list(labels), span.gram.device)
         finite, moved = span.gram.isfinite().all(), (span.gram[:, GRADIENT, GRADIENT] != 0).any()
         return Measured(buckets, scopes, positions, rows, span, finite, moved)
@@ -210,7 +210,7 @@ class Guidance:
     def combine(self, measured: Measured) -> None:
         """Write what was decided: the guided gradient and the new running direction."""
         assert measured.gradient is not None and measured.direction is not None
-        self._stepped, self._squares = [], []
+        self.before.know([])
         directions = self._directions_written(measured)
         for bucket, scope, rows, kept in zip(measured.buckets, measured.scopes, measured.rows, directions, strict=True):
             writes = [] if kept is None else [Write(into=kept, coefficients=measured.direction[scope])]
@@ -237,35 +237,24 @@ class Guidance:
             return False
         scale = torch.ones_like(measured.gradient[:, 0]) if measured.scale is None else measured.scale
         go = torch.ones_like(measured.finite) if propagate else measured.finite
-        self._stepped = []
-        self._squares = fused.step(parts, measured.gradient, measured.direction, scale, go.to(torch.float32))
+        self.before.know(fused.step(parts, measured.gradient, measured.direction, scale, go.to(torch.float32)))
         return True
 
     @torch.no_grad()
-    def remember(self, measured: Measured) -> None:
-        """Keep the parameters as they are before the base's step."""
-        self._stepped = [p for bucket in measured.buckets for p in bucket.parameters]
-        for bucket in measured.buckets:
-            pairs = zip(bucket.parameters, bucket.values, strict=True)
-            new = {p: value for p, value in pairs if not _alike(self._before.get(p), value)}
-            self._before.update(zip(new, lay_out(list(new.values())), strict=True))
-            torch._foreach_copy_([self._before[p] for p in bucket.parameters], bucket.values)
-
-    @torch.no_grad()
     def correct(self, measured: Measured) -> None:
-        """Measure, decide and combine once more, on the update that the base made since :meth:`remember`."""
+        """Measure, decide and combine once more, on the update that the base made since ``before`` was kept."""
         buckets, scopes, bounded = measured.buckets, measured.scopes, self._largest is not None
         rows: list[list[Row | None]] = []
         for bucket in buckets:
-            before = [self._before[p] for p in bucket.parameters]
+            before = self.before.of(bucket)
             made = Row(at=bucket.values, anchor=before)
             start = [Row(offset=before)] if bounded else []
             rows.append([made, *start, *(self._sources(bucket, before) if self._aligns_update else [])])
         # Scaling alone needs no products.
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
-        needed = self._aligns_update or bounded or any(self._groups)
+        needed = self._aligns_update or bounded or self._ranks.sharded
         count = measured.span.gram.shape[0]
-        size = 1 + bounded + (measured.span.gram.shape[1] - SOURCES if self._aligns_update else 0)
+        size = 1 + bounded + (len(self._present) if self._aligns_update else 0)
         span = self._gram(buckets, scopes, rows, count, size, zeros.gram.device) if needed else zeros
         update = span.row(UPDATE)
         wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
@@ -276,23 +265,12 @@ class Guidance:
             # A step raises the source loss where it goes along the source gradient.
             wanted = -aligning.project(span, -wanted, first=BEFORE + bounded)
         change = torch.where(span.gram.isfinite().all(), wanted - update, 0.0)
-        # Sharded, only a collective could measure it later, and metrics may be read on one rank alone.
-        self._update_square = span.norm(update + change).square().sum() if any(self._groups) else None
+        if self._ranks.sharded:
+            # Only a collective could measure it later, and metrics may be read on one rank alone.
+            self.before.know([span.norm(update + change).square()])
         for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
             write = Write(into=bucket.values, coefficients=change[scope], accumulate=True)
             self._ops(bucket).combine_(these, [write])
-
-    @torch.no_grad()
-    def update_norm(self, device: torch.device) -> Tensor:
-        """Length of the last update, Tensor [], measured on request; NaN if the parameters before it were not kept."""
-        if self._squares:
-            return torch.stack([s.sum(dtype=torch.float64).to(device) for s in self._squares]).sum().sqrt()
-        if not self._stepped:
-            return torch.tensor(float("nan"), device=device)
-        if self._update_square is not None:
-            return self._update_square.sqrt().to(device)
-        squares = [(p.double() - self._before[p].double()).square().sum().to(device) for p in self._stepped]
-        return torch.stack(squares).sum().sqrt()
 
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
@@ -327,7 +305,7 @@ class Guidance:
         device: torch.device,
     ) -> Span:
         """Gram matrices [count, size, size] of the scopes, summed over buckets, and of shards over ranks."""
-        parts: dict[tuple[Any, ...], list[Tensor | None]] = {groups: [None] * count for groups in self._groups}
+        parts: dict[tuple[Any, ...], list[Tensor | None]] = {groups: [None] * count for groups in self._ranks.groups}
         for bucket, scope, these in zip(buckets, scopes, rows, strict=True):
             part = self._ops(bucket).gram(these).to(device)
             total = parts[bucket.summed][scope]
@@ -335,9 +313,7 @@ class Guidance:
         wide = torch.float32 if device.type == "mps" else torch.float64
         zero = torch.zeros(size, size, dtype=wide, device=device)
         whole = {g: torch.stack([zero if total is None else total for total in each]) for g, each in parts.items()}
-        summed = add_up_(whole)
-        assert summed is not None
-        return Span(summed)
+        return Span(self._ranks.add_up(whole))
 
     def _direction_row(self, base: Optimizer, bucket: Bucket) -> Row | None:
         if self.direction is None:
@@ -358,33 +334,9 @@ class Guidance:
         return Row(offset=[self.directions[p] for p in bucket.parameters])
 
     def _sources(self, bucket: Bucket, at: Sequence[Tensor] | None = None) -> list[Row | None]:
-        if self.alignment is None:
-            return []
         if not bucket.names:
-            return [None] * len(self.alignment.sources)
-        present = bucket.values if at is None else at
-        sources = self.alignment.sources if self._shards is None else self._shards[1]
-        return [source.row(bucket.names, present) for source in sources]
-
-    def _check_ranks(self, trained: Sequence[Tensor], labels: Mapping[Tensor, Label]) -> None:
-        """Before the first collective: whatever differs between ranks is an error on all of them, and no hang."""
-        groups = next((groups for groups in self._groups if groups), ())
-        if not groups or self._agreed:
-            return
-        told = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(labels[p])) for p in trained]
-        sources = () if self.alignment is None else self.alignment.sources
-        rules = (self.direction, self.magnitude, [s.fingerprint() for s in sources])
-        check_agreement(repr((told, rules)), groups, local(trained[0]).device)
-        self._agreed = True
-
-    def _localise(self, parameters: Sequence[Tensor]) -> None:
-        """Keep this rank's part of each source for parameters that are sharded."""
-        known = {self.names[p]: layout_of(p) for p in parameters if p in self.names}
-        layouts = {name: layout for name, layout in known.items() if layout is not None}
-        if self.alignment is None or not layouts:
-            self._shards = None
-        elif self._shards is None or self._shards[0] != layouts:
-            self._shards = layouts, [source.shards(layouts) for source in self.alignment.sources]
+            return [None] * len(self._present)
+        return [source.row(bucket.names, bucket.values if at is None else at) for source in self._present]
 
     def _numbers(self, measured: Measured) -> Tensor:
         """How many numbers each scope has: Tensor [S]."""
@@ -413,13 +365,3 @@ class Guidance:
 
 def _sharded(bucket: Bucket) -> bool:
     return any(value is not parameter for value, parameter in zip(bucket.values, bucket.parameters, strict=True))
-
-
-def _alike(kept: Tensor | None, parameter: Tensor) -> bool:
-    """Whether a copy made earlier still has the parameter's shape, dtype and device: models get moved and cast."""
-    return (
-        kept is not None
-        and kept.shape == parameter.shape
-        and kept.dtype == parameter.dtype
-        and kept.device == parameter.device
-    )

@@ -186,7 +186,7 @@ class GradGuide(Optimizer):
             if not guidance.step_fused(measured, self.base, propagate=self._nonfinite == "propagate"):
                 guidance.combine(measured)
                 if guidance.acts_on_update or self._history is not None:
-                    guidance.remember(measured)
+                    guidance.before.keep(measured.buckets)
                     self._step_base(measured)
                     guidance.correct(measured)
                 else:
@@ -240,7 +240,7 @@ class GradGuide(Optimizer):
         """
         guidance = self._guidance
         sources = 0 if guidance.alignment is None else len(guidance.alignment.sources)
-        norm = guidance.update_norm(self._totals.device)
+        norm = guidance.before.update_norm(self._totals.device)
         return read(self._last, norm, self._totals, sources)
 
     def record(self, history: History | None) -> None:
