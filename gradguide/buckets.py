@@ -65,7 +65,12 @@ def labeller(scope: Scope, names: Mapping[Tensor, str]) -> Labeller:
 
 
 def gather(
-    groups: list[dict[str, Any]], label: Labeller, names: Mapping[Tensor, str], covered: Container[str]
+    groups: list[dict[str, Any]],
+    label: Labeller,
+    names: Mapping[Tensor, str],
+    covered: Container[str],
+    *,
+    sharded: bool = False,
 ) -> list[Bucket]:
     """The buckets of this step, in a fixed order. Parameters whose gradient is None are left out.
 
@@ -74,6 +79,7 @@ def gather(
         label: tells a parameter's scope.
         names: the names of parameters.
         covered: the names that the sources know.
+        sharded: whether any parameter is a DTensor.
 
     Raises:
         ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
@@ -84,10 +90,10 @@ def gather(
             gradient = parameter.grad
             if gradient is None:
                 continue
-            uneven = unsupported(parameter, gradient)
+            uneven = unsupported(parameter, gradient) if sharded else None
             if uneven is not None or gradient.layout != torch.strided or not gradient.is_floating_point():
                 _refuse(gradient, names.get(parameter), uneven)
-            layout = layout_of(parameter)
+            layout = layout_of(parameter) if sharded else None
             summed = () if layout is None else layout.summed
             scope = label(parameter, index, place)
             name = names.get(parameter)
@@ -97,8 +103,8 @@ def gather(
             if bucket is None:
                 bucket = buckets[key] = Bucket(scope, summed)
             bucket.parameters.append(parameter)
-            bucket.values.append(local(parameter))
-            bucket.gradients.append(local(gradient))
+            bucket.values.append(local(parameter) if sharded else parameter)
+            bucket.gradients.append(local(gradient) if sharded else gradient)
             if name is not None:
                 bucket.names.append(name)
     return list(buckets.values())

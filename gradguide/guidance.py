@@ -125,9 +125,15 @@ class Guidance:
     def measure(self, base: Optimizer) -> Measured | None:
         """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient."""
         self.follow(base)
-        buckets = gather(base.param_groups, labeller(self.scope, self.names), self.names, self._covered)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
         self._ranks.meet(trained)
+        buckets = gather(
+            base.param_groups,
+            labeller(self.scope, self.names),
+            self.names,
+            self._covered,
+            sharded=self._ranks.sharded,
+        )
         if not buckets and not self._ranks.sharded:
             return None
         labels: dict[Label, int] = {}
@@ -138,8 +144,7 @@ class Guidance:
             told = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(everywhere[p])) for p in trained]
             self._ranks.agree(trained, (told, self.direction, self.magnitude), self._all_sources)
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
-        named = {self.names[p]: p for p in trained if p in self.names}
-        self._present = self._ranks.parts_of(self._all_sources, named)
+        self._present = self._ranks.parts_of(self._all_sources, trained, self.names)
         rows = [
             [Row(offset=bucket.gradients), self._direction_row(base, bucket), *self._sources(bucket)]
             for bucket in buckets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,21 +18,18 @@ class Ranks:
 
     def __init__(self) -> None:
         self.groups: list[tuple[Any, ...]] = [()]
+        self.sharded = False  # whether any parameter is a DTensor
         self._agreed = False
         self._shards: tuple[dict[str, Layout], list[Source]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups end with the processes, and parts of the sources are cut anew.
-        return {"groups": [()], "_agreed": False, "_shards": None}
+        return {"groups": [()], "sharded": False, "_agreed": False, "_shards": None}
 
     def meet(self, parameters: Sequence[Tensor]) -> None:
         """Look at how the parameters lie, each step anew, since wrappers replace them."""
         self.groups = distinct(parameters) or [()]
-
-    @property
-    def sharded(self) -> bool:
-        """Whether any parameter's products have to be summed over ranks."""
-        return any(self.groups)
+        self.sharded = any(layout_of(p) is not None for p in parameters)
 
     def agree(self, parameters: Sequence[Tensor], told: object, sources: Sequence[Source]) -> None:
         """Before the first sum: whatever differs between ranks is an error on all of them, and no hang.
@@ -45,18 +42,21 @@ class Ranks:
         Raises:
             ValueError: the ranks differ.
         """
-        if not self.sharded or self._agreed:
+        groups = next((groups for groups in self.groups if groups), None)
+        if groups is None or self._agreed:
             return
-        groups = next(groups for groups in self.groups if groups)
         fingerprints = [source.fingerprint() for source in sources]
         check_agreement(repr((told, fingerprints)), groups, local(parameters[0]).device)
         self._agreed = True
 
-    def parts_of(self, sources: Sequence[Source], named: dict[str, Tensor]) -> Sequence[Source]:
-        """The sources, for this rank's parts of the named parameters."""
-        layouts = {name: layout for name, p in named.items() if (layout := layout_of(p)) is not None}
-        if not layouts or not sources:
+    def parts_of(
+        self, sources: Sequence[Source], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
+    ) -> Sequence[Source]:
+        """The sources, for this rank's parts of the parameters that have names."""
+        if not self.sharded or not sources:
             return sources
+        known = {names[p]: layout_of(p) for p in parameters if p in names}
+        layouts = {name: layout for name, layout in known.items() if layout is not None}
         if self._shards is None or self._shards[0] != layouts:
             self._shards = layouts, [source.shards(layouts) for source in sources]
         return self._shards[1]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "Layout",
@@ -26,6 +26,9 @@ __all__ = [
     "spread",
     "unsupported",
 ]
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Layout(NamedTuple):
@@ -44,6 +47,8 @@ class Layout(NamedTuple):
 
 def layout_of(tensor: Tensor) -> Layout | None:
     """The layout of a DTensor, None for a plain tensor."""
+    if type(tensor) in _PLAIN:  # an attribute that is not there takes a microsecond to look for, and a step asks often
+        return None
     mesh = getattr(tensor, "device_mesh", None)
     return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
