@@ -29,7 +29,7 @@ def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
-        row = {**asdict(run), **measured, **about}
+        row = {**asdict(run), **measured, **{name: about[name] for name in _ABOUT}}
         writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
 
 
