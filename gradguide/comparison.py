@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from itertools import accumulate
-from pathlib import Path
 
 from gradguide.atomic import replacing
+from gradguide.drawing import curve, figure_for
 from gradguide.history import History
 
 __all__ = ["draw"]
@@ -37,21 +35,12 @@ def draw(runs: Mapping[str, History], path: str | os.PathLike[str]) -> None:
     """
     if not any(len(history) for history in runs.values()):
         raise ValueError("the histories are empty: nothing was recorded")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('gradguide plot needs matplotlib: pip install "gradguide[plot]"') from error
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in kinds:
-        raise ValueError(f"a plot is saved as one of .{', .'.join(sorted(kinds))}, found {os.fspath(path)!r}")
+    figure = figure_for(path, (12, 6), "gradguide plot")
     for axes, (key, title) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
         for name, history in runs.items():
-            points = [(step, row.get(key, math.nan)) for step, row in enumerate(history, 1)]
-            steps = [step for step, value in points if math.isfinite(value)]
-            values = [value for _, value in points if math.isfinite(value)]
+            steps, values = curve(history, key)
             if values:
-                axes.plot(steps, list(accumulate(values)) if key == "conflict" else values, label=name, linewidth=1.2)
+                axes.plot(steps, values, label=name, linewidth=1.2)
             if values and key in _LOGARITHMIC and min(values) > 0:
                 axes.set_yscale("log")
         axes.set_title(title, fontsize=10)

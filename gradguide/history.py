@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradguide.atomic import replacing
+from gradguide.drawing import curve, figure_for
 
 __all__ = ["History"]
 
@@ -96,14 +97,7 @@ class History:
         """
         if not self.rows:
             raise ValueError("the history is empty: record(history) before training, and plot after it")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('History.plot needs matplotlib: pip install "gradguide[plot]"') from error
-        figure = Figure(figsize=(9, 6), layout="constrained")
-        kinds = figure.canvas.get_supported_filetypes()
-        if Path(path).suffix[1:].lower() not in kinds:
-            raise ValueError(f"a plot is saved as one of .{', .'.join(sorted(kinds))}, found {os.fspath(path)!r}")
+        figure = figure_for(path, (9, 6), "History.plot")
         for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
             for key in keys:
                 self._draw(axes, key, logarithmic=title == "norms")
@@ -115,12 +109,9 @@ class History:
             figure.savefig(temporary, dpi=120)
 
     def _draw(self, axes: Any, key: str, *, logarithmic: bool) -> None:
-        points = [(step, row[key]) for step, row in enumerate(self.rows, 1) if math.isfinite(row.get(key, math.nan))]
-        if not points:
+        steps, values = curve(self.rows, key)
+        if not values:
             return
-        steps, values = (list(part) for part in zip(*points, strict=True))
-        if key == "conflict":
-            values = [sum(values[: index + 1]) for index in range(len(values))]
         axes.plot(steps, values, label=key.replace("_", " "), linewidth=1.2)
         if logarithmic and min(values) > 0:
             axes.set_yscale("log")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradguide.sharding import Layout, add_up_, check_agreement, distinct, layout_of, local
+from gradguide.sharding import Layout, add_up_, check_agreement, layout_of, local
 from gradguide.sources.source import Source
 
 __all__ = ["Ranks"]
@@ -28,8 +28,9 @@ class Ranks:
 
     def meet(self, parameters: Sequence[Tensor]) -> None:
         """Look at how the parameters lie, each step anew, since wrappers replace them."""
-        self.groups = distinct(parameters) or [()]
-        self.sharded = any(layout_of(p) is not None for p in parameters)
+        layouts = [layout_of(p) for p in parameters]
+        self.groups = list(dict.fromkeys(() if lay is None else lay.summed for lay in layouts)) or [()]
+        self.sharded = any(lay is not None for lay in layouts)
 
     def agree(self, parameters: Sequence[Tensor], told: object, sources: Sequence[Source]) -> None:
         """Before the first sum: whatever differs between ranks is an error on all of them, and no hang.

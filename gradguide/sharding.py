@@ -7,7 +7,6 @@ one all-reduce of a few numbers per scope is all that sharding costs, whatever t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ __all__ = [
     "Layout",
     "add_up_",
     "check_agreement",
-    "distinct",
     "gathered",
     "layout_of",
     "local",
@@ -138,9 +136,3 @@ def check_agreement(fingerprint: str, groups: tuple[Any, ...], device: torch.dev
             "sources must be the same on all of them. Build model, optimizer and GradGuide alike, and capture a source "
             "on all ranks together or load one file on all"
         )
-
-
-def distinct(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """The process groups that the tensors are summed over, each combination once, in a fixed order."""
-    found: Sequence[tuple[Any, ...]] = [() if (lay := layout_of(t)) is None else lay.summed for t in tensors]
-    return list(dict.fromkeys(found))

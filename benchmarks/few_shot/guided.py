@@ -28,11 +28,11 @@ class Variant:
 
 def wrap(base: Optimizer, problem: Problem, variant: Variant) -> GradGuide:
     """``base`` guided as ``variant`` says; the first task of a sequence has no source to align with."""
-    aligned = variant.alignment is not None and len(problem.sources) > 0
+    alignment = variant.alignment(problem.sources) if variant.alignment is not None and problem.sources else None
     return GradGuide(
         base,
         direction=variant.direction,
-        alignment=variant.alignment(problem.sources) if variant.alignment is not None and aligned else None,
+        alignment=alignment,
         magnitude=variant.magnitude,
         names=problem.adapter,
     )

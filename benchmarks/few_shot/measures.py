@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.few_shot.problem import Problem
+from gradguide.demo.adapt import Coherence, unit_gradient
 
 __all__ = ["Stability", "Update", "pool_gradient"]
 
@@ -19,24 +20,20 @@ class Stability:
     successive_cosine: cosine of a gradient with the one before it; mean over steps.
     """
 
-    DECAY = 0.95
-
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self._mean: Tensor | None = None
+        self._coherence = Coherence()
         self._last: Tensor | None = None
         self.coherences: list[float] = []
         self.cosines: list[float] = []
 
     def observe(self) -> None:
         """Takes in the gradients that the parameters hold."""
-        gradient = torch.cat([p.grad.reshape(-1).float() for p in self._parameters if p.grad is not None])
-        unit = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+        unit = unit_gradient(self._parameters)
         if self._last is not None:
             self.cosines.append(float(torch.dot(unit, self._last)))
         self._last = unit
-        self._mean = unit * (1 - self.DECAY) if self._mean is None else self._mean.lerp(unit, 1 - self.DECAY)
-        self.coherences.append(float(self._mean.norm()) / (1 - self.DECAY ** (len(self.coherences) + 1)))
+        self.coherences.append(self._coherence.add(unit))
 
 
 class Update:

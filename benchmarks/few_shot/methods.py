@@ -47,15 +47,19 @@ def _adamw(problem: Problem, lr: float) -> Learner:
     return Learner(optimizer=AdamW(problem.groups(lr)))
 
 
+def _clip(problem: Problem) -> Change:
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(problem.parameters, MAX_NORM)
+
+    return clip
+
+
 def _before_clipping(make: Callable[[Problem], Change] | None) -> Method:
     """AdamW with clipped gradients, after ``make``'s change."""
 
     def method(problem: Problem, lr: float) -> Learner:
-        def clip() -> None:
-            nn.utils.clip_grad_norm_(problem.parameters, MAX_NORM)
-
         first = (make(problem),) if make is not None else ()
-        return Learner(optimizer=AdamW(problem.groups(lr)), changes=(*first, clip))
+        return Learner(optimizer=AdamW(problem.groups(lr)), changes=(*first, _clip(problem)))
 
     return method
 
@@ -65,10 +69,7 @@ def _lower(problem: Problem, lr: float) -> Learner:
 
 
 def _cautious(problem: Problem, lr: float) -> Learner:
-    def clip() -> None:
-        nn.utils.clip_grad_norm_(problem.parameters, MAX_NORM)
-
-    return Learner(optimizer=CautiousAdamW(problem.groups(lr)), changes=(clip,))
+    return Learner(optimizer=CautiousAdamW(problem.groups(lr)), changes=(_clip(problem),))
 
 
 def _zclip(problem: Problem, lr: float) -> Learner:

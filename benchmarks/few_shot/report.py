@@ -223,10 +223,10 @@ def _sequence(rows: pd.DataFrame) -> str:
 def _rough(rows: pd.DataFrame) -> str:
     lines = []
     for condition, part in rows.groupby("condition", sort=False):
+        means = untuned(part, "target_accuracy")
         for method in _methods(part):
             mine = part[part["method"] == method]
             spread = mine.groupby(["target", "lr"])["target_accuracy"].std().mean()
-            means = untuned(part, "target_accuracy")
             lines.append([
                 str(condition), method, f"{mine['target_accuracy'].mean():.1f}",
                 "" if method == BASE or method not in means else str(difference(means, method)),

@@ -16,7 +16,7 @@ from benchmarks.few_shot.grid import ONE_RATE, SEQUENCES, Run
 from benchmarks.few_shot.language import Encoder, Known, LiveRows
 from benchmarks.few_shot.memory import peak_memory, reset_peak
 from benchmarks.few_shot.methods import METHODS, STORED
-from benchmarks.few_shot.problem import HEAD_LR
+from benchmarks.few_shot.problem import HEAD_LR, Problem
 from benchmarks.few_shot.rough import CONDITIONS, Rough, outlier_batches, spikes
 from benchmarks.few_shot.texts import episode, spoil_labels
 from benchmarks.few_shot.train import Trained, train
@@ -98,19 +98,12 @@ class Suite:
 
     def _digit_run(self, run: Run) -> dict[str, Any]:
         assert self._digits is not None
-        problem = self._digits.problem(run.shots, run.seed)
-        stream = batches(problem.rows, _BATCH, run.seed)
-        trained = train(
-            problem, _ALL[run.method], run.lr, stream, _DIGITS_STEPS, seed=run.seed, closely=run.seed < _CLOSELY
-        )
-        return _row(trained, self._digits.source_accuracy)
+        return _clean_run(run, self._digits.problem(run.shots, run.seed), _DIGITS_STEPS, self._digits.source_accuracy)
 
     def _causal_run(self, run: Run) -> dict[str, Any]:
         assert self._causal is not None
-        problem = self._causal.problem(episode(self.settings.data, run.target, run.shots, run.seed), run.seed)
-        stream = batches(problem.rows, _BATCH, run.seed)
-        trained = train(problem, _ALL[run.method], run.lr, stream, STEPS, seed=run.seed, closely=run.seed < _CLOSELY)
-        return _row(trained, self._causal.source_accuracy)
+        few = episode(self.settings.data, run.target, run.shots, run.seed)
+        return _clean_run(run, self._causal.problem(few, run.seed), STEPS, self._causal.source_accuracy)
 
     def _sequence_run(self, run: Run) -> dict[str, Any]:
         """Five tasks one after the other. Each one's stored source and rows are kept for those that follow.
@@ -159,6 +152,12 @@ class Suite:
             "capture_seconds": captured,
             "memory": math.nan,
         }
+
+
+def _clean_run(run: Run, problem: Problem, steps: int, source_before: float) -> dict[str, Any]:
+    stream = batches(problem.rows, _BATCH, run.seed)
+    trained = train(problem, _ALL[run.method], run.lr, stream, steps, seed=run.seed, closely=run.seed < _CLOSELY)
+    return _row(trained, source_before)
 
 
 def _row(trained: Trained, source_before: float) -> dict[str, Any]:

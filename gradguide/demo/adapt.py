@@ -20,7 +20,7 @@ from .prepare import Prepared
 from .sampling import batches
 from .source import HEAD as SOURCE_HEAD
 
-__all__ = ["Coherence", "Outcome", "adapt"]
+__all__ = ["Coherence", "Outcome", "adapt", "unit_gradient"]
 
 _HEAD = "target"
 
@@ -47,6 +47,13 @@ class Outcome:
         return statistics.fmean(self.coherence)
 
 
+def unit_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The gradients that the parameters hold, as one vector [P] of length 1; zeros stay zeros."""
+    gradient = torch.cat([p.grad.reshape(-1).float() for p in parameters if p.grad is not None])
+    unit: Tensor = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+    return unit
+
+
 class Coherence:
     """Length of the running mean of unit gradients: 1 while they agree, near 0 for noise.
 
@@ -60,8 +67,10 @@ class Coherence:
 
     def update(self, parameters: Sequence[nn.Parameter]) -> float:
         """Takes in the gradients of one step; returns the coherence so far, corrected for the start at zero."""
-        gradient = torch.cat([p.grad.reshape(-1).float() for p in parameters if p.grad is not None])
-        unit = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+        return self.add(unit_gradient(parameters))
+
+    def add(self, unit: Tensor) -> float:
+        """Takes in one unit gradient [P]; returns the coherence so far."""
         self._mean = unit * (1 - self._decay) if self._mean is None else self._mean.lerp(unit, 1 - self._decay)
         self._steps += 1
         return float(self._mean.norm()) / (1 - self._decay**self._steps)

@@ -12,8 +12,8 @@ import gradguide
 __all__ = ["ranks"]
 
 
-def ranks(script: str, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
-    """Runs ``script RANK WORLD FOLDER ARGUMENTS...`` once per rank; returns their outputs.
+def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
+    """Runs ``script RANK WORLD FOLDER ARGUMENTS...``, of this folder unless absolute, once per rank; their outputs.
 
     Raises:
         AssertionError: a rank failed, or took longer than ``timeout`` seconds.
@@ -21,7 +21,7 @@ def ranks(script: str, folder: Path, world: int = 2, *arguments: str, timeout: f
     root = Path(gradguide.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     # A process of its own per rank, by path: pytest's test modules cannot be imported in a spawned child.
-    path = Path(__file__).with_name(script)
+    path = Path(__file__).parent / script
     processes = [
         subprocess.Popen(
             [sys.executable, str(path), str(rank), str(world), str(folder), *arguments],

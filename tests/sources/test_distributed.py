@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import gradguide
 from gradguide import SourceGradient
+from tests.distributed.launch import ranks
 
 from .problems import close, cross_entropy, per_example, softmax_problem, split
 
@@ -26,27 +23,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "model.pt")
     for rank, share in enumerate((slice(0, 6), slice(6, 10))):
         torch.save({"x": x[share].clone(), "y": y[share].clone(), "sizes": SIZES[rank]}, tmp_path / f"share{rank}.pt")
-    root = Path(gradguide.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    # A process of its own per rank, by path: pytest's test modules cannot be imported in a spawned child.
-    script = Path(__file__).with_name("gloo_rank.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), "2", str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks(Path(__file__).with_name("gloo_rank.py"), tmp_path, timeout=120.0)
 
     alone = SourceGradient.capture(model, split(x, y, [*SIZES[0], *SIZES[1]]), cross_entropy, dtype=torch.float64)
     at = [p.detach() for p in model.parameters()]
