@@ -90,6 +90,7 @@ def launch_adam(
     on_device = isinstance(settings.lr, Tensor) and settings.lr.device == columns.device
     turned = gradient if direction is None else direction.coefficients
     p, m, v = columns.others
+    wide = len(columns.dtypes) > WIDE
     with on(columns.device):
         adam[(len(chunks),)](
             table, lengths, chunks, steps, gradient.contiguous(), turned.contiguous(), scale, go, squares,
@@ -98,8 +99,8 @@ def launch_adam(
             DTYPES=columns.dtypes, ROWS=columns.rows, SLOTS=tuple(i for i, row in enumerate(rows) if row),
             D=columns.writes[0][0] if columns.writes else -1, P=p, M=m, V=v, RATE_ON_DEVICE=on_device,
             DECOUPLED=settings.decoupled, MAXIMIZE=settings.maximize,
-            BLOCK=WIDEST_BLOCK if len(columns.dtypes) > WIDE else WIDE_BLOCK, CHUNK=CHUNK, THREADS=32 * WARPS,
-            num_warps=WARPS, maxnreg=REGISTERS,
+            RELOAD=wide, BLOCK=WIDEST_BLOCK if wide else WIDE_BLOCK, CHUNK=CHUNK, THREADS=32 * WARPS, num_warps=WARPS,
+            maxnreg=REGISTERS,
         )  # fmt: skip
     return squares
 

@@ -33,12 +33,30 @@ def correction(step, log_beta):
 
 
 @triton.jit
+def prepare(
+    table, gradient, direction, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """What every block needs: addresses of the columns, both lists of coefficients, and which columns count."""
+    weights = load_coefficients(gradient, SLOTS)
+    turned = load_coefficients(direction, SLOTS)
+    reads = ()
+    for column in tl.static_range(COLUMNS):
+        read = is_read(weights, column, ROWS)
+        if D >= 0:
+            read = read | is_read(turned, column, ROWS)
+        reads = reads + (read,)
+    return addresses_of(table, tensor, tensors, COLUMNS), weights, turned, reads
+
+
+@triton.jit
 def block(
-    addresses, offsets, inside, gradient, direction, reads, settings, corrections,
+    prepared, offsets, inside, settings, corrections,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One block; gives the change of the parameters, as rounded."""
+    addresses, gradient, direction, reads = prepared
     lr, beta1, rest1, beta2, rest2, eps, decay, scale = settings
     columns = ()
     for column in tl.static_range(len(DTYPES)):
@@ -82,7 +100,7 @@ def adam(
     beta2, rest2, log_beta2, eps, decay,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
+    RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of ``g = gradient . rows; d = direction . rows; p, m, v = Adam(p, g, m, v)``, g never stored.
 
@@ -101,6 +119,7 @@ def adam(
         eps, decay: of Adam, and its weight decay, DECOUPLED or not.
         ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
         D, P, M, V: columns of direction (-1 for none), parameters, first and second moments.
+        RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
         THREADS: of a program.
     """
     index = tl.program_id(0)
@@ -108,32 +127,28 @@ def adam(
     if tl.load(go) == 0.0:
         return
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
-    addresses = addresses_of(table, tensor, tensors, len(DTYPES))
-    weights = load_coefficients(gradient, SLOTS)
-    turned = load_coefficients(direction, SLOTS)
-    reads = ()
-    for column in tl.static_range(len(DTYPES)):
-        read = is_read(weights, column, ROWS)
-        if D >= 0:
-            read = read | is_read(turned, column, ROWS)
-        reads = reads + (read,)
+    prepared = prepare(table, gradient, direction, tensor, tensors, len(DTYPES), ROWS, SLOTS, D)
     rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
     step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
     settings = (rate, beta1, rest1, beta2, rest2, eps, decay, tl.load(scale).to(tl.float32))
     corrections = (correction(step, log_beta1), correction(step, log_beta2))
     lanes = tl.arange(0, BLOCK).to(tl.int64)
-    split = vector_end(addresses, begin, end, BLOCK)
+    split = vector_end(prepared[0], begin, end, BLOCK)
     total = tl.zeros([THREADS], tl.float32)
     for start in range(begin, split, BLOCK):
+        if RELOAD:
+            prepared = prepare(table, gradient, direction, tensor, tensors, len(DTYPES), ROWS, SLOTS, D)
         change = block(
-            addresses, start + lanes, None, weights, turned, reads, settings, corrections,
+            prepared, start + lanes, None, settings, corrections,
             DTYPES, ROWS, D, P, M, V, DECOUPLED, MAXIMIZE, BLOCK, True,
         )  # fmt: skip
         total += dot(change, change, THREADS)
     for start in range(split, end, BLOCK):
+        if RELOAD:
+            prepared = prepare(table, gradient, direction, tensor, tensors, len(DTYPES), ROWS, SLOTS, D)
         offsets = start + lanes
         change = block(
-            addresses, offsets, offsets < end, weights, turned, reads, settings, corrections,
+            prepared, offsets, offsets < end, settings, corrections,
             DTYPES, ROWS, D, P, M, V, DECOUPLED, MAXIMIZE, BLOCK, False,
         )  # fmt: skip
         total += dot(change, change, THREADS)
