@@ -15,6 +15,7 @@ from gradguide.ops.triton.columns import Columns, columns_of
 from gradguide.ops.triton.kernels.adam import adam
 from gradguide.ops.triton.launch import (
     CHUNK,
+    FUSION,
     REGISTERS,
     WARPS,
     WIDE,
@@ -100,7 +101,7 @@ def launch_adam(
             D=columns.writes[0][0] if columns.writes else -1, P=p, M=m, V=v, RATE_ON_DEVICE=on_device,
             DECOUPLED=settings.decoupled, MAXIMIZE=settings.maximize,
             RELOAD=wide, BLOCK=WIDEST_BLOCK if wide else WIDE_BLOCK, CHUNK=CHUNK, THREADS=32 * WARPS, num_warps=WARPS,
-            maxnreg=REGISTERS,
+            maxnreg=REGISTERS, **FUSION,
         )  # fmt: skip
     return squares
 

@@ -20,6 +20,7 @@ __all__ = [
     "BLOCK",
     "CHUNK",
     "FINISH",
+    "FUSION",
     "REGISTERS",
     "TILE",
     "WARPS",
@@ -56,6 +57,10 @@ REGISTERS = 232
 """Most per thread of a program that combines. Left to itself the compiler aims at more threads than a pass that waits
 for memory needs, and spills for it."""
 
+FUSION = {"enable_fp_fusion": True}
+"""Multiplying and adding round once. Said by name, since Triton's own default changes with its version 3.10, and with
+it would the last bits of a step."""
+
 FINISH = 2048
 """Partial sums that a program adds at a time."""
 
@@ -87,12 +92,12 @@ def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
                 measure[(count,)](
                     partials, table, lengths, chunks, columns.tensors, count, first, second, len(present),
                     DTYPES=columns.dtypes, A=a_rows, B=b_rows or a_rows, SAME=first == second,
-                    BLOCK=block_for(columns), CHUNK=CHUNK, THREADS=32 * WARPS, num_warps=WARPS,
+                    BLOCK=block_for(columns), CHUNK=CHUNK, THREADS=32 * WARPS, num_warps=WARPS, **FUSION,
                 )  # fmt: skip
         gram = torch.empty(len(rows), len(rows), dtype=torch.float64, device=device)
         finish[(gram.numel(),)](
-            gram, partials, count, SLOTS=_slots(rows), ROWS=len(present), BLOCK=FINISH, num_warps=WARPS
-        )
+            gram, partials, count, SLOTS=_slots(rows), ROWS=len(present), BLOCK=FINISH, num_warps=WARPS, **FUSION,
+        )  # fmt: skip
     return gram
 
 
@@ -113,7 +118,7 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
                 DTYPES=columns.dtypes, ROWS=columns.rows, SLOTS=tuple(i for i, row in enumerate(rows) if row),
                 WRITES=columns.writes, RELOAD=len(columns.rows) > TILE,
                 BLOCK=WIDEST_BLOCK if len(columns.dtypes) > WIDE else block_for(columns), CHUNK=CHUNK,
-                num_warps=WARPS, maxnreg=REGISTERS,
+                num_warps=WARPS, maxnreg=REGISTERS, **FUSION,
             )  # fmt: skip
     return True
 
