@@ -101,7 +101,7 @@ def test_i03_accelerate_save_state_and_load_state(tmp_path: Path) -> None:
     kit.assert_same(loaded, kept)
 
 
-def lightning_module(kind: str) -> Any:
+def lightning_module(kind: str, *, automatic: bool = True) -> Any:
     from lightning.pytorch import LightningModule
 
     class Module(LightningModule):
@@ -109,10 +109,17 @@ def lightning_module(kind: str) -> Any:
             super().__init__()
             self.net = kit.net()
             self.found: list[Any] = []
+            self.automatic_optimization = automatic
 
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-            self.found.append(unwrap(self.optimizers()))
-            return kit.loss_of(self.net, batch)
+            optimizer: Any = self.optimizers()
+            self.found.append(unwrap(optimizer))
+            loss = kit.loss_of(self.net, batch)
+            if not automatic:
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
 
         def configure_optimizers(self) -> Any:
             self.guide = kit.guide(self.net, kit.adamw, kind)
@@ -122,13 +129,13 @@ def lightning_module(kind: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, tmp_path: Path) -> None:
-    """Lightning steps with a closure and wraps the optimizer in a class of its own."""
+@pytest.mark.parametrize(("accumulate", "automatic"), [(1, True), (2, True), (1, False)])
+def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, automatic: bool, tmp_path: Path) -> None:
+    """Lightning wraps the optimizer in a class of its own, and steps with a closure unless the module steps itself."""
     pytest.importorskip("lightning")
     from lightning.pytorch import Trainer
 
-    module = lightning_module("on update")
+    module = lightning_module("on update", automatic=automatic)
     # Its source is built on `net`'s own names; the plain twin has the same ones.
     trainer = Trainer(
         max_epochs=1,
