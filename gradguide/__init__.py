@@ -19,13 +19,28 @@ import importlib.metadata as _metadata
 
 from gradguide.factory import guided, unwrap
 from gradguide.history import History
+from gradguide.loss import guided_loss
 from gradguide.optimizer import GradGuide
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
+from gradguide.rules.objective import Regularizer
+from gradguide.sources.replay import ReplaySource
 from gradguide.sources.stored import SourceGradient
 
-__all__ = ["Alignment", "Direction", "GradGuide", "History", "Magnitude", "SourceGradient", "guided", "unwrap"]
+__all__ = [
+    "Alignment",
+    "Direction",
+    "GradGuide",
+    "History",
+    "Magnitude",
+    "Regularizer",
+    "ReplaySource",
+    "SourceGradient",
+    "guided",
+    "guided_loss",
+    "unwrap",
+]
 
 try:
     __version__ = _metadata.version("gradguide")

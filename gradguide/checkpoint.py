@@ -42,7 +42,7 @@ class Own(NamedTuple):
 def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Tensor) -> dict[str, Any]:
     """The base's state dict with direction and counters added; the base's own entries are not touched."""
     entries = dict(state["state"])
-    labels = guidance.labels(base)
+    labels = guidance.surveyor.labels(base)
     stepped = bool(guidance.directions) or bool(totals.any())
     for position, parameter in enumerate(_parameters(base)) if stepped else ():
         # Bases take an entry for a step made. Where they keep state, a parameter without a step gets none of ours
@@ -105,7 +105,7 @@ def restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
     guidance.directions = dict(zip(found, lay_out([local(p) for p in found], torch.float32), strict=True))
     for parameter, direction in found.items():
         guidance.directions[parameter].copy_(gathered(direction.detach(), parameter))
-    labels = guidance.labels(base)
+    labels = guidance.surveyor.labels(base)
     statistics = {labels[parameters[position]]: counters[_HEAD:].cpu() for position, counters in own.counters.items()}
     guidance.scopes.restore(statistics)
     totals = next(iter(own.counters.values()), torch.zeros(_HEAD, dtype=torch.float64))[1:_HEAD]
@@ -143,7 +143,7 @@ def _check_sizes(entry: dict[str, Any], position: int, parameter: Tensor, guidan
             continue
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            which = guidance.names.get(parameter, f"number {position}")
+            which = guidance.surveyor.names.get(parameter, f"number {position}")
             raise ValueError(
                 f"the saved {name} of parameter {which} has shape {found}, the parameter {tuple(parameter.shape)}: the "
                 "state is of another model, of adapters of another rank, or of parameters in another order"

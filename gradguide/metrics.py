@@ -80,5 +80,5 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
         update_norm.to(gram),
     ]
-    conflicting = conflicts(per_scope[:, 2:]).any(dim=0).to(gram.dtype)
+    conflicting = conflicts(per_scope[:, 2 : 2 + sources]).any(dim=0).to(gram.dtype)
     return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting])

@@ -20,11 +20,14 @@ from gradguide.history import History
 from gradguide.metrics import Record, read
 from gradguide.momentum import check_momentum
 from gradguide.naming import NamesLike, canonical, named
+from gradguide.objective import evaluate
 from gradguide.ops import check_backend
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
+from gradguide.rules.objective import Regularizer
 from gradguide.sources.match import check_match
+from gradguide.survey import Surveyor
 
 __all__ = ["GradGuide"]
 
@@ -67,6 +70,8 @@ class GradGuide(Optimizer):
         scope: over which parameters one Gram matrix runs: "global", "group" (param group), "module" (needs names; the
             parts of one layer's LoRA adapter together), "tensor", or a mapping from parameters to labels, as
             ``gradguide.integrations.peft.lora_scopes`` gives.
+        regularizer: terms on the gradient, added to the loss exactly and not to first order, or None; needs
+            ``step(closure)``.
         names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the
             source speaks of; others are guided without it. Not needed if the base was given named parameters.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
@@ -90,6 +95,7 @@ class GradGuide(Optimizer):
         alignment: Alignment | None = None,
         magnitude: Magnitude | None = Magnitude(),  # noqa: B008 (frozen)
         scope: Scope = "global",
+        regularizer: Regularizer | None = None,
         names: NamesLike | None = None,
         nonfinite: str = "skip",
         backend: str = "auto",
@@ -101,6 +107,7 @@ class GradGuide(Optimizer):
             ("direction", direction, Direction),
             ("alignment", alignment, Alignment),
             ("magnitude", magnitude, Magnitude),
+            ("regularizer", regularizer, Regularizer),
         ):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
@@ -108,18 +115,23 @@ class GradGuide(Optimizer):
         check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
         if magnitude is not None and magnitude.coherence > 0 and direction is None:
             raise ValueError(f"Magnitude(coherence={magnitude.coherence}) needs a direction, found direction=None")
+        if regularizer is not None and regularizer.direction > 0 and direction is None:
+            raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
         if direction is not None and direction.share_momentum:
             check_momentum(base, base.param_groups)
         known = named(names) if names is not None else _names_of(base.param_groups)
         labeller(scope, known)
-        if alignment is not None:
-            check_match(alignment.sources, base.param_groups, known)
+        sources = (*(alignment.sources if alignment else ()), *(regularizer.sources if regularizer else ()))
+        if sources:
+            check_match(sources, base.param_groups, known)
         # Optimizer.__init__ would make param groups of its own; these dicts are all else that it sets up.
         self._make_hooks()
         self.base = base
         self._nonfinite = nonfinite
-        self._guidance = Guidance(direction, alignment, magnitude, scope, known, backend)
-        self._guidance.follow(base)
+        self._regularizer = regularizer
+        surveyor = Surveyor(scope, known, sources, (direction, magnitude, regularizer), backend)
+        surveyor.follow(base)
+        self._guidance = Guidance(direction, alignment, magnitude, surveyor)
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._last: Record | None = None
         self._history: History | None = None
@@ -160,25 +172,30 @@ class GradGuide(Optimizer):
         """Guide the gradients in place, then step the base.
 
         Args:
-            closure: evaluated once, with gradients enabled, before anything else.
+            closure: evaluated once, with gradients enabled, before anything else; with a regularizer perhaps twice: see
+                :class:`gradguide.Regularizer`.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: no parameter has a gradient.
+            RuntimeError: no parameter has a gradient; or, with a regularizer, there is no closure, or none that does
+                what the regularizer asks.
             ValueError: a gradient is sparse or complex.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
         """
         guidance = self._guidance
-        if not guidance.active:
+        if not guidance.active and self._regularizer is None:
             return self.base.step(closure) if closure is not None else self.base.step()
-        loss = None
-        if closure is not None:
+        guidance.surveyor.refresh(self.base)
+        loss, added = None, None
+        if self._regularizer is not None:
+            loss, added = evaluate(closure, self.base, guidance, self._regularizer, self._totals[0])
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        measured = guidance.measure(self.base)
+        measured = guidance.measure(self.base, added)
         if measured is None:
             raise RuntimeError(missing_gradients(self.base))
         if not self._stops(measured):
@@ -186,7 +203,7 @@ class GradGuide(Optimizer):
             if not guidance.step_fused(measured, self.base, propagate=self._nonfinite == "propagate"):
                 guidance.combine(measured)
                 if guidance.acts_on_update or self._history is not None:
-                    guidance.before.keep(measured.buckets)
+                    guidance.before.keep(measured.survey.buckets)
                     self._step_base(measured)
                     guidance.correct(measured)
                 else:
@@ -218,13 +235,14 @@ class GradGuide(Optimizer):
             check_momentum(self.base, [param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
-        known = guidance.names | _names_of([param_group])
-        if guidance.alignment is not None:
+        surveyor = guidance.surveyor
+        known = surveyor.names | _names_of([param_group])
+        if surveyor.sources:
             bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
-            check_match(guidance.alignment.sources, [*self.param_groups, {"params": bare}], known)
+            check_match(surveyor.sources, [*self.param_groups, {"params": bare}], known)
         self.base.add_param_group(param_group)
-        guidance.names = known
-        guidance.follow(self.base)
+        surveyor.names = known
+        surveyor.follow(self.base)
 
     def metrics(self) -> dict[str, float]:
         """What the last step measured, read from the device at once; NaN where nothing was measured, or
@@ -278,7 +296,7 @@ class GradGuide(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
-        kept = ("base", "_nonfinite", "_guidance", "_totals", "_last", "_history")
+        kept = ("base", "_nonfinite", "_guidance", "_regularizer", "_totals", "_last", "_history")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,7 +305,7 @@ class GradGuide(Optimizer):
 
     def __repr__(self) -> str:
         guidance = self._guidance
-        rules = (guidance.direction, guidance.alignment, guidance.magnitude)
+        rules = (guidance.direction, guidance.alignment, guidance.magnitude, self._regularizer)
         return f"GradGuide({', '.join(str(rule) for rule in rules if rule is not None)})\n{self.base!r}"
 
     def _make_hooks(self) -> None:
@@ -301,7 +319,8 @@ class GradGuide(Optimizer):
         if self._nonfinite == "propagate" or self._base_stops(measured) or bool(measured.finite):
             return False
         if self._nonfinite == "raise":
-            raise FloatingPointError(f"{_where(measured, self._guidance.names)} NaN or Inf; nothing was changed")
+            where = _where(measured, self._guidance.surveyor.names)
+            raise FloatingPointError(f"{where} NaN or Inf; nothing was changed")
         return True
 
     def _base_stops(self, measured: Measured) -> bool:
@@ -346,7 +365,7 @@ def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:
 def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
     bad = [
         p
-        for bucket in measured.buckets
+        for bucket in measured.survey.buckets
         for p, g in zip(bucket.parameters, bucket.gradients, strict=True)
         if not g.isfinite().all()
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguide.checks import check_choice, check_flag, check_range
 from gradguide.rules.cone import TOLERANCE, multipliers
 from gradguide.rules.span import Span
-from gradguide.sources.source import Source
+from gradguide.sources.source import Source, sources_of
 
 __all__ = ["Alignment", "conflicts", "project", "pull"]
 
@@ -54,9 +54,6 @@ class Alignment:
             raise ValueError("Alignment needs at least one source, found none; leave alignment=None to do without")
         if len(self.sources) > MAX_SOURCES:
             raise ValueError(f"Alignment takes at most {MAX_SOURCES} sources, found {len(self.sources)}; merge some")
-        for source in self.sources:
-            if not isinstance(source, Source):
-                raise TypeError(f"source must be a SourceGradient or the like, found {type(source).__name__}")
         check_choice("on", self.on, ("update", "gradient"))
         if self.weight is not None:
             check_range("weight", self.weight, 0, float("inf"), open_high=True)
@@ -65,9 +62,7 @@ class Alignment:
     @property
     def sources(self) -> tuple[Source, ...]:
         """The sources as a tuple."""
-        if isinstance(self.source, Sequence):
-            return tuple(self.source)
-        return (self.source,)
+        return sources_of(self.source)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -81,7 +76,7 @@ def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float])
     Args:
         gradient (Tensor): coordinates [S, R].
         length (Tensor): shape [S], the norm of the gradient as received.
-        first (int): index of the first source row; the sources are the last R - first rows.
+        first (int): index of the first source row.
         weights: one per source, at least 0.
 
     Returns:
@@ -93,20 +88,20 @@ def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float])
     return pulled
 
 
-def project(span: Span, vector: Tensor, first: int) -> Tensor:
+def project(span: Span, vector: Tensor, first: int, end: int | None = None) -> Tensor:
     """The nearest vector whose inner product with every source row is not negative.
 
     Args:
-        span: the rows; the sources are the last R - first of them.
+        span: the rows.
         vector (Tensor): coordinates [S, R].
-        first (int): index of the first source row.
+        first, end (int): the source rows are those from ``first`` up to ``end``, or to the last.
 
     Returns:
         Coordinates [S, R], those given, bit for bit, in scopes without a conflict beyond rounding.
     """
-    inner = (span.gram[:, first:, :] @ vector.unsqueeze(2)).squeeze(2)
+    inner = (span.gram[:, first:end, :] @ vector.unsqueeze(2)).squeeze(2)
     projected = vector.clone()
-    projected[:, first:] += multipliers(span.gram[:, first:, first:], inner, span.norm(vector))
+    projected[:, first:end] += multipliers(span.gram[:, first:end, first:end], inner, span.norm(vector))
     return projected
 
 

@@ -37,6 +37,8 @@ def check_match(sources: Sequence[Source], groups: Iterable[dict[str, Any]], nam
     trained = {name for name, p in parameters.items() if p.requires_grad}
     for index, source in enumerate(sources):
         found = source.shapes()
+        if found is None:
+            continue
         missing = [name for name in shapes if name in trained and name not in found]
         unexpected = [name for name in found if name not in shapes]
         other = [

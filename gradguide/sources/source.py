@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguide.ops.row import Row
 from gradguide.sharding import Layout
 
-__all__ = ["Source"]
+__all__ = ["Source", "sources_of"]
 
 
 @runtime_checkable
@@ -23,8 +23,8 @@ class Source(Protocol):
         """Weight of its pull where none is asked for."""
         ...
 
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each parameter that the source speaks of, by name."""
+    def shapes(self) -> dict[str, torch.Size] | None:
+        """Shape of each parameter that the source speaks of, by name; None where it answers for any."""
         ...
 
     def fingerprint(self) -> str:
@@ -35,6 +35,28 @@ class Source(Protocol):
         """The same source for this rank's parts of the parameters that lie over ranks as ``layouts`` says."""
         ...
 
+    def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+        """Called before each step: what is computed anew is computed here.
+
+        Args:
+            parameters: those that sources are asked about, by name.
+            trained: all that are trained, whose gradients must stay as they are.
+        """
+        ...
+
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """The source-task gradient at ``at``, the values of the parameters called ``names``, on their device."""
         ...
+
+
+def sources_of(source: Source | Sequence[Source]) -> tuple[Source, ...]:
+    """One source or several as a tuple.
+
+    Raises:
+        TypeError: one of them is none.
+    """
+    sources = tuple(source) if isinstance(source, Sequence) else (source,)
+    for each in sources:
+        if not isinstance(each, Source):
+            raise TypeError(f"source must be a SourceGradient or the like, found {type(each).__name__}")
+    return sources

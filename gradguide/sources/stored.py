@@ -167,6 +167,9 @@ class SourceGradient:
             tables.get("gradient"), fisher=tables.get("fisher"), anchor=tables.get("anchor"), metadata=self.metadata
         )
 
+    def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+        """What is stored needs none."""
+
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """The source gradient at the parameters ``at`` called ``names``; its tensors move to their device once."""
         gradient = self._rows("gradient", names, at) if "gradient" in self._tables else None

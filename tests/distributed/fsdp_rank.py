@@ -31,14 +31,19 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
     for step in range(problem.STEPS):
         x, y = problem.batch(step)
         share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
-        optimizer.zero_grad()
-        problem.loss_of(model, x[share], y[share]).backward()
-        gain = model.gain.grad
-        assert gain is not None
-        dist_all_reduce(gain)  # what FSDP ignores, its user adds up
-        gain /= world
+
+        def evaluate(x: torch.Tensor = x[share], y: torch.Tensor = y[share]) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = problem.loss_of(model, x, y)
+            loss.backward()
+            gain = model.gain.grad
+            assert gain is not None
+            dist_all_reduce(gain)  # what FSDP ignores, its user adds up
+            gain /= world
+            return loss
+
         counted.all_reduce = all_reduce
-        optimizer.step()
+        optimizer.step(evaluate)
         counted.all_reduce = dist_all_reduce
         metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank may read them alone
     directions = {

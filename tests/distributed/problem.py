@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW
 
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, SourceGradient
 
 STEPS = 20
-KINDS = ("default", "gradient", "update", "shared", "module", "tensor", "two sources")
+KINDS = ("default", "gradient", "update", "shared", "module", "tensor", "two sources", "regularizer")
 
 
 class Net(nn.Module):
@@ -66,6 +68,32 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
             return GradGuide(base, alignment=Alignment([source(1), source(2)], weight=1.0), names=names)
         case "shared":
             return GradGuide(base, direction=Direction(share_momentum=True), magnitude=Magnitude(max_update=None))
+        case "regularizer":
+            terms = Regularizer(direction=0.3, magnitude=0.1, alignment=0.2, source=source(2), warmup=3)
+            return GradGuide(base, alignment=Alignment(source(1), weight=0.1), regularizer=terms, names=names)
         case "module" | "tensor":
             return GradGuide(base, scope=kind, names=model.named_parameters())
     return GradGuide(base, magnitude=Magnitude(coherence=0.5))
+
+
+def alone(kind: str) -> dict[str, Any]:
+    """What one process gets over all steps: parameters, directions, metrics of each step."""
+    model = net()
+    optimizer = guide(model, kind)
+    metrics = []
+    for step in range(STEPS):
+
+        def evaluate(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, *batch(step))
+            loss.backward()
+            return loss
+
+        optimizer.step(evaluate)
+        metrics.append(optimizer.metrics())
+    directions = optimizer._guidance.directions
+    return {
+        "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "directions": {name: directions[p] for name, p in model.named_parameters() if p in directions},
+        "metrics": metrics,
+    }

@@ -28,26 +28,9 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def alone(kind: str) -> dict[str, Any]:
-    model = problem.net()
-    optimizer = problem.guide(model, kind)
-    metrics = []
-    for step in range(problem.STEPS):
-        optimizer.zero_grad()
-        problem.loss_of(model, *problem.batch(step)).backward()
-        optimizer.step()
-        metrics.append(optimizer.metrics())
-    directions = optimizer._guidance.directions
-    return {
-        "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
-        "directions": {name: directions[p] for name, p in model.named_parameters() if p in directions},
-        "metrics": metrics,
-    }
-
-
 @pytest.mark.parametrize("kind", problem.KINDS)
 def test_i11_two_ranks_equal_one_process(found: list[dict[str, Any]], kind: str) -> None:
-    wanted = alone(kind)
+    wanted = problem.alone(kind)
     for rank in found:
         for part in ("parameters", "directions"):
             assert rank[kind][part].keys() == wanted[part].keys()
@@ -66,8 +49,10 @@ def test_i16_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str)
 @pytest.mark.parametrize("kind", problem.KINDS)
 def test_i17_one_all_reduce_of_a_few_numbers_per_measuring(found: list[dict[str, Any]], kind: str) -> None:
     scopes = {"module": 4, "tensor": 7}.get(kind, 1)
-    sources = {"gradient": 1, "update": 1, "two sources": 2}.get(kind, 0)
+    sources = {"gradient": 1, "update": 1, "two sources": 2, "regularizer": 1}.get(kind, 0)
     step = [scopes * (2 + sources) ** 2]
+    if kind == "regularizer":  # first its own source beside the parameters, then what it adds as one more row
+        step = [(2 + 1 + 1) ** 2, (2 + sources + 1) ** 2]
     if kind not in ("gradient", "shared"):  # a rule acts on the update: measured once more
         step.append(scopes * (2 + (sources if kind != "gradient" else 0)) ** 2)
     for rank in found:

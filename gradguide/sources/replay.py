@@ -1,0 +1,161 @@
+"""A source gradient that is computed anew from live batches of the source task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradguide.ops.pack import lay_out
+from gradguide.ops.row import Row
+from gradguide.second import Randomness, buffers_kept, gradients_kept
+from gradguide.sharding import Layout, layout_of, local
+
+__all__ = ["ReplaySource"]
+
+
+class ReplaySource:
+    """The gradient of a source batch at the present parameters, as A-GEM takes it (arXiv 1812.00420).
+
+    It costs one more forward and backward pass every ``every`` steps, and two rows of memory. Between them the last
+    answer stands. Given to :class:`gradguide.Alignment`, alone or beside stored sources.
+
+    The passes leave gradients, buffers (batch statistics) and torch's random state as they were. Under
+    ``torch.distributed`` every rank gives batches of its own, and the answer is the mean over ranks, whether the loss
+    goes through a wrapped model or not.
+
+    Args:
+        batches: source batches; an iterable that can be iterated again, as a list or a DataLoader, since it is read
+            round and round.
+        loss: ``loss(batch)``, the mean over the batch's examples, a scalar with its graph. It closes over the model,
+            and enters autocast itself where training does.
+        every (int): steps from one evaluation to the next, at least 1.
+        scaler: the GradScaler of float16 training, whose scale is then used here too, and divided out again. An
+            overflow leaves the last answer standing.
+
+    Raises:
+        ValueError, TypeError: ``every`` is out of range, or ``batches`` cannot be iterated.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+        every: int = 1,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every must be a whole number of steps, found {every!r}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, found {every}")
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be iterable, found {type(batches).__name__}")
+        self._batches = batches
+        self._loss = loss
+        self._every = every
+        self._scaler = scaler
+        self._stream: Iterator[Any] | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._steps = 0
+
+    @property
+    def weight(self) -> float:
+        """Of its pull where none is asked for: it only projects."""
+        return 0.0
+
+    def shapes(self) -> None:
+        """It speaks of every parameter that it is asked about."""
+        return
+
+    def fingerprint(self) -> str:
+        """The batches are each rank's own, and the answer is made the same by averaging."""
+        return f"replay every {self._every}"
+
+    def shards(self, layouts: Mapping[str, Layout]) -> ReplaySource:
+        """Gradients come as they lie: this rank's part already."""
+        return self
+
+    def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+        """Before a step: evaluate the next batch where it is due.
+
+        Raises:
+            ValueError: there is no batch (any more), or its loss is no scalar with a graph, or reaches none of the
+                parameters. Gradients are as before.
+        """
+        due = self._steps % self._every == 0 or parameters.keys() != self._rows.keys()
+        if due and parameters:
+            self._evaluate(parameters, trained)
+        self._steps += 1
+
+    def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
+        """The gradient as last evaluated; zero for what it did not reach."""
+        return Row(offset=[self._rows[name] for name in names])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An iterator can be neither copied nor pickled; a copy begins its batches anew.
+        return {**self.__dict__, "_stream": None}
+
+    def __repr__(self) -> str:
+        return f"ReplaySource(every={self._every})"
+
+    def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+        batch = self._next()
+        state = Randomness(trained)
+        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        try:
+            with gradients_kept(trained), buffers_kept(), torch.enable_grad():
+                loss = self._loss(batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                    raise ValueError(
+                        f"the loss of a replayed batch must be a scalar with its graph, found {loss!r:.80}"
+                    )
+                (loss * scale).backward()
+                found = {name: p.grad for name, p in parameters.items()}
+                if all(gradient is None for gradient in found.values()):
+                    raise ValueError("the loss of a replayed batch reaches none of the guided parameters")
+                self._take(parameters, found, 1.0 / scale)
+        finally:
+            state.restore()
+
+    @torch.no_grad()
+    def _take(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> None:
+        values = [local(p) for p in parameters.values()]
+        new = lay_out(values)
+        pairs = zip(new, found.values(), strict=True)
+        torch._foreach_copy_(new, [torch.zeros_like(n) if g is None else local(g) for n, g in pairs])
+        torch._foreach_mul_(new, factor)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
+            _average(plain)
+        fresh = dict(zip(parameters, new, strict=True))
+        if self._rows.keys() == fresh.keys():
+            finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+            for name, tensor in fresh.items():
+                tensor.copy_(torch.where(finite, tensor, self._rows[name]))
+        self._rows = fresh
+
+    def _next(self) -> Any:
+        for _ in range(2):
+            if self._stream is None:
+                self._stream = iter(self._batches)
+            for batch in self._stream:
+                return batch
+            self._stream = None
+        raise ValueError(
+            "batches must hold at least one batch each time, found none; a generator can be read only once"
+        )
+
+
+def _average(tensors: list[Tensor]) -> None:
+    """Mean over all ranks, in one collective; of what is the same already, the same."""
+    if not tensors:
+        return
+    flat = torch.cat([t.reshape(-1).float() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,175 @@
+"""What a step works on: the parameters that have gradients, by bucket and scope, and the passes over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradguide import ops
+from gradguide.buckets import Bucket, Label, Scope, gather, labeller
+from gradguide.ops import Row, Write
+from gradguide.ranks import Ranks
+from gradguide.rules.span import Span
+from gradguide.sources.source import Source
+
+__all__ = ["Rows", "Survey", "Surveyor", "source_rows"]
+
+Rows = list[list[Row | None]]
+"""For each bucket its R rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The parameters of one step.
+
+    scopes: for each bucket, which of the S scopes it belongs to.
+    labels: of the scopes.
+    sources: all there are, for this rank's parts of the parameters.
+    device: where Gram matrices of all scopes come together.
+    """
+
+    buckets: list[Bucket]
+    scopes: list[int]
+    labels: list[Label]
+    sources: Sequence[Source]
+    device: torch.device
+    ranks: Ranks
+    backend: str
+
+    def __iter__(self) -> Iterator[tuple[Bucket, int]]:
+        """Each bucket with its scope."""
+        return zip(self.buckets, self.scopes, strict=True)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether any parameter lies over ranks."""
+        return self.ranks.sharded
+
+    def gram(self, rows: Rows, size: int) -> Span:
+        """Gram matrices [S, size, size] of the scopes, summed over buckets, and of shards over ranks."""
+        count = len(self.labels)
+        parts: dict[tuple[Any, ...], list[Tensor | None]] = {groups: [None] * count for groups in self.ranks.groups}
+        for (bucket, scope), these in zip(self, rows, strict=True):
+            part = self.ops(bucket).gram(these).to(self.device)
+            total = parts[bucket.summed][scope]
+            parts[bucket.summed][scope] = part if total is None else total + part
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        zero = torch.zeros(size, size, dtype=wide, device=self.device)
+        whole = {g: torch.stack([zero if total is None else total for total in each]) for g, each in parts.items()}
+        return Span(self.ranks.add_up(whole))
+
+    def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]]) -> None:
+        """For each bucket, write combinations of its rows."""
+        for bucket, these, wanted in zip(self.buckets, rows, writes, strict=True):
+            self.ops(bucket).combine_(these, wanted)
+
+    def numbers(self) -> Tensor:
+        """How many numbers each scope has: Tensor [S], float64."""
+        counts = [0] * len(self.labels)
+        for bucket, scope in self:
+            counts[scope] += sum(p.numel() for p in bucket.parameters)
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        # Filled on the device: a copy from the host would make it wait.
+        return torch.cat([torch.full((1,), count, dtype=wide, device=self.device) for count in counts])
+
+    def ops(self, bucket: Bucket) -> ops.Ops:
+        """The backend for a bucket."""
+        return ops.select(self.backend, bucket.gradients[0].device)
+
+
+class Surveyor:
+    """What does not change from step to step: names, scope, sources and backend.
+
+    Args:
+        scope: see :class:`gradguide.GradGuide`.
+        names: parameter to name.
+        sources: all that are asked anything.
+        told: options that must be the same on all ranks.
+        backend: see :class:`gradguide.GradGuide`.
+    """
+
+    def __init__(
+        self, scope: Scope, names: Mapping[Tensor, str], sources: Sequence[Source], told: object, backend: str
+    ) -> None:
+        self.names = dict(names)
+        self.sources = sources
+        self._scope = scope
+        self._told = told
+        self._backend = backend
+        self._places: dict[tuple[int, int], str] = {}
+        # What is trained all sources know, which is checked where they are given; what is frozen perhaps only some.
+        shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
+        everything = frozenset(self.names.values()) if sources else frozenset()
+        self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
+        self._ranks = Ranks()
+
+    def survey(self, base: Optimizer) -> Survey | None:
+        """The parameters of this step, or None if none has a gradient.
+
+        Raises:
+            ValueError: a gradient cannot be guided, or ranks disagree.
+        """
+        self.follow(base)
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        ranks = self._ranks
+        ranks.meet(trained)
+        label = labeller(self._scope, self.names)
+        buckets = gather(base.param_groups, label, self.names, self._covered, sharded=ranks.sharded)
+        if not buckets and not ranks.sharded:
+            return None
+        labels: dict[Label, int] = {}
+        if ranks.sharded:
+            # Ranks may lack different gradients; what they add up has the same scopes on all of them.
+            everywhere = self.labels(base)
+            labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
+            parameters = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(everywhere[p])) for p in trained]
+            ranks.agree(trained, (parameters, self._told), self.sources)
+        scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
+        sources = ranks.parts_of(self.sources, trained, self.names)
+        return Survey(buckets, scopes, list(labels), sources, trained[0].device, ranks, self._backend)
+
+    def refresh(self, base: Optimizer) -> None:
+        """Before a step: sources compute anew what they have to, at the parameters as they are."""
+        if not self.sources:
+            return
+        self.follow(base)
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        known = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
+        for source in self.sources:
+            source.refresh(known, trained)
+
+    def labels(self, base: Optimizer) -> dict[Tensor, Label]:
+        """Scope label of every parameter of the base."""
+        self.follow(base)
+        label = labeller(self._scope, self.names)
+        return {
+            parameter: label(parameter, index, place)
+            for index, group in enumerate(base.param_groups)
+            for place, parameter in enumerate(group["params"])
+        }
+
+    def follow(self, base: Optimizer) -> None:
+        """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
+        if not self.names:
+            return
+        for index, group in enumerate(base.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                name = self.names.get(parameter)
+                if name is not None:
+                    self._places[index, place] = name
+                elif (index, place) in self._places and self._places[index, place] not in self._held(base):
+                    self.names[parameter] = self._places[index, place]
+
+    def _held(self, base: Optimizer) -> set[str]:
+        """Names whose parameter is still there: then what stands in its place is a new one, and nameless."""
+        return {self.names[p] for group in base.param_groups for p in group["params"] if p in self.names}
+
+
+def source_rows(sources: Sequence[Source], bucket: Bucket, at: Sequence[Tensor]) -> list[Row | None]:
+    """Source gradients at ``at``; a bucket without names has none."""
+    return [source.row(bucket.names, at) if bucket.names else None for source in sources]

@@ -1,0 +1,58 @@
+"""One rank of test_ddp.py: ``python ddp_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed import problem
+
+
+def run(kind: str, rank: int, world: int) -> dict[str, Any]:
+    model = problem.net()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+    optimizer = problem.guide(model, kind)
+    calls: list[int] = []
+    counted: Any = dist
+    dist_all_reduce = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(tensor.numel())
+        return dist_all_reduce(tensor, *args, **options)
+
+    metrics = []
+    for step in range(problem.STEPS):
+        x, y = problem.batch(step)
+        share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+
+        def evaluate(x: torch.Tensor = x[share], y: torch.Tensor = y[share]) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = problem.loss_of(wrapped, x, y)
+            loss.backward()
+            return loss
+
+        counted.all_reduce = all_reduce
+        optimizer.step(evaluate)
+        counted.all_reduce = dist_all_reduce
+        metrics.append(optimizer.metrics())
+    return {
+        "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "metrics": metrics,
+        "all_reduces": calls,
+    }
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    torch.save({kind: run(kind, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

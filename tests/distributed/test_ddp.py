@@ -1,0 +1,39 @@
+"""DDP on two gloo ranks against one process that sees both halves of every batch (row 18)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import problem
+from tests.distributed.launch import ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    ranks("ddp_rank.py", folder)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", problem.KINDS)
+def test_i18_two_ddp_ranks_equal_one_process(found: list[dict[str, Any]], kind: str) -> None:
+    wanted = problem.alone(kind)
+    for rank in found:
+        for name, value in wanted["parameters"].items():
+            torch.testing.assert_close(rank[kind]["parameters"][name], value, rtol=2e-4, atol=2e-5, msg=name)
+        for step, (ours, theirs) in enumerate(zip(rank[kind]["metrics"], wanted["metrics"], strict=True)):
+            assert ours == pytest.approx(theirs, rel=1e-2, abs=2e-4, nan_ok=True), step
+
+
+@pytest.mark.parametrize("kind", problem.KINDS)
+def test_i18_ddp_ranks_stay_bitwise_together_and_guidance_sends_nothing(found: list[dict[str, Any]], kind: str) -> None:
+    """DDP has added the gradients up already: every rank measures the whole, and none needs to ask another."""
+    for name, value in found[0][kind]["parameters"].items():
+        assert torch.equal(value, found[1][kind]["parameters"][name]), name
+    assert [rank[kind]["all_reduces"] for rank in found] == [[], []]

@@ -1,0 +1,348 @@
+"""What a second evaluation must not leave behind, and closures that cannot work."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from gradguide import Alignment, GradGuide, Regularizer
+from tests.contract import kit
+
+FORMS = ("finite-difference", "exact")
+
+
+class Noisy(nn.Module):
+    """A network with dropout and batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.drop(torch.tanh(self.norm(self.first(x)))))
+        return found
+
+
+def guide(model: nn.Module, form: str, lr: float = 0.1, **options: Any) -> GradGuide:
+    options = {"magnitude": 0.3, "warmup": 0} | options
+    base = torch.optim.SGD(model.parameters(), lr=lr)
+    return GradGuide(base, magnitude=None, regularizer=Regularizer(hessian=form, **options))
+
+
+def closure_of(model: nn.Module, optimizer: GradGuide, form: str, step: int = 0) -> Any:
+    def evaluate() -> Tensor:
+        if form == "exact":
+            return kit.loss_of(model, kit.batch(step))
+        optimizer.zero_grad()
+        loss = kit.loss_of(model, kit.batch(step))
+        loss.backward()
+        return loss
+
+    return evaluate
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_buffers_and_randomness_are_those_of_one_evaluation(form: str) -> None:
+    model, plain = Noisy(), Noisy()
+    optimizer = guide(model, form)
+    torch.manual_seed(1)
+    loss = optimizer.step(closure_of(model, optimizer, form))
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    wanted = kit.loss_of(plain, kit.batch(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loss.detach(), wanted.detach()), "what the first evaluation gave"
+    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_dropout_draws_the_same_mask_in_both_evaluations() -> None:
+    """With other masks the quotient would be dominated by their difference, which the division blows up."""
+    found = []
+    for form in FORMS:
+        model = Noisy().double()
+        optimizer = guide(model, form)
+        torch.manual_seed(1)
+        x, y = kit.batch(0, dtype=torch.float64)
+
+        def evaluate(model: nn.Module = model, x: Tensor = x, y: Tensor = y, form: str = form) -> Tensor:
+            if form == "finite-difference":
+                model.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if form == "finite-difference":
+                loss.backward()
+            return loss
+
+        optimizer.step(evaluate)
+        found.append(kit.parameters_of(model))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_are_back_bit_for_bit_before_the_base_steps(form: str) -> None:
+    model = Noisy()
+    before = kit.parameters_of(model)
+    optimizer = guide(model, form, lr=0.0)
+    optimizer.step(closure_of(model, optimizer, form))
+    kit.assert_same(kit.parameters_of(model), before)
+    assert optimizer.metrics()["steps"] == 1
+
+
+def test_a_closure_that_fails_the_second_time_leaves_everything_as_the_first_left_it() -> None:
+    model = Noisy()
+    optimizer = guide(model, "finite-difference")
+    optimizer.step(closure_of(model, optimizer, "finite-difference"))
+    state = copy.deepcopy(optimizer.state_dict())
+    calls: list[int] = []
+    inner = closure_of(model, optimizer, "finite-difference", step=1)
+
+    def fails() -> Tensor:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        found: Tensor = inner()
+        return found
+
+    before = kit.parameters_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fails)
+    kit.assert_same(kit.parameters_of(model), before)
+    kit.assert_same(optimizer.state_dict(), state)
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    torch.manual_seed(9)
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    assert len(found) == len(list(twin.parameters()))
+    assert all(g.isfinite().all() for g in found)
+
+
+def test_gradients_that_are_views_of_a_shared_buffer_survive() -> None:
+    """As under DDP, where the second backward pass fills the very memory of the first one's gradients."""
+    found = []
+    for shared in (False, True):
+        model = kit.net()
+        sizes = [p.numel() for p in model.parameters()]
+        buffer = torch.zeros(sum(sizes))
+
+        optimizer = guide(model, "finite-difference")
+
+        def evaluate(
+            model: nn.Module = model, buffer: Tensor = buffer, sizes: list[int] = sizes, shared: bool = shared
+        ) -> Tensor:
+            model.zero_grad()
+            loss = kit.loss_of(model, kit.batch(0))
+            loss.backward()
+            if shared:
+                for p, part in zip(model.parameters(), buffer.split(sizes), strict=True):
+                    assert p.grad is not None
+                    p.grad = part.copy_(p.grad.reshape(-1)).view_as(p)
+            return loss
+
+        optimizer.step(evaluate)
+        found.append(kit.parameters_of(model))
+    kit.assert_same(found[1], found[0])
+
+
+def test_a_parameter_without_a_second_gradient_has_no_further_term() -> None:
+    model = kit.net()
+    optimizer = guide(model, "finite-difference")
+    last = list(model.parameters())[-1]
+    calls: list[int] = []
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        loss = kit.loss_of(model, kit.batch(0))
+        loss.backward()
+        if calls:
+            last.grad = None
+        calls.append(1)
+        return loss
+
+    before = last.detach().clone()
+    optimizer.step(evaluate)
+    plain = kit.net()
+    kit.loss_of(plain, kit.batch(0)).backward()
+    gradient = list(plain.parameters())[-1].grad
+    assert gradient is not None
+    torch.testing.assert_close(before - last.detach(), 0.1 * gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_step_without_a_closure_is_refused_and_nothing_changes(form: str) -> None:
+    model = kit.net()
+    optimizer = guide(model, form)
+    kit.give_gradients(model, 0)
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"call step\(closure\)"):
+        optimizer.step()
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+
+
+def test_grad_scaler_meets_the_same_refusal() -> None:
+    model = kit.net()
+    optimizer = guide(model, "finite-difference")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(kit.loss_of(model, kit.batch(0))).backward()
+    before = kit.parameters_of(model)
+    with pytest.raises(RuntimeError, match="GradScaler and Trainer pass none"):
+        scaler.step(optimizer)
+    kit.assert_same(kit.parameters_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("closure", "message"),
+    [
+        (lambda loss: loss.detach(), "detached from its graph"),
+        (lambda loss: float(loss.detach()), "found a float"),
+        (lambda loss: torch.stack([loss, loss]), r"found shape \(2,\)"),
+        (lambda loss: (loss.backward(), loss)[1], "leave the backward pass to GradGuide"),
+    ],
+)
+def test_closures_that_the_exact_form_cannot_use(closure: Any, message: str) -> None:
+    model = kit.net()
+    optimizer = guide(model, "exact")
+    before = kit.parameters_of(model)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step(lambda: closure(kit.loss_of(model, kit.batch(0))))
+    kit.assert_same(kit.parameters_of(model), before)
+    assert optimizer.metrics()["steps"] == 0
+
+
+def test_a_closure_that_skips_backward_the_second_time_is_told_so() -> None:
+    model = kit.net()
+    optimizer = guide(model, "finite-difference")
+    before = kit.parameters_of(model)
+    calls: list[int] = []
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        loss = kit.loss_of(model, kit.batch(0))
+        if not calls:
+            loss.backward()
+        calls.append(1)
+        return loss
+
+    with pytest.raises(RuntimeError, match="no gradient when it was evaluated a second time"):
+        optimizer.step(evaluate)
+    kit.assert_same(kit.parameters_of(model), before)
+
+
+def test_attention_without_a_second_derivative_is_named_with_the_way_out() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).square().mean()
+
+    model = Attending()
+    optimizer = guide(model, "exact")
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(RuntimeError, match=r"(?s)attention.*hessian='finite-difference', or load the model with attn"):
+        optimizer.step(lambda: model(x))
+
+    def evaluate() -> Tensor:
+        model.zero_grad()
+        loss: Tensor = model(x)
+        loss.backward()
+        return loss
+
+    other = guide(model, "finite-difference")
+    other.step(evaluate)
+    assert other.metrics()["steps"] == 1
+
+
+def test_a_linear_loss_has_no_curvature() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = guide_of(parameter, "exact")
+    optimizer.step(lambda: (parameter * torch.tensor([3.0, 4.0])).sum())
+    torch.testing.assert_close(parameter.detach(), torch.tensor([1.0, 2.0]) - 0.1 * torch.tensor([3.0, 4.0]))
+
+
+def guide_of(parameter: nn.Parameter, form: str) -> GradGuide:
+    base = torch.optim.SGD([parameter], lr=0.1)
+    return GradGuide(base, magnitude=None, regularizer=Regularizer(hessian=form, magnitude=0.3, warmup=0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_not_finite_is_skipped(form: str) -> None:
+    model = kit.net()
+    optimizer = guide(model, form)
+    before = kit.parameters_of(model)
+    inner = closure_of(model, optimizer, form)
+
+    def evaluate() -> Tensor:
+        if form == "exact":
+            found: Tensor = inner() * torch.tensor(float("inf"))
+            return found
+        inner()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad.fill_(float("nan"))
+        return torch.tensor(float("nan"))
+
+    optimizer.step(evaluate)
+    assert optimizer.metrics()["skipped"] == 1
+    kit.assert_same(kit.parameters_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "a weight above 0"),
+        ({"direction": -0.1}, ValueError, r"direction must be in \[0, inf\), found -0.1"),
+        ({"magnitude": "1"}, TypeError, "magnitude must be a number, found '1'"),
+        ({"alignment": 0.1}, ValueError, r"alignment=0.1\) needs a source, found none"),
+        ({"magnitude": 0.1, "hessian": "full"}, ValueError, "hessian must be one of"),
+        ({"magnitude": 0.1, "warmup": -1}, ValueError, "warmup must be in"),
+        ({"magnitude": 0.1, "warmup": 1.5}, TypeError, "warmup must be a whole number"),
+        ({"alignment": 0.1, "source": "films"}, TypeError, "source must be a SourceGradient or the like, found str"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Regularizer(**options)
+
+
+def test_what_a_regularizer_needs_of_gradguide() -> None:
+    model = kit.net()
+    source = kit.source_of(model)
+    with pytest.raises(ValueError, match="alignment above 0, found 0"):
+        Regularizer(magnitude=0.1, source=source)
+    with pytest.raises(ValueError, match=r"Regularizer\(direction=0.1\) needs a direction"):
+        GradGuide(kit.sgd(model.parameters()), direction=None, regularizer=Regularizer(direction=0.1))
+    with pytest.raises(ValueError, match="keyed by parameter names, found none"):
+        GradGuide(kit.sgd(model.parameters()), regularizer=Regularizer(alignment=0.1, source=source))
+    with pytest.raises(TypeError, match="regularizer must be a Regularizer or None"):
+        GradGuide(kit.sgd(model.parameters()), regularizer=0.1)  # type: ignore[arg-type]
+
+
+def test_it_works_beside_every_rule_and_survives_copies() -> None:
+    """Sources of the alignment and of the regularizer are told apart; a copy goes on bit for bit."""
+    model = kit.net()
+    source, other = kit.source_of(model, seed=7), kit.source_of(model, seed=8)
+    optimizer = GradGuide(
+        kit.adamw(model.parameters()),
+        alignment=Alignment(source, weight=0.5),
+        regularizer=Regularizer(direction=0.2, magnitude=0.1, alignment=0.3, source=other, warmup=2),
+        names=model.named_parameters(),
+    )
+    for step in range(4):
+        optimizer.step(closure_of(model, optimizer, "finite-difference", step))
+    assert "source_cosine/1" not in optimizer.metrics(), "metrics speak of the alignment's sources"
+    assert "regularizer" in repr(optimizer).lower()
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for step in (4, 5):
+        optimizer.step(closure_of(model, optimizer, "finite-difference", step))
+        twin_optimizer.step(closure_of(twin, twin_optimizer, "finite-difference", step))
+    kit.assert_same(kit.parameters_of(twin), kit.parameters_of(model))
