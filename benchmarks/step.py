@@ -197,7 +197,7 @@ def time_set(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
     groups = [[BASELINE, name] for name in found if name != BASELINE] if chosen.whole else [list(found)]
     results = []
     for names in groups:
-        made = {name: Provider(name, problem, found[name], name.startswith("clip")) for name in names}
+        made = {name: Provider(name, problem, found[name], name.startswith("clip_grad_norm_")) for name in names}
         times = time_side_by_side([p.case for p in made.values()], rounds=rounds, warmup=5, label=chosen.name)
         # AdamW holds two rows, which are no cost of guiding.
         for name, provider in made.items():

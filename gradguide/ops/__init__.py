@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ["Ops", "Row", "Write", "check_backend", "select"]
 class Ops(Protocol):
     """What a backend offers; ``gradguide.ops.reference`` says what the results must be."""
 
-    def gram(self, rows: Sequence[Row | None]) -> Tensor: ...
+    def gram(self, rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor: ...
 
     def combine_(self, rows: Sequence[Row | None], writes: Sequence[Write]) -> None: ...
 

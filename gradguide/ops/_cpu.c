@@ -2,7 +2,8 @@
  *
  * A pass walks the elements lo..hi of a bucket's tensors, laid end to end, in blocks that stay in the first-level
  * cache while everything that is wanted of them is computed. Rows come as a table of addresses, [rows][4][tensors]:
- * a row is offset + scale * (at - anchor), and an address of 0 is a part that is absent. Nothing here knows a rule.
+ * a row is offset + scale * (at - anchor), and an address of 0 is a part that is absent. A row with a scale but nothing
+ * to scale is one of 8 bits: codes in place of the offset, and a scale for every CODES of them. Nothing here knows a rule.
  *
  * Threads are OpenMP's, each with a range of its own, whose sums are added in order: the same number of threads gives
  * the same bits. Linked to the library that torch has loaded, they are torch's own threads.
@@ -18,14 +19,20 @@
 #define MAX_WRITES 4
 #define MAX_THREADS 256
 #define BLOCK 512 /* elements; 2 KiB of each row */
+#define CODES 128 /* elements that share a scale, from the tensor's first on */
 
 /* Between these a float32 sum of products has neither overflowed nor lost what counts to underflow. */
 #define SMALLEST 1e-24f
 #define LARGEST 1e30f
 
-/* One build, and the widest instructions that the machine has. */
+/* One build, and the widest instructions that the machine has. By level, not by processor: a clone for "haswell" is for
+ * Intel's alone, and leaves AMD's with the narrowest. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-#define DISPATCHED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#if __GNUC__ >= 12
+#define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DISPATCHED __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define DISPATCHED
 #endif
@@ -36,21 +43,40 @@ enum { OFFSET, SCALE, AT, ANCHOR, PARTS };
 typedef struct {
     const int64_t *table; /* [rows][PARTS][tensors] */
     Py_ssize_t rows, tensors;
+    const char *known; /* [rows]: products of two such rows are not wanted */
 } Rows;
 
+INLINE const void *address(const Rows *rows, Py_ssize_t row, int which, Py_ssize_t tensor) {
+    return (const void *)(uintptr_t)rows->table[(row * PARTS + which) * rows->tensors + tensor];
+}
+
 INLINE const float *part(const Rows *rows, Py_ssize_t row, int which, Py_ssize_t tensor, int64_t start) {
-    const int64_t address = rows->table[(row * PARTS + which) * rows->tensors + tensor];
-    return address ? (const float *)(uintptr_t)address + start : NULL;
+    const float *first = address(rows, row, which, tensor);
+    return first ? first + start : NULL;
+}
+
+INLINE void decode(const int8_t *codes, const float *scales, int64_t start, int64_t n, float *room) {
+    for (int64_t i = start; i < start + n;) {
+        const int64_t end = (i / CODES + 1) * CODES, stop = end < start + n ? end : start + n;
+        const float scale = scales[i / CODES];
+        for (int64_t j = i; j < stop; j++)
+            room[j - start] = scale * (float)codes[j];
+        i = stop;
+    }
 }
 
 /* n elements of a row: where they lie if the row is plain, formed in `room` if it is not, NULL if there is no row. */
 INLINE const float *
 row_values(const Rows *rows, Py_ssize_t row, Py_ssize_t tensor, int64_t start, int64_t n, float *room) {
     const float *offset = part(rows, row, OFFSET, tensor, start);
-    const float *at = part(rows, row, AT, tensor, start);
+    const float *at = part(rows, row, AT, tensor, start), *scale = part(rows, row, SCALE, tensor, start);
+    if (!at && scale) {
+        decode(address(rows, row, OFFSET, tensor), address(rows, row, SCALE, tensor), start, n, room);
+        return room;
+    }
     if (!at)
         return offset;
-    const float *anchor = part(rows, row, ANCHOR, tensor, start), *scale = part(rows, row, SCALE, tensor, start);
+    const float *anchor = part(rows, row, ANCHOR, tensor, start);
     if (scale && offset)
         for (int64_t i = 0; i < n; i++)
             room[i] = offset[i] + scale[i] * (at[i] - anchor[i]);
@@ -95,18 +121,24 @@ INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64
     float room[MAX_ROWS][BLOCK], products[MAX_ROWS + 2];
     const float *values[MAX_ROWS];
     Py_ssize_t place[MAX_ROWS], count = 0;
-    for (Py_ssize_t r = 0; r < rows->rows; r++)
-        if ((values[count] = row_values(rows, r, tensor, start, n, room[count])))
-            place[count++] = r;
-    for (Py_ssize_t r = 0; r < count; r++) {
-        double *sums = total + place[r] * rows->rows;
+    /* Those that are not known first: each with all that follow, and none among the others. */
+    Py_ssize_t wanted = 0;
+    for (int known = 0; known < 2; known++) {
+        for (Py_ssize_t r = 0; r < rows->rows; r++)
+            if (rows->known[r] == known && (values[count] = row_values(rows, r, tensor, start, n, room[count])))
+                place[count++] = r;
+        wanted = known ? wanted : count;
+    }
+    for (Py_ssize_t r = 0; r < wanted; r++) {
         for (Py_ssize_t s = r; s < count; s += 3) {
             const float *three[3] = {values[s], values[s + 1 < count ? s + 1 : s], values[s + 2 < count ? s + 2 : s]};
             dots(values[r], three, n, products + s);
         }
         for (Py_ssize_t s = r; s < count; s++) {
             const float size = products[s] < 0 ? -products[s] : products[s];
-            sums[place[s]] += size > SMALLEST && size < LARGEST ? products[s] : wide_dot(values[r], values[s], n);
+            const Py_ssize_t low = place[r] < place[s] ? place[r] : place[s], high = place[r] + place[s] - low;
+            total[low * rows->rows + high] +=
+                size > SMALLEST && size < LARGEST ? products[s] : wide_dot(values[r], values[s], n);
         }
     }
 }
@@ -211,15 +243,18 @@ static int check(const Rows *rows, const Py_buffer *table, int threads) {
 }
 
 static PyObject *gram(PyObject *module, PyObject *args) {
-    Py_buffer table, lengths;
+    Py_buffer table, lengths, known;
     Py_ssize_t count;
     int threads;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*ni", &table, &lengths, &count, &threads))
+    if (!PyArg_ParseTuple(args, "y*y*niy*", &table, &lengths, &count, &threads, &known))
         return NULL;
     PyObject *result = NULL;
-    const Rows rows = {table.buf, count, lengths.len / (Py_ssize_t)sizeof(int64_t)};
-    if (check(&rows, &table, threads)) {
+    const Rows rows = {table.buf, count, lengths.len / (Py_ssize_t)sizeof(int64_t), known.buf};
+    const int good = check(&rows, &table, threads);
+    if (good && known.len != count)
+        PyErr_Format(PyExc_ValueError, "known must have a byte for each of %zd rows, found %zd", count, known.len);
+    else if (good) {
         double total[MAX_ROWS * MAX_ROWS] = {0};
         Py_BEGIN_ALLOW_THREADS;
         gram_threads(&rows, lengths.buf, threads, total);
@@ -236,6 +271,7 @@ static PyObject *gram(PyObject *module, PyObject *args) {
     }
     PyBuffer_Release(&table);
     PyBuffer_Release(&lengths);
+    PyBuffer_Release(&known);
     return result;
 }
 
@@ -248,7 +284,7 @@ static PyObject *combine(PyObject *module, PyObject *args) {
             args, "y*y*niy*y*y*", &table, &lengths, &count, &threads, &into, &coefficients, &accumulate))
         return NULL;
     int good = 0;
-    const Rows rows = {table.buf, count, lengths.len / (Py_ssize_t)sizeof(int64_t)};
+    const Rows rows = {table.buf, count, lengths.len / (Py_ssize_t)sizeof(int64_t), NULL};
     const Writes writes = {into.buf, coefficients.buf, accumulate.buf, accumulate.len};
     if (check(&rows, &table, threads)) {
         good = writes.count <= MAX_WRITES &&
@@ -274,7 +310,7 @@ static PyObject *combine(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"gram", gram, METH_VARARGS,
-     "gram(table, lengths, rows, threads) -> inner products of all pairs of rows, row by row"},
+     "gram(table, lengths, rows, threads, known) -> inner products of pairs of rows, row by row; 0 among the known"},
     {"combine", combine, METH_VARARGS,
      "combine(table, lengths, rows, threads, into, coefficients, accumulate): write sums of rows"},
     {NULL, NULL, 0, NULL},

@@ -1,6 +1,6 @@
 from array import array
 
-def gram(table: array[int], lengths: array[int], rows: int, threads: int, /) -> tuple[float, ...]: ...
+def gram(table: array[int], lengths: array[int], rows: int, threads: int, known: bytes, /) -> tuple[float, ...]: ...
 def combine(
     table: array[int],
     lengths: array[int],

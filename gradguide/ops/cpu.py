@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradguide.ops import foreach, reference
+from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Write
 
 try:
@@ -30,12 +31,17 @@ _LARGEST = 1e30
 
 
 @torch.no_grad()
-def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows: products in float32 per block of 512 elements, float64 across blocks. [R, R]."""
+def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
+    """Gram matrix of the rows: products in float32 per block of 512 elements, float64 across blocks. [R, R].
+
+    Args:
+        known: numbers of rows whose products with each other are not wanted, and are 0.
+    """
     table = _table(rows)
     if _cpu is None or table is None:
-        return foreach.gram(rows)
-    products = _cpu.gram(table.addresses, table.lengths, len(rows), _threads(table))
+        return foreach.gram(rows, known)
+    left_out = bytes(index in known for index in range(len(rows)))
+    products = _cpu.gram(table.addresses, table.lengths, len(rows), _threads(table), left_out)
     return torch.tensor(products, dtype=torch.float64).view(len(rows), len(rows))
 
 
@@ -79,6 +85,17 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
     absent = [0] * len(example)
     addresses = array("q")
     for row in rows:
+        if row is not None and row.steps is not None:
+            assert row.offset is not None
+            if not _whole(row.offset) or not _plain(row.steps):
+                return None
+            _check_lengths(row.offset, lengths)
+            if any(steps.numel() * GROUP < length for steps, length in zip(row.steps, lengths, strict=True)):
+                raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
+            addresses.extend(map(Tensor.data_ptr, row.offset))
+            addresses.extend(map(Tensor.data_ptr, row.steps))
+            addresses.extend(absent + absent)
+            continue
         parts = (None,) * 4 if row is None else (row.offset, row.scale, row.at, row.anchor)
         for part in parts:
             if part is None:
@@ -92,7 +109,11 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    return set(map(_DTYPE, tensors)) <= {torch.float32} and all(map(Tensor.is_contiguous, tensors))
+    return set(map(_DTYPE, tensors)) <= {torch.float32} and _whole(tensors)
+
+
+def _whole(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
 
 
 def _check_lengths(part: Sequence[Tensor], lengths: array[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,12 @@ CPU_BLOCK = 1 << 17
 
 
 @torch.no_grad()
-def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows [R, R]: products of rows scaled to at most 1, sums in float64 where the device has it."""
+def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
+    """Gram matrix of the rows [R, R]: products of rows scaled to at most 1, sums in float64 where the device has it.
+
+    Args:
+        known: numbers of rows whose products with each other are not wanted, and are 0.
+    """
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
@@ -35,7 +39,12 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
         # In two factors, because the inverse of a denormal number overflows.
         root = scale.sqrt().to(values.dtype).unsqueeze(1)
         unit = values / root / root
-        products = torch.stack([(unit * row).sum(dim=1, dtype=wide) for row in unit])
+        none = torch.zeros(len(rows), dtype=wide, device=device)
+        products = torch.stack(
+            [none if index in known else (unit * row).sum(dim=1, dtype=wide) for index, row in enumerate(unit)]
+        )
+        # What the rows that were left out have with the others stands on the other side.
+        products = torch.where(products == 0, products.T, products)
         total += products * scale.outer(scale)
     return total
 

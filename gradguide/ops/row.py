@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradguide.ops.codes import decode
+
 __all__ = ["Row", "Write", "compute_dtype"]
 
 
@@ -22,18 +24,26 @@ class Row:
     - the update that the base optimizer made: ``at - anchor``, the parameters after and before.
 
     Lists are aligned: entry i of each belongs to tensor i of the bucket, with the same shape.
+
+    Args:
+        steps: makes ``offset``, then the row's only part, one of 8-bit codes: their scales (``gradguide.ops.codes``).
+        fixed (bool): the row is the same at every step, so that its products with other such rows can be kept.
     """
 
     offset: Sequence[Tensor] | None = None
     scale: Sequence[Tensor] | None = None
     at: Sequence[Tensor] | None = None
     anchor: Sequence[Tensor] | None = None
+    steps: Sequence[Tensor] | None = None
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if (self.at is None) != (self.anchor is None):
             raise ValueError("a row has both `at` and `anchor`, or neither")
         if self.at is None and (self.offset is None or self.scale is not None):
             raise ValueError("a row without `at` and `anchor` is its `offset` alone")
+        if self.steps is not None and self.at is not None:
+            raise ValueError("a row of 8-bit codes is its `offset` and their `steps` alone")
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -55,6 +65,8 @@ class Row:
 
         if self.at is None or self.anchor is None:
             assert self.offset is not None
+            if self.steps is not None:
+                return decode(self.offset[index], self.steps[index]).to(dtype)
             return flat(self.offset).clone()
         result = flat(self.at) - flat(self.anchor)
         if self.scale is not None:

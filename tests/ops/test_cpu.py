@@ -72,11 +72,11 @@ def test_the_compiled_passes_refuse_tables_that_do_not_fit() -> None:
         pytest.skip("the extension is not built")
     table, lengths = array("q", [0] * 4), array("q", [0])
     with pytest.raises(ValueError, match="1 to 20 rows of 1 tensors, found 2 rows in 32 bytes"):
-        cpu._cpu.gram(table, lengths, 2, 1)
+        cpu._cpu.gram(table, lengths, 2, 1, bytes(2))
     with pytest.raises(ValueError, match="1 to 20 rows"):
-        cpu._cpu.gram(array("q"), lengths, 0, 1)
+        cpu._cpu.gram(array("q"), lengths, 0, 1, b"")
     with pytest.raises(ValueError, match=r"threads must be in \[1, 256\], found 0"):
-        cpu._cpu.gram(table, lengths, 1, 0)
+        cpu._cpu.gram(table, lengths, 1, 0, bytes(1))
     with pytest.raises(ValueError, match="at most 4 writes"):
         cpu._cpu.combine(table, lengths, 1, 1, array("q"), array("d", [1.0]), b"\0")
 

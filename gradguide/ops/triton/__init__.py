@@ -9,7 +9,7 @@ do in ``clip_grad_norm_``. Tensors that are not contiguous, or of float64, take 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ __all__ = ["combine_", "gram"]
 
 
 @torch.no_grad()
-def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows: Tensor [R, R], float64, on the rows' device, the same bits for the same rows."""
+def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
+    """Gram matrix of the rows: Tensor [R, R], float64, on the rows' device, the same bits for the same rows.
+
+    Args:
+        known: numbers of rows whose products with each other are not wanted; the kernels give them none the less.
+    """
     found = launch_measure(rows)
-    return foreach.gram(rows) if found is None else found
+    return foreach.gram(rows, known) if found is None else found
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def test_tensors_without_a_kernel_take_the_portable_backend(kind: str, monkeypat
     weights = torch.tensor([2.0, 0.5], device=DEVICE)
     ops.combine_(rows, [Write(into=[a], coefficients=weights)])
     torch.testing.assert_close(a, expected)
-    monkeypatch.setattr(foreach, "gram", lambda rows: "portable")
+    monkeypatch.setattr(foreach, "gram", lambda rows, known: "portable")
     assert ops.gram(rows) == "portable"
 
 

@@ -1,0 +1,48 @@
+"""Products of rows that do not change: taken once, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradguide.ops.row import Row
+
+if TYPE_CHECKING:
+    from gradguide.ops import Ops
+
+__all__ = ["FixedProducts"]
+
+
+class FixedProducts:
+    """Of K stored sources without curvature, K² products are the same at every step: only those with gradient and
+    direction are left to take, about 3 K in place of K² / 2."""
+
+    def __init__(self) -> None:
+        # The lists themselves are kept, so that no other list can come to have their identity.
+        self._kept: dict[tuple[int, ...], tuple[list[Sequence[Tensor]], Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has lists of its own.
+        return {"_kept": {}}
+
+    def gram(self, ops: Ops, rows: Sequence[Row | None]) -> Tensor:
+        """Gram matrix of the rows: Tensor [R, R]."""
+        places = [index for index, row in enumerate(rows) if row is not None and row.fixed]
+        if len(places) < 2:
+            return ops.gram(rows)
+        lists = [row.offset for row in rows if row is not None and row.fixed and row.offset is not None]
+        key = (len(rows), *places, *map(id, lists))
+        known = self._kept.get(key)
+        if known is None:
+            block = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=lists[0][0].device)
+            only = ops.gram([rows[index] for index in places])
+            for line, index in enumerate(places):
+                for column, other in enumerate(places):
+                    block[index, other] = only[line, column]
+            known = self._kept[key] = lists, block
+        found = ops.gram(rows, frozenset(places))
+        # A backend may have taken them all the same.
+        return torch.where(known[1] != 0, known[1].to(found), found)
