@@ -94,12 +94,57 @@ def step_table() -> str:
     return "\n".join(lines)
 
 
+def communication_table() -> str:
+    """All-reduces of a step, and bytes that they move, by optimizer and number of ranks."""
+    rows = [row for row in rows_of("communication.csv") if row["optimizer"] != "AdamW"]
+    ranks = list(dict.fromkeys(row["ranks"] for row in rows))
+    sizes = list(dict.fromkeys(row["parameters"] for row in rows))
+    found = {(row["optimizer"], row["parameters"], row["ranks"]): row for row in rows}
+    heads = [f"bytes per rank, {count} ranks" for count in ranks]
+    lines = [f"| GradGuide with | all-reduces | {' | '.join(heads)} |", "|---" * (2 + len(ranks)) + "|"]
+    for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
+        cells = []
+        for count in ranks:
+            each = {found[optimizer, size, count]["bytes_moved_per_rank"] for size in sizes}
+            cells.append(" or ".join(f"{float(moved):.0f}" for moved in sorted(each)))
+        reduces = found[optimizer, sizes[0], ranks[0]]["all_reduces_per_step"]
+        lines.append(f"| {optimizer} | {reduces} | {' | '.join(cells)} |")
+    about = rows[0]
+    lines.append("")
+    lines.append(
+        f"The same at {' as at '.join(sizes)} parameters. Measured on {ranks[0]} ranks (gloo), computed for more by a "
+        f"ring's 2 (n - 1) / n; torch {about['torch']}, commit {about['commit']}."
+    )
+    return "\n".join(lines)
+
+
+def capture_table() -> str:
+    """Time of capturing a source against the same passes alone, and what reading metrics adds to a step."""
+    rows = rows_of("capture.csv")
+    lines = ["| what | against | found |", "|---|---|---|"]
+    for row in rows:
+        value, low, high = (float(row[key]) for key in ("value", "low", "high"))
+        digits, unit = (1, "%") if row["unit"] == "%" else (2, "")
+        if value != 1.0:
+            cells = f"{value:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
+            lines.append(f"| {row['benchmark']}: {row['provider']} | {row['metric']} | {cells} |")
+    about = rows[0]
+    lines.append("")
+    lines.append(
+        f"Medians (20th to 80th percentile); {about['device']}, {about['threads']} threads, torch {about['torch']}, "
+        f"commit {about['commit']}."
+    )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": partial(demo_table, "demo-clinc150.csv"),
     "demo-high": partial(demo_table, "demo-clinc150-lr1e-2.csv"),
     "few-shot": lambda: compact(RESULTS / "few_shot.csv"),
     "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv")),
     "step": step_table,
+    "capture": capture_table,
+    "communication": communication_table,
 }
 
 

@@ -65,7 +65,8 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor
     held = {p: p.grad for p in parameters}
     there = [(p, g, local(g)) for p, g in held.items() if g is not None]
     copies = lay_out([value for _, _, value in there])
-    torch._foreach_copy_(copies, [value for _, _, value in there])
+    if there:
+        torch._foreach_copy_(copies, [value for _, _, value in there])
     try:
         for parameter in parameters:
             parameter.grad = None
@@ -73,5 +74,6 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor
     finally:
         for parameter, gradient in held.items():
             parameter.grad = gradient
-        with torch.no_grad():
-            torch._foreach_copy_([value for _, _, value in there], copies)
+        if there:
+            with torch.no_grad():
+                torch._foreach_copy_([value for _, _, value in there], copies)

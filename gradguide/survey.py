@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.ops import Row, Write
+from gradguide.ops.fixed import FixedProducts
 from gradguide.ranks import Ranks
 from gradguide.rules.span import Span
 from gradguide.sources.source import Source
@@ -39,6 +40,7 @@ class Survey:
     sources: Sequence[Source]
     device: torch.device
     ranks: Ranks
+    products: FixedProducts
     backend: str
 
     def __iter__(self) -> Iterator[tuple[Bucket, int]]:
@@ -55,7 +57,7 @@ class Survey:
         count = len(self.labels)
         parts: dict[tuple[Any, ...], list[Tensor | None]] = {groups: [None] * count for groups in self.ranks.groups}
         for (bucket, scope), these in zip(self, rows, strict=True):
-            part = self.ops(bucket).gram(these).to(self.device)
+            part = self.products.gram(self.ops(bucket), these).to(self.device)
             total = parts[bucket.summed][scope]
             parts[bucket.summed][scope] = part if total is None else total + part
         wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -107,6 +109,7 @@ class Surveyor:
         everything = frozenset(self.names.values()) if sources else frozenset()
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
+        self._products = FixedProducts()
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -131,7 +134,7 @@ class Surveyor:
             ranks.agree(trained, (parameters, self._told), self.sources)
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
         sources = ranks.parts_of(self.sources, trained, self.names)
-        return Survey(buckets, scopes, list(labels), sources, trained[0].device, ranks, self._backend)
+        return Survey(buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, self._backend)
 
     def refresh(self, base: Optimizer) -> None:
         """Before a step: sources compute anew what they have to, at the parameters as they are."""

@@ -1,0 +1,207 @@
+"""Live source gradients."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradguide import Alignment, Direction, GradGuide, ReplaySource
+from tests.contract import kit
+
+
+def old(step: int) -> tuple[Tensor, Tensor]:
+    """Batches of the source task, apart from those of the target."""
+    return kit.batch(500 + step)
+
+
+def guide(model: nn.Module, source: Any, **options: Any) -> GradGuide:
+    options = {"direction": None, "magnitude": None} | options
+    alignment = Alignment(source, on="gradient", **options.pop("alignment", {}))
+    return GradGuide(kit.sgd(model.parameters()), alignment=alignment, names=model.named_parameters(), **options)
+
+
+def replay_of(model: nn.Module, every: int = 1, count: int = 3) -> ReplaySource:
+    return ReplaySource([old(i) for i in range(count)], lambda batch: kit.loss_of(model, batch), every)
+
+
+def gradient_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    found = torch.autograd.grad(kit.loss_of(model, batch), list(model.parameters()))
+    return torch.cat([g.reshape(-1) for g in found])
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def test_the_projection_is_that_of_a_gem() -> None:
+    """g - (g.r / r.r) r where they conflict, with r the live gradient of the next source batch."""
+    model = kit.net()
+    optimizer = guide(model, replay_of(model))
+    conflicts = 0
+    for step in range(8):
+        g, r = gradient_of(model, kit.batch(step)), gradient_of(model, old(step % 3))
+        if step % 2:
+            g = g - 2 * (g @ r) / (r @ r) * r if g @ r > 0 else g
+        conflicts += bool(g @ r < 0)
+        wanted = g - (g @ r) / (r @ r) * r if g @ r < 0 else g
+        sizes = [p.numel() for p in model.parameters()]
+        for p, part in zip(model.parameters(), g.split(sizes), strict=True):
+            p.grad = part.view_as(p).clone()
+        before = flat(model.parameters())
+        optimizer.step()
+        torch.testing.assert_close((before - flat(model.parameters())) / 0.1, wanted, rtol=1e-4, atol=1e-5)
+        assert optimizer.metrics()["conflict"] == float(g @ r < 0)
+    assert conflicts >= 4
+
+
+def test_between_evaluations_the_last_answer_stands() -> None:
+    model = kit.net()
+    calls: list[int] = []
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(len(calls))
+        return kit.loss_of(model, batch)
+
+    source = ReplaySource([old(0), old(1)], loss, every=3)
+    optimizer = guide(model, source)
+    names = [name for name, _ in model.named_parameters()]
+    answers = []
+    for step in range(7):
+        kit.train(model, optimizer, [step])
+        answers.append(flat(source.row(names, list(model.parameters())).tensors))
+    assert len(calls) == 3, "at steps 0, 3 and 6"
+    assert torch.equal(answers[0], answers[2])
+    assert not torch.equal(answers[2], answers[3])
+
+
+def test_a_weighted_pull_adds_the_live_gradient() -> None:
+    """Weight 1 without projection is training on the sum of both losses, as replay does."""
+    model, plain = kit.net(), kit.net()
+    optimizer = guide(model, replay_of(model), alignment={"weight": 1.0, "project": False})
+    other = kit.sgd(plain.parameters())
+    for step in range(5):
+        kit.train(model, optimizer, [step])
+        other.zero_grad()
+        (kit.loss_of(plain, kit.batch(step)) + kit.loss_of(plain, old(step % 3))).backward()
+        other.step()
+    torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(plain))
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.new, self.old = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, head: str = "new") -> Tensor:
+        found: Tensor = getattr(self, head)(self.body(x))
+        return found
+
+
+def test_it_leaves_no_trace_but_its_answer() -> None:
+    """Gradients, those of parameters that it is not asked about too, batch statistics, randomness."""
+    model, plain = Noisy(), Noisy()
+    for each in (model, plain):
+        each.old.requires_grad_(False)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0], "old") + model(batch[0], "new"), batch[1])
+
+    source = ReplaySource([old(0)], loss)
+    named = [(name, p) for name, p in model.named_parameters() if name.startswith("body")]
+    optimizer = GradGuide(
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0),
+        direction=Direction(damping=0.0),
+        magnitude=None,
+        alignment=Alignment(source, project=False),
+        names=named,
+    )
+    for each in (model, plain):
+        torch.manual_seed(4)
+        kit.loss_of(each, kit.batch(0)).backward()
+    state = torch.get_rng_state()
+    held = [p.grad for p in model.parameters()]
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
+    kit.assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_beside_a_stored_source_each_has_its_metrics() -> None:
+    model = kit.net()
+    stored = kit.source_of(model)
+    optimizer = guide(model, [stored, replay_of(model)])
+    kit.train(model, optimizer, range(3))
+    found = optimizer.metrics()
+    assert {"source_cosine/0", "source_cosine/1"} <= found.keys()
+    assert found["source_cosine/0"] != found["source_cosine/1"]
+
+
+def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer() -> None:
+    model = kit.net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    explode = [False, True]
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return kit.loss_of(model, batch) * (float("inf") if explode.pop(0) else 1.0)
+
+    scaler.scale(torch.zeros(()))  # which makes it draw up its scale
+    source = ReplaySource([old(0)], loss, scaler=scaler)
+    named = dict(model.named_parameters())
+    source.refresh(named, list(named.values()))
+    first = flat(source.row(list(named), list(named.values())).tensors)
+    torch.testing.assert_close(first, gradient_of(model, old(0)))
+    source.refresh(named, list(named.values()))
+    assert torch.equal(flat(source.row(list(named), list(named.values())).tensors), first)
+
+
+def test_copies_begin_the_batches_anew() -> None:
+    model = kit.net()
+    optimizer = guide(model, replay_of(model))
+    kit.train(model, optimizer, range(2))
+    twin = copy.deepcopy(optimizer)
+    assert isinstance(twin, GradGuide)
+    kit.train(model, optimizer, [2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([old(0)], len, 0), ValueError, "every must be at least 1, found 0"),
+        (([old(0)], len, 1.5), TypeError, "every must be a whole number of steps, found 1.5"),
+        ((3, len), TypeError, "batches must be iterable, found int"),
+    ],
+)
+def test_bad_options(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ReplaySource(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss", "message"),
+    [
+        ([], lambda model: lambda batch: kit.loss_of(model, batch), "found none; a generator can be read only once"),
+        ([old(0)], lambda model: lambda batch: torch.tensor(1.0), "must be a scalar with its graph"),
+        ([old(0)], lambda model: lambda batch: kit.loss_of(kit.net(), batch), "reaches none of the guided parameters"),
+    ],
+)
+def test_what_cannot_be_replayed_changes_nothing(batches: Any, loss: Any, message: str) -> None:
+    model = kit.net()
+    optimizer = guide(model, ReplaySource(batches, loss(model)))
+    kit.give_gradients(model, 0)
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+
+
+def test_it_needs_names() -> None:
+    model = kit.net()
+    with pytest.raises(ValueError, match="keyed by parameter names, found none"):
+        GradGuide(kit.sgd(model.parameters()), alignment=Alignment(replay_of(model)))
