@@ -14,7 +14,7 @@ from gradguide.before import Before
 from gradguide.buckets import Bucket
 from gradguide.metrics import Record
 from gradguide.momentum import momentum_of, rates
-from gradguide.ops import Row, Write
+from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
 from gradguide.rules import alignment as aligning
 from gradguide.rules import direction as directing
@@ -113,7 +113,7 @@ class Guidance:
         for bucket in survey.buckets:
             own = [Row(offset=bucket.gradients), self.direction_row(base, bucket)]
             more = [Row(offset=[added[p] for p in bucket.parameters])] if added else []
-            rows.append([*own, *source_rows(sources, bucket, bucket.values), *more])
+            rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more]))
         span = survey.gram(rows, SOURCES + len(sources) + bool(added))
         positions = self.scopes.locate(survey.labels, span.gram.device)
         finite, moved = span.gram.isfinite().all(), (span.gram[:, GRADIENT, GRADIENT] != 0).any()
@@ -220,7 +220,7 @@ class Guidance:
         for bucket in survey.buckets:
             before = self.before.of(bucket)
             start = [Row(offset=before)] if bounded else []
-            rows.append([Row(at=bucket.values, anchor=before), *start, *source_rows(sources, bucket, before)])
+            rows.append(Stack([Row(at=bucket.values, anchor=before), *start, *source_rows(sources, bucket, before)]))
         # Scaling alone needs no products.
         needed = self._aligns_update or bounded or survey.sharded
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.guidance import DIRECTION, GRADIENT, SOURCES, Guidance
-from gradguide.ops import Row, Write
+from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
 from gradguide.rules.magnitude import LEAST_LENGTH
 from gradguide.rules.objective import Regularizer, slope
@@ -193,12 +193,14 @@ def _slope(base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: 
         return None
     sources = survey.sources[len(survey.sources) - len(regularizer.sources) :]
     rows: Rows = [
-        [
-            Row(offset=bucket.gradients),
-            guidance.direction_row(base, bucket) if regularizer.direction else None,
-            *source_rows(sources, bucket, bucket.values),
-            Row(offset=bucket.values),
-        ]
+        Stack(
+            [
+                Row(offset=bucket.gradients),
+                guidance.direction_row(base, bucket) if regularizer.direction else None,
+                *source_rows(sources, bucket, bucket.values),
+                Row(offset=bucket.values),
+            ]
+        )
         for bucket in survey.buckets
     ]
     span = survey.gram(rows, SOURCES + len(sources) + 1)

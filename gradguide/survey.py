@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
-from gradguide.ops import Row, Write
+from gradguide.ops import Row, Stack, Write
 from gradguide.ops.fixed import FixedProducts
 from gradguide.ranks import Ranks
 from gradguide.rules.span import Span
@@ -20,7 +20,7 @@ from gradguide.sources.source import Source
 
 __all__ = ["Rows", "Survey", "Surveyor", "source_rows"]
 
-Rows = list[list[Row | None]]
+Rows = list[Stack]
 """For each bucket its R rows."""
 
 

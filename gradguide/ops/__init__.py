@@ -11,9 +11,9 @@ from torch import Tensor
 from gradguide.checks import check_choice
 from gradguide.ops import cpu, foreach
 from gradguide.ops.available import lacks_triton
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Stack, Write
 
-__all__ = ["Ops", "Row", "Write", "check_backend", "select"]
+__all__ = ["Ops", "Row", "Stack", "Write", "check_backend", "select"]
 
 
 class Ops(Protocol):

@@ -92,19 +92,34 @@ row_values(const Rows *rows, Py_ssize_t row, Py_ssize_t tensor, int64_t start, i
     return room;
 }
 
-/* Products of x with three rows, or with fewer where some are given twice; each element of x is loaded once. */
-INLINE void dots(const float *x, const float *const y[3], int64_t n, float products[3]) {
-    const float *p = y[0], *q = y[1], *r = y[2];
+/* Products of x with the rows y, up to three at once: each element of x is then loaded once for all of them. */
+INLINE void dots(const float *x, const float *const *y, Py_ssize_t rows, int64_t n, float *products) {
     float a = 0.0f, b = 0.0f, c = 0.0f;
+    if (rows == 1) {
+        const float *p = y[0];
+#pragma omp simd reduction(+ : a)
+        for (int64_t i = 0; i < n; i++)
+            a += x[i] * p[i];
+    } else if (rows == 2) {
+        const float *p = y[0], *q = y[1];
+#pragma omp simd reduction(+ : a, b)
+        for (int64_t i = 0; i < n; i++) {
+            a += x[i] * p[i];
+            b += x[i] * q[i];
+        }
+        products[1] = b;
+    } else {
+        const float *p = y[0], *q = y[1], *r = y[2];
 #pragma omp simd reduction(+ : a, b, c)
-    for (int64_t i = 0; i < n; i++) {
-        a += x[i] * p[i];
-        b += x[i] * q[i];
-        c += x[i] * r[i];
+        for (int64_t i = 0; i < n; i++) {
+            a += x[i] * p[i];
+            b += x[i] * q[i];
+            c += x[i] * r[i];
+        }
+        products[1] = b;
+        products[2] = c;
     }
     products[0] = a;
-    products[1] = b;
-    products[2] = c;
 }
 
 /* The same for one pair in float64. */
@@ -118,7 +133,7 @@ INLINE double wide_dot(const float *x, const float *y, int64_t n) {
 
 /* Adds the products of all rows over elements start..start + n of one tensor to `total` [rows][rows], upper half. */
 INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64_t n, double *total) {
-    float room[MAX_ROWS][BLOCK], products[MAX_ROWS + 2];
+    float room[MAX_ROWS][BLOCK], products[MAX_ROWS];
     const float *values[MAX_ROWS];
     Py_ssize_t place[MAX_ROWS], count = 0;
     /* Those that are not known first: each with all that follow, and none among the others. */
@@ -130,10 +145,8 @@ INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64
         wanted = known ? wanted : count;
     }
     for (Py_ssize_t r = 0; r < wanted; r++) {
-        for (Py_ssize_t s = r; s < count; s += 3) {
-            const float *three[3] = {values[s], values[s + 1 < count ? s + 1 : s], values[s + 2 < count ? s + 2 : s]};
-            dots(values[r], three, n, products + s);
-        }
+        for (Py_ssize_t s = r; s < count; s += 3)
+            dots(values[r], values + s, count - s, n, products + s);
         for (Py_ssize_t s = r; s < count; s++) {
             const float size = products[s] < 0 ? -products[s] : products[s];
             const Py_ssize_t low = place[r] < place[s] ? place[r] : place[s], high = place[r] + place[s] - low;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradguide.ops import foreach, reference
 from gradguide.ops.codes import GROUP
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Stack, Write
 
 try:
     from gradguide.ops import _cpu
@@ -37,7 +37,7 @@ def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
     Args:
         known: numbers of rows whose products with each other are not wanted, and are 0.
     """
-    table = _table(rows)
+    table = _table_of(rows)
     if _cpu is None or table is None:
         return foreach.gram(rows, known)
     left_out = bytes(index in known for index in range(len(rows)))
@@ -58,7 +58,7 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     if any(abs(number) > _LARGEST for _, numbers in plan for number in numbers):
         reference.combine_(rows, [write for write, _ in plan])
         return
-    table = _table(rows)
+    table = _table_of(rows)
     if _cpu is None or table is None or not all(_plain(write.into) for write, _ in plan):
         foreach.combine_(rows, [write for write, _ in plan])
         return
@@ -76,6 +76,16 @@ class _Table(NamedTuple):
     addresses: array[int]
     lengths: array[int]
     elements: int
+
+
+def _table_of(rows: Sequence[Row | None]) -> _Table | None:
+    """The table, drawn up once for all passes over a stack."""
+    if isinstance(rows, Stack) and isinstance(rows.kept, _Table):
+        return rows.kept
+    table = _table(rows)
+    if isinstance(rows, Stack):
+        rows.kept = table
+    return table
 
 
 def _table(rows: Sequence[Row | None]) -> _Table | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradguide.ops.codes import decode
 
-__all__ = ["Row", "Write", "compute_dtype"]
+__all__ = ["Row", "Stack", "Write", "compute_dtype"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,15 @@ class Row:
         if self.scale is not None:
             result *= flat(self.scale)
         return result if self.offset is None else result + flat(self.offset)
+
+
+class Stack(list["Row | None"]):
+    """The rows of a bucket, and what a backend keeps of them from its first pass over them to the next.
+
+    It lasts for one step at most: tensors may be given other memory between steps.
+    """
+
+    kept: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
