@@ -137,12 +137,30 @@ def capture_table() -> str:
     return "\n".join(lines)
 
 
+def objective_table() -> str:
+    """Time of a step with each form of the exact objective against one without."""
+    rows = rows_of("objective.csv")
+    lines = [f"| {rows[0]['benchmark']} | {rows[0]['metric']} |", "|---|---|"]
+    lines += [
+        f"| {row['provider']} | {float(row['value']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f}) |"
+        for row in rows
+    ]
+    about = rows[0]
+    lines.append("")
+    lines.append(
+        f"Medians (20th to 80th percentile) over {about['rounds']} rounds in one run, attention eager in all; "
+        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, commit {about['commit']}."
+    )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": partial(demo_table, "demo-clinc150.csv"),
     "demo-high": partial(demo_table, "demo-clinc150-lr1e-2.csv"),
     "few-shot": lambda: compact(RESULTS / "few_shot.csv"),
     "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv")),
     "step": step_table,
+    "objective": objective_table,
     "capture": capture_table,
     "communication": communication_table,
 }

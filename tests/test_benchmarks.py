@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import capture, communication
+from benchmarks import capture, communication, objective, storage
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +23,21 @@ def test_capture(tmp_path: Path) -> None:
     assert float(found["forward and backward alone"]["value"]) == 1.0
     assert {"capture, empirical Fisher", "metrics read"} <= set(found)
     assert all(row["commit"] and row["torch"] for row in found.values())
+
+
+def test_objective(tmp_path: Path) -> None:
+    objective.main(["--quick", "--out", str(tmp_path / "objective.csv")])
+    found = {row["provider"]: float(row["value"]) for row in rows(tmp_path / "objective.csv")}
+    assert found.keys() == {"no regularizer", "finite differences", "double backward"}
+    assert found["no regularizer"] == 1.0
+
+
+def test_storage_tells_the_bytes_of_every_kind(tmp_path: Path) -> None:
+    storage.main(["--quick", "--out", str(tmp_path / "storage.csv")])
+    found = {row["provider"]: float(row["value"]) for row in rows(tmp_path / "storage.csv") if row["unit"][0] == "b"}
+    assert found["1 source, float32"] == 4.0
+    assert found["16 sources, bfloat16"] == 32.0
+    assert found["16 sources, 8 bits"] <= 16.5
 
 
 def test_communication_does_not_grow_with_the_parameters(tmp_path: Path) -> None:

@@ -91,14 +91,15 @@ def full(*, causal: bool = False) -> list[Run]:
         run
         for seed in _SEEDS
         for run in (
-            *_transfer(CONFIRMING + DEVELOPING, MAIN, LRS, seed),
-            *_transfer(_ONE_RATE_SETS, _FEW, LRS, seed, condition=ONE_RATE),
+            *_transfer(CONFIRMING, MAIN, LRS, seed),
             *_sequence(seed),
-            *_cross(seed),
             *_rough(seed),
             *_shots(seed),
-            *_transfer(_EVERY_METHOD, (method for method in METHODS if method not in MAIN), LRS, seed),
+            *_cross(seed),
+            *_transfer(_ONE_RATE_SETS, _FEW, LRS, seed, condition=ONE_RATE),
             *_digits(SHOTS, METHODS, LRS, seed),
+            *_transfer(DEVELOPING, MAIN, LRS, seed),
+            *_transfer(_EVERY_METHOD, (method for method in METHODS if method not in MAIN), LRS, seed),
             *(_causal(seed) if causal else ()),
         )
     ]

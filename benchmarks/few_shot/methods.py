@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.few_shot import guided, live, penalties
@@ -28,16 +28,27 @@ Change = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """An optimizer for one run, and the changes made to the gradients before each of its steps, in order."""
+    """An optimizer for one run, and the changes made to the gradients before each of its steps, in order.
+
+    evaluations: gradients that a step takes; a run has so many fewer steps.
+    """
 
     optimizer: Optimizer
     changes: tuple[Change, ...] = ()
+    evaluations: int = 1
 
-    def step(self) -> None:
-        """One step from the gradients that the parameters hold."""
+    def step(self, again: Callable[[], Tensor]) -> None:
+        """One step from the gradients that the parameters hold.
+
+        Args:
+            again: evaluates loss and gradients of the same batch once more; at its first call it gives those at hand.
+        """
         for change in self.changes:
             change()
-        self.optimizer.step()
+        if self.evaluations > 1:
+            self.optimizer.step(again)  # type: ignore[arg-type]
+        else:
+            self.optimizer.step()
 
 
 Method = Callable[[Problem, float], Learner]
@@ -78,7 +89,8 @@ def _zclip(problem: Problem, lr: float) -> Learner:
 
 def _guided(variant: guided.Variant) -> Method:
     def method(problem: Problem, lr: float) -> Learner:
-        return Learner(optimizer=guided.wrap(AdamW(problem.groups(lr)), problem, variant))
+        optimizer = guided.wrap(AdamW(problem.groups(lr)), problem, variant)
+        return Learner(optimizer=optimizer, evaluations=1 if variant.regularizer is None else 2)
 
     return method
 
@@ -99,5 +111,10 @@ METHODS: dict[str, Method] = {
 }
 """By name, as it stands in the results."""
 
-STORED = frozenset({"EWC", *(name for name, variant in guided.VARIANTS.items() if variant.alignment is not None)})
+STORED = frozenset(
+    {
+        "EWC",
+        *(name for name, variant in guided.VARIANTS.items() if variant.alignment or variant.regularizer),
+    }
+)
 """The methods that use a stored source of each earlier task."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from benchmarks.few_shot.digits import Digits
 from benchmarks.few_shot.guided import Variant
 from benchmarks.few_shot.methods import BASE, METHODS, Learner
 from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.train import Evaluation, train
 from benchmarks.few_shot.zclip import ZClip
 from gradguide import Alignment, Magnitude
 
@@ -26,9 +29,10 @@ def digits() -> Digits:
 
 def run(problem: Problem, learner: Learner, steps: int = 8) -> list[Tensor]:
     for step in range(steps):
-        learner.optimizer.zero_grad()
-        problem.loss([i % problem.rows for i in range(step, step + 8)]).backward()
-        learner.step()
+        chosen = [i % problem.rows for i in range(step, step + 8)]
+        evaluation = Evaluation(problem, learner.optimizer, chosen, 1.0)
+        evaluation()
+        learner.step(evaluation.again)
     return [p.detach().clone() for p in problem.parameters]
 
 
@@ -39,6 +43,26 @@ def test_every_method_learns_the_few_rows_at_a_fair_rate(digits: Digits, name: s
     before = float(problem.loss(rows).detach())
     run(problem, METHODS[name](problem, 3e-3), steps=30)
     assert float(problem.loss(rows).detach()) < 0.7 * before
+
+
+def test_the_exact_objective_takes_as_many_gradients_as_the_others(digits: Digits) -> None:
+    """Two a step, in half the steps; what was computed before the step is not computed again."""
+    counts = {}
+    for name in (BASE, "exact objective"):
+        problem = digits.problem(2, 0)
+        calls: list[int] = []
+        loss = problem.loss
+
+        def counted(chosen: Sequence[int], loss: Any = loss, calls: list[int] = calls) -> Tensor:
+            calls.append(len(chosen))
+            found: Tensor = loss(chosen)
+            return found
+
+        object.__setattr__(problem, "loss", counted)
+        stream = (range(8) for _ in range(100))
+        train(problem, METHODS[name], 3e-3, stream, 20, seed=0)
+        counts[name] = len(calls)
+    assert counts == {BASE: 20, "exact objective": 20}
 
 
 def test_ewc_is_the_alignment_without_projection(digits: Digits) -> None:
