@@ -25,6 +25,7 @@ from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span, divide
 from gradguide.scopes import Scopes
 from gradguide.sharding import local
+from gradguide.sources.source import Source
 from gradguide.survey import Rows, Survey, Surveyor, source_rows
 
 __all__ = ["DIRECTION", "GRADIENT", "SOURCES", "Guidance", "Measured"]
@@ -73,16 +74,20 @@ class Guidance:
         surveyor: Surveyor,
     ) -> None:
         self.direction = direction
-        self.alignment = alignment
         self.magnitude = magnitude
         self.surveyor = surveyor
-        # Sources that a regularizer asks beside these come after them.
-        self._sources = slice(0 if alignment is None else len(alignment.sources))
+        self.align(alignment, surveyor.sources)
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = Scopes()
         self.power = 0.0 if magnitude is None else magnitude.coherence
         self._largest = None if magnitude is None else magnitude.max_update
         self.before = Before()
+
+    def align(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
+        """Align from now on as ``alignment`` says; ``sources`` are its own, then those that a regularizer asks."""
+        self.alignment = alignment
+        self._sources = slice(0 if alignment is None else len(alignment.sources))
+        self.surveyor.ask(sources)
 
     @property
     def active(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,31 +32,31 @@ class Record:
 
 
 @torch.no_grad()
-def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: int) -> dict[str, float]:
+def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Sequence[str]) -> dict[str, float]:
     """The metrics of a step, over all scopes together, with one transfer to the host.
 
     Args:
         record: the last step that was not skipped; None before the first.
         update_norm (Tensor): 0-d, length of the update of that step.
         totals (Tensor): shape [2], steps and skipped steps.
-        sources (int): number of sources.
+        sources: their names.
 
     Returns:
         Floats by name; NaN for what was not measured. Norms and cosines are those of all scopes together, coherence is
         their mean, and there is a conflict where any scope has one. With several sources, ``source_cosine`` is the
-        lowest and ``conflict`` any, and each has its own, ``source_cosine/0`` and so on.
+        lowest and ``conflict`` any, and each has its own, ``source_cosine/NAME``.
     """
     keys = ["grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "update_norm"]
-    per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict") for k in range(sources)]
+    per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict") for k in sources]
     if record is None:
         values = [float("nan")] * (len(keys) + len(per_source)) + totals.tolist()
     else:
-        values = torch.cat([_measures(record, update_norm, sources), totals.to(record.span.gram)]).tolist()
+        values = torch.cat([_measures(record, update_norm, len(sources)), totals.to(record.span.gram)]).tolist()
     found = dict(zip([*keys, *per_source, "steps", "skipped"], values, strict=True))
-    each = {key: [found[f"{key}/{k}"] for k in range(sources)] for key in ("source_cosine", "conflict")}
+    each = {key: [found[f"{key}/{k}"] for k in sources] for key in ("source_cosine", "conflict")}
     found["source_cosine"] = min(each["source_cosine"], default=float("nan"))
     found["conflict"] = max(each["conflict"], default=float("nan"))
-    if sources < 2:
+    if len(sources) < 2:
         for key in per_source:
             del found[key]
     return found

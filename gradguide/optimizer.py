@@ -27,6 +27,7 @@ from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.objective import Regularizer
 from gradguide.sources.match import check_match
+from gradguide.sources.source import Source
 from gradguide.survey import Surveyor
 
 __all__ = ["GradGuide"]
@@ -121,7 +122,7 @@ class GradGuide(Optimizer):
             check_momentum(base, base.param_groups)
         known = named(names) if names is not None else _names_of(base.param_groups)
         labeller(scope, known)
-        sources = (*(alignment.sources if alignment else ()), *(regularizer.sources if regularizer else ()))
+        sources = _sources(alignment, regularizer)
         if sources:
             check_match(sources, base.param_groups, known)
         # Optimizer.__init__ would make param groups of its own; these dicts are all else that it sets up.
@@ -244,6 +245,24 @@ class GradGuide(Optimizer):
         surveyor.names = known
         surveyor.follow(self.base)
 
+    def set_alignment(self, alignment: Alignment | None) -> None:
+        """From the next step on align with other sources, or none. Direction, statistics and the base stay as they are.
+
+        Checkpoints know nothing of sources, so one made before goes on with those that are there when it is loaded.
+        Where parameters lie over ranks, every rank must call it.
+
+        Raises:
+            TypeError, ValueError: as when a GradGuide is made. Nothing is changed.
+        """
+        if alignment is not None and not isinstance(alignment, Alignment):
+            raise TypeError(f"alignment must be a Alignment or None, found {alignment!r}")
+        guidance = self._guidance
+        sources = _sources(alignment, self._regularizer)
+        if sources:
+            check_match(sources, self.param_groups, guidance.surveyor.names)
+        guidance.align(alignment, sources)
+        self._last = None
+
     def metrics(self) -> dict[str, float]:
         """What the last step measured, read from the device at once; NaN where nothing was measured, or
         the step was skipped.
@@ -254,10 +273,11 @@ class GradGuide(Optimizer):
             ``conflict`` (0 or 1), ``update_norm`` (where a rule acts on the update or a history is recorded; from the
             parameters as they are now, so read it before anything else changes them), ``skipped`` and ``steps``
             (counts; a step whose gradients were all zero is none). With several
-            sources, also ``source_cosine/k`` and ``conflict/k``; the plain keys are the worst.
+            sources, also ``source_cosine/NAME`` and ``conflict/NAME``, by number where they have no names; the plain
+            keys are the worst.
         """
         guidance = self._guidance
-        sources = 0 if guidance.alignment is None else len(guidance.alignment.sources)
+        sources = () if guidance.alignment is None else guidance.alignment.names
         norm = guidance.before.update_norm(self._totals.device)
         return read(self._last, norm, self._totals, sources)
 
@@ -348,6 +368,11 @@ class GradGuide(Optimizer):
         counted = torch.stack([measured.moved & ~stopped, stopped])
         self._totals = self._totals.to(counted.device)
         self._totals += counted  # in place, so that a CUDA graph that replays the step counts on
+
+
+def _sources(alignment: Alignment | None, regularizer: Regularizer | None) -> tuple[Source, ...]:
+    """Those of the alignment first."""
+    return (*(alignment.sources if alignment else ()), *(regularizer.sources if regularizer else ()))
 
 
 def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:

@@ -99,11 +99,15 @@ class Surveyor:
         self, scope: Scope, names: Mapping[Tensor, str], sources: Sequence[Source], told: object, backend: str
     ) -> None:
         self.names = dict(names)
-        self.sources = sources
         self._scope = scope
         self._told = told
         self._backend = backend
         self._places: dict[tuple[int, int], str] = {}
+        self.ask(sources)
+
+    def ask(self, sources: Sequence[Source]) -> None:
+        """Ask these sources from now on, which match the parameters that have names."""
+        self.sources = sources
         # What is trained all sources know, which is checked where they are given; what is frozen perhaps only some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
         everything = frozenset(self.names.values()) if sources else frozenset()

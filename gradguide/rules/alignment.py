@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,22 +31,23 @@ class Alignment:
     Source: "source-target gradient alignment", abstract of arXiv 2506.00726.
 
     Args:
-        source: one source or several (at most 16), for instance a :class:`gradguide.SourceGradient`.
+        source: one source or several (at most 16), for instance a :class:`gradguide.SourceGradient`; a mapping gives
+            them names, by which metrics tell them apart.
         on (str): "update" or "gradient": what the hard part acts on. "update" keeps one copy of the parameters during
             the step.
-        weight (float | None): weight of the soft part, at least 0: how much the source's mean loss counts beside the
-            loss that is trained. 0 is the pure projection. None leaves it to each source: 1000 for one that is
-            anchored, 0 for any other, because what training left of a source gradient grows stale at once, and
-            following it did harm at any weight tried.
+        weight (float | Sequence[float] | None): weight of the soft part, at least 0, for all or for each source: how
+            much the source's mean loss counts beside the loss that is trained. 0 is the pure projection. None leaves it
+            to each source: 1000 for one that is anchored, 0 for any other, because what training left of a source
+            gradient grows stale at once, and following it did harm at any weight tried.
         project (bool): whether the hard part acts.
 
     Raises:
         ValueError, TypeError: an option is out of range, or a source is none.
     """
 
-    source: Source | Sequence[Source]
+    source: Source | Sequence[Source] | Mapping[str, Source]
     on: str = field(default="update", kw_only=True)
-    weight: float | None = field(default=None, kw_only=True)
+    weight: float | Sequence[float] | None = field(default=None, kw_only=True)
     project: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -55,18 +56,28 @@ class Alignment:
         if len(self.sources) > MAX_SOURCES:
             raise ValueError(f"Alignment takes at most {MAX_SOURCES} sources, found {len(self.sources)}; merge some")
         check_choice("on", self.on, ("update", "gradient"))
-        if self.weight is not None:
-            check_range("weight", self.weight, 0, float("inf"), open_high=True)
+        given = self.weight if isinstance(self.weight, Sequence) else [] if self.weight is None else [self.weight]
+        for weight in given:
+            check_range("weight", weight, 0, float("inf"), open_high=True)
+        if isinstance(self.weight, Sequence) and len(self.weight) != len(self.sources):
+            raise ValueError(f"weight must be one for each of {len(self.sources)} sources, found {len(self.weight)}")
         check_flag("project", self.project)
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The sources as a tuple."""
-        return sources_of(self.source)
+        return sources_of(list(self.source.values()) if isinstance(self.source, Mapping) else self.source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each source; its number where none was given."""
+        return tuple(map(str, self.source if isinstance(self.source, Mapping) else range(len(self.sources))))
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The weight of each source in effect."""
+        if isinstance(self.weight, Sequence):
+            return tuple(map(float, self.weight))
         return tuple(source.weight if self.weight is None else float(self.weight) for source in self.sources)
 
 

@@ -16,6 +16,7 @@ from gradguide.ops.row import Row
 from gradguide.sharding import Layout, shard
 from gradguide.sources import file
 from gradguide.sources.capture import Batch, Loss, measure
+from gradguide.sources.merging import merged_tables
 
 __all__ = ["SourceGradient", "whole_tables"]
 
@@ -191,6 +192,27 @@ class SourceGradient:
                 host = tensor.cpu()
                 table[name] = host.pin_memory() if torch.cuda.is_available() else host
         return source
+
+    @staticmethod
+    def merge(sources: Sequence[SourceGradient], weights: Sequence[float] | None = None) -> SourceGradient:
+        """One source for several, which answers with the weighted sum of what they answer, wherever the parameters are.
+
+        ``sum_k w_k (s_k + F_k (theta - theta_k))`` is again of that form: with ``F = sum_k w_k F_k`` and theta0 the
+        mean of the theta_k by ``w_k F_k``, element by element, it is ``S + F (theta - theta0)``, where S is the sum of
+        the ``w_k s_k``. So K sources cost the memory of one, and are one constraint in place of K: on their sum, as in
+        A-GEM.
+
+        Args:
+            sources: at least one, all of the same names and shapes, all with curvature or all without, all anchored or
+                none.
+            weights: one each, at least 0, not all 0; equal and summing to 1 if not given.
+
+        Raises:
+            ValueError: the sources or the weights do not fit together.
+        """
+        tables = merged_tables([whole_tables(source._tables) for source in sources], weights)
+        metadata = {"merged": [source.metadata for source in sources]}
+        return SourceGradient(**{"gradient": None, **tables}, metadata=metadata)
 
     def fingerprint(self) -> str:
         """Digest of names, shapes and numbers."""

@@ -144,3 +144,43 @@ def test_sixteen_sources_keep_their_products(monkeypatch: pytest.MonkeyPatch) ->
 
 def unfixed(row: Any, names: list[str], at: list[torch.Tensor]) -> Row:
     return Row(offset=row(names, at).offset)
+
+
+def test_merging_answers_with_the_sum_of_the_answers_everywhere() -> None:
+    """Exactly, with curvature too: wherever the parameters are, not only where a source was captured."""
+    torch.manual_seed(0)
+    sources = [kit.source_of(kit.net(), seed=seed) for seed in (1, 2, 3)]
+    weights = [0.5, 0.0, 2.0]
+    for chosen, given in ((sources, weights), (sources, None), ([s.anchored() for s in sources], [1.0, 1.0, 1.0])):
+        merged = SourceGradient.merge(chosen, given)
+        at = [torch.randn_like(p) for p in kit.net().parameters()]
+        names = merged.names()
+        each = [flat(source.row(names, at)) for source in chosen]
+        wanted = sum(
+            (w * row for w, row in zip(given or [1 / 3] * 3, each, strict=True)), torch.zeros((), dtype=torch.float64)
+        )
+        torch.testing.assert_close(flat(merged.row(names, at)), wanted, rtol=1e-5, atol=1e-6)
+    assert merged.weight == 1000.0, "what is anchored stays so"
+
+
+def test_merging_in_8_bits_and_without_curvature() -> None:
+    merged = SourceGradient.merge([fixed(1).quantized(), fixed(2)], [1.0, 1.0])
+    at = list(kit.net().parameters())
+    wanted = flat(fixed(1).row(merged.names(), at)) + flat(fixed(2).row(merged.names(), at))
+    torch.testing.assert_close(flat(merged.row(merged.names(), at)), wanted, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "message"),
+    [
+        (list, None, "at least one source"),
+        (lambda: [fixed(1)], [1.0, 2.0], "one for each of 1 sources, found 2"),
+        (lambda: [fixed(1)], [-1.0], r"weight must be in \[0, inf\), found -1.0"),
+        (lambda: [fixed(1)], [0.0], "must not all be 0"),
+        (lambda: [fixed(1), kit.source_of(kit.net())], None, "merge like with like"),
+        (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "has not the names and shapes of source 0"),
+    ],
+)
+def test_sources_that_do_not_merge(sources: Any, weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceGradient.merge(sources(), weights)
