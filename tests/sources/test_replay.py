@@ -201,6 +201,22 @@ def test_what_cannot_be_replayed_changes_nothing(batches: Any, loss: Any, messag
     kit.assert_same(kit.snapshot(model, optimizer), before)
 
 
+def test_a_group_that_is_added_is_asked_about_too() -> None:
+    model = nn.ModuleDict({"first": kit.net(), "late": nn.Linear(3, 3)})
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model["late"](model["first"](batch[0])), batch[1])
+
+    source = ReplaySource([old(0)], loss)
+    first = [(f"first.{name}", p) for name, p in model["first"].named_parameters()]
+    optimizer = GradGuide(kit.sgd(first), alignment=Alignment(source))
+    loss(kit.batch(0)).backward()
+    optimizer.step()
+    optimizer.add_param_group({"params": [("late.weight", model["late"].weight), ("late.bias", model["late"].bias)]})
+    optimizer.step()
+    assert {"late.weight", "late.bias"} <= source._rows.keys()
+
+
 def test_it_needs_names() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="keyed by parameter names, found none"):
