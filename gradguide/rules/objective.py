@@ -36,7 +36,9 @@ class Regularizer:
             a GradGuide with a direction, ``alignment`` a source.
         source: one source or several, for the alignment term.
         hessian (str): "finite-difference" evaluates the closure once more, at parameters moved a little along v: one
-            more forward and backward pass. The closure is torch's: clear the gradients, backward, return the loss.
+            more forward and backward pass. The closure is torch's: clear the gradients, backward, return the loss. The
+            error of ``H v`` is about 1e-8 with float64 parameters, 1e-3 with float32, and up to a third with bfloat16,
+            whose numbers are too coarse for a small move.
             "exact" takes the gradient of the gradient: the closure returns the loss and leaves the backward pass to
             GradGuide. It needs operations that can be differentiated twice, and one process.
         warmup (int): steps over which the weights rise to their value, at least 0. Gradient penalties from the first

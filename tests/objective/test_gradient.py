@@ -194,9 +194,9 @@ def test_weights_rise_over_the_warmup(form: str) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_finite_differences_in_lower_precision(dtype: torch.dtype) -> None:
-    bound = {torch.float32: 2e-3, torch.bfloat16: 0.2}[dtype]
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-3), (torch.float16, 0.15), (torch.bfloat16, 0.4)])
+def test_finite_differences_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
+    """The error of H v itself, which is what rounding of the moved parameters leaves."""
     case = Case(11, 2, (0.0, 0.5, 0.0), 0)
     wanted = case.wanted([None] * 4)
     gradients = torch.autograd.grad(case.loss(), list(case.model.parameters()))
@@ -206,5 +206,4 @@ def test_finite_differences_in_lower_precision(dtype: torch.dtype) -> None:
     optimizer.step(case.closure(optimizer, "finite-difference"))
     found = [p.grad.double() for p in case.model.parameters() if p.grad is not None]
     added = [w - g for w, g in zip(wanted, gradients, strict=True)]
-    assert _error([f - g for f, g in zip(found, gradients, strict=True)], added) < 20 * bound
-    assert _error(found, wanted) < bound
+    assert _error([f - g for f, g in zip(found, gradients, strict=True)], added) < bound
