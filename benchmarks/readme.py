@@ -26,6 +26,20 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+MEDIANS = "Medians (20th to 80th percentile)"
+
+
+def spread(row: dict[str, str], digits: int, unit: str = "") -> str:
+    """Median with 20th and 80th percentile of a benchmark's row."""
+    value, low, high = (f"{float(row[key]):.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value}{unit} ({low} to {high})"
+
+
+def measured_on(row: dict[str, str]) -> str:
+    """Where and with what a row was measured."""
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}"
+
+
 def demo_table(name: str) -> str:
     """Mean and standard deviation over the seeds of each method, and the paired difference with its 95% interval."""
     rows = rows_of(name)
@@ -80,18 +94,12 @@ def step_table() -> str:
         time, held = found[lora, provider, ratio], found[lora, provider, memory]
         added = found.get((training, provider, share))
         cells = [
-            f"{float(time['value']):.2f} ({float(time['low']):.2f} to {float(time['high']):.2f})",
+            spread(time, 2),
             f"{float(held['value']):.1f}",
             "" if added is None else f"{float(added['value']):.1f}%",
         ]
         lines.append(f"| {provider} | {' | '.join(cells)} |")
-    about = rows[0]
-    lines.append("")
-    lines.append(
-        f"Medians (20th to 80th percentile) over {about['rounds']} rounds in one run; {about['device']}, "
-        f"{about['threads']} threads, torch {about['torch']}, commit {about['commit']}."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
 
 
 def communication_table() -> str:
@@ -123,35 +131,19 @@ def capture_table() -> str:
     rows = rows_of("capture.csv")
     lines = ["| what | against | found |", "|---|---|---|"]
     for row in rows:
-        value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-        digits, unit = (1, "%") if row["unit"] == "%" else (2, "")
-        if value != 1.0:
-            cells = f"{value:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
-            lines.append(f"| {row['benchmark']}: {row['provider']} | {row['metric']} | {cells} |")
-    about = rows[0]
-    lines.append("")
-    lines.append(
-        f"Medians (20th to 80th percentile); {about['device']}, {about['threads']} threads, torch {about['torch']}, "
-        f"commit {about['commit']}."
-    )
-    return "\n".join(lines)
+        if float(row["value"]) != 1.0:
+            found = spread(row, 1, "%") if row["unit"] == "%" else spread(row, 2)
+            lines.append(f"| {row['benchmark']}: {row['provider']} | {row['metric']} | {found} |")
+    return "\n".join([*lines, "", f"{MEDIANS}; {measured_on(rows[0])}."])
 
 
 def objective_table() -> str:
     """Time of a step with each form of the exact objective against one without."""
     rows = rows_of("objective.csv")
     lines = [f"| {rows[0]['benchmark']} | {rows[0]['metric']} |", "|---|---|"]
-    lines += [
-        f"| {row['provider']} | {float(row['value']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f}) |"
-        for row in rows
-    ]
-    about = rows[0]
-    lines.append("")
-    lines.append(
-        f"Medians (20th to 80th percentile) over {about['rounds']} rounds in one run, attention eager in all; "
-        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, commit {about['commit']}."
-    )
-    return "\n".join(lines)
+    lines += [f"| {row['provider']} | {spread(row, 2)} |" for row in rows]
+    told = f"{MEDIANS} over {rows[0]['rounds']} rounds in one run, attention eager in all; {measured_on(rows[0])}."
+    return "\n".join([*lines, "", told])
 
 
 TABLES: dict[str, Callable[[], str]] = {

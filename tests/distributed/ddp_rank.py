@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import problem
+from tests.distributed.counting import counted
 
 
 def run(kind: str, rank: int, world: int) -> dict[str, Any]:
@@ -18,13 +19,6 @@ def run(kind: str, rank: int, world: int) -> dict[str, Any]:
     wrapped = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
     optimizer = problem.guide(model, kind)
     calls: list[int] = []
-    counted: Any = dist
-    dist_all_reduce = dist.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        calls.append(tensor.numel())
-        return dist_all_reduce(tensor, *args, **options)
-
     metrics = []
     for step in range(problem.STEPS):
         x, y = problem.batch(step)
@@ -36,9 +30,8 @@ def run(kind: str, rank: int, world: int) -> dict[str, Any]:
             loss.backward()
             return loss
 
-        counted.all_reduce = all_reduce
-        optimizer.step(evaluate)
-        counted.all_reduce = dist_all_reduce
+        with counted(calls):
+            optimizer.step(evaluate)
         metrics.append(optimizer.metrics())
     return {
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},

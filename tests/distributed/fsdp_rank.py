@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from gradguide import SourceGradient, sharding
 from tests.distributed import problem
+from tests.distributed.counting import all_reduce, counted
 
 
 def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
@@ -20,13 +21,6 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
     fully_shard(model, mesh=mesh, ignored_params={model.gain})
     optimizer = problem.guide(model, kind)
     calls: list[int] = []
-    counted: Any = dist
-    dist_all_reduce = dist.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        calls.append(tensor.numel())
-        return dist_all_reduce(tensor, *args, **options)
-
     metrics = []
     for step in range(problem.STEPS):
         x, y = problem.batch(step)
@@ -38,13 +32,12 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
             loss.backward()
             gain = model.gain.grad
             assert gain is not None
-            dist_all_reduce(gain)  # what FSDP ignores, its user adds up
+            all_reduce(gain)  # what FSDP ignores, its user adds up
             gain /= world
             return loss
 
-        counted.all_reduce = all_reduce
-        optimizer.step(evaluate)
-        counted.all_reduce = dist_all_reduce
+        with counted(calls):
+            optimizer.step(evaluate)
         metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank may read them alone
     directions = {
         name: sharding.spread(optimizer._guidance.directions[p], p)
