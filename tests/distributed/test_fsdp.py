@@ -35,7 +35,7 @@ def test_i11_two_ranks_equal_one_process(found: list[dict[str, Any]], kind: str)
         for part in ("parameters", "directions"):
             assert rank[kind][part].keys() == wanted[part].keys()
             for name, value in wanted[part].items():
-                torch.testing.assert_close(rank[kind][part][name], value, rtol=2e-4, atol=2e-5, msg=name)
+                problem.close(rank[kind][part][name], value, kind, name)
     for step, (ours, theirs) in enumerate(zip(found[0][kind]["metrics"], wanted["metrics"], strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=2e-4, nan_ok=True), step
 
