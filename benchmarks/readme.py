@@ -137,6 +137,18 @@ def capture_table() -> str:
     return "\n".join([*lines, "", f"{MEDIANS}; {measured_on(rows[0])}."])
 
 
+def storage_table() -> str:
+    """Bytes and time of sources by number and storage."""
+    rows = rows_of("storage.csv")
+    found = {(row["provider"], row["unit"]): row for row in rows}
+    ratio = next(row["metric"] for row in rows if row["unit"] == "ratio")
+    lines = [f"| on CPU | bytes per parameter | {ratio} |", "|---|---|---|"]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        held = float(found[provider, "bytes per parameter"]["value"])
+        lines.append(f"| {provider} | {held:.2f} | {spread(found[provider, 'ratio'], 2)} |")
+    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+
+
 def objective_table() -> str:
     """Time of a step with each form of the exact objective against one without."""
     rows = rows_of("objective.csv")
@@ -154,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "objective": objective_table,
     "capture": capture_table,
+    "storage": storage_table,
     "communication": communication_table,
 }
 

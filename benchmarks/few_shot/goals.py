@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pandas as pd
@@ -98,6 +99,8 @@ def _rough(rows: pd.DataFrame) -> pd.DataFrame:
 def _spread(rows: pd.DataFrame) -> tuple[str, bool]:
     spread = _rough(rows).groupby(["method", "condition", "lr"])["target_accuracy"].std().groupby("method").mean()
     ratio = float(spread[OURS] / spread[BASE])
+    if math.isnan(ratio):
+        raise ValueError("a spread takes at least two seeds")
     return f"{spread[OURS]:.1f} to {spread[BASE]:.1f}: {ratio:.2f}", ratio <= 0.7
 
 

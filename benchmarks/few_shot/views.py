@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,15 @@ _PAIR = ["target", "seed"]
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, with its 95% bootstrap interval."""
+    """Mean of paired differences, with its 95% bootstrap interval; one pair alone says nothing of its spread."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"{self.mean:+.1f} (one pair)"
         return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
@@ -65,6 +68,8 @@ def worst(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 def difference(table: pd.DataFrame, method: str, base: str = BASE) -> Difference:
     """``method`` minus ``base`` over the pairs of ``table``, resampled with replacement 10,000 times."""
     pairs = (table[method] - table[base]).to_numpy(dtype=float)
+    if len(pairs) == 1:
+        return Difference(float(pairs[0]), -math.inf, math.inf)
     generator = np.random.default_rng(0)
     means = pairs[generator.integers(len(pairs), size=(_RESAMPLES, len(pairs)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])

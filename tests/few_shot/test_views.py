@@ -110,3 +110,10 @@ def test_the_report_is_made_from_the_rows_alone(file: Path, tmp_path: Path) -> N
     assert "| GradGuide |" in text
     assert (tmp_path / "report-rates.png").stat().st_size > 10_000
     assert "GradGuide" in report.summary(file)
+
+
+def test_one_pair_has_no_interval_and_wins_nothing() -> None:
+    table = pd.DataFrame({"GradGuide": [60.0], BASE: [50.0]})
+    found = difference(table, "GradGuide")
+    assert str(found) == "+10.0 (one pair)"
+    assert not found.low > 0
