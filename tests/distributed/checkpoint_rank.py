@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from gradguide import GradGuide
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
+from tests.distributed.launch import leave
 
 HALF = 6
 
@@ -63,3 +64,4 @@ def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+    leave()

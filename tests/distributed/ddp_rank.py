@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import problem
 from tests.distributed.counting import counted
+from tests.distributed.launch import leave
 
 
 def run(kind: str, rank: int, world: int) -> dict[str, Any]:
@@ -49,3 +50,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()

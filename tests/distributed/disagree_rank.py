@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 from gradguide import Alignment, Direction, GradGuide
 from tests.distributed import problem
+from tests.distributed.launch import leave
 
 
 def main(rank: int, world: int, folder: Path, what: str) -> None:
@@ -53,3 +54,4 @@ def main(rank: int, world: int, folder: Path, what: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    leave()

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from gradguide import SourceGradient, sharding
 from tests.distributed import problem
 from tests.distributed.counting import all_reduce, counted
+from tests.distributed.launch import leave
 
 
 def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
@@ -84,3 +85,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()

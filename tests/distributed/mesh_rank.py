@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
+from tests.distributed.launch import leave
 
 STEPS = 10
 
@@ -53,3 +54,4 @@ def main(rank: int, world: int, folder: Path, how: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    leave()

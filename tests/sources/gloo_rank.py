@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
 from gradguide import SourceGradient
+from tests.distributed.launch import leave
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -34,3 +35,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()
