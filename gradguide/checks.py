@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["check_choice", "check_flag", "check_range"]
+__all__ = ["check_choice", "check_flag", "check_range", "check_steps"]
 
 
 def check_range(
@@ -35,6 +35,12 @@ def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, found {value!r}")
+
+
+def check_steps(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of steps, found {value!r}")
 
 
 def _text(bound: float) -> str:

@@ -19,7 +19,7 @@ from gradguide.rules.objective import Regularizer, slope
 from gradguide.rules.span import Span, divide
 from gradguide.second import Randomness, buffers_kept, gradients_kept
 from gradguide.sharding import local
-from gradguide.survey import Rows, Survey, source_rows
+from gradguide.survey import Rows, Survey, source_rows, trained_by
 
 __all__ = ["evaluate"]
 
@@ -73,7 +73,7 @@ def _difference(
     closure: Callable[[], Any], base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """``(g(theta + e v) - g(theta)) / e``, both under the same randomness."""
-    parameters = _trained(base)
+    parameters = trained_by(base)
     start = Randomness(parameters)
     with torch.enable_grad():
         loss = closure()
@@ -127,7 +127,7 @@ def _exact(
             "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
             "use hessian='finite-difference'"
         )
-    parameters = _trained(base)
+    parameters = trained_by(base)
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -239,7 +239,3 @@ def _vector(slope: Slope) -> dict[Tensor, Tensor]:
     slope.survey.combine_(slope.rows, writes)
     pairs = zip(slope.survey.buckets, made, strict=True)
     return {p: tensor for bucket, into in pairs for p, tensor in zip(bucket.parameters, into, strict=True)}
-
-
-def _trained(base: Optimizer) -> list[Tensor]:
-    return [p for group in base.param_groups for p in group["params"] if p.requires_grad]

@@ -18,7 +18,7 @@ from gradguide.ranks import Ranks
 from gradguide.rules.span import Span
 from gradguide.sources.source import Source
 
-__all__ = ["Rows", "Survey", "Surveyor", "source_rows"]
+__all__ = ["Rows", "Survey", "Surveyor", "source_rows", "trained_by"]
 
 Rows = list[Stack]
 """For each bucket its R rows."""
@@ -145,7 +145,7 @@ class Surveyor:
         if not self.sources:
             return
         self.follow(base)
-        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        trained = trained_by(base)
         known = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         for source in self.sources:
             source.refresh(known, trained)
@@ -175,6 +175,11 @@ class Surveyor:
     def _held(self, base: Optimizer) -> set[str]:
         """Names whose parameter is still there: then what stands in its place is a new one, and nameless."""
         return {self.names[p] for group in base.param_groups for p in group["params"] if p in self.names}
+
+
+def trained_by(base: Optimizer) -> list[Tensor]:
+    """The base's parameters that are not frozen."""
+    return [p for group in base.param_groups for p in group["params"] if p.requires_grad]
 
 
 def source_rows(sources: Sequence[Source], bucket: Bucket, at: Sequence[Tensor]) -> list[Row | None]:

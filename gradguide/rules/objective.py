@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradguide.checks import check_choice, check_range
+from gradguide.checks import check_choice, check_range, check_steps
 from gradguide.rules.span import Span, divide
 from gradguide.sources.source import Source, sources_of
 
@@ -67,8 +67,7 @@ class Regularizer:
         if self.sources and not self.alignment:
             raise ValueError("Regularizer(source=...) needs alignment above 0, found 0")
         check_choice("hessian", self.hessian, HESSIANS)
-        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int):
-            raise TypeError(f"warmup must be a whole number of steps, found {self.warmup!r}")
+        check_steps("warmup", self.warmup)
         check_range("warmup", self.warmup, 0, float("inf"), open_high=True)
 
 

@@ -55,23 +55,20 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
     return found
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.double()
-
-
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = sum((weight * _wide(t) for weight, t in zip(weights, tensors, strict=True)), torch.zeros(()))
+    total = sum((weight * t.double() for weight, t in zip(weights, tensors, strict=True)), torch.zeros(()))
     return total.to(torch.promote_types(tensors[0].dtype, torch.float32))
 
 
 def _mean(anchors: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Mean of the anchors by weight times curvature; where there is none, by weight, since it does not matter."""
     total = sum(weights)
-    plain = sum((w / total * _wide(a) for w, a in zip(weights, anchors, strict=True)), torch.zeros(()))
-    curved = sum((w * _wide(f) for w, f in zip(weights, fishers, strict=True)), torch.zeros(()))
+    plain = sum((w / total * a.double() for w, a in zip(weights, anchors, strict=True)), torch.zeros(()))
+    curved = sum((w * f.double() for w, f in zip(weights, fishers, strict=True)), torch.zeros(()))
     # As a change from the plain mean, which keeps the digits that anchors have in common.
     shift = sum(
-        (w * _wide(f) * (_wide(a) - plain) for w, f, a in zip(weights, fishers, anchors, strict=True)), torch.zeros(())
+        (w * f.double() * (a.double() - plain) for w, f, a in zip(weights, fishers, anchors, strict=True)),
+        torch.zeros(()),
     )
     mean = plain + torch.where(curved > 0, shift / torch.where(curved > 0, curved, 1.0), 0.0)
     return mean.to(anchors[0].dtype)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradguide.checks import check_steps
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.second import Randomness, buffers_kept, gradients_kept
@@ -48,8 +49,7 @@ class ReplaySource:
         *,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be a whole number of steps, found {every!r}")
+        check_steps("every", every)
         if every < 1:
             raise ValueError(f"every must be at least 1, found {every}")
         if not isinstance(batches, Iterable):

@@ -185,7 +185,7 @@ class SourceGradient:
         For many or large sources beside a model that fills the GPU: no memory is held there between steps, at the price
         of the copy. On the CPU there is nothing to gain.
         """
-        source = SourceGradient(**self._arguments({k: dict(t) for k, t in self._tables.items()}))
+        source = SourceGradient._of(self._tables, self.metadata)
         source._offloaded = True
         for table in source._tables.values():
             for name, tensor in table.items():
@@ -211,8 +211,7 @@ class SourceGradient:
             ValueError: the sources or the weights do not fit together.
         """
         tables = merged_tables([whole_tables(source._tables) for source in sources], weights)
-        metadata = {"merged": [source.metadata for source in sources]}
-        return SourceGradient(**{"gradient": None, **tables}, metadata=metadata)
+        return SourceGradient._of(tables, {"merged": [source.metadata for source in sources]})
 
     def fingerprint(self) -> str:
         """Digest of names, shapes and numbers."""
@@ -230,7 +229,7 @@ class SourceGradient:
             label: {name: shard(t, layouts[name]) if name in layouts else t for name, t in table.items()}
             for label, table in (whole_tables(self._tables) if quantized else self._tables).items()
         }
-        part = SourceGradient(**self._arguments(tables))
+        part = SourceGradient._of(tables, self.metadata)
         # A part begins within a group of codes, so it has groups of its own.
         part = part.quantized() if quantized else part
         return part.offloaded() if self._offloaded else part
@@ -272,7 +271,7 @@ class SourceGradient:
                 raise ValueError(f"{os.fspath(path)!r} is damaged: {label} has not the names that its metadata lists")
         try:
             ordered = {label: {name: table[name] for name in order} for label, table in tables.items()}
-            return cls(ordered.pop("gradient", None), metadata=metadata, **ordered)
+            return cls._of(ordered, metadata)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
@@ -282,9 +281,11 @@ class SourceGradient:
         kind += ", 8 bits" if "steps" in self._tables else ""
         return f"SourceGradient({len(tensors)} tensors, {sum(t.numel() for t in tensors)} numbers, {kind})"
 
-    def _arguments(self, tables: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-        """What makes a source of ``tables``, and of this one's metadata."""
-        return {"gradient": None, **tables, "metadata": self.metadata}
+    @classmethod
+    def _of(cls, tables: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> SourceGradient:
+        """A source of tables by their names."""
+        given = dict(tables)
+        return cls(given.pop("gradient", None), metadata=metadata, **given)
 
     def _copies_to(self, device: torch.device) -> bool:
         return self._offloaded and device.type != "cpu"
