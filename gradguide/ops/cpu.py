@@ -1,4 +1,5 @@
-"""The CPU backend: compiled passes over float32 rows in torch's threads; the portable backend takes the rest."""
+"""The CPU backend: compiled passes over float32, bfloat16 and 8-bit rows in torch's threads; the portable backend takes
+the rest."""
 
 from __future__ import annotations
 
@@ -26,13 +27,18 @@ THREADED = 1 << 16
 
 _DTYPE = attrgetter("dtype")
 
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_CODES = 2
+"""How the compiled passes name what a part is stored as."""
+
 _LARGEST = 1e30
 """Beyond this a coefficient may leave the range of float32: rows of such sizes are rare, and taken in float64."""
 
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrix of the rows: products in float32 per block of 512 elements, float64 across blocks. [R, R].
+    """Gram matrix of the rows: products in float32 per block of 512 or 4,096 elements, float64
+    across blocks. [R, R].
 
     Args:
         known: numbers of rows whose products with each other are not wanted, and are 0.
@@ -41,7 +47,7 @@ def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
     if _cpu is None or table is None:
         return foreach.gram(rows, known)
     left_out = bytes(index in known for index in range(len(rows)))
-    products = _cpu.gram(table.addresses, table.lengths, len(rows), _threads(table), left_out)
+    products = _cpu.gram(table.addresses, table.kinds, table.lengths, len(rows), _threads(table), left_out)
     return torch.tensor(products, dtype=torch.float64).view(len(rows), len(rows))
 
 
@@ -59,7 +65,8 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
         reference.combine_(rows, [write for write, _ in plan])
         return
     table = _table_of(rows)
-    if _cpu is None or table is None or not all(_plain(write.into) for write, _ in plan):
+    stored = [_kind(write.into) for write, _ in plan]
+    if _cpu is None or table is None or None in stored:
         foreach.combine_(rows, [write for write, _ in plan])
         return
     for write, _ in plan:
@@ -67,13 +74,18 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     into = array("q", [address for write, _ in plan for address in map(Tensor.data_ptr, write.into)])
     coefficients = array("d", [number for _, numbers in plan for number in numbers])
     accumulate = bytes(write.accumulate for write, _ in plan)
-    _cpu.combine(table.addresses, table.lengths, len(rows), _threads(table), into, coefficients, accumulate)
+    kinds = bytes(kind for kind in stored if kind is not None)
+    _cpu.combine(
+        table.addresses, table.kinds, table.lengths, len(rows), _threads(table), into, coefficients, accumulate, kinds
+    )
 
 
 class _Table(NamedTuple):
-    """Where the rows lie: addresses [rows, 4, tensors] (0 for a part that is absent) and lengths [tensors]."""
+    """Where the rows lie: addresses [rows, 4, tensors] (0 for a part that is absent), kinds [rows, 4] and lengths
+    [tensors]."""
 
     addresses: array[int]
+    kinds: bytes
     lengths: array[int]
     elements: int
 
@@ -89,41 +101,39 @@ def _table_of(rows: Sequence[Row | None]) -> _Table | None:
 
 
 def _table(rows: Sequence[Row | None]) -> _Table | None:
-    """None where a row has a part that is not plain float32 memory."""
+    """None where a row has a part that the compiled passes cannot read."""
     example = next(row for row in rows if row is not None).tensors
     lengths = array("q", map(Tensor.numel, example))
     absent = [0] * len(example)
-    addresses = array("q")
+    addresses, kinds = array("q"), bytearray()
     for row in rows:
-        if row is not None and row.steps is not None:
-            assert row.offset is not None
-            if not _whole(row.offset) or not _plain(row.steps):
+        codes = row is not None and row.steps is not None
+        parts = (None,) * 4 if row is None else (row.offset, row.steps if codes else row.scale, row.at, row.anchor)
+        for number, part in enumerate(parts):
+            kind = 0 if part is None else _CODES if codes and number == 0 and _whole(part) else _kind(part)
+            if kind is None or (codes and number == 1 and kind != _KINDS[torch.float32]):
                 return None
-            _check_lengths(row.offset, lengths)
-            if any(steps.numel() * GROUP < length for steps, length in zip(row.steps, lengths, strict=True)):
-                raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
-            addresses.extend(map(Tensor.data_ptr, row.offset))
-            addresses.extend(map(Tensor.data_ptr, row.steps))
-            addresses.extend(absent + absent)
-            continue
-        parts = (None,) * 4 if row is None else (row.offset, row.scale, row.at, row.anchor)
-        for part in parts:
-            if part is None:
-                addresses.extend(absent)
-            elif _plain(part):
+            if part is not None and codes and number == 1:
+                _check_steps(part, lengths)
+            elif part is not None:
                 _check_lengths(part, lengths)
-                addresses.extend(map(Tensor.data_ptr, part))
-            else:
-                return None
-    return _Table(addresses, lengths, sum(lengths))
+            addresses.extend(absent if part is None else map(Tensor.data_ptr, part))
+            kinds.append(kind)
+    return _Table(addresses, bytes(kinds), lengths, sum(lengths))
 
 
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    return set(map(_DTYPE, tensors)) <= {torch.float32} and _whole(tensors)
+def _kind(tensors: Sequence[Tensor]) -> int | None:
+    dtypes = set(map(_DTYPE, tensors))
+    return _KINDS.get(*dtypes) if len(dtypes) == 1 and _whole(tensors) else None
 
 
 def _whole(tensors: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
+
+
+def _check_steps(steps: Sequence[Tensor], lengths: array[int]) -> None:
+    if any(step.numel() * GROUP < length for step, length in zip(steps, lengths, strict=True)):
+        raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
 
 
 def _check_lengths(part: Sequence[Tensor], lengths: array[int]) -> None:

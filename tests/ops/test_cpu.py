@@ -70,15 +70,19 @@ def test_threads_share_the_elements(threads: int, monkeypatch: pytest.MonkeyPatc
 def test_the_compiled_passes_refuse_tables_that_do_not_fit() -> None:
     if cpu._cpu is None:
         pytest.skip("the extension is not built")
-    table, lengths = array("q", [0] * 4), array("q", [0])
+    table, kinds, lengths = array("q", [0] * 4), bytes(4), array("q", [0])
     with pytest.raises(ValueError, match="1 to 20 rows of 1 tensors, found 2 rows in 32 bytes"):
-        cpu._cpu.gram(table, lengths, 2, 1, bytes(2))
+        cpu._cpu.gram(table, kinds, lengths, 2, 1, bytes(2))
     with pytest.raises(ValueError, match="1 to 20 rows"):
-        cpu._cpu.gram(array("q"), lengths, 0, 1, b"")
+        cpu._cpu.gram(array("q"), b"", lengths, 0, 1, b"")
+    with pytest.raises(ValueError, match="kinds must have 4 bytes for each of 1 rows, found 3"):
+        cpu._cpu.gram(table, bytes(3), lengths, 1, 1, bytes(1))
     with pytest.raises(ValueError, match=r"threads must be in \[1, 256\], found 0"):
-        cpu._cpu.gram(table, lengths, 1, 0, bytes(1))
+        cpu._cpu.gram(table, kinds, lengths, 1, 0, bytes(1))
     with pytest.raises(ValueError, match="at most 4 writes"):
-        cpu._cpu.combine(table, lengths, 1, 1, array("q"), array("d", [1.0]), b"\0")
+        cpu._cpu.combine(table, kinds, lengths, 1, 1, array("q"), array("d", [1.0]), b"\0", b"\0")
+    with pytest.raises(ValueError, match="and a kind"):
+        cpu._cpu.combine(table, kinds, lengths, 1, 1, array("q", [0]), array("d", [1.0]), b"\0", b"")
 
 
 def test_rows_of_other_sizes_are_refused_before_memory_is_read() -> None:
