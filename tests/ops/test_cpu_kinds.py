@@ -71,8 +71,8 @@ def test_products_and_sums_are_the_oracles(
             ],
         )
     for found_list, expected_list in zip(found_into, expected_into, strict=True):
-        for a, b in zip(found_list, expected_list, strict=True):
-            assert torch.allclose(a, b, rtol=1e-5, atol=2e-5)
+        for mine, oracles in zip(found_list, expected_list, strict=True):
+            assert torch.allclose(mine, oracles, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e16])
