@@ -161,8 +161,8 @@ class SourceGradient:
         """
         if not self.curvature:
             raise ValueError("anchored() needs a source with curvature, found none: capture it with curvature=True")
-        return SourceGradient(
-            None, fisher=self._tables["fisher"], anchor=self._tables["anchor"], metadata=self.metadata
+        return self._kept_alike(
+            SourceGradient(None, fisher=self._tables["fisher"], anchor=self._tables["anchor"], metadata=self.metadata)
         )
 
     def quantized(self) -> SourceGradient:
@@ -177,7 +177,7 @@ class SourceGradient:
             return self
         coded = {name: encode(tensor) for name, tensor in self._tables["gradient"].items()}
         codes, steps = ({name: pair[part] for name, pair in coded.items()} for part in (0, 1))
-        return SourceGradient(codes, steps=steps, metadata=self.metadata)
+        return self._kept_alike(SourceGradient(codes, steps=steps, metadata=self.metadata))
 
     def offloaded(self) -> SourceGradient:
         """The same source with its tables in pinned memory of the host, from where each step copies them.
@@ -231,8 +231,7 @@ class SourceGradient:
         }
         part = SourceGradient._of(tables, self.metadata)
         # A part begins within a group of codes, so it has groups of its own.
-        part = part.quantized() if quantized else part
-        return part.offloaded() if self._offloaded else part
+        return self._kept_alike(part.quantized() if quantized else part)
 
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         """What is stored needs none."""
@@ -289,6 +288,10 @@ class SourceGradient:
 
     def _copies_to(self, device: torch.device) -> bool:
         return self._offloaded and device.type != "cpu"
+
+    def _kept_alike(self, source: SourceGradient) -> SourceGradient:
+        """A source made of this one, where this one is kept."""
+        return source.offloaded() if self._offloaded else source
 
     def _shapes_of(self, label: str) -> dict[str, torch.Size]:
         """What the shapes of a table must be."""

@@ -22,10 +22,9 @@ def run(kind: str, rank: int, world: int) -> dict[str, Any]:
     calls: list[int] = []
     metrics = []
     for step in range(problem.STEPS):
-        x, y = problem.batch(step)
-        share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+        x, y = problem.share(*problem.batch(step), rank, world)
 
-        def evaluate(x: torch.Tensor = x[share], y: torch.Tensor = y[share]) -> torch.Tensor:
+        def evaluate(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
             optimizer.zero_grad()
             loss = problem.loss_of(wrapped, x, y)
             loss.backward()

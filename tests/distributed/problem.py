@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW
 
-from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, ReplaySource, SourceGradient
 
 STEPS = 20
 KINDS = ("default", "gradient", "update", "shared", "module", "tensor", "two sources", "regularizer")
+REPLAYS = (("ddp", 1), ("ddp", 3), ("ddp, bare loss", 1), ("fsdp", 1), ("fsdp", 3))
+"""How ranks train, and every how many steps a live source is asked."""
 
 
 def close(found: Tensor, wanted: Tensor, kind: str, name: str) -> None:
@@ -48,10 +50,16 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def source(seed: int) -> SourceGradient:
-    """Whole tables for every parameter but the gain; the same on all ranks."""
+def share(x: Tensor, y: Tensor, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """A rank's part of a batch."""
+    part = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+    return x[part], y[part]
+
+
+def source(seed: int, without: tuple[str, ...] = ("gain",)) -> SourceGradient:
+    """Whole tables for every parameter but those named; the same on all ranks."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {name: p.shape for name, p in net().named_parameters() if name != "gain"}
+    shapes = {name: p.shape for name, p in net().named_parameters() if name not in without}
     tables = [{n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(3)]
     fisher = {name: t.abs() for name, t in tables[1].items()}
     return SourceGradient(tables[0], fisher=fisher, anchor=tables[2])
@@ -80,6 +88,16 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
         case "module" | "tensor":
             return GradGuide(base, scope=kind, names=model.named_parameters())
     return GradGuide(base, magnitude=Magnitude(coherence=0.5))
+
+
+def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int, world: int) -> GradGuide:
+    """Guided by live batches of another task, of which this rank has a part, through the module ``replayed``."""
+    batches = [share(*batch(900 + k), rank, world) for k in range(3)]
+    live = ReplaySource(batches, lambda b: loss_of(replayed, *b), every)
+    base = AdamW(model.parameters(), lr=0.02)
+    return GradGuide(
+        base, alignment=Alignment([live, source(1, without=())], weight=[0.5, 0.1]), names=model.named_parameters()
+    )
 
 
 def alone(kind: str) -> dict[str, Any]:

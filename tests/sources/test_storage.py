@@ -109,6 +109,15 @@ def test_offloaded_answers_the_same_and_keeps_nothing_on_the_device() -> None:
     assert not plain.row(names, there).fixed, "a copy made anew at each step has no identity"
 
 
+def test_what_is_made_of_an_offloaded_source_is_offloaded() -> None:
+    there = [p.to("meta") for p in kit.net().parameters()]
+    moving, still = kit.source_of(kit.net()).offloaded().anchored(), fixed().offloaded().quantized()
+    for source in (moving, still):
+        row = source.row(source.names(), there)
+        assert all(t.device.type == "meta" for part in row.parts for t in part)
+        assert all(t.device.type == "cpu" for table in source._tables.values() for t in table.values())
+
+
 def test_sixteen_sources_keep_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cosines and steps are those of sources whose products are taken anew each time."""
     from gradguide.ops import cpu

@@ -1,0 +1,57 @@
+"""One rank of test_replay.py: ``python replay_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed import problem
+from tests.distributed.fsdp_rank import whole
+from tests.distributed.launch import leave
+
+
+def run(kind: str, every: int, rank: int, world: int) -> dict[str, Any]:
+    """Trains with ``kind``; under FSDP one parameter is left whole, whose gradient is added up here."""
+    model = problem.net()
+    trained: nn.Module = model
+    if kind == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params={model.gain})
+    else:
+        trained = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+    # Through the wrapper, which averages; past it, where the source itself has to.
+    replayed = model if kind == "ddp, bare loss" else trained
+    optimizer = problem.guide_by_replay(model, replayed, every, rank, world)
+    for step in range(problem.STEPS):
+        x, y = problem.batch(step)
+        optimizer.zero_grad()
+        problem.loss_of(trained, *problem.share(x, y, rank, world)).backward()
+        if kind == "fsdp":
+            assert model.gain.grad is not None
+            dist.all_reduce(model.gain.grad)
+            model.gain.grad /= world
+        optimizer.step()
+    return {
+        "parameters": {name: whole(p) for name, p in model.named_parameters()},
+        "conflicts": optimizer.metrics()["conflict"],
+    }
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    found = {f"{kind}, {every}": run(kind, every, rank, world) for kind, every in problem.REPLAYS}
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()
