@@ -2,9 +2,9 @@
 
 (Where there are more than six rows, measuring reads each once per six.)
 
-Rows are float32, bfloat16 or float16, in any mixture, and sums are float32 within a chunk, float64 across chunks. So
-elements whose squares leave the range of float32 (beyond 1e16, below 1e-19) count as infinite, or not at all, as they
-do in ``clip_grad_norm_``. Tensors that are not contiguous, or of float64, take the portable backend.
+Rows are float32, bfloat16, float16 or 8-bit codes, in any mixture, and sums are float32 within a chunk, float64 across
+chunks. So elements whose squares leave the range of float32 (beyond 1e16, below 1e-19) count as infinite, or not at
+all, as they do in ``clip_grad_norm_``. Tensors that are not contiguous, or of float64, take the portable backend.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Write
 
 __all__ = ["Columns", "columns_of"]
@@ -21,6 +22,7 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+_CODES = {torch.int8: tl.int8}
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -30,7 +32,8 @@ class Columns:
 
     device: of all tensors.
     dtypes: Triton's type of each column.
-    rows: for each row its columns: offset, scale, at, anchor; -1 is absent.
+    rows: for each row its columns: offset, scale, at, anchor; -1 is absent. For a row of 8-bit codes, which has nothing
+        to scale, the scale is that of the codes.
     writes: for each write its column, and whether it accumulates.
     others: columns of the lists that are neither.
     addresses: [columns, tensors].
@@ -67,17 +70,21 @@ def columns_of(
     places: dict[bytes, int] = {}  # of lists with other lists' tensors
     addresses: array[int] = array("q")
     dtypes: list[Any] = []
-    parts = [part for row in rows for part in (row.offset, row.scale, row.at, row.anchor)]
+    codes = {id(row.offset) for row in rows if row.steps is not None}
+    steps = {id(row.steps) for row in rows if row.steps is not None}
+    parts = [part for row in rows for part in (row.offset, row.steps or row.scale, row.at, row.anchor)]
     parts += [write.into for write in writes]
     parts += others
     for part in parts:
         if part is None or id(part) in numbers:
             continue
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
-        if array("q", map(Tensor.numel, part)) != lengths:
+        wanted = array("q", [-(-length // GROUP) for length in lengths]) if id(part) in steps else lengths
+        if array("q", map(Tensor.numel, part)) != wanted:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
+        known = _CODES if id(part) in codes else DTYPES
         kinds = set(map(_DTYPE, part))
-        if len(kinds) > 1 or not kinds <= DTYPES.keys() or not all(map(Tensor.is_contiguous, part)):
+        if len(kinds) > 1 or not kinds <= known.keys() or not all(map(Tensor.is_contiguous, part)):
             return None
         if set(map(_DEVICE, part)) != {device}:
             return None
@@ -85,7 +92,7 @@ def columns_of(
         place = places.setdefault(where.tobytes(), len(places))
         numbers[id(part)] = place
         if place == len(dtypes):
-            dtypes.append(DTYPES[kinds.pop()])
+            dtypes.append(known[kinds.pop()])
             addresses.extend(where)
 
     def number(part: Sequence[Tensor] | None) -> int:
@@ -94,7 +101,9 @@ def columns_of(
     return Columns(
         device=device,
         dtypes=tuple(dtypes),
-        rows=tuple((number(row.offset), number(row.scale), number(row.at), number(row.anchor)) for row in rows),
+        rows=tuple(
+            (number(row.offset), number(row.steps or row.scale), number(row.at), number(row.anchor)) for row in rows
+        ),
         writes=tuple((number(write.into), write.accumulate) for write in writes),
         others=tuple(map(number, others)),
         addresses=addresses,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradguide.ops import Row, Write, foreach, reference
 from gradguide.ops import triton as ops
-from tests.ops.triton.problems import CHUNK, DEVICE, MANY, ODD, some_rows, tensors, unaligned
+from tests.ops.triton.problems import CHUNK, DEVICE, MANY, ODD, codes, some_rows, tensors, unaligned
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = [(), (0,), (600,)]
@@ -22,6 +22,8 @@ CASES = pytest.mark.parametrize(
         pytest.param(ODD, 1, (F32, BF16, F16), id="K=1, three precisions"),
         pytest.param(ODD, 4, (F32, F32, BF16), id="K=4"),
         pytest.param(SMALL, 16, (F32, BF16), id="K=16"),
+        pytest.param(ODD, 2, (F32, torch.int8), id="K=2, one in 8 bits"),
+        pytest.param(ODD, 10, (BF16, F32, torch.int8), id="K=10, three in 8 bits"),
         pytest.param(MANY, 1, (F32,), id="many small tensors"),
         pytest.param([(1, 2048)], 1, (F32,), id="one chunk"),
         pytest.param([(2 * CHUNK + 1,)], 1, (F32,), id="three chunks"),
@@ -88,6 +90,25 @@ def test_views_that_are_not_aligned(dtype: torch.dtype) -> None:
     ):
         check_gram([*rows])
         check_combine([*rows], accumulate=False)
+
+
+def test_sixteen_sources_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # They must not take the portable backend on the way.
+    monkeypatch.setattr(foreach, "gram", None)
+    monkeypatch.setattr(foreach, "combine_", None)
+    shapes: list[tuple[int, ...]] = [(), (0,), (600,), (2, 129)]
+    rows: list[Row | None] = [Row(offset=tensors(0, shapes)), Row(offset=tensors(1, shapes))]
+    rows += [codes(tensors(2 + source, shapes)) for source in range(16)]
+    check_gram(rows)
+    check_combine(rows, accumulate=True)
+
+
+def test_too_few_steps_for_the_codes_are_refused_before_memory_is_read() -> None:
+    g, row = [torch.ones(600, device=DEVICE)], codes(tensors(0, [(600,)]))
+    assert row.steps is not None
+    short = Row(offset=row.offset, steps=[row.steps[0][:4]])
+    with pytest.raises(ValueError, match="differ in size"):
+        ops.gram([Row(offset=g), short])
 
 
 def test_absent_rows_are_rows_of_zeros() -> None:

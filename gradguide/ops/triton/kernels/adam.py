@@ -9,6 +9,7 @@ from gradguide.ops.triton.kernels.access import (
     addresses_of,
     chunk_of,
     form,
+    grouped,
     load_column,
     store_column,
     uses,
@@ -61,10 +62,11 @@ def block(
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if among(column, (P, M, V)):
-            columns = columns + (load_column(addresses[column], offsets, inside, DTYPES[column], VECTOR),)
+            columns = columns + (load_column(addresses[column], offsets, inside, DTYPES[column], VECTOR, False),)
         elif uses(ROWS, column):
             mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
-            columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
+            value = load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR, grouped(ROWS, column))
+            columns = columns + (value,)
         else:
             columns = columns + (0.0,)
     rows = ()
@@ -117,7 +119,8 @@ def adam(
         lr: a number, or where it lies with RATE_ON_DEVICE.
         beta1, beta2, rest1, rest2, log_beta1, log_beta2: the decays, 1 minus each, and their logarithms to base 2.
         eps, decay: of Adam, and its weight decay, DECOUPLED or not.
-        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
+        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of
+            nothing is that of 8-bit codes.
         D, P, M, V: columns of direction (-1 for none), parameters, first and second moments.
         RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
         THREADS: of a program.

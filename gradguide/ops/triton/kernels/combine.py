@@ -9,6 +9,7 @@ from gradguide.ops.triton.kernels.access import (
     addresses_of,
     chunk_of,
     form,
+    grouped,
     item,
     load_column,
     section,
@@ -108,7 +109,8 @@ def block(
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column) or grows(WRITES, column):
             mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
-            columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
+            value = load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR, grouped(ROWS, column))
+            columns = columns + (value,)
         else:
             columns = columns + (0.0,)
     rows = ()
@@ -140,7 +142,8 @@ def combine(
         chunks: int64 [chunks, 2], tensor and number of each chunk of CHUNK elements.
         coefficients: for each write a float tensor, that of ROWS[i] at SLOTS[i].
         tensors: how many.
-        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
+        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of
+            nothing is that of 8-bit codes.
         WRITES: for each write its column, and whether it adds to what is there (then nothing is written where all
             coefficients are 0).
         RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form, load_column, uses, vector_end
+from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form, grouped, load_column, uses, vector_end
 
 __all__ = ["finish", "measure"]
 
@@ -22,7 +22,8 @@ def load_rows(addresses, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column):
-            columns = columns + (load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR),)
+            value = load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR, grouped(ROWS, column))
+            columns = columns + (value,)
         else:
             columns = columns + (0.0,)
     rows = ()
@@ -61,7 +62,8 @@ def measure(
         chunks: int64 [count, 2], tensor and number of each chunk of CHUNK elements.
         tensors, count, rows: how many.
         first_a, first_b: which of all rows A and B begin with.
-        A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
+        A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of nothing is
+            that of 8-bit codes.
         SAME: whether A and B are the same rows; then each pair is taken once.
         THREADS: of a program.
     """
