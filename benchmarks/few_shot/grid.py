@@ -14,6 +14,7 @@ from benchmarks.few_shot.rough import CONDITIONS
 __all__ = [
     "CONFIRMING",
     "DEVELOPING",
+    "EVERY_METHOD",
     "LRS",
     "MAIN",
     "ONE_RATE",
@@ -45,7 +46,7 @@ _SHOTS = 4  # where shots are not what is studied
 _SEEDS = range(5)
 _LOWER = f"{BASE}, rate / 4"
 MAIN = (BASE, _LOWER, "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
-_EVERY_METHOD = ("banking77", "hwu64")
+EVERY_METHOD = ("banking77", "hwu64")
 """A set of each half, on which every method runs; on the others only the main ones."""
 SHOT_SETS = ("hwu64",)
 _ONE_RATE_SETS = ("hwu64",)
@@ -99,7 +100,7 @@ def full(*, causal: bool = False) -> list[Run]:
             *_transfer(_ONE_RATE_SETS, _FEW, LRS, seed, condition=ONE_RATE),
             *_digits(SHOTS, METHODS, LRS, seed),
             *_transfer(DEVELOPING, MAIN, LRS, seed),
-            *_transfer(_EVERY_METHOD, (method for method in METHODS if method not in MAIN), LRS, seed),
+            *_transfer(EVERY_METHOD, (method for method in METHODS if method not in MAIN), LRS, seed),
             *(_causal(seed) if causal else ()),
         )
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.few_shot import figures, goals
-from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, MAIN, ONE_RATE, SHOT_SETS
+from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS
 from benchmarks.few_shot.methods import BASE, METHODS
 from benchmarks.few_shot.views import cells, difference, load, outcomes, tuned, untuned, worst
 from gradguide.atomic import replacing
@@ -68,7 +68,12 @@ def compact(results: Path) -> str:
 
 
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
-    halves = (("confirming", CONFIRMING), ("developing", DEVELOPING))
+    main = standard[standard["method"].isin(MAIN)]
+    sections = (
+        ("confirming sets", main[main["target"].isin(CONFIRMING)]),
+        ("developing sets", main[main["target"].isin(DEVELOPING)]),
+        ("every method on two sets", standard[standard["target"].isin(EVERY_METHOD)]),
+    )
     parts = [
         "# Few-shot evaluation",
         f"{len(rows)} runs, seeds {rows['seed'].min()} to {rows['seed'].max()}; torch {_all(rows, 'torch')}, commits "
@@ -77,21 +82,21 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         "## Goals, on the confirming sets",
         goals.table(rows),
     ]
-    for half, sets in halves:
-        part = standard[standard["target"].isin(sets)]
+    for name, part in sections:
         if part.empty:
             continue
         parts += [
-            f"## Transfer, {half} sets ({', '.join(sets)}), 4 shots",
+            f"## Transfer, {name} ({', '.join(part['target'].unique())}), 4 shots",
             "### Untuned: mean over the grid of learning rates, 1e-4 to 1e-2",
             _accuracies(part, "untuned"),
             "### Tuned: the rate that is best for the target on the other sets",
             _accuracies(part, "tuned"),
             "### Worst rate of the grid, mean over sets",
             _worst(part),
+            "### Stability, alignment and cost",
+            _measures(part),
         ]
     parts += ["## Wins, ties and losses by cell, transfer", _outcomes(transfer)]
-    parts += ["## Stability, alignment and cost, transfer at 4 shots", _measures(standard)]
     for scenario, title in (("sequence", "Five tasks one after the other"), ("cross", "Cross-domain"),
                             ("digits", "Not language: handwritten digits"),
                             ("causal", "Causal language model")):  # fmt: skip
@@ -246,10 +251,11 @@ def _rough(rows: pd.DataFrame) -> str:
 
 def _shots(rows: pd.DataFrame) -> str:
     lines = []
+    rows = rows[rows["method"].isin(_shot_methods(rows))]
     for shots, part in rows.groupby("shots"):
         made = {column: untuned(part, column) for column in _ACCURACIES}
         for method in _methods(part):
-            if all(method in values for values in made.values()) and method in _shot_methods(rows):
+            if all(method in values for values in made.values()):
                 cellsof = [
                     text
                     for values in made.values()

@@ -112,6 +112,20 @@ def test_the_report_is_made_from_the_rows_alone(file: Path, tmp_path: Path) -> N
     assert "GradGuide" in report.summary(file)
 
 
+def test_a_method_that_ran_on_one_set_takes_the_others_from_nobody(tmp_path: Path) -> None:
+    rows = results()
+    path, alone = tmp_path / "few_shot.csv", rows[(rows["target"] == "hwu64") & (rows["method"] == BASE)]
+    rows.to_csv(path, index=False)
+    before = goals.table(load(path)), report.compact(path)
+    pd.concat([rows, alone.assign(method="ZClip")]).to_csv(path, index=False)
+    assert (goals.table(load(path)), report.compact(path)) == before
+    report.write(path, tmp_path / "few_shot.md")
+    text = (tmp_path / "few_shot.md").read_text(encoding="utf-8")
+    confirming, every = text.split("## Transfer, every method on two sets (hwu64)")
+    assert "| ZClip |" not in confirming
+    assert "| ZClip |" in every
+
+
 def test_one_pair_has_no_interval_and_wins_nothing() -> None:
     table = pd.DataFrame({"GradGuide": [60.0], BASE: [50.0]})
     found = difference(table, "GradGuide")
