@@ -33,8 +33,8 @@ CONFIRMING = ("hwu64", "goemotions", "subj", "medical_abstracts")
 """The sets on which they were then judged."""
 
 SEQUENCES = {
-    "developing": ("clinc150", "banking77", "mr", "clinc150", "banking77"),
     "confirming": ("hwu64", "goemotions", "subj", "hwu64", "goemotions"),
+    "developing": ("clinc150", "banking77", "mr", "clinc150", "banking77"),
 }
 """Sets of the five tasks of a sequence; the second time round, a set gives other classes."""
 
@@ -50,7 +50,7 @@ EVERY_METHOD = ("banking77", "hwu64")
 """A set of each half, on which every method runs; on the others only the main ones."""
 SHOT_SETS = ("hwu64",)
 _ONE_RATE_SETS = ("hwu64",)
-_SEQUENCE_METHODS = (BASE, "EWC", "A-GEM", "GradGuide")
+_SEQUENCE_METHODS = (BASE, _LOWER, "L2-SP", "EWC", "A-GEM", "GradGuide")
 _FEW = (BASE, "EWC", "GradGuide")
 _ROUGH_METHODS = ("AdamW", BASE, "ZClip", "GG magnitude", "GradGuide")
 _ROUGH_SETS = ("hwu64",)
