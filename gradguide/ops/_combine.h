@@ -13,7 +13,7 @@ typedef struct {
     Py_ssize_t count;
 } Writes;
 
-/* Adds coefficients[r] * values[r], up to TILE rows at once, so that sums are loaded and stored once for all of them. */
+/* Adds coefficients[r] * values[r], up to TILE rows at once, so that sums are loaded and stored once for all. */
 INLINE void add(const float *const *values, const float *coefficients, int rows, int64_t n, float *restrict sums) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
@@ -36,15 +36,15 @@ INLINE void add_rows(const float *const *values, const float *coefficients, int 
 
 INLINE void
 block_combine(const Rows *rows, const Writes *writes, Py_ssize_t tensor, int64_t start, int64_t n) {
-    float room[TILE][BLOCK], results[MAX_WRITES][BLOCK];
+    float room[TILE * BLOCK], results[MAX_WRITES * BLOCK]; /* row after row, n elements each */
     for (Py_ssize_t w = 0; w < writes->count; w++) {
         const void *into = (const void *)(uintptr_t)writes->into[w * rows->tensors + tensor];
         if (!writes->accumulate[w])
-            memset(results[w], 0, sizeof(float) * n);
+            memset(results + n * w, 0, sizeof(float) * n);
         else if (writes->kinds[w] == FLOAT32)
-            memcpy(results[w], (const float *)into + start, sizeof(float) * n);
+            memcpy(results + n * w, (const float *)into + start, sizeof(float) * n);
         else
-            widen((const uint16_t *)into + start, n, results[w]);
+            widen((const uint16_t *)into + start, n, results + n * w);
     }
     for (Py_ssize_t r = 0; r < rows->rows;) {
         const float *values[TILE];
@@ -54,7 +54,8 @@ block_combine(const Rows *rows, const Writes *writes, Py_ssize_t tensor, int64_t
             int wanted = 0;
             for (Py_ssize_t w = 0; w < writes->count; w++)
                 wanted |= writes->coefficients[w * rows->rows + r] != 0.0;
-            if (wanted && !in_registers(rows, r) && (values[count] = row_values(rows, r, tensor, start, n, room[count])))
+            if (wanted && !in_registers(rows, r) &&
+                (values[count] = row_values(rows, r, tensor, start, n, room + n * count)))
                 place[count++] = r;
         }
         for (Py_ssize_t w = 0; w < writes->count; w++) {
@@ -67,7 +68,7 @@ block_combine(const Rows *rows, const Writes *writes, Py_ssize_t tensor, int64_t
                 if (c != 0.0f)
                     chosen[terms] = values[i], coefficients[terms++] = c;
             }
-            add_rows(chosen, coefficients, terms, n, results[w]);
+            add_rows(chosen, coefficients, terms, n, results + n * w);
         }
     }
 #ifdef CODES_IN_REGISTERS
@@ -81,16 +82,16 @@ block_combine(const Rows *rows, const Writes *writes, Py_ssize_t tensor, int64_t
                     take(&codes, rows, r, tensor);
             }
             if (codes.count)
-                codes_add_rows(&codes, coefficients, n, results[w]);
+                codes_add_rows(&codes, coefficients, n, results + n * w);
         }
 #endif
     /* Only when all is read, since what is written may be a row. */
     for (Py_ssize_t w = 0; w < writes->count; w++) {
         void *into = (void *)(uintptr_t)writes->into[w * rows->tensors + tensor];
         if (writes->kinds[w] == FLOAT32)
-            memcpy((float *)into + start, results[w], sizeof(float) * n);
+            memcpy((float *)into + start, results + n * w, sizeof(float) * n);
         else
-            narrow(results[w], n, (uint16_t *)into + start);
+            narrow(results + n * w, n, (uint16_t *)into + start);
     }
 }
 

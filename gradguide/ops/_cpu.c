@@ -23,7 +23,8 @@ static int check(const Rows *rows, const Py_buffer *table, const Py_buffer *kind
     }
     if (kinds->len != rows->rows * PARTS) {
         PyErr_Format(
-            PyExc_ValueError, "kinds must have %d bytes for each of %zd rows, found %zd", PARTS, rows->rows, kinds->len);
+            PyExc_ValueError, "kinds must have %d bytes for each of %zd rows, found %zd", PARTS, rows->rows,
+            kinds->len);
         return 0;
     }
     if (threads < 1 || threads > MAX_THREADS) {
@@ -105,7 +106,7 @@ static PyObject *combine(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"gram", gram, METH_VARARGS,
-     "gram(table, kinds, lengths, rows, threads, known) -> inner products of pairs of rows, row by row; 0 among the known"},
+     "gram(table, kinds, lengths, rows, threads, known) -> products of pairs of rows, row by row; 0 among the known"},
     {"combine", combine, METH_VARARGS,
      "combine(table, kinds, lengths, rows, threads, into, coefficients, accumulate, stored): write sums of rows"},
     {NULL, NULL, 0, NULL},

@@ -84,7 +84,8 @@ typedef struct {
 } Block;
 
 /* Adds to `total` the products of the rows x with the rows y from `first` on, up to TILE; if y is x, each pair once. */
-INLINE void block_products(const Block *x, const Block *y, Py_ssize_t first, int64_t n, Py_ssize_t rows, double *total) {
+INLINE void
+block_products(const Block *x, const Block *y, Py_ssize_t first, int64_t n, Py_ssize_t rows, double *total) {
     const int ys = y->count - first < TILE ? (int)(y->count - first) : TILE;
     for (Py_ssize_t r = 0; r < (x == y ? first + ys : x->count); r += 2) {
         const int xs = x->count - r < 2 ? 1 : 2;
@@ -121,11 +122,11 @@ INLINE void codes_products(const Block *x, const Codes *y, int64_t n, Py_ssize_t
 
 /* Adds the products of all rows over elements start..start + n of one tensor to `total` [rows][rows], upper half. */
 INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64_t n, double *total) {
-    float room[MAX_ROWS][BLOCK];
+    float room[MAX_ROWS * BLOCK]; /* row after row, n elements each: a power of two apart, they would evict each other */
     Block wanted, known;
     wanted.count = 0;
     for (Py_ssize_t r = 0; r < rows->rows; r++) {
-        float *place = room[wanted.count];
+        float *place = room + n * wanted.count;
         if (!rows->known[r] && (wanted.values[wanted.count] = row_values(rows, r, tensor, start, n, place)))
             wanted.place[wanted.count++] = r;
     }
@@ -135,10 +136,10 @@ INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64
         return;
     /* Those that are known have products with the others alone: TILE of them at a time, while they are at hand. */
     for (Py_ssize_t r = 0; r < rows->rows;) {
-        float *spare = room[0] + BLOCK * wanted.count;
+        float *spare = room + n * wanted.count;
         for (known.count = 0; r < rows->rows && known.count < TILE; r++)
             if (rows->known[r] && !in_registers(rows, r) &&
-                (known.values[known.count] = row_values(rows, r, tensor, start, n, spare + BLOCK * known.count)))
+                (known.values[known.count] = row_values(rows, r, tensor, start, n, spare + n * known.count)))
                 known.place[known.count++] = r;
         if (known.count)
             block_products(&wanted, &known, 0, n, rows->rows, total);

@@ -13,7 +13,7 @@
 #define MAX_THREADS 256
 #define SHORT 512  /* elements of a block: 2 KiB of each row, so that many rows stay in the first-level cache */
 #define BLOCK 4096 /* the same where but few have to stay: the others are then read by the page */
-#define CODES 128 /* elements that share a scale, from the tensor's first on */
+#define CODES 128  /* elements that share a scale, from the tensor's first on */
 
 /* Between these a float32 sum of products has neither overflowed nor lost what counts to underflow. */
 #define SMALLEST 1e-24f
