@@ -122,7 +122,7 @@ INLINE void codes_products(const Block *x, const Codes *y, int64_t n, Py_ssize_t
 
 /* Adds the products of all rows over elements start..start + n of one tensor to `total` [rows][rows], upper half. */
 INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64_t n, double *total) {
-    float room[MAX_ROWS * BLOCK]; /* row after row, n elements each: a power of two apart, they would evict each other */
+    float room[MAX_ROWS * BLOCK]; /* row after row, n elements each: a power of two apart they would evict each other */
     Block wanted, known;
     wanted.count = 0;
     for (Py_ssize_t r = 0; r < rows->rows; r++) {
