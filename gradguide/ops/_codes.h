@@ -18,12 +18,6 @@ typedef struct {
 #define CODES_IN_REGISTERS 1
 #define AVX2 __attribute__((target("avx2,fma")))
 
-/* Where the run of elements ends that begins at i and has one scale. */
-INLINE int64_t run_end(int64_t i, int64_t end) {
-    const int64_t next = (i / CODES + 1) * CODES;
-    return next < end ? next : end;
-}
-
 AVX2 INLINE __m256 widen_codes(const int8_t *codes) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
 }
@@ -65,16 +59,10 @@ AVX2 INLINE void codes_tile(const float *const *x, int xs, const Codes *y, int y
 }
 
 AVX2 static void codes_dots(const float *const *x, int xs, const Codes *y, int64_t n, float products[2][TILE]) {
-    switch (xs * 10 + y->count) {
-    case 11: codes_tile(x, 1, y, 1, n, products); break;
-    case 12: codes_tile(x, 1, y, 2, n, products); break;
-    case 13: codes_tile(x, 1, y, 3, n, products); break;
-    case 14: codes_tile(x, 1, y, 4, n, products); break;
-    case 21: codes_tile(x, 2, y, 1, n, products); break;
-    case 22: codes_tile(x, 2, y, 2, n, products); break;
-    case 23: codes_tile(x, 2, y, 3, n, products); break;
-    case 24: codes_tile(x, 2, y, 4, n, products); break;
-    }
+    if (xs == 1)
+        WITH_CONSTANT(y->count, codes_tile(x, 1, y, N, n, products))
+    else
+        WITH_CONSTANT(y->count, codes_tile(x, 2, y, N, n, products))
 }
 
 AVX2 INLINE void codes_add(const Codes *y, const float *coefficients, int rows, int64_t n, float *sums) {
@@ -97,12 +85,7 @@ AVX2 INLINE void codes_add(const Codes *y, const float *coefficients, int rows, 
 }
 
 AVX2 static void codes_add_rows(const Codes *y, const float *coefficients, int64_t n, float *sums) {
-    switch (y->count) {
-    case 1: codes_add(y, coefficients, 1, n, sums); break;
-    case 2: codes_add(y, coefficients, 2, n, sums); break;
-    case 3: codes_add(y, coefficients, 3, n, sums); break;
-    case 4: codes_add(y, coefficients, 4, n, sums); break;
-    }
+    WITH_CONSTANT(y->count, codes_add(y, coefficients, N, n, sums))
 }
 #endif
 

@@ -26,12 +26,7 @@ INLINE void add(const float *const *values, const float *coefficients, int rows,
 }
 
 INLINE void add_rows(const float *const *values, const float *coefficients, int rows, int64_t n, float *sums) {
-    switch (rows) {
-    case 1: add(values, coefficients, 1, n, sums); break;
-    case 2: add(values, coefficients, 2, n, sums); break;
-    case 3: add(values, coefficients, 3, n, sums); break;
-    case 4: add(values, coefficients, 4, n, sums); break;
-    }
+    WITH_CONSTANT(rows, add(values, coefficients, N, n, sums))
 }
 
 INLINE void

@@ -44,18 +44,11 @@ INLINE void tile(const float *const *x, int xs, const float *const *y, int ys, i
         }
 }
 
-/* Constants for the compiler, which then keeps the sums in registers. */
 INLINE void dots(const float *const *x, int xs, const float *const *y, int ys, int64_t n, float products[2][TILE]) {
-    switch (xs * 10 + ys) {
-    case 11: tile(x, 1, y, 1, n, products); break;
-    case 12: tile(x, 1, y, 2, n, products); break;
-    case 13: tile(x, 1, y, 3, n, products); break;
-    case 14: tile(x, 1, y, 4, n, products); break;
-    case 21: tile(x, 2, y, 1, n, products); break;
-    case 22: tile(x, 2, y, 2, n, products); break;
-    case 23: tile(x, 2, y, 3, n, products); break;
-    case 24: tile(x, 2, y, 4, n, products); break;
-    }
+    if (xs == 1)
+        WITH_CONSTANT(ys, tile(x, 1, y, N, n, products))
+    else
+        WITH_CONSTANT(ys, tile(x, 2, y, N, n, products))
 }
 
 /* The same for one pair in float64. */
@@ -77,48 +70,53 @@ INLINE double *cell(double *total, Py_ssize_t rows, Py_ssize_t a, Py_ssize_t b) 
     return total + (a < b ? a * rows + b : b * rows + a);
 }
 
-/* Rows of a block: their elements, and their numbers. */
+/* Rows of a block in float32: their elements, and their numbers. */
 typedef struct {
     const float *values[MAX_ROWS];
     Py_ssize_t place[MAX_ROWS], count;
 } Block;
 
-/* Adds to `total` the products of the rows x with the rows y from `first` on, up to TILE; if y is x, each pair once. */
-INLINE void
-block_products(const Block *x, const Block *y, Py_ssize_t first, int64_t n, Py_ssize_t rows, double *total) {
-    const int ys = y->count - first < TILE ? (int)(y->count - first) : TILE;
-    for (Py_ssize_t r = 0; r < (x == y ? first + ys : x->count); r += 2) {
-        const int xs = x->count - r < 2 ? 1 : 2;
-        float products[2][TILE];
-        dots(x->values + r, xs, y->values + first, ys, n, products);
-        for (int i = 0; i < xs; i++)
-            for (int j = 0; j < ys; j++)
-                if (x != y || r + i <= first + j)
-                    *cell(total, rows, x->place[r + i], y->place[first + j]) +=
-                        sound(products[i][j]) ? products[i][j]
-                                              : wide_dot(x->values[r + i], y->values[first + j], n);
-    }
+/* Up to TILE rows: in float32, or codes. */
+typedef struct {
+    const float *const *values; /* NULL for codes */
+    Codes codes;
+    const Py_ssize_t *place;
+    int count;
+} Tile;
+
+INLINE void tile_dots(const float *const *x, int xs, const Tile *y, int64_t n, float products[2][TILE]) {
+#ifdef CODES_IN_REGISTERS
+    if (!y->values)
+        codes_dots(x, xs, &y->codes, n, products);
+    else
+#endif
+        dots(x, xs, y->values, y->count, n, products);
 }
 
-#ifdef CODES_IN_REGISTERS
-INLINE void codes_products(const Block *x, const Codes *y, int64_t n, Py_ssize_t rows, double *total) {
-    for (Py_ssize_t r = 0; r < x->count; r += 2) {
+/* Product of x with row s of the tile in float64. */
+INLINE double tile_wide_dot(const float *x, const Tile *y, int s, int64_t n) {
+    float room[BLOCK];
+    if (y->values)
+        return wide_dot(x, y->values[s], n);
+    decode(y->codes.first[s], y->codes.scales[s], y->codes.start, n, room);
+    return wide_dot(x, room, n);
+}
+
+/* Adds to `total` the products of the rows x with those of a tile. If the tile is x from row `first` on, each pair is
+ * taken once; otherwise `first` is beyond all of x. */
+INLINE void
+tile_products(const Block *x, const Tile *y, Py_ssize_t first, int64_t n, Py_ssize_t rows, double *total) {
+    for (Py_ssize_t r = 0; r < x->count && r < first + y->count; r += 2) {
         const int xs = x->count - r < 2 ? 1 : 2;
         float products[2][TILE];
-        codes_dots(x->values + r, xs, y, n, products);
+        tile_dots(x->values + r, xs, y, n, products);
         for (int i = 0; i < xs; i++)
-            for (int j = 0; j < y->count; j++) {
-                double product = products[i][j];
-                if (!sound(products[i][j])) {
-                    float room[BLOCK];
-                    decode(y->first[j], y->scales[j], y->start, n, room);
-                    product = wide_dot(x->values[r + i], room, n);
-                }
-                *cell(total, rows, x->place[r + i], y->place[j]) += product;
-            }
+            for (int j = 0; j < y->count; j++)
+                if (r + i <= first + j)
+                    *cell(total, rows, x->place[r + i], y->place[j]) +=
+                        sound(products[i][j]) ? products[i][j] : tile_wide_dot(x->values[r + i], y, j, n);
     }
 }
-#endif
 
 /* Adds the products of all rows over elements start..start + n of one tensor to `total` [rows][rows], upper half. */
 INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64_t n, double *total) {
@@ -130,30 +128,30 @@ INLINE void block_gram(const Rows *rows, Py_ssize_t tensor, int64_t start, int64
         if (!rows->known[r] && (wanted.values[wanted.count] = row_values(rows, r, tensor, start, n, place)))
             wanted.place[wanted.count++] = r;
     }
-    for (Py_ssize_t s = 0; s < wanted.count; s += TILE)
-        block_products(&wanted, &wanted, s, n, rows->rows, total);
-    if (!wanted.count)
-        return;
+    for (Py_ssize_t s = 0; s < wanted.count; s += TILE) {
+        const int count = wanted.count - s < TILE ? (int)(wanted.count - s) : TILE;
+        const Tile tile = {.values = wanted.values + s, .place = wanted.place + s, .count = count};
+        tile_products(&wanted, &tile, s, n, rows->rows, total);
+    }
     /* Those that are known have products with the others alone: TILE of them at a time, while they are at hand. */
-    for (Py_ssize_t r = 0; r < rows->rows;) {
+    for (Py_ssize_t r = 0; r < rows->rows && wanted.count;) {
         float *spare = room + n * wanted.count;
         for (known.count = 0; r < rows->rows && known.count < TILE; r++)
             if (rows->known[r] && !in_registers(rows, r) &&
                 (known.values[known.count] = row_values(rows, r, tensor, start, n, spare + n * known.count)))
                 known.place[known.count++] = r;
-        if (known.count)
-            block_products(&wanted, &known, 0, n, rows->rows, total);
+        const Tile tile = {.values = known.values, .place = known.place, .count = (int)known.count};
+        tile_products(&wanted, &tile, wanted.count, n, rows->rows, total);
     }
-#ifdef CODES_IN_REGISTERS
-    for (Py_ssize_t r = 0; r < rows->rows;) {
-        Codes codes = {.start = start};
-        for (; r < rows->rows && codes.count < TILE; r++)
+    for (Py_ssize_t r = 0; r < rows->rows && wanted.count;) {
+        Tile tile = {.codes = {.start = start}};
+        for (; r < rows->rows && tile.codes.count < TILE; r++)
             if (rows->known[r] && in_registers(rows, r))
-                take(&codes, rows, r, tensor);
-        if (codes.count)
-            codes_products(&wanted, &codes, n, rows->rows, total);
+                take(&tile.codes, rows, r, tensor);
+        tile.place = tile.codes.place;
+        tile.count = tile.codes.count;
+        tile_products(&wanted, &tile, wanted.count, n, rows->rows, total);
     }
-#endif
 }
 
 DISPATCHED

@@ -39,6 +39,15 @@ enum { FLOAT32, BFLOAT16, CODES8 };
 
 #define TILE 4 /* rows that go through a loop together, so that what they share is loaded once */
 
+/* `call` with the count as a constant N, up to TILE: the compiler then keeps what each row needs in registers. */
+#define WITH_CONSTANT(count, call)                                                                                     \
+    switch (count) {                                                                                                   \
+    case 1: { enum { N = 1 }; call; break; }                                                                           \
+    case 2: { enum { N = 2 }; call; break; }                                                                           \
+    case 3: { enum { N = 3 }; call; break; }                                                                           \
+    case 4: { enum { N = 4 }; call; break; }                                                                           \
+    }
+
 typedef struct {
     const int64_t *table; /* [rows][PARTS][tensors] */
     const char *kinds;    /* [rows][PARTS] */
@@ -75,19 +84,18 @@ INLINE void narrow(const float *values, int64_t n, uint16_t *into) {
     }
 }
 
-INLINE void decode_run(const int8_t *codes, float scale, int64_t n, float *room) {
-    for (int64_t i = 0; i < n; i++)
-        room[i] = scale * (float)codes[i];
+/* Where the run of elements ends that begins at i and has one scale. */
+INLINE int64_t run_end(int64_t i, int64_t end) {
+    const int64_t next = (i / CODES + 1) * CODES;
+    return next < end ? next : end;
 }
 
 INLINE void decode(const int8_t *codes, const float *scales, int64_t start, int64_t n, float *room) {
-    for (int64_t i = start; i < start + n;) {
-        const int64_t end = (i / CODES + 1) * CODES, stop = end < start + n ? end : start + n;
-        if (stop - i == CODES)
-            decode_run(codes + i, scales[i / CODES], CODES, room + (i - start)); /* a constant, for the compiler */
-        else
-            decode_run(codes + i, scales[i / CODES], stop - i, room + (i - start));
-        i = stop;
+    for (int64_t i = start, stop; i < start + n; i = stop) {
+        stop = run_end(i, start + n);
+        const float scale = scales[i / CODES];
+        for (int64_t j = i; j < stop; j++)
+            room[j - start] = scale * (float)codes[j];
     }
 }
 

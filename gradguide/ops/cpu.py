@@ -27,8 +27,8 @@ THREADED = 1 << 16
 
 _DTYPE = attrgetter("dtype")
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_CODES = 2
+_FLOAT32, _BFLOAT16, _CODES = range(3)
+_KINDS = {torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16}
 """How the compiled passes name what a part is stored as."""
 
 _LARGEST = 1e30
@@ -37,8 +37,7 @@ _LARGEST = 1e30
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrix of the rows: products in float32 per block of 512 or 4,096 elements, float64
-    across blocks. [R, R].
+    """Gram matrix of the rows: products in float32 per block, of 512 or 4,096 elements, float64 across. [R, R].
 
     Args:
         known: numbers of rows whose products with each other are not wanted, and are 0.
@@ -107,19 +106,29 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
     absent = [0] * len(example)
     addresses, kinds = array("q"), bytearray()
     for row in rows:
-        codes = row is not None and row.steps is not None
-        parts = (None,) * 4 if row is None else (row.offset, row.steps if codes else row.scale, row.at, row.anchor)
-        for number, part in enumerate(parts):
-            kind = 0 if part is None else _CODES if codes and number == 0 and _whole(part) else _kind(part)
-            if kind is None or (codes and number == 1 and kind != _KINDS[torch.float32]):
+        if row is None:
+            addresses.extend(absent * 4)
+            kinds.extend(bytes(4))
+            continue
+        for part in row.fields:
+            kind = _FLOAT32 if part is None else _kind_in(row, part, lengths)
+            if kind is None:
                 return None
-            if part is not None and codes and number == 1:
-                _check_steps(part, lengths)
-            elif part is not None:
-                _check_lengths(part, lengths)
             addresses.extend(absent if part is None else map(Tensor.data_ptr, part))
             kinds.append(kind)
     return _Table(addresses, bytes(kinds), lengths, sum(lengths))
+
+
+def _kind_in(row: Row, part: Sequence[Tensor], lengths: array[int]) -> int | None:
+    """How a part of the row is stored; None where the compiled passes cannot read it."""
+    if part is row.steps:
+        if any(steps.numel() * GROUP < length for steps, length in zip(part, lengths, strict=True)):
+            raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
+        return _FLOAT32 if _kind(part) == _FLOAT32 else None
+    kind = _CODES if row.steps is not None and _whole(part) else _kind(part)
+    if kind is not None:
+        _check_lengths(part, lengths)
+    return kind
 
 
 def _kind(tensors: Sequence[Tensor]) -> int | None:
@@ -129,11 +138,6 @@ def _kind(tensors: Sequence[Tensor]) -> int | None:
 
 def _whole(tensors: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
-
-
-def _check_steps(steps: Sequence[Tensor], lengths: array[int]) -> None:
-    if any(step.numel() * GROUP < length for step, length in zip(steps, lengths, strict=True)):
-        raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
 
 
 def _check_lengths(part: Sequence[Tensor], lengths: array[int]) -> None:

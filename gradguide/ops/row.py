@@ -53,6 +53,12 @@ class Row:
         return parts
 
     @property
+    def fields(self) -> tuple[Sequence[Tensor] | None, ...]:
+        """Offset, scale, at and anchor, None where absent. The scale of codes, which have nothing to scale, is their
+        ``steps``."""
+        return self.offset, self.scale if self.steps is None else self.steps, self.at, self.anchor
+
+    @property
     def parts(self) -> list[Sequence[Tensor]]:
         """The lists that are there."""
         return [part for part in (self.offset, self.scale, self.at, self.anchor) if part is not None]

@@ -72,7 +72,7 @@ def columns_of(
     dtypes: list[Any] = []
     codes = {id(row.offset) for row in rows if row.steps is not None}
     steps = {id(row.steps) for row in rows if row.steps is not None}
-    parts = [part for row in rows for part in (row.offset, row.steps or row.scale, row.at, row.anchor)]
+    parts = [part for row in rows for part in row.fields]
     parts += [write.into for write in writes]
     parts += others
     for part in parts:
@@ -98,12 +98,14 @@ def columns_of(
     def number(part: Sequence[Tensor] | None) -> int:
         return -1 if part is None else numbers[id(part)]
 
+    def four(row: Row) -> tuple[int, int, int, int]:
+        offset, scale, at, anchor = map(number, row.fields)
+        return offset, scale, at, anchor
+
     return Columns(
         device=device,
         dtypes=tuple(dtypes),
-        rows=tuple(
-            (number(row.offset), number(row.steps or row.scale), number(row.at), number(row.anchor)) for row in rows
-        ),
+        rows=tuple(map(four, rows)),
         writes=tuple((number(write.into), write.accumulate) for write in writes),
         others=tuple(map(number, others)),
         addresses=addresses,
