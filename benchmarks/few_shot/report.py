@@ -70,7 +70,7 @@ def compact(results: Path) -> str:
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
     main = standard[standard["method"].isin(MAIN)]
     sections = (
-        ("confirming sets", main[main["target"].isin(CONFIRMING)]),
+        ("confirming sets", goals.transfer(rows)),
         ("developing sets", main[main["target"].isin(DEVELOPING)]),
         ("every method on two sets", standard[standard["target"].isin(EVERY_METHOD)]),
     )

@@ -12,28 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from gradguide import GradGuide
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import leave
 
 HALF = 6
-
-
-def train(model: nn.Module, optimizer: GradGuide, steps: range, rank: int, world: int) -> None:
-    for step in steps:
-        x, y = problem.batch(step)
-        share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
-        optimizer.zero_grad()
-        problem.loss_of(model, x[share], y[share]).backward()
-        optimizer.step()
 
 
 def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
@@ -47,7 +36,7 @@ def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = problem.guide(model, "update")
     if action == "save":
-        train(model, optimizer, range(HALF), rank, world)
+        problem.train(model, optimizer, range(HALF), rank, world)
         weights, state = get_state_dict(model, optimizer)
         save({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
     else:
@@ -55,7 +44,7 @@ def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
         held: dict[str, Any] = {"model": weights, "optimizer": state}
         load(held, checkpoint_id=folder / name)
         set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
-    train(model, optimizer, range(HALF, 2 * HALF), rank, world)
+    problem.train(model, optimizer, range(HALF, 2 * HALF), rank, world)
     result = {"steps": torch.tensor(optimizer.metrics()["steps"]), **{n: whole(p) for n, p in model.named_parameters()}}
     if rank == 0:
         torch.save(result, folder / f"{name}-{action}-{world}.pt")

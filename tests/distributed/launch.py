@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 import gradguide
 
-__all__ = ["leave", "ranks"]
+__all__ = ["answers", "leave", "ranks"]
 
 
 def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
@@ -44,6 +46,12 @@ def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, tim
             process.kill()
             process.communicate()  # reaped, with its pipe closed, whatever happened
     return outputs
+
+
+def answers(script: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
+    """Runs the script on ``world`` ranks; what each of them saved as ``folder/rankR.pt``."""
+    ranks(script, folder, world)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def leave() -> NoReturn:

@@ -56,6 +56,14 @@ def share(x: Tensor, y: Tensor, rank: int, world: int) -> tuple[Tensor, Tensor]:
     return x[part], y[part]
 
 
+def train(model: nn.Module, optimizer: GradGuide, steps: range = range(STEPS), rank: int = 0, world: int = 1) -> None:
+    """Trains on this rank's part of each batch."""
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, *share(*batch(step), rank, world)).backward()
+        optimizer.step()
+
+
 def source(seed: int, without: tuple[str, ...] = ("gain",)) -> SourceGradient:
     """Whole tables for every parameter but those named; the same on all ranks."""
     generator = torch.Generator().manual_seed(seed)

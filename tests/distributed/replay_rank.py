@@ -30,9 +30,8 @@ def run(kind: str, every: int, rank: int, world: int) -> dict[str, Any]:
     replayed = model if kind == "ddp, bare loss" else trained
     optimizer = problem.guide_by_replay(model, replayed, every, rank, world)
     for step in range(problem.STEPS):
-        x, y = problem.batch(step)
         optimizer.zero_grad()
-        problem.loss_of(trained, *problem.share(x, y, rank, world)).backward()
+        problem.loss_of(trained, *problem.share(*problem.batch(step), rank, world)).backward()
         if kind == "fsdp":
             assert model.gain.grad is not None
             dist.all_reduce(model.gain.grad)

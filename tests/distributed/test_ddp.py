@@ -9,16 +9,14 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import problem
-from tests.distributed.launch import ranks
+from tests.distributed.launch import answers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ddp")
-    ranks("ddp_rank.py", folder)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return answers("ddp_rank.py", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("kind", problem.KINDS)

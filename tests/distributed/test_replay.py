@@ -9,26 +9,20 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import problem
-from tests.distributed.launch import ranks
+from tests.distributed.launch import answers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("replay")
-    ranks("replay_rank.py", folder)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return answers("replay_rank.py", tmp_path_factory.mktemp("replay"))
 
 
 @pytest.mark.parametrize(("kind", "every"), problem.REPLAYS)
 def test_ranks_with_batches_of_their_own_equal_one_process(found: list[dict[str, Any]], kind: str, every: int) -> None:
     model = problem.net()
-    optimizer = problem.guide_by_replay(model, model, every, 0, 1)
-    for step in range(problem.STEPS):
-        optimizer.zero_grad()
-        problem.loss_of(model, *problem.batch(step)).backward()
-        optimizer.step()
+    problem.train(model, problem.guide_by_replay(model, model, every, 0, 1))
     for rank in found:
         for name, p in model.named_parameters():
             torch.testing.assert_close(
@@ -47,10 +41,6 @@ def test_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str, eve
 def test_the_replayed_source_has_a_say() -> None:
     """Without it, training ends elsewhere: the comparison above is one of guided steps."""
     guided, plain = problem.net(), problem.net()
-    optimizers = [problem.guide_by_replay(guided, guided, 1, 0, 1), problem.guide(plain, "default")]
-    for step in range(problem.STEPS):
-        for model, optimizer in zip((guided, plain), optimizers, strict=True):
-            optimizer.zero_grad()
-            problem.loss_of(model, *problem.batch(step)).backward()
-            optimizer.step()
+    problem.train(guided, problem.guide_by_replay(guided, guided, 1, 0, 1))
+    problem.train(plain, problem.guide(plain, "default"))
     assert not torch.allclose(guided.first.weight, plain.first.weight, atol=1e-3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradguide.ops import Row, Write, cpu, foreach, reference
 from gradguide.ops.codes import decode, encode
+from tests.ops.coded import coded
 
 BACKENDS = pytest.mark.parametrize("backend", [cpu, foreach], ids=["cpu", "foreach"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -183,13 +184,14 @@ def test_products_of_known_rows_are_left_out(backend: ModuleType, seed: int, kno
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5))
 def test_rows_of_8_bit_codes(backend: ModuleType, seed: int, shapes: list[tuple[int, ...]]) -> None:
-    plain, row = tensors(seed, shapes, torch.float32), tensors(seed + 1, shapes, torch.float32)
-    coded = [encode(tensor) for tensor in row]
-    rows = [Row(offset=plain), Row(offset=[c for c, _ in coded], steps=[s for _, s in coded], fixed=True)]
+    plain, given = tensors(seed, shapes, torch.float32), tensors(seed + 1, shapes, torch.float32)
+    row = coded(given, fixed=True)
+    rows = [Row(offset=plain), row]
     expected = reference.gram(rows)
     lengths = expected.diagonal().sqrt()
     assert ((backend.gram(rows) - expected).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
-    for values, (codes, scales) in zip(row, coded, strict=True):
+    assert row.offset is not None and row.steps is not None
+    for values, codes, scales in zip(given, row.offset, row.steps, strict=True):
         if values.numel():
             assert (decode(codes, scales) - values.reshape(-1)).abs().max() <= values.abs().max() / 253
     into, wanted = ([torch.zeros_like(t) for t in plain] for _ in range(2))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradguide.ops import Row, Write, cpu, foreach, reference
-from gradguide.ops.codes import encode
+from tests.ops.coded import coded
 
 KINDS = (torch.float32, torch.bfloat16, torch.int8)
 # Groups of codes and blocks end inside and between tensors, and ranges of threads inside both.
@@ -31,8 +31,7 @@ def row(seed: int, kind: torch.dtype, scale: float = 1.0) -> Row:
     tensors = values(seed, scale)
     if kind != torch.int8:
         return Row(offset=[t.to(kind) for t in tensors], fixed=True)
-    codes = [encode(t) for t in tensors]
-    return Row(offset=[c for c, _ in codes], steps=[s for _, s in codes], fixed=True)
+    return coded(tensors, fixed=True)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gradguide.ops import Row
-from gradguide.ops.codes import encode
 from gradguide.ops.triton import launch
+from tests.ops.coded import coded
 
-__all__ = ["CHUNK", "DEVICE", "MANY", "ODD", "codes", "some_rows", "tensors", "unaligned"]
+__all__ = ["CHUNK", "DEVICE", "MANY", "ODD", "some_rows", "tensors", "unaligned"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu")
 
@@ -38,17 +38,12 @@ def unaligned(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = tor
     return result
 
 
-def codes(values: list[Tensor]) -> Row:
-    pairs = [encode(value) for value in values]
-    return Row(offset=[code for code, _ in pairs], steps=[step for _, step in pairs])
-
-
 def some_rows(shapes: list[tuple[int, ...]], sources: int, dtypes: tuple[torch.dtype, ...]) -> list[Row | None]:
     """Gradient, direction and ``sources`` more rows: moving, plain, anchored and updates in turn, as precisions.
 
     8-bit codes, if among the precisions, are those of plain sources.
     """
-    coded, dtypes = torch.int8 in dtypes, tuple(dtype for dtype in dtypes if dtype != torch.int8)
+    eight, dtypes = torch.int8 in dtypes, tuple(dtype for dtype in dtypes if dtype != torch.int8)
     seeds = iter(range(1000))
 
     def draw() -> list[Tensor]:
@@ -62,7 +57,7 @@ def some_rows(shapes: list[tuple[int, ...]], sources: int, dtypes: tuple[torch.d
             case 0:
                 rows.append(Row(offset=draw(), scale=draw(), at=now, anchor=before))
             case 1:
-                rows.append(codes(draw()) if coded else Row(offset=draw()))
+                rows.append(coded(draw()) if eight else Row(offset=draw()))
             case 2:
                 rows.append(Row(scale=draw(), at=now, anchor=before))
             case 3:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gradguide.ops import Row, Write, foreach, reference
 from gradguide.ops import triton as ops
-from tests.ops.triton.problems import CHUNK, DEVICE, MANY, ODD, codes, some_rows, tensors, unaligned
+from tests.ops.coded import coded
+from tests.ops.triton.problems import CHUNK, DEVICE, MANY, ODD, some_rows, tensors, unaligned
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = [(), (0,), (600,)]
@@ -98,13 +99,13 @@ def test_seven_sources_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "combine_", None)
     shapes: list[tuple[int, ...]] = [(), (0,), (600,), (2, 129)]
     rows: list[Row | None] = [Row(offset=tensors(0, shapes)), Row(offset=tensors(1, shapes))]
-    rows += [codes(tensors(2 + source, shapes)) for source in range(7)]
+    rows += [coded(tensors(2 + source, shapes)) for source in range(7)]
     check_gram(rows)
     check_combine(rows, accumulate=True)
 
 
 def test_too_few_steps_for_the_codes_are_refused_before_memory_is_read() -> None:
-    g, row = [torch.ones(600, device=DEVICE)], codes(tensors(0, [(600,)]))
+    g, row = [torch.ones(600, device=DEVICE)], coded(tensors(0, [(600,)]))
     assert row.steps is not None
     short = Row(offset=row.offset, steps=[row.steps[0][:4]])
     with pytest.raises(ValueError, match="differ in size"):

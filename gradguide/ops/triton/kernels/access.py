@@ -10,8 +10,7 @@ from gradguide.ops.codes import GROUP
 __all__ = [
     "addresses_of",
     "chunk_of",
-    "form",
-    "grouped",
+    "form_rows",
     "item",
     "load_column",
     "section",
@@ -93,12 +92,12 @@ def pointer_to(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_column(address, offsets, mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr):
-    """Elements of one column in float32, zeros where ``mask`` is false; a mask of one value keeps vectors whole.
-
-    GROUPED: the column has one entry for every CODES elements.
-    """
-    pointers = pointer_to(address, DTYPE, VECTOR) + (offsets // CODES if GROUPED else offsets)
+def load_column(
+    addresses, column: tl.constexpr, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """Elements of one column in float32, zeros where ``mask`` is false; a mask of one value keeps vectors whole."""
+    places = offsets // CODES if grouped(ROWS, column) else offsets
+    pointers = pointer_to(addresses[column], DTYPES[column], VECTOR) + places
     if mask is None:
         return tl.load(pointers).to(tl.float32)
     else:
@@ -133,3 +132,12 @@ def form(columns, ROWS: tl.constexpr, row: tl.constexpr):
         if OFFSET >= 0:
             result = result + columns[OFFSET]
         return result
+
+
+@triton.jit
+def form_rows(columns, ROWS: tl.constexpr):
+    """All rows, as a tuple of blocks."""
+    rows = ()
+    for row in tl.static_range(len(ROWS)):
+        rows = rows + (form(columns, ROWS, row),)
+    return rows

@@ -8,8 +8,7 @@ import triton.language as tl
 from gradguide.ops.triton.kernels.access import (
     addresses_of,
     chunk_of,
-    form,
-    grouped,
+    form_rows,
     load_column,
     store_column,
     uses,
@@ -62,16 +61,13 @@ def block(
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if among(column, (P, M, V)):
-            columns = columns + (load_column(addresses[column], offsets, inside, DTYPES[column], VECTOR, False),)
+            columns = columns + (load_column(addresses, column, offsets, inside, DTYPES, ROWS, VECTOR),)
         elif uses(ROWS, column):
             mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
-            value = load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR, grouped(ROWS, column))
-            columns = columns + (value,)
+            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
         else:
             columns = columns + (0.0,)
-    rows = ()
-    for row in tl.static_range(len(ROWS)):
-        rows = rows + (form(columns, ROWS, row),)
+    rows = form_rows(columns, ROWS)
     before = columns[P]
     g = weighted(gradient, rows)
     if MAXIMIZE:

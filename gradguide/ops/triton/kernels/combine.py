@@ -8,8 +8,7 @@ import triton.language as tl
 from gradguide.ops.triton.kernels.access import (
     addresses_of,
     chunk_of,
-    form,
-    grouped,
+    form_rows,
     item,
     load_column,
     section,
@@ -109,13 +108,10 @@ def block(
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column) or grows(WRITES, column):
             mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
-            value = load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR, grouped(ROWS, column))
-            columns = columns + (value,)
+            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
         else:
             columns = columns + (0.0,)
-    rows = ()
-    for row in tl.static_range(len(ROWS)):
-        rows = rows + (form(columns, ROWS, row),)
+    rows = form_rows(columns, ROWS)
     results = ()
     for write in tl.static_range(len(WRITES)):
         result = weighted(weights[write], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form, grouped, load_column, uses, vector_end
+from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, load_column, uses, vector_end
 
 __all__ = ["finish", "measure"]
 
@@ -22,14 +22,10 @@ def load_rows(addresses, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column):
-            value = load_column(addresses[column], offsets, mask, DTYPES[column], VECTOR, grouped(ROWS, column))
-            columns = columns + (value,)
+            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
         else:
             columns = columns + (0.0,)
-    rows = ()
-    for row in tl.static_range(len(ROWS)):
-        rows = rows + (form(columns, ROWS, row),)
-    return rows
+    return form_rows(columns, ROWS)
 
 
 @triton.jit
