@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.few_shot import guided
+from benchmarks.few_shot import guided, penalties
 from benchmarks.few_shot.guided import Variant
 from benchmarks.few_shot.methods import Learner, Method
 from benchmarks.few_shot.problem import Problem
@@ -21,11 +21,30 @@ from gradguide import Alignment, Direction, Magnitude, SourceGradient
 __all__ = ["CANDIDATES"]
 
 
-def _weight(weight: float, *, project: bool = True) -> Any:
+def _weight(weight: float) -> Any:
+    """F as it is: what the default was before it was brought to scale."""
+
     def make(sources: Sequence[SourceGradient]) -> Alignment:
-        return Alignment([s.anchored() for s in sources], weight=weight, project=project)
+        return Alignment([penalties.elastic(s) for s in sources], weight=weight)
 
     return make
+
+
+def _scaled(alpha: float, power: float, floor: float = 0.0) -> Any:
+    """F to a power, brought to a mean of ``alpha``; of that, ``floor`` is the same for every element."""
+
+    def make(sources: Sequence[SourceGradient]) -> Alignment:
+        return Alignment([_at_scale(s, alpha, power, floor) for s in sources], weight=1.0)
+
+    return make
+
+
+def _at_scale(source: SourceGradient, alpha: float, power: float, floor: float) -> SourceGradient:
+    shaped = {name: f.double() ** power for name, f in source.fisher.items()}
+    numbers = sum(f.numel() for f in shaped.values())
+    mean = sum(float(f.sum()) for f in shaped.values()) / numbers
+    held = {name: (alpha * ((1 - floor) * f / mean + floor)).float() for name, f in shaped.items()}
+    return SourceGradient(None, fisher=held, anchor=source.anchor)
 
 
 class Budget:
@@ -122,7 +141,7 @@ class Agreement:
             p.copy_(old + scale * (p - old))
 
 
-_ALIGNED = _weight(1000.0)
+_ALIGNED = _weight(penalties.EWC)
 
 
 def _agreed(power: float, variant: Variant) -> Method:
@@ -138,6 +157,14 @@ def _magnitude(max_update: float | None, coherence: float = 0.0) -> Magnitude:
 
 
 CANDIDATES: dict[str, Method] = {
+    "F as it is": _plain(Variant(alignment=_ALIGNED)),
+    "F 0.1": _plain(Variant(alignment=_scaled(0.1, 1.0))),
+    "F 0.3, half floor": _plain(Variant(alignment=_scaled(0.3, 1.0, 0.5))),
+    "F 1, half floor": _plain(Variant(alignment=_scaled(1.0, 1.0, 0.5))),
+    "root F 0.1": _plain(Variant(alignment=_scaled(0.1, 0.5))),
+    "root F 0.3": _plain(Variant(alignment=_scaled(0.3, 0.5))),
+    "root F 1": _plain(Variant(alignment=_scaled(1.0, 0.5))),
+    "all alike 0.1": _plain(Variant(alignment=_scaled(0.1, 1.0, 1.0))),
     "coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 1.0))),
     "coherence 2": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 2.0))),
     "agreement 0.5": _agreed(0.5, Variant(alignment=_ALIGNED, magnitude=_magnitude(None))),

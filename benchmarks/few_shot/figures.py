@@ -7,14 +7,14 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 
-from benchmarks.few_shot.methods import BASE
+from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 __all__ = ["by_rate", "by_shots"]
 
-_SHOWN = (BASE, "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
+_SHOWN = (BASE, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
 _WIDTH, _HEIGHT, _DPI = 9.0, 3.6, 120
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.few_shot.methods import BASE, METHODS
+from benchmarks.few_shot.methods import BASE, HEAD_ONLY, METHODS
 from benchmarks.few_shot.rough import CONDITIONS
 
 __all__ = [
@@ -45,14 +45,14 @@ ONE_RATE = "one rate"
 _SHOTS = 4  # where shots are not what is studied
 _SEEDS = range(5)
 _LOWER = f"{BASE}, rate / 4"
-MAIN = (BASE, _LOWER, "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
+MAIN = (BASE, _LOWER, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
 EVERY_METHOD = ("banking77", "hwu64")
 """A set of each half, on which every method runs; on the others only the main ones."""
 SHOT_SETS = ("hwu64",)
 _ONE_RATE_SETS = ("hwu64",)
-_SEQUENCE_METHODS = (BASE, _LOWER, "L2-SP", "EWC", "A-GEM", "GradGuide")
-_FEW = (BASE, "EWC", "GradGuide")
-_ROUGH_METHODS = ("AdamW", BASE, "ZClip", "GG magnitude", "GradGuide")
+_SEQUENCE_METHODS = (BASE, _LOWER, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GradGuide")
+_FEW = (BASE, HEAD_ONLY, "EWC", "GradGuide")
+_ROUGH_METHODS = ("AdamW", BASE, HEAD_ONLY, "ZClip", "GG magnitude", "GradGuide")
 _ROUGH_SETS = ("hwu64",)
 _ROUGH_LRS = (5e-4, 2e-3)
 _CROSS = (("films", "goemotions"), ("home", "banking77"), ("home", "medical_abstracts"))
@@ -134,6 +134,14 @@ def quick() -> list[Run]:
     ]  # fmt: skip
 
 
+def _tried(methods: Iterable[str], lrs: Iterable[float], condition: str = "clean") -> list[tuple[float, str]]:
+    """Rates and methods; the head alone, whose own rate does not change, runs at the first rate only."""
+    lrs = tuple(lrs)
+    return [
+        (lr, method) for lr in lrs for method in methods if method != HEAD_ONLY or lr == lrs[0] or condition == ONE_RATE
+    ]
+
+
 def _transfer(
     sets: Iterable[str],
     methods: Iterable[str],
@@ -143,11 +151,11 @@ def _transfer(
     shots: int = _SHOTS,
     condition: str = "clean",
 ) -> list[Run]:
-    methods, lrs = tuple(methods), tuple(lrs)
+    methods = tuple(methods)
     return [
         Run(scenario="transfer", source="assistant", target=target, condition=condition, shots=shots, method=method,
             lr=lr, seed=seed)
-        for target in sets for lr in lrs for method in methods
+        for target in sets for lr, method in _tried(methods, lrs, condition)
     ]  # fmt: skip
 
 
@@ -159,7 +167,7 @@ def _cross(seed: int) -> list[Run]:
     return [
         Run(scenario="cross", source=source, target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
             seed=seed)
-        for source, target in _CROSS for lr in LRS for method in _FEW
+        for source, target in _CROSS for lr, method in _tried(_FEW, LRS)
     ]  # fmt: skip
 
 
@@ -167,7 +175,7 @@ def _causal(seed: int) -> list[Run]:
     return [
         Run(scenario="causal", source="assistant", target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
             seed=seed)
-        for target in DEVELOPING + CONFIRMING for lr in LRS for method in MAIN
+        for target in DEVELOPING + CONFIRMING for lr in LRS for method in MAIN if method != HEAD_ONLY
     ]  # fmt: skip
 
 
@@ -175,8 +183,7 @@ def _rough(seed: int) -> list[Run]:
     return [
         Run(scenario="rough", source="assistant", target=target, condition=condition, shots=_SHOTS, method=method,
             lr=lr, seed=seed)
-        for target in _ROUGH_SETS for condition in CONDITIONS for lr in _ROUGH_LRS
-        for method in _ROUGH_METHODS
+        for target in _ROUGH_SETS for condition in CONDITIONS for lr, method in _tried(_ROUGH_METHODS, _ROUGH_LRS)
     ]  # fmt: skip
 
 
@@ -184,14 +191,14 @@ def _sequence(seed: int) -> list[Run]:
     return [
         Run(scenario="sequence", source="none", target=half, condition="clean", shots=_SHOTS, method=method, lr=lr,
             seed=seed)
-        for half in SEQUENCES for lr in LRS for method in _SEQUENCE_METHODS
+        for half in SEQUENCES for lr, method in _tried(_SEQUENCE_METHODS, LRS)
     ]  # fmt: skip
 
 
 def _digits(shots: Iterable[int], methods: Iterable[str], lrs: Iterable[float], seed: int) -> list[Run]:
-    methods, lrs = tuple(methods), tuple(lrs)
+    methods = tuple(methods)
     return [
         Run(scenario="digits", source="digits 0-4", target="digits 5-9", condition="clean", shots=k, method=method,
             lr=lr, seed=seed)
-        for k in shots for lr in lrs for method in methods
+        for k in shots for lr, method in _tried(methods, lrs)
     ]  # fmt: skip

@@ -17,11 +17,13 @@ from benchmarks.few_shot.cautious import CautiousAdamW
 from benchmarks.few_shot.problem import Problem
 from benchmarks.few_shot.zclip import ZClip
 
-__all__ = ["BASE", "METHODS", "STORED", "Learner", "Method"]
+__all__ = ["BASE", "HEAD_ONLY", "METHODS", "STORED", "Learner", "Method"]
 
 MAX_NORM = 1.0
 BASE = "clip"
 """What every other method is compared with: clip_grad_norm_ and AdamW."""
+HEAD_ONLY = "head only"
+"""What is had without training the adapter at all; a head with a rate of its own makes it the same at every rate."""
 
 Change = Callable[[], None]
 
@@ -79,6 +81,12 @@ def _lower(problem: Problem, lr: float) -> Learner:
     return METHODS[BASE](problem, lr / 4)
 
 
+def _head_only(problem: Problem, lr: float) -> Learner:
+    rate = lr if problem.head_lr is None else problem.head_lr
+    groups = [{"params": [p for _, p in problem.adapter], "lr": 0.0}, {"params": list(problem.head), "lr": rate}]
+    return Learner(optimizer=AdamW(groups), changes=(_clip(problem),))
+
+
 def _cautious(problem: Problem, lr: float) -> Learner:
     return Learner(optimizer=CautiousAdamW(problem.groups(lr)), changes=(_clip(problem),))
 
@@ -99,6 +107,7 @@ METHODS: dict[str, Method] = {
     "AdamW": _adamw,
     BASE: _before_clipping(None),
     f"{BASE}, rate / 4": _lower,
+    HEAD_ONLY: _head_only,
     "L2-SP": _before_clipping(penalties.l2_sp),
     "EWC": _before_clipping(penalties.ewc),
     "A-GEM": _before_clipping(live.a_gem),

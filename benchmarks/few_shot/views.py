@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from benchmarks.few_shot.methods import BASE
+from benchmarks.few_shot.grid import ONE_RATE
+from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 
 __all__ = ["Difference", "cells", "difference", "load", "outcomes", "tuned", "untuned", "worst"]
 
@@ -31,11 +32,19 @@ class Difference(NamedTuple):
 
 
 def load(path: Path) -> pd.DataFrame:
-    """The rows of a file of results; accuracies in percent."""
-    rows = pd.read_csv(path)
+    """The rows of a file of results; accuracies in percent. What does not depend on the rate stands at each of them."""
+    rows = _at_every_rate(pd.read_csv(path))
     for column in ("target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer"):
         rows[column] *= 100
     return rows
+
+
+def _at_every_rate(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the head alone, made at one rate of the adapter, once for each rate of their scenario."""
+    alone = (rows["method"] == HEAD_ONLY) & (rows["condition"] != ONE_RATE)
+    others = rows[~alone]
+    rates = others[["scenario", "lr"]].drop_duplicates()
+    return pd.concat([others, rows[alone].drop(columns="lr").merge(rates, on="scenario")], ignore_index=True)
 
 
 def untuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -22,8 +22,8 @@ MAX_SOURCES = 16
 class Alignment:
     """Keep steps from raising the source loss.
 
-    The soft part adds ``weight * s_k`` to the gradient for each source k, at its true scale: with a stored source that
-    has curvature this is the pull of elastic weight consolidation (arXiv 1612.00796). The hard part (``project``)
+    The soft part adds ``weight * s_k`` to the gradient for each source k: with an anchored source this is a pull back
+    to where the model knew it, as in elastic weight consolidation (arXiv 1612.00796). The hard part (``project``)
     removes what conflict is left: on "gradient" from g before the base step (GEM, arXiv 1706.08840), on "update" from
     the update that the base optimizer really made, because a gradient without conflict is no longer free of it once
     Adam has divided it by its second moments.
@@ -37,8 +37,9 @@ class Alignment:
             the step.
         weight (float | Sequence[float] | None): weight of the soft part, at least 0, for all or for each source: how
             much the source's mean loss counts beside the loss that is trained. 0 is the pure projection. None leaves it
-            to each source: 1000 for one that is anchored, 0 for any other, because what training left of a source
-            gradient grows stale at once, and following it did harm at any weight tried.
+            to each source: 1 for one that is anchored, in the unit that :meth:`gradguide.SourceGradient.anchored`
+            gives, and less for more rows to train on; 0 for any other, because what training left of a source gradient
+            grows stale at once, and following it did harm at any weight tried.
         project (bool): whether the hard part acts.
 
     Raises:

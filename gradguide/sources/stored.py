@@ -15,12 +15,13 @@ from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.sharding import Layout, shard
 from gradguide.sources import file
+from gradguide.sources.anchoring import stiffness
 from gradguide.sources.capture import Batch, Loss, measure
 from gradguide.sources.merging import merged_tables
 
 __all__ = ["SourceGradient", "whole_tables"]
 
-ANCHORED_WEIGHT = 1000.0
+ANCHORED_WEIGHT = 1.0
 _TABLES = ({"gradient"}, {"gradient", "steps"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
 
 
@@ -29,8 +30,8 @@ class SourceGradient:
 
     With curvature it answers ``s0 + F * (theta - theta0)``, the first-order model of the source gradient at the present
     parameters, so that it does not go stale while they move. Without it, it answers s0 wherever the parameters are.
-    :meth:`anchored` leaves s0 out: ``F * (theta - theta0)``, the pull of elastic weight consolidation (arXiv
-    1612.00796) back to where the model knew its source.
+    :meth:`anchored` makes of it a pull back to where the model knew its source, of a strength that does not depend on
+    how sure of itself the model was there.
 
     Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`.
     """
@@ -142,6 +143,16 @@ class SourceGradient:
         """Weight of its pull where none is asked for: see :class:`gradguide.Alignment`."""
         return 0.0 if "gradient" in self._tables else ANCHORED_WEIGHT
 
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """Fisher information by name, of an anchored source how firmly it holds; empty without curvature."""
+        return dict(self._tables.get("fisher", {}))
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The parameters at capture, theta0, by name; empty without curvature."""
+        return dict(self._tables.get("anchor", {}))
+
     def names(self) -> list[str]:
         """Names of the parameters that the source speaks of, in the model's order."""
         return list(self._first)
@@ -151,19 +162,32 @@ class SourceGradient:
         return {name: tensor.shape for name, tensor in self._first.items()}
 
     def anchored(self) -> SourceGradient:
-        """The same source taken to be at its optimum where it was captured: s0 left out.
+        """The same source as a pull back to where it was captured: ``H * (theta - theta0)``.
 
-        What training left of the source gradient is a reason neither to move nor to stop; at a large weight its stale
-        direction outweighs everything else. This is the form for a large ``weight``, and it keeps a row less.
+        ``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, mean and length over all its parameters together; of parameters
+        shorter than 0.01 in root mean square, the length that they would have at that. So at weight 1 parameters
+        that have moved by their own length are pulled back with length 1, to which gradients are clipped by default,
+        whatever the size of the model.
+
+        s0 is left out: what training left of the source gradient is a reason neither to move nor to stop, and at a
+        weight that matters its stale direction outweighs everything else. F is brought to scale, because it vanishes
+        as a model grows sure of its source (on a handful of rows, fitted, it is 1e-9 and less), while what there is to
+        lose does not. Its root goes with the size of the gradient's elements, as Adam's second moments do, so each is
+        held in proportion to how hard it is pulled elsewhere. A source without s0 is anchored already.
+
+        Elastic weight consolidation (arXiv 1612.00796) is the pull with F as it is, at a weight of its own:
+        ``SourceGradient(None, fisher=source.fisher, anchor=source.anchor)``.
 
         Raises:
             ValueError: the source was captured without curvature, so that nothing would be left.
         """
         if not self.curvature:
             raise ValueError("anchored() needs a source with curvature, found none: capture it with curvature=True")
-        return self._kept_alike(
-            SourceGradient(None, fisher=self._tables["fisher"], anchor=self._tables["anchor"], metadata=self.metadata)
-        )
+        if "gradient" not in self._tables:
+            return self
+        anchor = self._tables["anchor"]
+        held = stiffness(self._tables["fisher"], anchor)
+        return self._kept_alike(SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata))
 
     def quantized(self) -> SourceGradient:
         """The same source in 8 bits, with a float32 scale for every 128 numbers: 1.03 bytes per number.

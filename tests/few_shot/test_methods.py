@@ -15,7 +15,8 @@ from benchmarks.few_shot import guided, live
 from benchmarks.few_shot.cautious import CautiousAdamW
 from benchmarks.few_shot.digits import Digits
 from benchmarks.few_shot.guided import Variant
-from benchmarks.few_shot.methods import BASE, METHODS, Learner
+from benchmarks.few_shot.methods import BASE, HEAD_ONLY, METHODS, Learner
+from benchmarks.few_shot.penalties import EWC, elastic
 from benchmarks.few_shot.problem import Problem
 from benchmarks.few_shot.train import Evaluation, train
 from benchmarks.few_shot.zclip import ZClip
@@ -68,7 +69,7 @@ def test_the_exact_objective_takes_as_many_gradients_as_the_others(digits: Digit
 def test_ewc_is_the_alignment_without_projection(digits: Digits) -> None:
     variant = Variant(
         direction=None,
-        alignment=lambda sources: Alignment([s.anchored() for s in sources], weight=1000.0, project=False),
+        alignment=lambda sources: Alignment([elastic(s) for s in sources], weight=EWC, project=False),
         magnitude=Magnitude(max_update=None),
     )
     problem = digits.problem(2, 0)
@@ -77,6 +78,17 @@ def test_ewc_is_the_alignment_without_projection(digits: Digits) -> None:
     ours = run(problem, Learner(optimizer=guided.wrap(AdamW(problem.groups(3e-3)), problem, variant)))
     for a, b in zip(rival, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_the_head_alone_leaves_the_adapter_as_it_was_at_any_rate(digits: Digits, lr: float) -> None:
+    problem = digits.problem(2, 0)
+    before = [p.detach().clone() for _, p in problem.adapter]
+    after = run(problem, METHODS[HEAD_ONLY](problem, lr))
+    assert all(torch.equal(a, b) for a, b in zip(before, after[: len(before)], strict=True))
+    problem = digits.problem(2, 0)
+    other = run(problem, METHODS[HEAD_ONLY](problem, 1e-3))
+    assert all(torch.equal(a, b) for a, b in zip(after, other, strict=True))
 
 
 def test_the_base_is_the_magnitude_alone(digits: Digits) -> None:

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from benchmarks.few_shot import goals, report
-from benchmarks.few_shot.grid import CONFIRMING, LRS
-from benchmarks.few_shot.methods import BASE
+from benchmarks.few_shot.grid import CONFIRMING, LRS, ONE_RATE
+from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 from benchmarks.few_shot.views import difference, load, outcomes, tuned, untuned, worst
 
 OURS = "GradGuide"
@@ -53,6 +53,19 @@ def test_the_untuned_view_is_the_mean_over_the_grid_in_pairs(file: Path) -> None
     assert found.mean == pytest.approx(5.0, abs=0.2)
     assert found.low < 5.0 < found.high
     assert found.high - found.low < 0.4  # what the pairs share is no noise
+
+
+def test_the_head_alone_stands_at_every_rate(tmp_path: Path) -> None:
+    rows = results()
+    alone = rows[(rows["method"] == BASE) & (rows["lr"] == LRS[0])].assign(method=HEAD_ONLY)
+    one_rate = alone.assign(condition=ONE_RATE)
+    pd.concat([rows, alone, one_rate]).to_csv(tmp_path / "r.csv", index=False)
+    table = load(tmp_path / "r.csv")
+    assert sorted(table[(table["method"] == HEAD_ONLY) & (table["condition"] == "clean")]["lr"].unique()) == list(LRS)
+    assert list(table[table["condition"] == ONE_RATE]["lr"].unique()) == [LRS[0]]
+    assert len(table) == len(rows) + len(LRS) * len(alone) + len(one_rate)
+    means = untuned(table[table["condition"] == "clean"], "target_accuracy")
+    assert means[HEAD_ONLY].mean() == pytest.approx(60, abs=1)
 
 
 def test_an_incomplete_grid_is_left_out_of_the_untuned_view(file: Path) -> None:

@@ -99,11 +99,11 @@ class Learned:
     state: dict[str, Tensor]
     source: SourceGradient
 
-    def adapt(self, **options: Any) -> Adapted:
+    def adapt(self, seed: int = 3, **options: Any) -> Adapted:
         """Train on a target with a fresh head outside ``names``, from the same start each time."""
         model = self.model
         model.load_state_dict(self.state)
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         model.head.reset_parameters()
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -159,13 +159,14 @@ def test_whole_loop(learned: Learned, tmp_path: Path) -> None:
 
 
 def test_defaults_keep_the_source(learned: Learned) -> None:
-    """Under the default options the source loss does not end above that of a run without the source."""
-    plain = learned.adapt()
-    guided = learned.adapt(alignment=Alignment(learned.source.anchored()))
+    """Under the default options the source loss ends below that of a run without the source, in the mean over heads."""
+    anchored = Alignment(learned.source.anchored())
+    plain, guided = ([learned.adapt(seed, alignment=each) for seed in range(3, 8)] for each in (None, anchored))
     before = learned.source.metadata["loss"]
-    assert plain.source_loss > 1.2 * before
-    assert guided.source_loss < plain.source_loss, f"{before=}, {plain=}, {guided=}"
-    assert guided.last < guided.first
+    lost, kept = (sum(run.source_loss for run in runs) / len(runs) - before for runs in (plain, guided))
+    assert lost > 0.2 * before
+    assert kept < 0.8 * lost, f"{kept=}, {lost=}"
+    assert all(run.last < run.first for run in guided)
 
 
 def test_head_outside_names_gets_no_pull() -> None:

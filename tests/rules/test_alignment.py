@@ -22,7 +22,7 @@ def test_the_pull_adds_each_source_at_its_weight_where_there_is_a_gradient() -> 
 
 def test_each_source_says_its_weight_unless_one_is_given() -> None:
     sources = [source(), source(moving=True), source(moving=True).anchored()]
-    assert Alignment(sources).weights == (0.0, 0.0, 1000.0)
+    assert Alignment(sources).weights == (0.0, 0.0, 1.0)
     assert Alignment(sources, weight=0.5).weights == (0.5, 0.5, 0.5)
     assert Alignment(sources[2], weight=0.0).weights == (0.0,)
     assert Alignment(sources[2]).sources == (sources[2],)

@@ -169,7 +169,7 @@ def test_merging_answers_with_the_sum_of_the_answers_everywhere() -> None:
             (w * row for w, row in zip(given or [1 / 3] * 3, each, strict=True)), torch.zeros((), dtype=torch.float64)
         )
         torch.testing.assert_close(flat(merged.row(names, at)), wanted, rtol=1e-5, atol=1e-6)
-    assert merged.weight == 1000.0, "what is anchored stays so"
+    assert merged.weight == 1.0, "what is anchored stays so"
 
 
 def test_merging_in_8_bits_and_without_curvature() -> None:

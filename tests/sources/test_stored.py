@@ -96,14 +96,54 @@ def test_anchored_leaves_out_what_training_left(tmp_path: Path) -> None:
     s0, fisher, anchor, theta = torch.randn(4, 5, generator=generator)
     source = SourceGradient({"w": s0}, fisher={"w": fisher.abs()}, anchor={"w": anchor}, metadata={"examples": 3})
     pull = source.anchored()
-    assert torch.equal(pull.row(["w"], [theta]).value(0, torch.float32), fisher.abs() * (theta - anchor))
+    held = fisher.abs().sqrt() / fisher.abs().sqrt().mean() / anchor.norm()
+    torch.testing.assert_close(pull.row(["w"], [theta]).value(0, torch.float32), held * (theta - anchor))
     assert torch.equal(pull.row(["w"], [anchor]).value(0, torch.float32), torch.zeros(5))
     assert pull.names() == ["w"] and pull.shapes() == source.shapes() and pull.metadata == source.metadata
+    assert pull.anchored() is pull and pull.weight == 1.0 and source.weight == 0.0
     pull.save(tmp_path / "s.safetensors")
     loaded = SourceGradient.load(tmp_path / "s.safetensors")
-    assert torch.equal(loaded.row(["w"], [theta]).value(0, torch.float32), fisher.abs() * (theta - anchor))
+    again = [each.row(["w"], [theta]).value(0, torch.float32) for each in (loaded, pull)]
+    assert torch.equal(*again)
     with pytest.raises(ValueError, match="needs a source with curvature"):
         SourceGradient({"w": s0}).anchored()
+
+
+def anchored(fisher: dict[str, Tensor], anchor: dict[str, Tensor]) -> dict[str, Tensor]:
+    """H of the anchored source, by name."""
+    pull = SourceGradient({n: torch.zeros_like(f) for n, f in fisher.items()}, fisher=fisher, anchor=anchor).anchored()
+    assert all(torch.equal(pull.anchor[name], place) for name, place in anchor.items())
+    return pull.fisher
+
+
+@pytest.mark.parametrize("sure", [1.0, 1e-8, 1e-24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_how_firmly_an_anchor_holds_does_not_depend_on_how_sure_the_source_is(sure: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fisher = {name: torch.rand(size, generator=generator) for name, size in (("a", 300), ("b", 50))}
+    anchor = {name: torch.randn(table.shape, generator=generator) for name, table in fisher.items()}
+    plain = anchored(fisher, anchor)
+    scaled = anchored({name: (sure * table).to(dtype) for name, table in fisher.items()}, anchor)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for name, held in plain.items():
+        assert scaled[name].dtype == dtype
+        torch.testing.assert_close(scaled[name].float(), held, rtol=rtol, atol=0.0)
+
+
+@pytest.mark.parametrize("numbers", [8, 8000])
+def test_parameters_that_moved_by_their_length_are_pulled_with_length_one(numbers: int) -> None:
+    """Whatever the size of the model, where all are held alike; and that is so where F tells nothing apart."""
+    anchor = {"w": 3.0 * torch.randn(numbers, generator=torch.Generator().manual_seed(0))}
+    length = float(anchor["w"].norm())
+    for fisher in (torch.zeros(numbers), torch.full((numbers,), 1e-9)):
+        pull = anchored({"w": fisher}, anchor)["w"] * anchor["w"]
+        assert float(pull.norm()) == pytest.approx(1.0, rel=1e-5)
+        assert torch.allclose(pull * length, anchor["w"], rtol=1e-5)
+
+
+def test_an_anchor_at_zero_counts_as_a_hundredth_in_root_mean_square() -> None:
+    held = anchored({"w": torch.ones(25)}, {"w": torch.zeros(25)})["w"]
+    torch.testing.assert_close(held, torch.full((25,), 1.0 / (0.01 * 5.0)))
 
 
 @pytest.mark.parametrize(
