@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
-from gradguide.ops.triton.adam import Moments, Settings, launch_adam, plan_adam
+from gradguide.ops.triton.adam import Moments, Settings, launch_adam, launch_probe, plan_adam
 
 ELEMENTS = 1 << 28
 """In 64 tensors; 1 GiB per row in float32, beyond any cache."""
@@ -67,14 +67,17 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
     columns = plan_adam(shared, None, moments)
     assert columns is not None
     found["fused step, shared momentum, bf16 s"] = Kernel(
-        lambda: launch_adam(columns, shared, weights, None, moments, settings, one, one.float()), 30.0
+        lambda: launch_adam(columns, shared, weights, None, moments, settings, one, None, one.float()), 30.0
     )
     own: list[Row | None] = [*plain]
     write = Write(into=d, coefficients=weights[:2])
     own_columns = plan_adam(own, write, moments)
     assert own_columns is not None
     found["fused step, g, d"] = Kernel(
-        lambda: launch_adam(own_columns, own, weights[:2], write, moments, settings, one, one.float()), 36.0
+        lambda: launch_adam(own_columns, own, weights[:2], write, moments, settings, one, None, one.float()), 36.0
+    )
+    found["measure the update, g, d"] = Kernel(
+        lambda: launch_probe(own_columns, own, weights[:2], moments, settings, 2, 0), 20.0
     )
     return found
 

@@ -35,7 +35,7 @@ from gradguide.ops.triton import launch
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
-KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "adam"))
+KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "probe"), (fused, "adam"))
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
 
@@ -137,7 +137,8 @@ def calls_of(rows: list[Row | None]) -> list[Call]:
 
 
 def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
-    """The fused step over ``rows``, with parameters that no row is formed from, unless a moving source is."""
+    """The fused step over ``rows``, with parameters that no row is formed from, unless a moving source is: its update
+    measured, and made as the base would and as rules on it have it, which adds multiples of the rows."""
     parameters = next((list(row.at) for row in rows if row is not None and row.at is not None), [*map(clone, like)])
     moments = fused.Moments(
         parameters=parameters, first=[*map(clone, like)], second=[*map(clone, like)], steps=[torch.zeros(())]
@@ -149,7 +150,9 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
     columns = fused.plan_adam(rows, write, moments)
     assert columns is not None
     one = torch.ones((), dtype=torch.float64)
-    fused.launch_adam(columns, rows, coefficients, write, moments, settings, one, one.float())
+    fused.launch_probe(columns, rows, coefficients, moments, settings, 2, max(len(rows) - 2, 0))
+    for pulls in (None, coefficients):
+        fused.launch_adam(columns, rows, coefficients, write, moments, settings, one, pulls, one.float())
 
 
 def compiled(call: Call, arch: int) -> bytes:
@@ -208,6 +211,8 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
             label = name
             if kernel == "measure" and len(rows) > launch.TILE:
                 label += f", rows {call.arguments[6]} and {call.arguments[7]} on"
+            if call.options.get("PULLED"):
+                label += ", pulled"
             for arch in architectures:
                 numbers = inspect(compiled(call, arch))
                 found[kernel, label, f"sm_{arch}"] = Binary(

@@ -1,8 +1,9 @@
 """The step of a fused Adam or AdamW, made in the same pass that combines the rows.
 
 Where it applies, the guided gradient is never stored: ``p.grad`` stays as received, and no copy of the parameters is
-made to scale the update. The base's state keeps its own format, so checkpoints are those of the base, and a step can be
-made by either at any time: ``group["fused"] = False`` hands the next one to the base.
+made. Where a rule acts on the update, its products are measured before it is made: it is computed twice and written
+once. The base's state keeps its own format, so checkpoints are those of the base, and a step can be made by either at
+any time: ``group["fused"] = False`` hands the next one to the base.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gradguide import ops
 from gradguide.buckets import Bucket
 from gradguide.ops.row import Row, Write
 
-__all__ = ["Part", "parts_of", "step"]
+__all__ = ["Part", "parts_of", "products", "step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,39 @@ def parts_of(
     return parts
 
 
-def step(parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tensor, go: Tensor) -> list[Tensor]:
+def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) -> Tensor:
+    """What the update is to be judged by, before it is made.
+
+    Args:
+        parts: from :func:`parts_of`.
+        gradient (Tensor): shape [S, R], coordinates of the guided gradient.
+        first, sources (int): number of the first source among the rows, and how many there are.
+
+    Returns:
+        For each scope the update with itself, the parameters with themselves, the update with each source: Tensor
+        [S, 2 + sources], float64.
+    """
+    from gradguide.ops.triton.adam import launch_probe
+
+    found: list[Tensor | None] = [None] * len(gradient)
+    for part in parts:
+        sums = launch_probe(part.columns, part.rows, gradient[part.scope], part.moments, part.settings, first, sources)
+        total = found[part.scope]
+        found[part.scope] = sums if total is None else total + sums
+    zero = gradient.new_zeros(2 + sources)
+    return torch.stack([zero if total is None else total for total in found])
+
+
+def step(
+    parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tensor, pulls: Tensor | None, go: Tensor
+) -> list[Tensor]:
     """Make the step.
 
     Args:
         parts: from :func:`parts_of`.
         gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and the new direction.
         scale (Tensor): shape [S], float64, what the update is multiplied by.
+        pulls (Tensor | None): shape [S, R], coordinates of what is then added to it.
         go (Tensor): 0-d float32, 1; or 0 to leave everything as it is.
 
     Returns:
@@ -130,6 +157,7 @@ def step(parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tens
                 part.moments,
                 part.settings,
                 scale[part.scope],
+                None if pulls is None else pulls[part.scope],
                 go,
             )
         )

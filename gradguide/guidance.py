@@ -100,6 +100,10 @@ class Guidance:
         return self._aligns_update or self.power > 0 or self._largest is not None
 
     @property
+    def _bounded(self) -> bool:
+        return self._largest is not None
+
+    @property
     def _aligns_update(self) -> bool:
         return self.alignment is not None and self.alignment.on == "update" and self.alignment.project
 
@@ -204,22 +208,51 @@ class Guidance:
         """
         assert measured.gradient is not None and measured.direction is not None
         survey = measured.survey
-        if self._aligns_update or self._largest is not None or any(map(_sharded, survey.buckets)):
+        if any(map(_sharded, survey.buckets)):
             return False
         parts = fused.parts_of(
             base, survey.buckets, survey.scopes, measured.rows, self._directions_written(measured), survey.ops
         )
         if parts is None:
             return False
-        scale = torch.ones_like(measured.gradient[:, 0]) if measured.scale is None else measured.scale
+        scale, pulls = measured.scale, None
+        if self._aligns_update or self._largest is not None:
+            span = self._update_span(measured, parts)
+            wanted = self._wanted(measured, span)
+            scale = wanted[:, UPDATE]
+            if self._aligns_update:
+                # In the step's own span, where the sources come after gradient and direction, and before what is left.
+                sources = wanted[:, BEFORE + self._bounded :]
+                rest = measured.gradient.shape[1] - SOURCES - sources.shape[1]
+                pulls = torch.nn.functional.pad(sources, (SOURCES, rest))
+        elif scale is None:
+            scale = torch.ones_like(measured.gradient[:, 0])
         go = torch.ones_like(measured.finite) if propagate else measured.finite
-        self.before.know(fused.step(parts, measured.gradient, measured.direction, scale, go.to(torch.float32)))
+        squares = fused.step(parts, measured.gradient, measured.direction, scale, pulls, go.to(torch.float32))
+        self.before.know(squares)
         return True
+
+    def _update_span(self, measured: Measured, parts: Sequence[fused.Part]) -> Span:
+        """The update's span, before it is made. The sources are where they were: their products are known.
+
+        Those of the parameters with the others are not measured, since no rule asks for them.
+        """
+        assert measured.gradient is not None
+        count = len(measured.survey.sources[self._sources]) if self._aligns_update else 0
+        found = fused.products(parts, measured.gradient, SOURCES, count)
+        gram = found.new_zeros(len(found), 1 + self._bounded + count, 1 + self._bounded + count)
+        first = BEFORE + self._bounded
+        gram[:, UPDATE, UPDATE] = found[:, 0]
+        if self._bounded:
+            gram[:, BEFORE, BEFORE] = found[:, 1]
+        gram[:, UPDATE, first:] = gram[:, first:, UPDATE] = found[:, 2:]
+        gram[:, first:, first:] = measured.span.gram[:, SOURCES : SOURCES + count, SOURCES : SOURCES + count]
+        return Span(gram)
 
     @torch.no_grad()
     def correct(self, measured: Measured) -> None:
         """Measure, decide and combine once more, on the update that the base made since ``before`` was kept."""
-        survey, bounded = measured.survey, self._largest is not None
+        survey, bounded = measured.survey, self._bounded
         sources = survey.sources[self._sources] if self._aligns_update else []
         rows: Rows = []
         for bucket in survey.buckets:
@@ -230,20 +263,24 @@ class Guidance:
         needed = self._aligns_update or bounded or survey.sharded
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
         span = survey.gram(rows, 1 + bounded + len(sources)) if needed else zeros
+        change = self._wanted(measured, span) - span.row(UPDATE)
+        if survey.sharded:
+            # Only a collective could measure it later, and metrics may be read on one rank alone.
+            self.before.know([span.norm(span.row(UPDATE) + change).square()])
+        writes = [[Write(into=bucket.values, coefficients=change[s], accumulate=True)] for bucket, s in survey]
+        survey.combine_(rows, writes)
+
+    def _wanted(self, measured: Measured, span: Span) -> Tensor:
+        """The update that is to be made, in coordinates [S, R] of its span: what the rules leave of the base's own."""
         update = span.row(UPDATE)
         wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
         if self._largest is not None:
             lengths = span.norm(wanted), span.norm(span.row(BEFORE))
-            wanted = wanted * bounding.shrink(*lengths, survey.numbers(), self._largest).unsqueeze(1)
+            wanted = wanted * bounding.shrink(*lengths, measured.survey.numbers(), self._largest).unsqueeze(1)
         if self._aligns_update:
             # A step raises the source loss where it goes along the source gradient.
-            wanted = -aligning.project(span, -wanted, first=BEFORE + bounded)
-        change = torch.where(span.gram.isfinite().all(), wanted - update, 0.0)
-        if survey.sharded:
-            # Only a collective could measure it later, and metrics may be read on one rank alone.
-            self.before.know([span.norm(update + change).square()])
-        writes = [[Write(into=bucket.values, coefficients=change[s], accumulate=True)] for bucket, s in survey]
-        survey.combine_(rows, writes)
+            wanted = -aligning.project(span, -wanted, first=BEFORE + self._bounded)
+        return torch.where(span.gram.isfinite().all(), wanted, update)
 
     def _directions_written(self, measured: Measured) -> list[Sequence[Tensor] | None]:
         """For each bucket the running direction, where it is ours to write."""

@@ -1,4 +1,4 @@
-"""Launching the fused step of Adam and AdamW."""
+"""Launching the fused step of Adam and AdamW, and the measuring of its update before it is made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from gradguide.ops.row import Row, Write
 from gradguide.ops.triton.columns import Columns, columns_of
 from gradguide.ops.triton.kernels.adam import adam
+from gradguide.ops.triton.kernels.probe import probe
 from gradguide.ops.triton.launch import (
     CHUNK,
     FUSION,
@@ -26,7 +28,7 @@ from gradguide.ops.triton.launch import (
     tables_of,
 )
 
-__all__ = ["Moments", "Settings", "launch_adam", "plan_adam"]
+__all__ = ["Moments", "Settings", "launch_adam", "launch_probe", "plan_adam"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ def launch_adam(
     moments: Moments,
     settings: Settings,
     scale: Tensor,
+    pulls: Tensor | None,
     go: Tensor,
 ) -> Tensor:
     """Write the direction, then step parameters and moments with the guided gradient, which is not written.
@@ -77,6 +80,7 @@ def launch_adam(
         columns: what :func:`plan_adam` gave for these rows, direction and moments.
         gradient (Tensor): shape [R], coefficients of the guided gradient.
         scale (Tensor): 0-d float64, what the update is multiplied by.
+        pulls (Tensor | None): shape [R], coefficients of what is added to the update.
         go (Tensor): 0-d float32; 0 leaves everything as it is.
 
     Returns:
@@ -86,24 +90,74 @@ def launch_adam(
     squares = torch.empty(len(chunks), dtype=torch.float32, device=columns.device)
     if not len(chunks):
         return squares
-    steps = table_of(columns.device, array("q", map(Tensor.data_ptr, moments.steps)))
-    beta1, beta2 = settings.betas
-    on_device = isinstance(settings.lr, Tensor) and settings.lr.device == columns.device
     turned = gradient if direction is None else direction.coefficients
-    p, m, v = columns.others
-    wide = len(columns.dtypes) > WIDE
     with on(columns.device):
         adam[(len(chunks),)](
-            table, lengths, chunks, steps, gradient.contiguous(), turned.contiguous(), scale, go, squares,
-            columns.tensors, settings.lr if on_device else float(settings.lr),
-            beta1, 1.0 - beta1, _log2(beta1), beta2, 1.0 - beta2, _log2(beta2), settings.eps, settings.weight_decay,
-            DTYPES=columns.dtypes, ROWS=columns.rows, SLOTS=tuple(i for i, row in enumerate(rows) if row),
-            D=columns.writes[0][0] if columns.writes else -1, P=p, M=m, V=v, RATE_ON_DEVICE=on_device,
-            DECOUPLED=settings.decoupled, MAXIMIZE=settings.maximize,
-            RELOAD=wide, BLOCK=WIDEST_BLOCK if wide else WIDE_BLOCK, CHUNK=CHUNK, THREADS=32 * WARPS, num_warps=WARPS,
-            maxnreg=REGISTERS, **FUSION,
+            table, lengths, chunks, _steps(columns, moments), gradient.contiguous(), turned.contiguous(),
+            (turned if pulls is None else pulls).contiguous(), scale, go, squares, columns.tensors,
+            *_numbers(columns, settings),
+            D=columns.writes[0][0] if columns.writes else -1, PULLED=pulls is not None,
+            **_layout(columns, rows, settings),
         )  # fmt: skip
     return squares
+
+
+def launch_probe(
+    columns: Columns,
+    rows: Sequence[Row | None],
+    gradient: Tensor,
+    moments: Moments,
+    settings: Settings,
+    first: int,
+    sources: int,
+) -> Tensor:
+    """Products of the update that :func:`launch_adam` would make, unscaled and with nothing added. Writes nothing.
+
+    Args:
+        first, sources: number of the first source among the rows, and how many there are.
+
+    Returns:
+        The update with itself, the parameters with themselves, the update with each source: Tensor [2 + sources],
+        float64, the same bits for the same step.
+    """
+    table, lengths, chunks = tables_of(columns)
+    count = len(chunks)
+    partials = torch.empty(2 + sources, count, dtype=torch.float32, device=columns.device)
+    if count:
+        with on(columns.device):
+            probe[(count,)](
+                partials, table, lengths, chunks, _steps(columns, moments), gradient.contiguous(), columns.tensors,
+                count, *_numbers(columns, settings), FIRST=first, SOURCES=sources, **_layout(columns, rows, settings),
+            )  # fmt: skip
+    return partials.sum(dim=1, dtype=torch.float64)
+
+
+def _steps(columns: Columns, moments: Moments) -> Tensor:
+    """Addresses of the counts of steps, on the device."""
+    return table_of(columns.device, array("q", map(Tensor.data_ptr, moments.steps)))
+
+
+def _numbers(columns: Columns, settings: Settings) -> tuple[float | Tensor, ...]:
+    """Learning rate, both decays (each with what it leaves, and its logarithm), eps and weight decay."""
+    rate = settings.lr if _on_device(columns, settings) else float(settings.lr)
+    decays = (number for beta in settings.betas for number in (beta, 1.0 - beta, _log2(beta)))
+    return (rate, *decays, settings.eps, settings.weight_decay)
+
+
+def _layout(columns: Columns, rows: Sequence[Row | None], settings: Settings) -> dict[str, Any]:
+    """What the kernels are specialised on."""
+    p, m, v = columns.others
+    wide = len(columns.dtypes) > WIDE
+    return {
+        "DTYPES": columns.dtypes, "ROWS": columns.rows, "SLOTS": tuple(i for i, row in enumerate(rows) if row),
+        "P": p, "M": m, "V": v, "RATE_ON_DEVICE": _on_device(columns, settings), "DECOUPLED": settings.decoupled,
+        "MAXIMIZE": settings.maximize, "RELOAD": wide, "BLOCK": WIDEST_BLOCK if wide else WIDE_BLOCK, "CHUNK": CHUNK,
+        "THREADS": 32 * WARPS, "num_warps": WARPS, "maxnreg": REGISTERS, **FUSION,
+    }  # fmt: skip
+
+
+def _on_device(columns: Columns, settings: Settings) -> bool:
+    return isinstance(settings.lr, Tensor) and settings.lr.device == columns.device
 
 
 def _log2(beta: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -44,8 +44,8 @@ def give_gradients(held: list[nn.Parameter], step: int) -> None:
         parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter)
 
 
-def source_of(held: list[nn.Parameter], moving: bool) -> SourceGradient:
-    generator = torch.Generator().manual_seed(7)
+def source_of(held: list[nn.Parameter], moving: bool, seed: int = 7) -> SourceGradient:
+    generator = torch.Generator().manual_seed(seed)
 
     def draw() -> dict[str, Tensor]:
         return {f"p{i}": torch.randn(p.shape, generator=generator).to(DEVICE) for i, p in enumerate(held)}
@@ -59,14 +59,20 @@ Make = Callable[..., Optimizer]
 
 
 def guided(
-    backend: str, make: Make, dtype: torch.dtype = torch.float32, source: bool | None = None, **options: Any
+    backend: str,
+    make: Make,
+    dtype: torch.dtype = torch.float32,
+    source: bool | None = None,
+    on: str = "gradient",
+    sources: int = 1,
+    **options: Any,
 ) -> tuple[list[nn.Parameter], GradGuide]:
-    """Two param groups; ``source`` says whether a source moves, None is without."""
+    """Two param groups; ``source`` says whether sources move, None is without; ``on`` is what they act on."""
     held = parameters(dtype)
     if source is not None:
-        options["alignment"] = Alignment(source_of(held, source), on="gradient", weight=0.1)
+        given = [source_of(held, source, seed) for seed in range(7, 7 + sources)]
+        options["alignment"] = Alignment(given, on=on, weight=0.1)
         options["names"] = [(f"p{i}", p) for i, p in enumerate(held)]
-    # A bound on the update is decided after the base's step, which then is not fused.
     directed = options.get("direction", ...) is not None
     options.setdefault("magnitude", Magnitude(max_update=None, coherence=1.0 if directed else 0.0))
     base = make([{"params": held[:2]}, {"params": held[2:], "lr": 0.03, "weight_decay": 0.1}])
@@ -103,6 +109,8 @@ BASES = {
     "Adam decay": made(Adam, weight_decay=0.2, maximize=True),
 }
 
+BOUNDED = Magnitude(max_update=1e-3)
+
 RULES: dict[str, dict[str, Any]] = {
     "scaled by coherence": {},
     "direction": {"magnitude": None},
@@ -111,7 +119,14 @@ RULES: dict[str, dict[str, Any]] = {
     "source": {"source": False, "magnitude": Magnitude(max_norm=2.0, max_update=None)},
     "moving source, by group": {"source": True, "scope": "group"},
     "by tensor": {"scope": "tensor"},
-}
+    "bounded": {"magnitude": BOUNDED},
+    "bounded, no direction, by tensor": {"magnitude": BOUNDED, "direction": None, "scope": "tensor"},
+    "source on the update": {"source": False, "on": "update", "magnitude": None},
+    "moving source on the update, bounded, by group": {
+        "source": True, "on": "update", "scope": "group", "magnitude": Magnitude(max_update=1e-3, coherence=1.0),
+    },
+    "three sources on the update, bounded": {"source": False, "on": "update", "sources": 3, "magnitude": BOUNDED},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -138,13 +153,40 @@ def test_every_rule_acts_as_in_a_step_of_its_own(rules: str, fused_steps: list[i
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
-def test_with_a_bound_on_the_update_the_base_steps_by_itself(fused_steps: list[int]) -> None:
-    options: dict[str, Any] = {"magnitude": Magnitude(max_update=1e-3)}
-    mine, other = (guided(backend, BASES["AdamW"], **options) for backend in ("triton", "foreach"))
-    run(*mine, range(3))
-    run(*other, range(3))
-    assert fused_steps == []
-    assert_close(mine, other)
+def test_a_bound_on_the_update_holds() -> None:
+    held, optimizer = guided("triton", BASES["AdamW"], magnitude=BOUNDED)
+    before = kit.parameters_of(nn.ParameterList(held))
+    run(held, optimizer, range(1))
+    moved = flat(held) - flat(before)
+    assert float(moved.norm() / flat(before).norm()) == pytest.approx(1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+def test_an_update_conflicts_with_no_source(sources: int, fused_steps: list[int]) -> None:
+    """The update that was made; without the rule it conflicts with some of these."""
+    assert furthest_along_a_source("update", sources) < 1e-6
+    assert furthest_along_a_source(None, sources) > 1e-3
+    assert len(fused_steps) == 8
+
+
+def furthest_along_a_source(on: str | None, sources: int) -> float:
+    """Of four steps the largest cosine of an update with a source, in which direction the source's loss rises."""
+    options: dict[str, Any] = {} if on is None else {"source": False, "on": on, "sources": sources}
+    held, optimizer = guided("triton", BASES["AdamW"], magnitude=None, **options)
+    names = [f"p{i}" for i in range(len(held))]
+    given = [source_of(held, False, seed).row(names, held) for seed in range(7, 7 + sources)]
+    against = [flat([row.value(i, torch.float32) for i in range(len(held))]) for row in given]
+    cosines = []
+    for step in range(4):
+        before = flat(held)
+        run(held, optimizer, range(step, step + 1))
+        cosines += [float(torch.cosine_similarity(flat(held) - before, source, dim=0)) for source in against]
+    return max(cosines)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in a row, float64."""
+    return torch.cat([t.detach().reshape(-1).double() for t in tensors])
 
 
 def test_update_norm_is_the_length_of_the_update() -> None:
@@ -301,7 +343,7 @@ class Subclass(AdamW):
     pass
 
 
-@pytest.mark.parametrize("kind", ["subclass", "SGD", "not contiguous", "on update", "foreach"])
+@pytest.mark.parametrize("kind", ["subclass", "SGD", "not contiguous", "foreach"])
 def test_other_steps_are_the_bases(kind: str, fused_steps: list[int]) -> None:
     make: Make = made(Subclass) if kind == "subclass" else BASES["AdamW"]
     if kind == "SGD":
@@ -309,9 +351,6 @@ def test_other_steps_are_the_bases(kind: str, fused_steps: list[int]) -> None:
     held, optimizer = guided("foreach" if kind == "foreach" else "triton", make)
     if kind == "not contiguous":
         held[0].data = held[0].data.T.contiguous().T
-    if kind == "on update":
-        names = [(f"p{i}", p) for i, p in enumerate(held)]
-        optimizer = GradGuide(optimizer.base, alignment=Alignment(source_of(held, True)), names=names, backend="triton")
     before = kit.parameters_of(nn.ParameterList(held))
     run(held, optimizer, range(1))
     assert fused_steps == []

@@ -17,7 +17,7 @@ from gradguide.ops.triton.kernels.access import (
 from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
 
-__all__ = ["adam"]
+__all__ = ["adam", "correction", "load_columns", "stepped"]
 
 
 @triton.constexpr_function
@@ -33,31 +33,11 @@ def correction(step, log_beta):
 
 
 @triton.jit
-def prepare(
-    table, gradient, direction, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    D: tl.constexpr,
+def load_columns(
+    addresses, reads, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """What every block needs: addresses of the columns, both lists of coefficients, and which columns count."""
-    weights = load_coefficients(gradient, SLOTS)
-    turned = load_coefficients(direction, SLOTS)
-    reads = ()
-    for column in tl.static_range(COLUMNS):
-        read = is_read(weights, column, ROWS)
-        if D >= 0:
-            read = read | is_read(turned, column, ROWS)
-        reads = reads + (read,)
-    return addresses_of(table, tensor, tensors, COLUMNS), weights, turned, reads
-
-
-@triton.jit
-def block(
-    prepared, offsets, inside, settings, corrections,
-    DTYPES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """One block; gives the change of the parameters, as rounded."""
-    addresses, gradient, direction, reads = prepared
-    lr, beta1, rest1, beta2, rest2, eps, decay, scale = settings
+    """Parameters and moments, and what of the rows is wanted: a tuple of blocks, by column."""
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if among(column, (P, M, V)):
@@ -67,9 +47,17 @@ def block(
             columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
         else:
             columns = columns + (0.0,)
-    rows = form_rows(columns, ROWS)
+    return columns
+
+
+@triton.jit
+def stepped(
+    columns, g, settings, corrections, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr, DECOUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """Adam's step with the gradient ``g``: the new moments, and how far it moves the parameters."""
+    lr, beta1, rest1, beta2, rest2, eps, decay = settings
     before = columns[P]
-    g = weighted(gradient, rows)
     if MAXIMIZE:
         g = -g
     if DECOUPLED:
@@ -80,7 +68,45 @@ def block(
     m = beta1 * columns[M] + rest1 * g
     v = beta2 * columns[V] + rest2 * g * g
     p -= lr / corrections[0] * m / (tl.sqrt_rn(v) / tl.sqrt_rn(corrections[1]) + eps)
-    p = (before + scale * (p - before)).to(DTYPES[P]).to(tl.float32)
+    return m, v, p - before
+
+
+@triton.jit
+def prepare(
+    table, gradient, direction, pulls, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, PULLED: tl.constexpr,
+):  # fmt: skip
+    """What every block needs: addresses of the columns, the lists of coefficients, and which columns count."""
+    weights = load_coefficients(gradient, SLOTS)
+    turned = load_coefficients(direction, SLOTS)
+    pulling = load_coefficients(pulls, SLOTS) if PULLED else turned
+    reads = ()
+    for column in tl.static_range(COLUMNS):
+        read = is_read(weights, column, ROWS)
+        if D >= 0:
+            read = read | is_read(turned, column, ROWS)
+        if PULLED:
+            read = read | is_read(pulling, column, ROWS)
+        reads = reads + (read,)
+    return addresses_of(table, tensor, tensors, COLUMNS), weights, turned, pulling, reads
+
+
+@triton.jit
+def block(
+    prepared, offsets, inside, settings, corrections, scale,
+    DTYPES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    PULLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One block; gives the change of the parameters, as rounded."""
+    addresses, gradient, direction, pulling, reads = prepared
+    columns = load_columns(addresses, reads, offsets, inside, DTYPES, ROWS, P, M, V, BLOCK, VECTOR)
+    rows = form_rows(columns, ROWS)
+    before = columns[P]
+    m, v, update = stepped(columns, weighted(gradient, rows), settings, corrections, P, M, V, DECOUPLED, MAXIMIZE)
+    p = before + scale * update
+    if PULLED:
+        p += weighted(pulling, rows)
+    p = p.to(DTYPES[P]).to(tl.float32)
     # Only when all is read, since what is written may be a row.
     if D >= 0:
         store_column(addresses[D], offsets, weighted(direction, rows), inside, DTYPES[D], VECTOR)
@@ -92,22 +118,24 @@ def block(
 
 
 # A scope's coefficients may begin anywhere; that must not be a reason to compile anew.
-@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["gradient", "direction", "scale"])
+@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["gradient", "direction", "pulls", "scale"])
 def adam(
-    table, lengths, chunks, steps, gradient, direction, scale, go, squares, tensors, lr, beta1, rest1, log_beta1,
-    beta2, rest2, log_beta2, eps, decay,
+    table, lengths, chunks, steps, gradient, direction, pulls, scale, go, squares, tensors, lr, beta1, rest1,
+    log_beta1, beta2, rest2, log_beta2, eps, decay,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    V: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
-    RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
+    V: tl.constexpr, PULLED: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of ``g = gradient . rows; d = direction . rows; p, m, v = Adam(p, g, m, v)``, g never stored.
+    """One chunk of ``g = gradient . rows; d = direction . rows; p, m, v = Adam(p, g, m, v)``, g never stored; the
+    parameters move by ``scale`` times what Adam would move them by, and by ``pulls . rows`` with PULLED.
 
     Args:
         table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
         lengths: int64 [tensors].
         chunks: int64 [chunks, 2], tensor and number of each chunk of CHUNK elements.
         steps: int64 [tensors], addresses of float32 counts of the steps before this one.
-        gradient, direction: float64 coefficients of the guided gradient and the new direction, for ROWS[i] at SLOTS[i].
+        gradient, direction, pulls: float64 coefficients of the guided gradient, the new direction and what is added to
+            the update, for ROWS[i] at SLOTS[i].
         scale: float64, what the update is multiplied by.
         go: float32; 0 leaves everything as it is.
         squares: float32 [chunks], where the squared length of each chunk's update goes.
@@ -126,29 +154,30 @@ def adam(
     if tl.load(go) == 0.0:
         return
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
-    prepared = prepare(table, gradient, direction, tensor, tensors, len(DTYPES), ROWS, SLOTS, D)
+    prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
     rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
     step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
-    settings = (rate, beta1, rest1, beta2, rest2, eps, decay, tl.load(scale).to(tl.float32))
+    settings = (rate, beta1, rest1, beta2, rest2, eps, decay)
+    factor = tl.load(scale).to(tl.float32)
     corrections = (correction(step, log_beta1), correction(step, log_beta2))
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(prepared[0], begin, end, BLOCK)
     total = tl.zeros([THREADS], tl.float32)
     for start in range(begin, split, BLOCK):
         if RELOAD:
-            prepared = prepare(table, gradient, direction, tensor, tensors, len(DTYPES), ROWS, SLOTS, D)
+            prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
         change = block(
-            prepared, start + lanes, None, settings, corrections,
-            DTYPES, ROWS, D, P, M, V, DECOUPLED, MAXIMIZE, BLOCK, True,
+            prepared, start + lanes, None, settings, corrections, factor,
+            DTYPES, ROWS, D, P, M, V, PULLED, DECOUPLED, MAXIMIZE, BLOCK, True,
         )  # fmt: skip
         total += dot(change, change, THREADS)
     for start in range(split, end, BLOCK):
         if RELOAD:
-            prepared = prepare(table, gradient, direction, tensor, tensors, len(DTYPES), ROWS, SLOTS, D)
+            prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
         offsets = start + lanes
         change = block(
-            prepared, offsets, offsets < end, settings, corrections,
-            DTYPES, ROWS, D, P, M, V, DECOUPLED, MAXIMIZE, BLOCK, False,
+            prepared, offsets, offsets < end, settings, corrections, factor,
+            DTYPES, ROWS, D, P, M, V, PULLED, DECOUPLED, MAXIMIZE, BLOCK, False,
         )  # fmt: skip
         total += dot(change, change, THREADS)
     tl.store(squares + index, tl.sum(total))
