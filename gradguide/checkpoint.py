@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from gradguide.guidance import Guidance
 from gradguide.ops.pack import lay_out
-from gradguide.scopes import FIELDS
+from gradguide.rules.decision import STATISTICS
 from gradguide.sharding import gathered, local, spread
 
 __all__ = ["FORMAT", "merge", "restore", "split"]
@@ -24,7 +24,7 @@ FORMAT = 1
 DIRECTION = "gradguide.direction"
 COUNTERS = "gradguide.counters"
 _PREFIX = "gradguide."
-# A counters tensor is [format, steps, skipped, *FIELDS of the parameter's scope].
+# A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope].
 _HEAD = 3
 # What torch's optimizers keep in the shape of the parameter; a size that differs would else show only in a later step.
 _ELEMENTWISE = frozenset(
@@ -100,7 +100,7 @@ def split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[d
 def restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
     """Put direction and scope statistics in place. Returns the totals, Tensor [2]: steps and skipped steps."""
     parameters = _parameters(base)
-    keep = guidance.direction is not None and not guidance.direction.share_momentum
+    keep = guidance.rules.direction is not None and not guidance.rules.direction.share_momentum
     found = {parameters[position]: direction for position, direction in own.directions.items() if keep}
     guidance.directions = dict(zip(found, lay_out([local(p) for p in found], torch.float32), strict=True))
     for parameter, direction in found.items():
@@ -152,12 +152,12 @@ def _check_sizes(entry: dict[str, Any], position: int, parameter: Tensor, guidan
 
 def _checked_counters(counters: Any) -> Tensor:
     if not isinstance(counters, Tensor) or counters.dim() != 1 or counters.numel() == 0:
-        raise ValueError(f"{COUNTERS} must be a tensor of {_HEAD + len(FIELDS)} numbers, found {counters!r}")
+        raise ValueError(f"{COUNTERS} must be a tensor of {_HEAD + len(STATISTICS)} numbers, found {counters!r}")
     version = int(counters[0])
     if version > FORMAT:
         raise ValueError(
             f"the state has format {version}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
         )
-    if counters.numel() != _HEAD + len(FIELDS):
-        raise ValueError(f"{COUNTERS} must hold {_HEAD + len(FIELDS)} numbers, found {counters.numel()}")
+    if counters.numel() != _HEAD + len(STATISTICS):
+        raise ValueError(f"{COUNTERS} must hold {_HEAD + len(STATISTICS)} numbers, found {counters.numel()}")
     return counters.to(torch.float64)

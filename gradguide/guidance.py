@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,24 +16,18 @@ from gradguide.metrics import Record
 from gradguide.momentum import momentum_of, rates
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
-from gradguide.rules import alignment as aligning
-from gradguide.rules import direction as directing
-from gradguide.rules import magnitude as bounding
+from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
+from gradguide.rules.decision import BEFORE, DIRECTION, GRADIENT, SOURCES, UPDATE, Decision, Rules
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
-from gradguide.rules.span import Span, divide
+from gradguide.rules.span import Span
 from gradguide.scopes import Scopes
 from gradguide.sharding import local
 from gradguide.sources.source import Source
 from gradguide.survey import Rows, Survey, Surveyor, source_rows
 
-__all__ = ["DIRECTION", "GRADIENT", "SOURCES", "Guidance", "Measured"]
-
-# Rows of the step's span: gradient, running direction, sources, and last what a regularizer adds to the gradient.
-GRADIENT, DIRECTION, SOURCES = 0, 1, 2
-# Rows of the update's span: the update, the parameters before it where it is bounded, then the sources.
-UPDATE, BEFORE = 0, 1
+__all__ = ["Guidance", "Measured"]
 
 
 @dataclass(slots=True)
@@ -46,8 +40,7 @@ class Measured:
     positions (Tensor): shape [S], where the scopes' statistics are kept.
     regularized: whether the last row is to be added to the gradient.
     finite, moved (Tensor): 0-d bool, whether all products are finite, and whether any gradient is not zero.
-    gradient, direction (Tensor): shape [S, R], once decided: coordinates of the guided gradient and the new direction.
-    scale (Tensor): shape [S], once decided: what the update is multiplied by, if it is scaled.
+    decision: what was decided on it, once it was.
     """
 
     survey: Survey
@@ -57,10 +50,19 @@ class Measured:
     regularized: bool
     finite: Tensor
     moved: Tensor
-    record: Record | None = None
-    gradient: Tensor | None = None
-    direction: Tensor | None = None
-    scale: Tensor | None = None
+    decision: Decision | None = None
+
+    @property
+    def decided(self) -> Decision:
+        """The decision, which must have been made."""
+        assert self.decision is not None
+        return self.decision
+
+    @property
+    def record(self) -> Record | None:
+        """What metrics are read from; None before a decision."""
+        made = self.decision
+        return None if made is None else Record(self.span, made.guided, made.norm, made.factor, made.coherence)
 
 
 class Guidance:
@@ -73,39 +75,27 @@ class Guidance:
         magnitude: Magnitude | None,
         surveyor: Surveyor,
     ) -> None:
-        self.direction = direction
-        self.magnitude = magnitude
         self.surveyor = surveyor
+        self.rules = Rules(direction, None, magnitude)
         self.align(alignment, surveyor.sources)
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = Scopes()
-        self.power = 0.0 if magnitude is None else magnitude.coherence
-        self._largest = None if magnitude is None else magnitude.max_update
         self.before = Before()
 
     def align(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
         """Align from now on as ``alignment`` says; ``sources`` are its own, then those that a regularizer asks."""
-        self.alignment = alignment
-        self._sources = slice(0 if alignment is None else len(alignment.sources))
+        self.rules = replace(self.rules, alignment=alignment)
         self.surveyor.ask(sources)
 
     @property
     def active(self) -> bool:
         """Whether any rule is on."""
-        return not (self.direction is None and self.alignment is None and self.magnitude is None)
+        return self.rules != Rules(None, None, None)
 
     @property
     def acts_on_update(self) -> bool:
         """Whether a rule changes the update that the base optimizer makes."""
-        return self._aligns_update or self.power > 0 or self._largest is not None
-
-    @property
-    def _bounded(self) -> bool:
-        return self._largest is not None
-
-    @property
-    def _aligns_update(self) -> bool:
-        return self.alignment is not None and self.alignment.on == "update" and self.alignment.project
+        return self.rules.limit_update or self.rules.power > 0
 
     @torch.no_grad()
     def measure(self, base: Optimizer, added: Mapping[Tensor, Tensor] | None = None) -> Measured | None:
@@ -117,7 +107,7 @@ class Guidance:
         survey = self.surveyor.survey(base)
         if survey is None:
             return None
-        sources = survey.sources[self._sources]
+        sources = survey.sources[: self.rules.sources]
         rows: Rows = []
         for bucket in survey.buckets:
             own = [Row(offset=bucket.gradients), self.direction_row(base, bucket)]
@@ -131,69 +121,26 @@ class Guidance:
     @torch.no_grad()
     def guide(self, measured: Measured, base: Optimizer) -> None:
         """Decide: the guided gradient, the new running direction and statistics, and how far to scale the update."""
-        span, positions = measured.span, measured.positions
-        average, norms = self.scopes.read(positions)
-        gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
-        received, length = span.norm(gradient), span.norm(direction)
-
-        guided = gradient if not measured.regularized else gradient + span.row(-1)
-        if self.direction is not None and self.direction.damping > 0:
-            strength = self.direction.damping * directing.evidence(length, average)
-            guided = directing.damp(span, guided, direction, strength)
-        if self.alignment is not None:
-            if any(self.alignment.weights):
-                guided = aligning.pull(guided, received, SOURCES, self.alignment.weights)
-            if self.alignment.project and self.alignment.on == "gradient":
-                guided = aligning.project(span, guided, SOURCES, SOURCES + len(self.alignment.sources))
-
-        norm = span.norm(guided)
-        factor = torch.ones_like(norm)
-        new_norms = norms
-        if self.magnitude is not None:
-            bound = torch.full_like(norm, self.magnitude.bound)
-            if self.magnitude.adaptive:
-                bound = torch.minimum(bound, bounding.threshold(norms))
-                new_norms = bounding.observe(norms, norm)
-            factor = bounding.clip(norm, bound)
-        final = guided * factor.unsqueeze(1)
-
-        moved, new_average, coherence = direction, average, None
-        if self.direction is not None:
-            if self.direction.share_momentum:
-                decay, gain = self._rates(measured, base)
-                # The base adds the guided gradient itself; only the statistics are ours.
-                ahead, new_average = directing.accumulate(direction, final, norm * factor, average, decay, gain)
-            else:
-                decay = torch.full_like(norm, self.direction.decay)
-                term = gradient * divide(torch.ones_like(received), received).unsqueeze(1)
-                unit = torch.where(received > 0, 1.0, 0.0)
-                ahead, new_average = directing.accumulate(direction, term, unit, average, decay, 1.0 - decay)
-                moved = ahead
-            coherence = directing.coherence(span.norm(ahead), new_average)
-
-        # What is not finite must not enter the direction or the statistics; the gradient then stays as received.
-        finite = measured.finite
-        final, moved = torch.where(finite, final, gradient), torch.where(finite, moved, direction)
-        self.scopes.write(
-            positions,
-            directing.Average(*(torch.where(finite, a, b) for a, b in zip(new_average, average, strict=True))),
-            bounding.LogNorms(*(torch.where(finite, a, b) for a, b in zip(new_norms, norms, strict=True))),
+        shared = self.rules.direction is not None and self.rules.direction.share_momentum
+        measured.decision = decision.decide(
+            measured.span,
+            measured.finite,
+            self.rules,
+            self.scopes.read(measured.positions),
+            regularized=measured.regularized,
+            rates=self._rates(measured, base) if shared else None,
         )
-        measured.gradient, measured.direction = final, moved
-        measured.record = Record(span, guided, norm, factor, coherence)
-        if self.power > 0 and coherence is not None:
-            agreed = torch.where(new_average.mass > 0, coherence, 1.0)
-            measured.scale = torch.where(finite, agreed**self.power, 1.0)
+        self.scopes.write(measured.positions, measured.decision.statistics)
 
     @torch.no_grad()
     def combine(self, measured: Measured) -> None:
         """Write what was decided: the guided gradient and the new running direction."""
-        assert measured.gradient is not None and measured.direction is not None
+        decided = measured.decided
         self.before.know([])
         writes = []
         for (bucket, scope), kept in zip(measured.survey, self._directions_written(measured), strict=True):
-            written = [] if kept is None else [Write(into=kept, coefficients=measured.direction[scope])]
-            writes.append([*written, Write(into=bucket.gradients, coefficients=measured.gradient[scope])])
+            written = [] if kept is None else [Write(into=kept, coefficients=decided.direction[scope])]
+            writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient[scope])])
         measured.survey.combine_(measured.rows, writes)
 
     @torch.no_grad()
@@ -206,8 +153,7 @@ class Guidance:
         Returns:
             Whether it was done; if not, nothing was.
         """
-        assert measured.gradient is not None and measured.direction is not None
-        survey = measured.survey
+        survey, decided = measured.survey, measured.decided
         if any(map(_sharded, survey.buckets)):
             return False
         parts = fused.parts_of(
@@ -215,20 +161,19 @@ class Guidance:
         )
         if parts is None:
             return False
-        scale, pulls = measured.scale, None
-        if self._aligns_update or self._largest is not None:
-            span = self._update_span(measured, parts)
-            wanted = self._wanted(measured, span)
+        scale, pulls = decided.scale, None
+        if self.rules.limit_update:
+            wanted = decision.limit(self._update_span(measured, parts), self.rules, scale, survey.numbers())
             scale = wanted[:, UPDATE]
-            if self._aligns_update:
+            if self.rules.aligns_update:
                 # In the step's own span, where the sources come after gradient and direction, and before what is left.
-                sources = wanted[:, BEFORE + self._bounded :]
-                rest = measured.gradient.shape[1] - SOURCES - sources.shape[1]
+                sources = wanted[:, self.rules.first_source :]
+                rest = decided.gradient.shape[1] - SOURCES - sources.shape[1]
                 pulls = torch.nn.functional.pad(sources, (SOURCES, rest))
         elif scale is None:
-            scale = torch.ones_like(measured.gradient[:, 0])
+            scale = torch.ones_like(decided.norm)
         go = torch.ones_like(measured.finite) if propagate else measured.finite
-        squares = fused.step(parts, measured.gradient, measured.direction, scale, pulls, go.to(torch.float32))
+        squares = fused.step(parts, decided.gradient, decided.direction, scale, pulls, go.to(torch.float32))
         self.before.know(squares)
         return True
 
@@ -237,13 +182,11 @@ class Guidance:
 
         Those of the parameters with the others are not measured, since no rule asks for them.
         """
-        assert measured.gradient is not None
-        count = len(measured.survey.sources[self._sources]) if self._aligns_update else 0
-        found = fused.products(parts, measured.gradient, SOURCES, count)
-        gram = found.new_zeros(len(found), 1 + self._bounded + count, 1 + self._bounded + count)
-        first = BEFORE + self._bounded
+        first, count = self.rules.first_source, self.rules.sources if self.rules.aligns_update else 0
+        found = fused.products(parts, measured.decided.gradient, SOURCES, count)
+        gram = found.new_zeros(len(found), first + count, first + count)
         gram[:, UPDATE, UPDATE] = found[:, 0]
-        if self._bounded:
+        if self.rules.bounds_update:
             gram[:, BEFORE, BEFORE] = found[:, 1]
         gram[:, UPDATE, first:] = gram[:, first:, UPDATE] = found[:, 2:]
         gram[:, first:, first:] = measured.span.gram[:, SOURCES : SOURCES + count, SOURCES : SOURCES + count]
@@ -252,48 +195,37 @@ class Guidance:
     @torch.no_grad()
     def correct(self, measured: Measured) -> None:
         """Measure, decide and combine once more, on the update that the base made since ``before`` was kept."""
-        survey, bounded = measured.survey, self._bounded
-        sources = survey.sources[self._sources] if self._aligns_update else []
+        survey = measured.survey
+        sources = survey.sources[: self.rules.sources] if self.rules.aligns_update else []
         rows: Rows = []
         for bucket in survey.buckets:
             before = self.before.of(bucket)
-            start = [Row(offset=before)] if bounded else []
+            start = [Row(offset=before)] if self.rules.bounds_update else []
             rows.append(Stack([Row(at=bucket.values, anchor=before), *start, *source_rows(sources, bucket, before)]))
         # Scaling alone needs no products.
-        needed = self._aligns_update or bounded or survey.sharded
+        needed = self.rules.limit_update or survey.sharded
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
-        span = survey.gram(rows, 1 + bounded + len(sources)) if needed else zeros
-        change = self._wanted(measured, span) - span.row(UPDATE)
+        span = survey.gram(rows, self.rules.first_source + len(sources)) if needed else zeros
+        wanted = decision.limit(span, self.rules, measured.decided.scale, survey.numbers())
         if survey.sharded:
             # Only a collective could measure it later, and metrics may be read on one rank alone.
-            self.before.know([span.norm(span.row(UPDATE) + change).square()])
+            self.before.know([span.norm(wanted).square()])
+        change = wanted - span.row(UPDATE)
         writes = [[Write(into=bucket.values, coefficients=change[s], accumulate=True)] for bucket, s in survey]
         survey.combine_(rows, writes)
 
-    def _wanted(self, measured: Measured, span: Span) -> Tensor:
-        """The update that is to be made, in coordinates [S, R] of its span: what the rules leave of the base's own."""
-        update = span.row(UPDATE)
-        wanted = update if measured.scale is None else update * measured.scale.unsqueeze(1)
-        if self._largest is not None:
-            lengths = span.norm(wanted), span.norm(span.row(BEFORE))
-            wanted = wanted * bounding.shrink(*lengths, measured.survey.numbers(), self._largest).unsqueeze(1)
-        if self._aligns_update:
-            # A step raises the source loss where it goes along the source gradient.
-            wanted = -aligning.project(span, -wanted, first=BEFORE + self._bounded)
-        return torch.where(span.gram.isfinite().all(), wanted, update)
-
     def _directions_written(self, measured: Measured) -> list[Sequence[Tensor] | None]:
         """For each bucket the running direction, where it is ours to write."""
-        if self.direction is None or self.direction.share_momentum:
+        if self.rules.direction is None or self.rules.direction.share_momentum:
             return [None] * len(measured.rows)
         kept = [rows[DIRECTION] for rows in measured.rows]
         return [None if row is None else row.offset for row in kept]
 
     def direction_row(self, base: Optimizer, bucket: Bucket) -> Row | None:
         """The running direction over a bucket; None where there is none, or none yet."""
-        if self.direction is None:
+        if self.rules.direction is None:
             return None
-        if self.direction.share_momentum:
+        if self.rules.direction.share_momentum:
             found = [momentum_of(base, p) for p in bucket.parameters]
             if all(momentum is None for momentum in found):
                 return None

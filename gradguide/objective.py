@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.guidance import DIRECTION, GRADIENT, SOURCES, Guidance
+from gradguide.guidance import Guidance
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
+from gradguide.rules.decision import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.magnitude import LEAST_LENGTH
 from gradguide.rules.objective import Regularizer, slope
 from gradguide.rules.span import Span, divide

@@ -232,7 +232,7 @@ class GradGuide(Optimizer):
         if added is None or isinstance(added, set):
             self.base.add_param_group(param_group)  # which says what is wrong with it
             return
-        if guidance.direction is not None and guidance.direction.share_momentum:
+        if guidance.rules.direction is not None and guidance.rules.direction.share_momentum:
             check_momentum(self.base, [param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
@@ -278,7 +278,7 @@ class GradGuide(Optimizer):
             keys are the worst.
         """
         guidance = self._guidance
-        sources = () if guidance.alignment is None else guidance.alignment.names
+        sources = () if guidance.rules.alignment is None else guidance.rules.alignment.names
         norm = guidance.before.update_norm(self._totals.device)
         return read(self._last, norm, self._totals, sources)
 
@@ -326,7 +326,7 @@ class GradGuide(Optimizer):
 
     def __repr__(self) -> str:
         guidance = self._guidance
-        rules = (guidance.direction, guidance.alignment, guidance.magnitude, self._regularizer)
+        rules = (guidance.rules.direction, guidance.rules.alignment, guidance.rules.magnitude, self._regularizer)
         return f"GradGuide({', '.join(str(rule) for rule in rules if rule is not None)})\n{self.base!r}"
 
     def _make_hooks(self) -> None:

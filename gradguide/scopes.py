@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from gradguide.buckets import Label
-from gradguide.rules.direction import Average
-from gradguide.rules.magnitude import LogNorms
+from gradguide.rules.decision import STATISTICS
 
-__all__ = ["FIELDS", "Scopes"]
-
-FIELDS = ("mass", "square", "log_weight", "log_mean", "log_spread")
+__all__ = ["Scopes"]
 
 
 class Scopes:
@@ -19,7 +16,7 @@ class Scopes:
 
     def __init__(self) -> None:
         self._index: dict[Label, int] = {}
-        self._values = torch.zeros(0, len(FIELDS), dtype=torch.float64)
+        self._values = torch.zeros(0, len(STATISTICS), dtype=torch.float64)
         self._located: tuple[list[Label], Tensor] | None = None
 
     def locate(self, labels: list[Label], device: torch.device) -> Tensor:
@@ -32,30 +29,29 @@ class Scopes:
         missing = len(self._index) - self._values.shape[0]
         if missing or self._values.device != device:
             wide = torch.float32 if device.type == "mps" else torch.float64
-            new = torch.zeros(missing, len(FIELDS), dtype=wide, device=device)
+            new = torch.zeros(missing, len(STATISTICS), dtype=wide, device=device)
             self._values = torch.cat([self._values.to(device, wide), new])
         positions = torch.tensor([self._index[label] for label in labels], device=device)
         self._located = labels, positions
         return positions
 
-    def read(self, positions: Tensor) -> tuple[Average, LogNorms]:
-        """Statistics at ``positions`` [S], each a Tensor [S]."""
-        columns = self._values[positions].unbind(dim=1)
-        return Average(*columns[:2]), LogNorms(*columns[2:])
+    def read(self, positions: Tensor) -> Tensor:
+        """Statistics at ``positions`` [S]: Tensor [S, len(STATISTICS)]."""
+        return self._values[positions]
 
-    def write(self, positions: Tensor, average: Average, norms: LogNorms) -> None:
+    def write(self, positions: Tensor, statistics: Tensor) -> None:
         """Replace the statistics at ``positions`` [S]."""
-        self._values[positions] = torch.stack([*average, *norms], dim=1)
+        self._values[positions] = statistics
 
     def export(self, label: Label) -> Tensor:
-        """The numbers of one scope, Tensor [len(FIELDS)] in the order of FIELDS; zeros for a label not seen yet."""
+        """Statistics of one scope: Tensor [len(STATISTICS)]; zeros for a label not seen yet."""
         if label not in self._index:
-            return torch.zeros(len(FIELDS), dtype=torch.float64)
+            return torch.zeros(len(STATISTICS), dtype=torch.float64)
         return self._values[self._index[label]].clone()
 
     def restore(self, statistics: dict[Label, Tensor]) -> None:
-        """Forget everything, then take over the numbers of each label [len(FIELDS)]."""
+        """Forget everything, then take over the numbers of each label [len(STATISTICS)]."""
         self._located = None
         self._index = {label: position for position, label in enumerate(statistics)}
-        empty = torch.zeros(0, len(FIELDS), dtype=torch.float64)
+        empty = torch.zeros(0, len(STATISTICS), dtype=torch.float64)
         self._values = torch.stack([values.double() for values in statistics.values()]) if statistics else empty
