@@ -27,17 +27,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.harness import versions
+from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.atomic import replacing
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
 from gradguide.ops.triton import adam as fused
 from gradguide.ops.triton import launch
+from gradguide.rules import triton as deciding
+from gradguide.rules.decision import STATISTICS, Rules
+from gradguide.rules.span import Span
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "probe"), (fused, "adam"))
+DECISIONS = ((deciding, "decide_kernel"), (deciding, "limit_kernel"))
 
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
+TYPES = {torch.bool: "i1", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +85,7 @@ def recorded() -> Iterator[list[Call]]:
             return lambda *arguments, **options: calls.append(Call(self._kernel, arguments, options))
 
     with ExitStack() as replaced:
-        for module, name in KERNELS:
+        for module, name in KERNELS + DECISIONS:
             replaced.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
         yield calls
 
@@ -115,6 +120,31 @@ def configurations() -> dict[str, list[Row | None]]:
     found["fp32, K=16 in 8 bits"] = [*own, *(coded() for _ in range(16))]
     found["fp32, K=16 moving"] = [*own, *(moving(bf16, now, anchor) for _ in range(16))]
     return found
+
+
+def decisions() -> dict[str, Rules]:
+    """The default rules over K sources, and those that act on the gradient alone."""
+
+    def rules(count: int, on: str, magnitude: Magnitude) -> Rules:
+        source = SourceGradient({"p": torch.ones(1)})
+        alignment = Alignment([source] * count, on=on, weight=1.0) if count else None
+        return Rules(Direction(), alignment, magnitude)
+
+    everything = Magnitude(adaptive=True, max_update=None, coherence=1.0)
+    return {f"decisions, K={k}": rules(k, "update", Magnitude()) for k in (0, 1, 4, 16)} | {
+        f"decisions on the gradient, K={k}": rules(k, "gradient", everything) for k in (1, 16)
+    }
+
+
+def decision_calls(rules: Rules) -> list[Call]:
+    """The launches of a step's two decisions."""
+    step, update = 2 + rules.sources, rules.first_source + (rules.sources if rules.aligns_update else 0)
+    spans = [Span(torch.ones(1, size, size, dtype=torch.float64)) for size in (step, update)]
+    one = torch.ones(1, dtype=torch.float64)
+    with recorded() as calls:
+        made = deciding.decide(spans[0], torch.ones((), dtype=torch.bool), rules, one.new_ones(1, len(STATISTICS)))
+        deciding.limit(spans[1], rules, made.scale, one)
+    return calls
 
 
 def calls_of(rows: list[Row | None]) -> list[Call]:
@@ -205,8 +235,8 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
     """Every kernel of the configurations called ``names``."""
     found: dict[tuple[str, str, str], Binary] = {}
     for name in tqdm(names, desc="compiling", leave=False):
-        rows = configurations()[name]
-        for call in calls_of(rows):
+        rows = configurations().get(name, [])
+        for call in calls_of(rows) if rows else decision_calls(decisions()[name]):
             kernel = call.kernel.__name__
             label = name
             if kernel == "measure" and len(rows) > launch.TILE:
@@ -234,7 +264,7 @@ def save(path: Path, found: list[Binary]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="(default: %(default)s)")
-    names = list(configurations())
+    names = [*configurations(), *decisions()]
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="configurations (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class Guidance:
     def guide(self, measured: Measured, base: Optimizer) -> None:
         """Decide: the guided gradient, the new running direction and statistics, and how far to scale the update."""
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
-        measured.decision = decision.decide(
+        measured.decision = self._rules_of(measured.survey).decide(
             measured.span,
             measured.finite,
             self.rules,
@@ -163,7 +164,8 @@ class Guidance:
             return False
         scale, pulls = decided.scale, None
         if self.rules.limit_update:
-            wanted = decision.limit(self._update_span(measured, parts), self.rules, scale, survey.numbers())
+            span = self._update_span(measured, parts)
+            wanted = self._rules_of(survey).limit(span, self.rules, scale, survey.numbers())
             scale = wanted[:, UPDATE]
             if self.rules.aligns_update:
                 # In the step's own span, where the sources come after gradient and direction, and before what is left.
@@ -206,13 +208,22 @@ class Guidance:
         needed = self.rules.limit_update or survey.sharded
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
         span = survey.gram(rows, self.rules.first_source + len(sources)) if needed else zeros
-        wanted = decision.limit(span, self.rules, measured.decided.scale, survey.numbers())
+        wanted = self._rules_of(survey).limit(span, self.rules, measured.decided.scale, survey.numbers())
         if survey.sharded:
             # Only a collective could measure it later, and metrics may be read on one rank alone.
             self.before.know([span.norm(wanted).square()])
         change = wanted - span.row(UPDATE)
         writes = [[Write(into=bucket.values, coefficients=change[s], accumulate=True)] for bucket, s in survey]
         survey.combine_(rows, writes)
+
+    @staticmethod
+    def _rules_of(survey: Survey) -> ModuleType:
+        """Where decisions are made: by a kernel, or by the operations that say what it must give."""
+        if not survey.fused:
+            return decision
+        from gradguide.rules import triton
+
+        return triton
 
     def _directions_written(self, measured: Measured) -> list[Sequence[Tensor] | None]:
         """For each bucket the running direction, where it is ours to write."""

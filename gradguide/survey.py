@@ -75,9 +75,18 @@ class Survey:
         counts = [0] * len(self.labels)
         for bucket, scope in self:
             counts[scope] += sum(p.numel() for p in bucket.parameters)
+        if self.fused:
+            from gradguide.ops.triton.launch import numbers_of
+
+            return numbers_of(self.device, counts)
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         # Filled on the device: a copy from the host would make it wait.
         return torch.cat([torch.full((1,), count, dtype=wide, device=self.device) for count in counts])
+
+    @property
+    def fused(self) -> bool:
+        """Whether kernels pass over the rows, so that they can decide as well."""
+        return ops.is_fused(self.backend, self.device)
 
     def ops(self, bucket: Bucket) -> ops.Ops:
         """The backend for a bucket."""

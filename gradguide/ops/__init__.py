@@ -13,7 +13,7 @@ from gradguide.ops import cpu, foreach
 from gradguide.ops.available import lacks_triton
 from gradguide.ops.row import Row, Stack, Write
 
-__all__ = ["Ops", "Row", "Stack", "Write", "check_backend", "select"]
+__all__ = ["Ops", "Row", "Stack", "Write", "check_backend", "is_fused", "select"]
 
 
 class Ops(Protocol):
@@ -39,6 +39,11 @@ def check_backend(backend: str, devices: Iterable[torch.device] = ()) -> None:
                 raise RuntimeError(f"backend='triton' cannot be had: {missing}; use backend='auto'")
 
 
+def is_fused(backend: str, device: torch.device) -> bool:
+    """Whether tensors on ``device`` take the fused kernels."""
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and lacks_triton(device) is None)
+
+
 def select(backend: str, device: torch.device) -> Ops:
     """The backend for tensors on ``device``.
 
@@ -49,7 +54,7 @@ def select(backend: str, device: torch.device) -> Ops:
         RuntimeError: backend "triton" cannot be had for ``device``.
     """
     check_backend(backend, [device])
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and lacks_triton(device) is None):
+    if is_fused(backend, device):
         from gradguide.ops import triton
 
         return triton

@@ -29,6 +29,7 @@ __all__ = [
     "WIDE_BLOCK",
     "launch_combine",
     "launch_measure",
+    "numbers_of",
     "on",
     "table_of",
     "tables_of",
@@ -133,6 +134,11 @@ def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
 def table_of(device: torch.device, numbers: array[int]) -> Tensor:
     """The numbers on the device: Tensor [len(numbers)], int64."""
     return _tables.get(device, "numbers", numbers.tobytes(), lambda: torch.tensor(numbers, dtype=torch.int64))
+
+
+def numbers_of(device: torch.device, numbers: Sequence[float]) -> Tensor:
+    """The numbers on the device: Tensor [len(numbers)], float64, with no wait by the host."""
+    return table_of(device, array("q", array("d", numbers).tobytes())).view(torch.float64)
 
 
 def block_for(columns: Columns) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.registers import ARCHITECTURES, RESULTS, configurations
+from benchmarks.registers import ARCHITECTURES, RESULTS, configurations, decisions
 
 NAMES = ("fp32, K=1 moving", "bf16, K=1")
 
@@ -61,14 +61,14 @@ def test_binaries_spill_nothing_and_load_128_bits_at_a_time(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_every_binary_spills_nothing(tmp_path: Path) -> None:
-    found = compiled(tmp_path / "registers.csv", *configurations())
+    found = compiled(tmp_path / "registers.csv", *configurations(), *decisions())
     assert [row for row in found if row["local"] != "0"] == []
 
 
 def test_the_committed_results_spill_nothing() -> None:
     found = rows_of(RESULTS)
     names = {row["configuration"].partition(", rows")[0].removesuffix(", pulled") for row in found}
-    assert names == set(configurations())
+    assert names == {*configurations(), *decisions()}
     assert {row["arch"] for row in found} == {f"sm_{arch}" for arch in ARCHITECTURES}
     assert [row for row in found if row["local"] != "0"] == []
     assert all(int(row["registers"]) < 255 for row in found)

@@ -1,0 +1,64 @@
+"""Coordinates in a span, on the device: see ``gradguide.rules.span``. Comparisons are such that NaN stays NaN."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["at", "atmost", "clip", "inner", "load_gram", "norm", "positive", "ratio", "unit"]
+
+
+@triton.jit
+def ratio(a, b):
+    """``a / b``, and 0 where ``b`` is 0."""
+    return tl.where(b > 0, a / tl.where(b > 0, b, 1.0), 0.0)
+
+
+@triton.jit
+def positive(x):
+    """``x``, at least 0."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def atmost(x, largest):
+    """``x``, at most ``largest``."""
+    return tl.where(x > largest, largest, x)
+
+
+@triton.jit
+def unit(x):
+    """``x``, in [0, 1]."""
+    return atmost(positive(x), 1.0)
+
+
+@triton.jit
+def inner(gram, a, b):
+    """Inner product of the vectors with coordinates ``a`` and ``b``."""
+    return tl.sum(tl.sum(a[:, None] * gram * b[None, :], axis=1), axis=0)
+
+
+@triton.jit
+def norm(gram, a):
+    """Length of the vector with coordinates ``a``."""
+    return tl.sqrt(positive(inner(gram, a, a)))
+
+
+@triton.jit
+def clip(length, bound):
+    """Factor that brings ``length`` down to ``bound``."""
+    return tl.where(length > bound, bound / tl.where(length > bound, length, 1.0), 1.0)
+
+
+@triton.jit
+def at(values, lanes, index):
+    """One of ``values``."""
+    return tl.sum(tl.where(lanes == index, values, 0.0), axis=0)
+
+
+@triton.jit
+def load_gram(gram, scope, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """The Gram matrix of a scope [ROWS, ROWS] as a tile [SIZE, SIZE], zeros beyond."""
+    lanes = tl.arange(0, SIZE)
+    inside = (lanes[:, None] < ROWS) & (lanes[None, :] < ROWS)
+    return tl.load(gram + scope * ROWS * ROWS + lanes[:, None] * ROWS + lanes[None, :], mask=inside, other=0.0)
