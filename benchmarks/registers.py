@@ -40,9 +40,9 @@ from gradguide.rules.span import Span
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "probe"), (fused, "adam"))
-DECISIONS = ((deciding, "decide_kernel"), (deciding, "limit_kernel"))
+DECISIONS = tuple((deciding, f"{name}_kernel") for name in ("decide", "limit", "limit_unmade"))
 
-TYPES = {torch.bool: "i1", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +142,11 @@ def decision_calls(rules: Rules) -> list[Call]:
     spans = [Span(torch.ones(1, size, size, dtype=torch.float64)) for size in (step, update)]
     one = torch.ones(1, dtype=torch.float64)
     with recorded() as calls:
-        made = deciding.decide(spans[0], torch.ones((), dtype=torch.bool), rules, one.new_ones(1, len(STATISTICS)))
+        places, totals = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
+        made = deciding.decide(spans[0], rules, one.new_ones(1, len(STATISTICS)), places, totals)
         deciding.limit(spans[1], rules, made.scale, one)
+        products = one.new_ones(1, 2 + update - rules.first_source)
+        deciding.limit_unmade(spans[0], products, rules, made.scale, one)
     return calls
 
 
@@ -241,7 +244,7 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
             label = name
             if kernel == "measure" and len(rows) > launch.TILE:
                 label += f", rows {call.arguments[6]} and {call.arguments[7]} on"
-            if call.options.get("PULLED"):
+            if kernel == "adam" and call.options["PULLED"]:
                 label += ", pulled"
             for arch in architectures:
                 numbers = inspect(compiled(call, arch))

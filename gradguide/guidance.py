@@ -19,7 +19,7 @@ from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
-from gradguide.rules.decision import BEFORE, DIRECTION, GRADIENT, SOURCES, UPDATE, Decision, Rules
+from gradguide.rules.decision import DIRECTION, SOURCES, UPDATE, Decision, Rules
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span
@@ -40,7 +40,7 @@ class Measured:
     span: Gram matrices of the rows, [S, R, R].
     positions (Tensor): shape [S], where the scopes' statistics are kept.
     regularized: whether the last row is to be added to the gradient.
-    finite, moved (Tensor): 0-d bool, whether all products are finite, and whether any gradient is not zero.
+    found_finite (Tensor | None): what ``finite`` found, once it was asked.
     decision: what was decided on it, once it was.
     """
 
@@ -49,9 +49,15 @@ class Measured:
     span: Span
     positions: Tensor
     regularized: bool
-    finite: Tensor
-    moved: Tensor
+    found_finite: Tensor | None = None
     decision: Decision | None = None
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all products are finite, 0-d bool; found out when asked, since a kernel that decides finds it too."""
+        if self.found_finite is None:
+            self.found_finite = self.span.gram.isfinite().all()
+        return self.found_finite
 
     @property
     def decided(self) -> Decision:
@@ -116,22 +122,28 @@ class Guidance:
             rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more]))
         span = survey.gram(rows, SOURCES + len(sources) + bool(added))
         positions = self.scopes.locate(survey.labels, span.gram.device)
-        finite, moved = span.gram.isfinite().all(), (span.gram[:, GRADIENT, GRADIENT] != 0).any()
-        return Measured(survey, rows, span, positions, bool(added), finite, moved)
+        return Measured(survey, rows, span, positions, bool(added))
 
     @torch.no_grad()
-    def guide(self, measured: Measured, base: Optimizer) -> None:
-        """Decide: the guided gradient, the new running direction and statistics, and how far to scale the update."""
+    def guide(self, measured: Measured, base: Optimizer, totals: Tensor, *, propagate: bool) -> None:
+        """Decide: the guided gradient, the new running direction and statistics, and how far to scale the update.
+
+        Args:
+            totals (Tensor): shape [2], steps made and steps left out, counted in place.
+            propagate: whether the step is made whatever was measured; else one that is not finite changes nothing.
+        """
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
         measured.decision = self._rules_of(measured.survey).decide(
             measured.span,
-            measured.finite,
             self.rules,
-            self.scopes.read(measured.positions),
+            self.scopes.statistics,
+            measured.positions,
+            totals,
+            finite=measured.found_finite,
+            propagate=propagate,
             regularized=measured.regularized,
             rates=self._rates(measured, base) if shared else None,
         )
-        self.scopes.write(measured.positions, measured.decision.statistics)
 
     @torch.no_grad()
     def combine(self, measured: Measured) -> None:
@@ -145,11 +157,8 @@ class Guidance:
         measured.survey.combine_(measured.rows, writes)
 
     @torch.no_grad()
-    def step_fused(self, measured: Measured, base: Optimizer, *, propagate: bool) -> bool:
+    def step_fused(self, measured: Measured, base: Optimizer) -> bool:
         """Combine and make the base's step in one pass, if that can be done: see :mod:`gradguide.fused`.
-
-        Args:
-            propagate: whether the step is made whatever was measured; else one that is not finite changes nothing.
 
         Returns:
             Whether it was done; if not, nothing was.
@@ -164,35 +173,12 @@ class Guidance:
             return False
         scale, pulls = decided.scale, None
         if self.rules.limit_update:
-            span = self._update_span(measured, parts)
-            wanted = self._rules_of(survey).limit(span, self.rules, scale, survey.numbers())
-            scale = wanted[:, UPDATE]
-            if self.rules.aligns_update:
-                # In the step's own span, where the sources come after gradient and direction, and before what is left.
-                sources = wanted[:, self.rules.first_source :]
-                rest = decided.gradient.shape[1] - SOURCES - sources.shape[1]
-                pulls = torch.nn.functional.pad(sources, (SOURCES, rest))
-        elif scale is None:
-            scale = torch.ones_like(decided.norm)
-        go = torch.ones_like(measured.finite) if propagate else measured.finite
-        squares = fused.step(parts, decided.gradient, decided.direction, scale, pulls, go.to(torch.float32))
-        self.before.know(squares)
+            count = self.rules.sources if self.rules.aligns_update else 0
+            products = fused.products(parts, decided.gradient, SOURCES, count)
+            rules = self._rules_of(survey)
+            scale, pulls = rules.limit_unmade(measured.span, products, self.rules, scale, survey.numbers())
+        self.before.know(fused.step(parts, decided.gradient, decided.direction, scale, pulls, decided.go))
         return True
-
-    def _update_span(self, measured: Measured, parts: Sequence[fused.Part]) -> Span:
-        """The update's span, before it is made. The sources are where they were: their products are known.
-
-        Those of the parameters with the others are not measured, since no rule asks for them.
-        """
-        first, count = self.rules.first_source, self.rules.sources if self.rules.aligns_update else 0
-        found = fused.products(parts, measured.decided.gradient, SOURCES, count)
-        gram = found.new_zeros(len(found), first + count, first + count)
-        gram[:, UPDATE, UPDATE] = found[:, 0]
-        if self.rules.bounds_update:
-            gram[:, BEFORE, BEFORE] = found[:, 1]
-        gram[:, UPDATE, first:] = gram[:, first:, UPDATE] = found[:, 2:]
-        gram[:, first:, first:] = measured.span.gram[:, SOURCES : SOURCES + count, SOURCES : SOURCES + count]
-        return Span(gram)
 
     @torch.no_grad()
     def correct(self, measured: Measured) -> None:

@@ -199,9 +199,13 @@ class GradGuide(Optimizer):
         measured = guidance.measure(self.base, added)
         if measured is None:
             raise RuntimeError(missing_gradients(self.base))
-        if not self._stops(measured):
-            guidance.guide(measured, self.base)
-            if not guidance.step_fused(measured, self.base, propagate=self._nonfinite == "propagate"):
+        # Changed in place from here on, so that a CUDA graph that replays the step counts on.
+        self._totals = self._totals.to(measured.span.gram.device)
+        if self._stops(measured):
+            self._totals[1] += 1
+        else:
+            guidance.guide(measured, self.base, self._totals, propagate=self._nonfinite == "propagate")
+            if not guidance.step_fused(measured, self.base):
                 guidance.combine(measured)
                 if guidance.acts_on_update or self._history is not None:
                     guidance.before.keep(measured.survey.buckets)
@@ -209,7 +213,6 @@ class GradGuide(Optimizer):
                     guidance.correct(measured)
                 else:
                     self._step_base(measured)
-        self._count(measured)
         self._last = measured.record
         if self._history is not None:
             self._history.append(self.metrics())
@@ -350,25 +353,18 @@ class GradGuide(Optimizer):
         Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.
         """
         fused = all(group.get("fused") for group in self.base.param_groups)
-        return self._nonfinite == "skip" and fused and measured.finite.device.type == "cuda"
+        return self._nonfinite == "skip" and fused and measured.span.gram.device.type == "cuda"
 
     def _step_base(self, measured: Measured) -> None:
         if not self._base_stops(measured):
             self.base.step()
             return
         base: Any = self.base
-        base.found_inf = (~measured.finite).to(torch.float32)
+        base.found_inf = 1.0 - measured.decided.go
         try:
             base.step()
         finally:
             del base.found_inf
-
-    def _count(self, measured: Measured) -> None:
-        # A step whose gradients are all zero, as a checkpoint loader makes to allocate state, is none.
-        stopped = ~measured.finite if self._nonfinite != "propagate" else torch.zeros_like(measured.finite)
-        counted = torch.stack([measured.moved & ~stopped, stopped])
-        self._totals = self._totals.to(counted.device)
-        self._totals += counted  # in place, so that a CUDA graph that replays the step counts on
 
 
 def _sources(alignment: Alignment | None, regularizer: Regularizer | None) -> tuple[Source, ...]:

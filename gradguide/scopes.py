@@ -35,13 +35,10 @@ class Scopes:
         self._located = labels, positions
         return positions
 
-    def read(self, positions: Tensor) -> Tensor:
-        """Statistics at ``positions`` [S]: Tensor [S, len(STATISTICS)]."""
-        return self._values[positions]
-
-    def write(self, positions: Tensor, statistics: Tensor) -> None:
-        """Replace the statistics at ``positions`` [S]."""
-        self._values[positions] = statistics
+    @property
+    def statistics(self) -> Tensor:
+        """What is remembered of all scopes: Tensor [T, len(STATISTICS)], to be changed in place at their positions."""
+        return self._values
 
     def export(self, label: Label) -> Tensor:
         """Statistics of one scope: Tensor [len(STATISTICS)]; zeros for a label not seen yet."""

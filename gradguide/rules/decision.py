@@ -15,7 +15,19 @@ from gradguide.rules.direction import Average, Direction
 from gradguide.rules.magnitude import LogNorms, Magnitude
 from gradguide.rules.span import Span, divide
 
-__all__ = ["BEFORE", "DIRECTION", "GRADIENT", "SOURCES", "STATISTICS", "UPDATE", "Decision", "Rules", "decide", "limit"]
+__all__ = [
+    "BEFORE",
+    "DIRECTION",
+    "GRADIENT",
+    "SOURCES",
+    "STATISTICS",
+    "UPDATE",
+    "Decision",
+    "Rules",
+    "decide",
+    "limit",
+    "limit_unmade",
+]
 
 # Rows of the step's span: gradient, running direction, sources, and last what a regularizer adds to the gradient.
 GRADIENT, DIRECTION, SOURCES = 0, 1, 2
@@ -78,8 +90,8 @@ class Decision:
     guided (Tensor): shape [S, R], of the guided gradient before clipping.
     norm, factor (Tensor): shape [S], its length, and what clipping multiplied it by.
     coherence (Tensor | None): shape [S], None without a direction.
-    scale (Tensor | None): shape [S], what the update is multiplied by, None where it is not.
-    statistics (Tensor): shape [S, len(STATISTICS)], what is remembered.
+    scale (Tensor): shape [S], what the update is multiplied by.
+    go (Tensor): 0-d float32, 1 if the step is to be made, else 0.
     """
 
     gradient: Tensor
@@ -88,16 +100,19 @@ class Decision:
     norm: Tensor
     factor: Tensor
     coherence: Tensor | None
-    scale: Tensor | None
-    statistics: Tensor
+    scale: Tensor
+    go: Tensor
 
 
 def decide(
     span: Span,
-    finite: Tensor,
     rules: Rules,
     statistics: Tensor,
+    positions: Tensor,
+    totals: Tensor,
     *,
+    finite: Tensor | None = None,
+    propagate: bool = False,
     regularized: bool = False,
     rates: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
@@ -105,13 +120,18 @@ def decide(
 
     Args:
         span: rows of gradient, direction and sources.
-        finite (Tensor): 0-d bool. What is not finite must not enter direction or statistics, and the gradient then
-            stays as received.
-        statistics (Tensor): shape [S, len(STATISTICS)].
+        statistics (Tensor): shape [T, len(STATISTICS)], changed in place at ``positions`` [S].
+        totals (Tensor): shape [2], steps made and steps left out, changed in place. A step whose gradients are all
+            zero, as a checkpoint loader makes to allocate state, is none.
+        finite (Tensor | None): 0-d bool, whether all products are finite, if that is known. If they are not, direction
+            and statistics stay as they were, and the gradient as received.
+        propagate: whether the step is made nevertheless.
         regularized: whether the last row is to be added to the gradient.
         rates: decay and gain of the base's momentum per scope, each a Tensor [S], where the direction is that.
     """
-    average, norms = Average(*statistics[:, :2].unbind(1)), LogNorms(*statistics[:, 2:].unbind(1))
+    finite = span.gram.isfinite().all() if finite is None else finite
+    known = statistics[positions]
+    average, norms = Average(*known[:, :2].unbind(1)), LogNorms(*known[:, 2:].unbind(1))
     gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
     received, length = span.norm(gradient), span.norm(direction)
 
@@ -136,7 +156,7 @@ def decide(
         factor = bounding.clip(norm, bound)
     final = guided * factor.unsqueeze(1)
 
-    moved, new_average, coherence, scale = direction, average, None, None
+    moved, new_average, coherence, scale = direction, average, None, torch.ones_like(norm)
     if rules.direction is not None:
         if rates is not None:
             # The base adds the guided gradient itself; only the statistics are ours.
@@ -151,6 +171,11 @@ def decide(
         if rules.power > 0:
             agreed = torch.where(new_average.mass > 0, coherence, 1.0)
             scale = torch.where(finite, agreed**rules.power, 1.0)
+    remembered = torch.stack([*new_average, *new_norms], dim=1)
+    statistics[positions] = torch.where(finite, remembered, known)
+    go = torch.ones_like(finite) if propagate else finite
+    any_moved = (span.gram[:, GRADIENT, GRADIENT] != 0).any()
+    totals += torch.stack([any_moved & go, ~go])
     return Decision(
         gradient=torch.where(finite, final, gradient),
         direction=torch.where(finite, moved, direction),
@@ -159,24 +184,24 @@ def decide(
         factor=factor,
         coherence=coherence,
         scale=scale,
-        statistics=torch.where(finite, torch.stack([*new_average, *new_norms], dim=1), statistics),
+        go=go.to(torch.float32),
     )
 
 
-def limit(span: Span, rules: Rules, scale: Tensor | None, numbers: Tensor) -> Tensor:
+def limit(span: Span, rules: Rules, scale: Tensor, numbers: Tensor) -> Tensor:
     """What the rules leave of the base's own update.
 
     Args:
         span: rows of the update, of the parameters before it where it is bounded, and of the sources where it is
             aligned.
-        scale (Tensor | None): shape [S], what it is multiplied by first.
+        scale (Tensor): shape [S], what it is multiplied by first.
         numbers (Tensor): shape [S], how many numbers each scope has.
 
     Returns:
         Coordinates [S, R]; the update itself where anything is not finite.
     """
     update = span.row(UPDATE)
-    wanted = update if scale is None else update * scale.unsqueeze(1)
+    wanted = update * scale.unsqueeze(1)
     if rules.max_update is not None:
         lengths = span.norm(wanted), span.norm(span.row(BEFORE))
         wanted = wanted * bounding.shrink(*lengths, numbers, rules.max_update).unsqueeze(1)
@@ -184,3 +209,34 @@ def limit(span: Span, rules: Rules, scale: Tensor | None, numbers: Tensor) -> Te
         # A step raises the source loss where it goes along the source gradient.
         wanted = -aligning.project(span, -wanted, first=rules.first_source)
     return torch.where(span.gram.isfinite().all(), wanted, update)
+
+
+def limit_unmade(
+    step: Span, products: Tensor, rules: Rules, scale: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The same for an update that was not made yet, whose products with the rows of the step are known.
+
+    Args:
+        step: span of the step, whose sources are where the update begins.
+        products (Tensor): shape [S, 2 + K], of the update and of the parameters with themselves, and of the update
+            with each source where it is aligned.
+        scale, numbers (Tensor): as in :func:`limit`.
+
+    Returns:
+        What the update is to be multiplied by, Tensor [S], and in coordinates of the step's span what is to be added to
+        it, Tensor [S, R], or None where nothing ever is.
+    """
+    count = rules.sources if rules.aligns_update else 0
+    first, sources = rules.first_source, slice(SOURCES, SOURCES + count)
+    gram = products.new_zeros(len(products), first + count, first + count)
+    gram[:, UPDATE, UPDATE] = products[:, 0]
+    if rules.bounds_update:
+        gram[:, BEFORE, BEFORE] = products[:, 1]
+    gram[:, UPDATE, first:] = gram[:, first:, UPDATE] = products[:, 2:]
+    gram[:, first:, first:] = step.gram[:, sources, sources]
+    wanted = limit(Span(gram), rules, scale, numbers)
+    if not rules.aligns_update:
+        return wanted[:, UPDATE], None
+    pulls = torch.zeros_like(step.gram[:, 0])
+    pulls[:, sources] = wanted[:, first:]
+    return wanted[:, UPDATE], pulls

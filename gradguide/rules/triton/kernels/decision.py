@@ -18,7 +18,7 @@ from gradguide.rules.triton.kernels.algebra import (
 )
 from gradguide.rules.triton.kernels.cone import projected
 
-__all__ = ["decide", "limit"]
+__all__ = ["decide", "limit", "limit_unmade"]
 
 GRADIENT: tl.constexpr = tl.constexpr(0)
 DIRECTION: tl.constexpr = tl.constexpr(1)
@@ -50,10 +50,32 @@ def threshold(weight, mean, spread):
     return tl.where(weight > 0, tl.exp(mean + margin), float("inf"))
 
 
+@triton.jit
+def is_finite(values, count, BLOCK: tl.constexpr):
+    """Whether ``count`` numbers all are."""
+    wrong = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        value = tl.load(values + places, mask=places < count, other=0.0)
+        wrong += tl.where((value == value) & (tl.abs(value) != float("inf")), 0, 1)
+    return tl.sum(wrong) == 0
+
+
+@triton.jit
+def any_moved(gram, scopes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many scopes' gradients are not zero."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, scopes, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        found += tl.where(tl.load(gram + places * ROWS * ROWS, mask=places < scopes, other=0.0) != 0.0, 1, 0)
+    return tl.sum(found)
+
+
 @triton.jit(do_not_specialize=["scopes"])
 def decide(
-    gram, finite, statistics, settings, decays, gains, gradients, directions, guideds, numbers, remembered, scopes,
-    ROWS: tl.constexpr, SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr, REGULARIZED: tl.constexpr,
+    gram, statistics, positions, totals, settings, decays, gains, gradients, directions, guideds, numbers, go, scopes,
+    PROPAGATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    SOURCE_COUNT: tl.constexpr, REGULARIZED: tl.constexpr,
     DIRECTED: tl.constexpr, DAMPED: tl.constexpr, SHARED: tl.constexpr, PULLED: tl.constexpr,
     PROJECTED: tl.constexpr, CLIPPED: tl.constexpr, ADAPTIVE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -61,21 +83,30 @@ def decide(
 
     Args:
         gram: float64 [scopes, ROWS, ROWS].
-        finite: bool.
-        statistics, remembered: float64 [scopes, 5], before and after.
+        statistics: float64 [.., 5], changed in place at this scope's of ``positions``, int64 [scopes].
+        totals: float64 [2], steps made and steps left out, which the first program counts.
         settings: float64: damping, decay of the direction, bound of the gradient, power of the coherence, then the
             weight of each source.
         decays, gains: float64 [scopes], of the momentum that is the direction, with SHARED.
         gradients, directions, guideds: float64 [scopes, ROWS], coordinates: guided and clipped, new direction, guided.
         numbers: float64 [4, scopes]: norm, factor of clipping, coherence, scale of the update.
+        go: float32, where it goes whether the step is to be made: 1 or 0.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
-    keep = tl.load(finite) != 0
-    mass, square = tl.load(statistics + 5 * scope), tl.load(statistics + 5 * scope + 1)
-    weight, mean = tl.load(statistics + 5 * scope + 2), tl.load(statistics + 5 * scope + 3)
-    spread = tl.load(statistics + 5 * scope + 4)
+    # Each program finds it out for all scopes: there are few numbers, and no other launch to ask.
+    keep = is_finite(gram, scopes * ROWS * ROWS, BLOCK)
+    if scope == 0:
+        made = tl.full([], 1.0, tl.float32) if PROPAGATE else tl.where(keep, 1.0, 0.0)
+        moved = any_moved(gram, scopes, ROWS, BLOCK) != 0
+        tl.store(go, made)
+        tl.store(totals, tl.load(totals) + tl.where(moved & (made != 0), 1.0, 0.0))
+        tl.store(totals + 1, tl.load(totals + 1) + 1.0 - made)
+    known = statistics + 5 * tl.load(positions + scope)
+    mass, square, weight, mean, spread = (
+        tl.load(known), tl.load(known + 1), tl.load(known + 2), tl.load(known + 3), tl.load(known + 4)
+    )  # fmt: skip
     one = tl.full([SIZE], 1.0, tl.float64)
     gradient = tl.where(lanes == GRADIENT, one, 0.0)
     direction = tl.where(lanes == DIRECTION, one, 0.0)
@@ -145,25 +176,42 @@ def decide(
     tl.store(numbers + scopes + scope, factor)
     tl.store(numbers + 2 * scopes + scope, coherence)
     tl.store(numbers + 3 * scopes + scope, scale)
-    tl.store(remembered + 5 * scope, tl.where(keep, new_mass, mass))
-    tl.store(remembered + 5 * scope + 1, tl.where(keep, new_square, square))
-    tl.store(remembered + 5 * scope + 2, tl.where(keep, new_weight, weight))
-    tl.store(remembered + 5 * scope + 3, tl.where(keep, new_mean, mean))
-    tl.store(remembered + 5 * scope + 4, tl.where(keep, new_spread, spread))
+    tl.store(known, tl.where(keep, new_mass, mass))
+    tl.store(known + 1, tl.where(keep, new_square, square))
+    tl.store(known + 2, tl.where(keep, new_weight, weight))
+    tl.store(known + 3, tl.where(keep, new_mean, mean))
+    tl.store(known + 4, tl.where(keep, new_spread, spread))
+
+
+@triton.jit
+def limited(
+    g, update, factor, counts, settings, scope, ROWS: tl.constexpr, SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Coordinates of what the rules leave of ``factor`` times the update."""
+    lanes = tl.arange(0, SIZE)
+    wanted = update * factor
+    if BOUNDED:
+        length = norm(g, tl.where(lanes == BEFORE, 1.0, 0.0).to(tl.float64))
+        least = LEAST * tl.sqrt(tl.load(counts + scope))
+        bound = tl.load(settings) * tl.where(length < least, least, length)
+        wanted = wanted * clip(norm(g, wanted), bound)
+    if SOURCE_COUNT > 0:
+        wanted = -projected(g, -wanted, ROWS - SOURCE_COUNT, SOURCE_COUNT, SIZE)
+    return wanted
 
 
 # What the update is multiplied by may begin anywhere; that must not be a reason to compile anew.
-@triton.jit(do_not_specialize_on_alignment=["scales"])
+@triton.jit(do_not_specialize=["scopes"], do_not_specialize_on_alignment=["scales"])
 def limit(
-    gram, finite, scales, counts, settings, wanteds, ROWS: tl.constexpr, SIZE: tl.constexpr,
-    SOURCE_COUNT: tl.constexpr, SCALED: tl.constexpr, BOUNDED: tl.constexpr,
+    gram, scales, counts, settings, wanteds, scopes, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the rules leave of one scope's update.
 
     Args:
         gram: float64 [scopes, ROWS, ROWS], of the update's span.
-        finite: bool.
-        scales: float64 [scopes], what the update is multiplied by first, with SCALED.
+        scales: float64 [scopes], what the update is multiplied by first.
         counts: float64 [scopes], how many numbers there are.
         settings: float64, the bound relative to the parameters' length, with BOUNDED.
         wanteds: float64 [scopes, ROWS], coordinates.
@@ -172,17 +220,58 @@ def limit(
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
-    one = tl.full([SIZE], 1.0, tl.float64)
-    update = tl.where(lanes == UPDATE, one, 0.0)
-    wanted = update
-    if SCALED:
-        wanted = wanted * tl.load(scales + scope)
-    if BOUNDED:
-        length = norm(g, tl.where(lanes == BEFORE, one, 0.0))
-        least = LEAST * tl.sqrt(tl.load(counts + scope))
-        bound = tl.load(settings) * tl.where(length < least, least, length)
-        wanted = wanted * clip(norm(g, wanted), bound)
-    if SOURCE_COUNT > 0:
-        wanted = -projected(g, -wanted, ROWS - SOURCE_COUNT, SOURCE_COUNT, SIZE)
-    wanted = tl.where(tl.load(finite) != 0, wanted, update)
+    update = tl.where(lanes == UPDATE, 1.0, 0.0).to(tl.float64)
+    wanted = limited(g, update, tl.load(scales + scope), counts, settings, scope, ROWS, SIZE, SOURCE_COUNT, BOUNDED)
+    wanted = tl.where(is_finite(gram, scopes * ROWS * ROWS, BLOCK), wanted, update)
     tl.store(wanteds + scope * ROWS + lanes, wanted, mask=lanes < ROWS)
+
+
+@triton.jit(do_not_specialize=["scopes"], do_not_specialize_on_alignment=["scales"])
+def limit_unmade(
+    step, products, scales, counts, settings, factors, pulls, scopes, STEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for an update that was not made yet.
+
+    Args:
+        step: float64 [scopes, STEP_ROWS, STEP_ROWS], of the step's span.
+        products: float64 [scopes, 2 + SOURCE_COUNT], of the update and of the parameters with themselves, and of the
+            update with each source.
+        factors: float64 [scopes], what the update is to be multiplied by.
+        pulls: float64 [scopes, STEP_ROWS], in the step's span what is to be added to it, with sources.
+        ROWS: of the update's span.
+
+    The others are those of ``limit``.
+    """
+    scope = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, SIZE)
+    first: tl.constexpr = ROWS - SOURCE_COUNT
+    i, j = lanes[:, None], lanes[None, :]
+    known = products + scope * (2 + SOURCE_COUNT)
+    # With the update stands each source's product, and beside the sources what the step has of them.
+    row, column = tl.minimum(i, j), tl.maximum(i, j)
+    crossed = (row == UPDATE) & (column >= first) & (column < ROWS)
+    g = tl.load(known + 2 + column - first, mask=crossed, other=0.0)
+    g += tl.where((i == UPDATE) & (j == UPDATE), tl.load(known), 0.0)
+    if BOUNDED:
+        g += tl.where((i == BEFORE) & (j == BEFORE), tl.load(known + 1), 0.0)
+    sources = (row >= first) & (column < ROWS)
+    entry = scope * STEP_ROWS * STEP_ROWS + (i - first + SOURCES) * STEP_ROWS + j - first + SOURCES
+    g += tl.load(step + entry, mask=sources, other=0.0)
+
+    update = tl.where(lanes == UPDATE, 1.0, 0.0).to(tl.float64)
+    wanted = limited(g, update, tl.load(scales + scope), counts, settings, scope, ROWS, SIZE, SOURCE_COUNT, BOUNDED)
+    keep = is_finite(products, scopes * (2 + SOURCE_COUNT), BLOCK)
+    if SOURCE_COUNT > 0:
+        keep = keep & is_finite(step, scopes * STEP_ROWS * STEP_ROWS, BLOCK)
+    wanted = tl.where(keep, wanted, update)
+    tl.store(factors + scope + 0 * lanes, wanted, mask=lanes == UPDATE)
+    if SOURCE_COUNT > 0:
+        place = lanes - first + SOURCES
+        is_source = (lanes >= first) & (lanes < ROWS)
+        row_of = pulls + scope * STEP_ROWS
+        tl.store(row_of + place, wanted, mask=is_source)
+        # Rows of the step that are no sources: those before them, and what a regularizer adds.
+        for other in tl.static_range(STEP_ROWS):
+            if other < SOURCES or other >= SOURCES + SOURCE_COUNT:
+                tl.store(row_of + other, 0.0)
