@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gradguide.rules import decision as rules
 from gradguide.rules.magnitude import DECAY, DEVIATIONS, LEAST_LENGTH, PRIOR_COUNT, PRIOR_DEVIATION
 from gradguide.rules.triton.kernels.algebra import (
     atmost,
@@ -20,11 +21,12 @@ from gradguide.rules.triton.kernels.cone import projected
 
 __all__ = ["decide", "limit", "limit_unmade"]
 
-GRADIENT: tl.constexpr = tl.constexpr(0)
-DIRECTION: tl.constexpr = tl.constexpr(1)
-SOURCES: tl.constexpr = tl.constexpr(2)
-UPDATE: tl.constexpr = tl.constexpr(0)
-BEFORE: tl.constexpr = tl.constexpr(1)
+GRADIENT: tl.constexpr = tl.constexpr(rules.GRADIENT)
+DIRECTION: tl.constexpr = tl.constexpr(rules.DIRECTION)
+SOURCES: tl.constexpr = tl.constexpr(rules.SOURCES)
+UPDATE: tl.constexpr = tl.constexpr(rules.UPDATE)
+BEFORE: tl.constexpr = tl.constexpr(rules.BEFORE)
+KEPT: tl.constexpr = tl.constexpr(len(rules.STATISTICS))
 
 LOG_DECAY: tl.constexpr = tl.constexpr(DECAY)
 MARGIN: tl.constexpr = tl.constexpr(DEVIATIONS)
@@ -83,7 +85,7 @@ def decide(
 
     Args:
         gram: float64 [scopes, ROWS, ROWS].
-        statistics: float64 [.., 5], changed in place at this scope's of ``positions``, int64 [scopes].
+        statistics: float64 [.., KEPT], changed in place at this scope's of ``positions``, int64 [scopes].
         totals: float64 [2], steps made and steps left out, which the first program counts.
         settings: float64: damping, decay of the direction, bound of the gradient, power of the coherence, then the
             weight of each source.
@@ -103,7 +105,7 @@ def decide(
         tl.store(go, made)
         tl.store(totals, tl.load(totals) + tl.where(moved & (made != 0), 1.0, 0.0))
         tl.store(totals + 1, tl.load(totals + 1) + 1.0 - made)
-    known = statistics + 5 * tl.load(positions + scope)
+    known = statistics + KEPT * tl.load(positions + scope)
     mass, square, weight, mean, spread = (
         tl.load(known), tl.load(known + 1), tl.load(known + 2), tl.load(known + 3), tl.load(known + 4)
     )  # fmt: skip
@@ -132,9 +134,9 @@ def decide(
     if CLIPPED:
         bound = tl.load(settings + 2)
         if ADAPTIVE:
-            limit = threshold(weight, mean, spread)
-            bound = atmost(bound, limit)
-            counted = atmost(guided_norm, limit)
+            largest = threshold(weight, mean, spread)
+            bound = atmost(bound, largest)
+            counted = atmost(guided_norm, largest)
             value = tl.log(tl.where(counted > 0, counted, 1.0))
             seen = LOG_DECAY * weight + 1.0
             middle = mean + (value - mean) / seen
