@@ -29,12 +29,13 @@ from triton.compiler import ASTSource
 from benchmarks.harness import versions
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.atomic import replacing
+from gradguide.fused import MOST_SOURCES
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
 from gradguide.ops.triton import adam as fused
 from gradguide.ops.triton import launch
 from gradguide.rules import triton as deciding
-from gradguide.rules.decision import STATISTICS, Rules
+from gradguide.rules.decision import SOURCES, STATISTICS, Rules
 from gradguide.rules.span import Span
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
@@ -183,8 +184,11 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
     columns = fused.plan_adam(rows, write, moments)
     assert columns is not None
     one = torch.ones((), dtype=torch.float64)
-    fused.launch_probe(columns, rows, coefficients, moments, settings, 2, max(len(rows) - 2, 0))
-    for pulls in (None, coefficients):
+    sources = max(len(rows) - SOURCES, 0)
+    limited = sources <= MOST_SOURCES
+    if limited:
+        fused.launch_probe(columns, rows, coefficients, moments, settings, SOURCES, sources)
+    for pulls in (None, coefficients) if limited else (None,):
         fused.launch_adam(columns, rows, coefficients, write, moments, settings, one, pulls, one.float())
 
 

@@ -21,7 +21,11 @@ from gradguide import ops
 from gradguide.buckets import Bucket
 from gradguide.ops.row import Row, Write
 
-__all__ = ["Part", "parts_of", "products", "step"]
+__all__ = ["MOST_SOURCES", "Part", "parts_of", "products", "step"]
+
+
+MOST_SOURCES = 4
+"""Of how many sources an update that is made in one pass can be freed: with sixteen, the kernel spills registers."""
 
 
 @dataclass(frozen=True, slots=True)

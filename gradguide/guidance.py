@@ -164,7 +164,8 @@ class Guidance:
             Whether it was done; if not, nothing was.
         """
         survey, decided = measured.survey, measured.decided
-        if any(map(_sharded, survey.buckets)):
+        count = self.rules.sources if self.rules.aligns_update else 0
+        if count > fused.MOST_SOURCES or any(map(_sharded, survey.buckets)):
             return False
         parts = fused.parts_of(
             base, survey.buckets, survey.scopes, measured.rows, self._directions_written(measured), survey.ops
@@ -173,7 +174,6 @@ class Guidance:
             return False
         scale, pulls = decided.scale, None
         if self.rules.limit_update:
-            count = self.rules.sources if self.rules.aligns_update else 0
             products = fused.products(parts, decided.gradient, SOURCES, count)
             rules = self._rules_of(survey)
             scale, pulls = rules.limit_unmade(measured.span, products, self.rules, scale, survey.numbers())

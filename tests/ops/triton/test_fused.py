@@ -343,12 +343,14 @@ class Subclass(AdamW):
     pass
 
 
-@pytest.mark.parametrize("kind", ["subclass", "SGD", "not contiguous", "foreach"])
+@pytest.mark.parametrize("kind", ["subclass", "SGD", "not contiguous", "foreach", "many sources"])
 def test_other_steps_are_the_bases(kind: str, fused_steps: list[int]) -> None:
     make: Make = made(Subclass) if kind == "subclass" else BASES["AdamW"]
     if kind == "SGD":
         make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
-    held, optimizer = guided("foreach" if kind == "foreach" else "triton", make)
+    many: dict[str, Any] = {"source": True, "on": "update", "sources": fused.MOST_SOURCES + 1}
+    options = many if kind == "many sources" else {}
+    held, optimizer = guided("foreach" if kind == "foreach" else "triton", make, **options)
     if kind == "not contiguous":
         held[0].data = held[0].data.T.contiguous().T
     before = kit.parameters_of(nn.ParameterList(held))
