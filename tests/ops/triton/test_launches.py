@@ -1,0 +1,76 @@
+"""How many launches a step takes on CUDA, counted on the CPU: kernels that would be launched, and torch operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.registers import recorded
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+
+# Operations that only make or look at tensors.
+FREE = {
+    "_record_function_enter_new",
+    "_record_function_exit",
+    "empty",
+    "empty_like",
+    "view",
+    "select",
+    "slice",
+    "unsqueeze",
+    "unbind",
+    "alias",
+    "detach",
+    "as_strided",
+    "t",
+}
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations within that would be launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], list[str]]:
+    """Kernels and operations of the third step."""
+    monkeypatch.setattr(GradGuide, "_base_stops", lambda self, measured: True)  # as on CUDA, where it is fused
+    held = [nn.Parameter(torch.ones(5, 3)) for _ in range(4)]
+    names = [(f"p{i}", p) for i, p in enumerate(held)]
+    if "on" in options:
+        source = SourceGradient({name: torch.ones(5, 3) for name, _ in names})
+        options["alignment"] = Alignment(source, on=options.pop("on"), weight=1.0)
+    optimizer = GradGuide(AdamW(held, fused=True), names=names, backend="triton", **options)
+    for parameter in held:
+        parameter.grad = torch.ones_like(parameter)
+    # From the second step on tables of addresses are there, as they are on CUDA, whose allocator gives the same again.
+    for _ in range(3):
+        with recorded() as calls, Operations() as operations:
+            optimizer.step()
+    return [call.kernel.__name__ for call in calls], operations.names
+
+
+def test_direction_a_source_and_clipping_are_five_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, operations = launches(monkeypatch, on="gradient", magnitude=Magnitude(max_update=None))
+    assert kernels == ["measure", "finish", "decide", "adam"]
+    assert operations == ["_foreach_add_"], "Adam's counts of steps"
+
+
+def test_a_rule_on_the_update_adds_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({}, {"on": "update"}):
+        kernels, operations = launches(monkeypatch, **options)
+        assert kernels == ["measure", "finish", "decide", "probe", "limit_unmade", "adam"]
+        assert operations == ["sum", "_foreach_add_"]
