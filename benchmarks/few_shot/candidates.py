@@ -25,7 +25,7 @@ def _weight(weight: float) -> Any:
     """F as it is: what the default was before it was brought to scale."""
 
     def make(sources: Sequence[SourceGradient]) -> Alignment:
-        return Alignment([penalties.elastic(s) for s in sources], weight=weight)
+        return Alignment([penalties.elastic(s) for s in sources], weight=weight, project=True)
 
     return make
 
@@ -34,7 +34,7 @@ def _scaled(alpha: float, power: float, floor: float = 0.0) -> Any:
     """F to a power, brought to a mean of ``alpha``; of that, ``floor`` is the same for every element."""
 
     def make(sources: Sequence[SourceGradient]) -> Alignment:
-        return Alignment([_at_scale(s, alpha, power, floor) for s in sources], weight=1.0)
+        return Alignment([_at_scale(s, alpha, power, floor) for s in sources], weight=1.0, project=True)
 
     return make
 

@@ -17,6 +17,10 @@ def _anchored(sources: Sequence[SourceGradient]) -> Alignment:
     return Alignment([source.anchored() for source in sources])
 
 
+def _projected(sources: Sequence[SourceGradient]) -> Alignment:
+    return Alignment([source.anchored() for source in sources], project=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """Options of GradGuide; ``alignment`` and ``regularizer`` make theirs from the stored sources."""
@@ -58,5 +62,6 @@ VARIANTS: dict[str, Variant] = {
     "GG direction+magnitude": Variant(),
     "GG alignment+magnitude": Variant(direction=None, alignment=_anchored),
     "GradGuide": Variant(alignment=_anchored),
+    "GG projected": Variant(alignment=_projected),
     "exact objective": Variant(direction=Direction(damping=0.0), magnitude=_CLIP, regularizer=_terms),
 }

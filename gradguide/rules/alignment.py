@@ -40,7 +40,9 @@ class Alignment:
             to each source: 1 for one that is anchored, in the unit that :meth:`gradguide.SourceGradient.anchored`
             gives, and less for more rows to train on; 0 for any other, because what training left of a source gradient
             grows stale at once, and following it did harm at any weight tried.
-        project (bool): whether the hard part acts.
+        project (bool | None): whether the hard part acts. None is yes, unless all sources are anchored: any step away
+            from an anchor conflicts with it, so that a model held by the hard part could not move on, however weak the
+            pull.
 
     Raises:
         ValueError, TypeError: an option is out of range, or a source is none.
@@ -49,7 +51,7 @@ class Alignment:
     source: Source | Sequence[Source] | Mapping[str, Source]
     on: str = field(default="update", kw_only=True)
     weight: float | Sequence[float] | None = field(default=None, kw_only=True)
-    project: bool = field(default=True, kw_only=True)
+    project: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -62,7 +64,8 @@ class Alignment:
             check_range("weight", weight, 0, float("inf"), open_high=True)
         if isinstance(self.weight, Sequence) and len(self.weight) != len(self.sources):
             raise ValueError(f"weight must be one for each of {len(self.sources)} sources, found {len(self.weight)}")
-        check_flag("project", self.project)
+        if self.project is not None:
+            check_flag("project", self.project)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -80,6 +83,12 @@ class Alignment:
         if isinstance(self.weight, Sequence):
             return tuple(map(float, self.weight))
         return tuple(source.weight if self.weight is None else float(self.weight) for source in self.sources)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the hard part acts."""
+        # A source that pulls by itself is an anchored one.
+        return any(source.weight == 0 for source in self.sources) if self.project is None else self.project
 
 
 def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float]) -> Tensor:

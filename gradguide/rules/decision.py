@@ -69,7 +69,7 @@ class Rules:
     @property
     def aligns_update(self) -> bool:
         """Whether the update is aligned: then the sources are the last rows of its span."""
-        return self.alignment is not None and self.alignment.on == "update" and self.alignment.project
+        return self.alignment is not None and self.alignment.on == "update" and self.alignment.projects
 
     @property
     def limit_update(self) -> bool:
@@ -142,7 +142,7 @@ def decide(
     if rules.alignment is not None:
         if any(rules.alignment.weights):
             guided = aligning.pull(guided, received, SOURCES, rules.alignment.weights)
-        if rules.alignment.project and rules.alignment.on == "gradient":
+        if rules.alignment.projects and rules.alignment.on == "gradient":
             guided = aligning.project(span, guided, SOURCES, SOURCES + rules.sources)
 
     norm = span.norm(guided)

@@ -28,6 +28,16 @@ def test_each_source_says_its_weight_unless_one_is_given() -> None:
     assert Alignment(sources[2]).sources == (sources[2],)
 
 
+def test_anchored_sources_alone_are_not_projected_on() -> None:
+    """A step away from an anchor always conflicts with it."""
+    plain, anchored = source(moving=True), source(moving=True).anchored()
+    assert Alignment(plain).projects
+    assert Alignment([plain, anchored]).projects
+    assert not Alignment([anchored, anchored]).projects
+    assert Alignment(anchored, project=True).projects
+    assert not Alignment(plain, project=False).projects
+
+
 def test_conflicts_within_rounding_are_none() -> None:
     cosines: Tensor = torch.tensor([-1.0, -1e-5, -1e-7, 0.0, 1.0])
     assert conflicts(cosines).tolist() == [True, True, False, False, False]

@@ -59,7 +59,7 @@ def decide(
             SOURCE_COUNT=rules.sources, REGULARIZED=regularized,
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
-            PROJECTED=alignment is not None and alignment.project and alignment.on == "gradient",
+            PROJECTED=alignment is not None and alignment.projects and alignment.on == "gradient",
             CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive, SCALED=scaled,
             num_warps=WARPS, **FUSION,
         )  # fmt: skip
