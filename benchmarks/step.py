@@ -138,7 +138,7 @@ def options(problem: Problem) -> dict[str, Option]:
         ),
         "defaults, no source": Option(lambda n: GradGuide(base(n)), 68),
         "defaults, anchored source": Option(
-            lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 120
+            lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 92
         ),
     }
     if problem.device.type == "cuda":

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 __all__ = ["by_rate", "by_shots"]
 
-_SHOWN = (BASE, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
+_SHOWN = (BASE, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GG direction+magnitude", "GG projected", "GradGuide")
 _WIDTH, _HEIGHT, _DPI = 9.0, 3.6, 120
 
 

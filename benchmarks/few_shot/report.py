@@ -28,7 +28,7 @@ def write(results: Path, out: Path) -> None:
     standard = transfer[transfer["shots"] == 4]
     with replacing(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
-    figures.by_rate(standard, out.with_name(f"{out.stem}-rates.png"))
+    figures.by_rate(goals.transfer(rows), out.with_name(f"{out.stem}-rates.png"))
     figures.by_shots(transfer[transfer["target"].isin(SHOT_SETS)], out.with_name(f"{out.stem}-shots.png"))
 
 

@@ -35,7 +35,7 @@ OPTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Magnitude(adaptive="yes"), TypeError, "adaptive must be True or False, found 'yes'"),  # type: ignore[arg-type]
     (lambda: Magnitude(max_norm=[1.0]), TypeError, r"max_norm must be a number, found \[1.0\]"),  # type: ignore[arg-type]
     (lambda: Alignment(source(), on="loss"), ValueError, "on must be one of 'update', 'gradient', found 'loss'"),
-    (lambda: Alignment(source(), project=None), TypeError, "project must be True or False, found None"),
+    (lambda: Alignment(source(), project="yes"), TypeError, "project must be True or False, found 'yes'"),  # type: ignore[arg-type]
     (lambda: Alignment([]), ValueError, "at least one source"),
     (lambda: Alignment([source()] * 17), ValueError, "at most 16 sources, found 17"),
     (lambda: Alignment(torch.ones(3)), TypeError, "SourceGradient.*found Tensor"),  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
                 names=names,
             )
         case "update":
-            return GradGuide(base, alignment=Alignment(source(1).anchored()), names=names)
+            return GradGuide(base, alignment=Alignment(source(1).anchored(), project=True), names=names)
         case "two sources":
             return GradGuide(base, alignment=Alignment([source(1), source(2)], weight=1.0), names=names)
         case "shared":
