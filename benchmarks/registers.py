@@ -139,7 +139,7 @@ def decisions() -> dict[str, Rules]:
 
 def decision_calls(rules: Rules) -> list[Call]:
     """The launches of a step's two decisions."""
-    step, update = 2 + rules.sources, rules.first_source + (rules.sources if rules.aligns_update else 0)
+    step, update = 2 + rules.sources, rules.first_source + rules.update_sources
     spans = [Span(torch.ones(1, size, size, dtype=torch.float64)) for size in (step, update)]
     one = torch.ones(1, dtype=torch.float64)
     with recorded() as calls:

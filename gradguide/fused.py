@@ -20,6 +20,7 @@ from torch.optim import optimizer as hooks
 from gradguide import ops
 from gradguide.buckets import Bucket
 from gradguide.ops.row import Row, Write
+from gradguide.scopes import stacked
 
 __all__ = ["MOST_SOURCES", "Part", "parts_of", "products", "step"]
 
@@ -128,10 +129,7 @@ def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) 
         sums = launch_probe(part.columns, part.rows, gradient[part.scope], part.moments, part.settings, first, sources)
         total = found[part.scope]
         found[part.scope] = sums if total is None else total + sums
-    if len(found) == 1 and found[0] is not None:  # one scope, the usual case, costs no launch
-        return found[0].unsqueeze(0)
-    zero = gradient.new_zeros(2 + sources)
-    return torch.stack([zero if total is None else total for total in found])
+    return stacked(found, (2 + sources,), gradient.device)
 
 
 def step(

@@ -164,7 +164,7 @@ class Guidance:
             Whether it was done; if not, nothing was.
         """
         survey, decided = measured.survey, measured.decided
-        count = self.rules.sources if self.rules.aligns_update else 0
+        count = self.rules.update_sources
         if count > fused.MOST_SOURCES or any(map(_sharded, survey.buckets)):
             return False
         parts = fused.parts_of(
@@ -184,7 +184,7 @@ class Guidance:
     def correct(self, measured: Measured) -> None:
         """Measure, decide and combine once more, on the update that the base made since ``before`` was kept."""
         survey = measured.survey
-        sources = survey.sources[: self.rules.sources] if self.rules.aligns_update else []
+        sources = survey.sources[: self.rules.update_sources]
         rows: Rows = []
         for bucket in survey.buckets:
             before = self.before.of(bucket)

@@ -16,6 +16,7 @@ from gradguide.ops import Row, Stack, Write
 from gradguide.ops.fixed import FixedProducts
 from gradguide.ranks import Ranks
 from gradguide.rules.span import Span
+from gradguide.scopes import stacked
 from gradguide.sources.source import Source
 
 __all__ = ["Rows", "Survey", "Surveyor", "source_rows", "trained_by"]
@@ -60,15 +61,8 @@ class Survey:
             part = self.products.gram(self.ops(bucket), these).to(self.device)
             total = parts[bucket.summed][scope]
             parts[bucket.summed][scope] = part if total is None else total + part
-        return Span(self.ranks.add_up({groups: self._stacked(each, size) for groups, each in parts.items()}))
-
-    def _stacked(self, parts: Sequence[Tensor | None], size: int) -> Tensor:
-        """Gram matrices [S, size, size], zeros where there is none. One scope, the usual case, costs no launch."""
-        if len(parts) == 1 and parts[0] is not None:
-            return parts[0].unsqueeze(0)
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        zero = torch.zeros(size, size, dtype=wide, device=self.device)
-        return torch.stack([zero if part is None else part for part in parts])
+        whole = {groups: stacked(each, (size, size), self.device) for groups, each in parts.items()}
+        return Span(self.ranks.add_up(whole))
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]]) -> None:
         """For each bucket, write combinations of its rows."""

@@ -72,6 +72,11 @@ class Rules:
         return self.alignment is not None and self.alignment.on == "update" and self.alignment.projects
 
     @property
+    def update_sources(self) -> int:
+        """How many sources the update is aligned with."""
+        return self.sources if self.aligns_update else 0
+
+    @property
     def limit_update(self) -> bool:
         """Whether the update has to be measured, since a rule acts on it."""
         return self.aligns_update or self.bounds_update
@@ -226,7 +231,7 @@ def limit_unmade(
         What the update is to be multiplied by, Tensor [S], and in coordinates of the step's span what is to be added to
         it, Tensor [S, R], or None where nothing ever is.
     """
-    count = rules.sources if rules.aligns_update else 0
+    count = rules.update_sources
     first, sources = rules.first_source, slice(SOURCES, SOURCES + count)
     gram = products.new_zeros(len(products), first + count, first + count)
     gram[:, UPDATE, UPDATE] = products[:, 0]

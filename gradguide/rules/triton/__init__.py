@@ -93,7 +93,7 @@ def limit_unmade(
     """What ``gradguide.rules.decision.limit_unmade`` gives, to rounding."""
     gram, products = step.gram.contiguous(), products.contiguous()
     factor, pulls = torch.empty_like(gram[:, 0, 0]), torch.empty_like(gram[:, 0])
-    rows = rules.first_source + (rules.sources if rules.aligns_update else 0)
+    rows = rules.first_source + rules.update_sources
     with on(gram.device):
         limit_unmade_kernel[(len(gram),)](
             gram, products, scale, numbers, _bound(gram, rules), factor, pulls, len(gram), STEP_ROWS=gram.shape[1],
@@ -110,6 +110,6 @@ def _layout(rules: Rules, rows: int) -> dict[str, Any]:
     """What kernels that limit an update with so many rows in its span are specialised on."""
     return {
         "ROWS": rows, "SIZE": max(triton.next_power_of_2(rows), 2),
-        "SOURCE_COUNT": rules.sources if rules.aligns_update else 0, "BOUNDED": rules.bounds_update, "BLOCK": BLOCK,
+        "SOURCE_COUNT": rules.update_sources, "BOUNDED": rules.bounds_update, "BLOCK": BLOCK,
         "num_warps": WARPS, **FUSION,
     }  # fmt: skip
