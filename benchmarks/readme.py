@@ -162,7 +162,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": partial(demo_table, "demo-clinc150.csv"),
     "demo-high": partial(demo_table, "demo-clinc150-lr1e-2.csv"),
     "few-shot": lambda: compact(RESULTS / "few_shot.csv"),
-    "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv")),
+    "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv", grid=True)),
     "step": step_table,
     "objective": objective_table,
     "capture": capture_table,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.few_shot import figures, goals
-from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS
+from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
 from benchmarks.few_shot.methods import BASE, METHODS
 from benchmarks.few_shot.views import cells, difference, load, outcomes, tuned, untuned, worst
 from gradguide.atomic import replacing
@@ -23,7 +23,7 @@ _ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"
 
 def write(results: Path, out: Path) -> None:
     """Writes ``out`` (Markdown) and two figures beside it."""
-    rows = load(results)
+    rows = load(results, grid=True)
     transfer = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean")]
     standard = transfer[transfer["shots"] == 4]
     with replacing(out) as temporary:
@@ -41,7 +41,7 @@ def summary(results: Path) -> str:
 
 def compact(results: Path) -> str:
     """The README's table: both views and the worst rate, confirming sets, for the methods that run everywhere."""
-    rows = load(results)
+    rows = load(results, grid=True)
     part = goals.transfer(rows)
     made = {column: (untuned(part, column), tuned(part, column), worst(part, column)) for column in _ACCURACIES}
     lines = []
@@ -74,11 +74,12 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         ("developing sets", main[main["target"].isin(DEVELOPING)]),
         ("every method on two sets", _complete(standard[standard["target"].isin(EVERY_METHOD)])),
     )
+    made = f"{(~rows['copied']).sum()} of {len(full())} runs, seeds {rows['seed'].min()} to {rows['seed'].max()}"
     parts = [
         "# Few-shot evaluation",
-        f"{len(rows)} runs, seeds {rows['seed'].min()} to {rows['seed'].max()}; torch {_all(rows, 'torch')}, commits "
-        f"{_all(rows, 'commit')}. Differences are paired (same samples, head and order) against `{BASE}` "
-        "(clip_grad_norm_ and AdamW), with 95% bootstrap intervals over (data set, seed). Accuracies in percent.",
+        f"{made}; torch {_all(rows, 'torch')}, commits {_all(rows, 'commit')}. Differences are paired (same samples, "
+        f"head and order) against `{BASE}` (clip_grad_norm_ and AdamW), with 95% bootstrap intervals over (data set, "
+        "seed). Accuracies in percent.",
         "## Goals, on the confirming sets",
         goals.table(rows),
     ]

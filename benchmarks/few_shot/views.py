@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.few_shot.grid import ONE_RATE
+from benchmarks.few_shot.grid import ONE_RATE, Run, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 
 __all__ = ["Difference", "cells", "difference", "load", "outcomes", "tuned", "untuned", "worst"]
@@ -31,20 +32,32 @@ class Difference(NamedTuple):
         return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
-def load(path: Path) -> pd.DataFrame:
-    """The rows of a file of results; accuracies in percent. What does not depend on the rate stands at each of them."""
-    rows = _at_every_rate(pd.read_csv(path))
+def load(path: Path, *, grid: bool = False) -> pd.DataFrame:
+    """The rows of a file of results; accuracies in percent. What does not depend on the rate stands at each of them.
+
+    Args:
+        grid: only the runs of the full grid; the file keeps others too, of methods and cells that were in it before.
+    """
+    rows = pd.read_csv(path)
+    if grid:
+        key = [field.name for field in fields(Run)]
+        rows = rows.merge(pd.DataFrame(map(asdict, full(causal=True))), on=key)
+    rows = _at_every_rate(rows)
     for column in ("target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer"):
         rows[column] *= 100
     return rows
 
 
 def _at_every_rate(rows: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the head alone, made at one rate of the adapter, once for each rate of their scenario."""
+    """The runs of the head alone, made at one rate of the adapter, once for each rate of their scenario; ``copied``
+    says which of these were not made."""
+    rows = rows.assign(copied=False)
     alone = (rows["method"] == HEAD_ONLY) & (rows["condition"] != ONE_RATE)
     others = rows[~alone]
     rates = others[["scenario", "lr"]].drop_duplicates()
-    return pd.concat([others, rows[alone].drop(columns="lr").merge(rates, on="scenario")], ignore_index=True)
+    copies = rows[alone].rename(columns={"lr": "made_at"}).merge(rates, on="scenario")
+    copies["copied"] = copies["lr"] != copies.pop("made_at")
+    return pd.concat([others, copies], ignore_index=True)
 
 
 def untuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:

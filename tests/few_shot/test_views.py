@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.few_shot import goals, report
-from benchmarks.few_shot.grid import CONFIRMING, LRS, ONE_RATE
+from benchmarks.few_shot.grid import CONFIRMING, LRS, ONE_RATE, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 from benchmarks.few_shot.views import difference, load, outcomes, tuned, untuned, worst
 
@@ -137,6 +137,20 @@ def test_a_method_that_ran_on_one_set_takes_the_others_from_nobody(tmp_path: Pat
     confirming, every = text.split("## Transfer, every method on two sets (hwu64)")
     assert "| ZClip |" not in confirming
     assert "| ZClip |" in every
+
+
+def test_the_report_speaks_of_the_grid_and_of_runs_that_were_made(tmp_path: Path) -> None:
+    rows = results()
+    known = rows[rows["seed"] < 5]  # the grid's seeds
+    alone = known[(known["method"] == BASE) & (known["lr"] == LRS[0])].assign(method=HEAD_ONLY)
+    former = known.assign(method="a method of former days")
+    path = tmp_path / "few_shot.csv"
+    pd.concat([rows, alone, former]).to_csv(path, index=False)
+    assert set(load(path)["method"]) == {BASE, OURS, HEAD_ONLY, "a method of former days"}
+    assert set(load(path, grid=True)["method"]) == {BASE, OURS, HEAD_ONLY}
+    report.write(path, tmp_path / "few_shot.md")
+    text = (tmp_path / "few_shot.md").read_text(encoding="utf-8")
+    assert f"{len(known) + len(alone)} of {len(full())} runs, seeds 0 to 4" in text
 
 
 def test_one_pair_has_no_interval_and_wins_nothing() -> None:
