@@ -14,7 +14,6 @@ part of its time. Peers that are not installed (``pip install -e '.[peers]'``) a
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
 from benchmarks.sets import SETS, Set
+from benchmarks.zclip import ZClip
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 
 OURS = "GradGuide, direction + source + clipping"
@@ -102,23 +102,13 @@ def a_gem(vectors: Vectors) -> Run:
     return run
 
 
-class ZClip:
-    """Norms that stand out by z > 2.5 deviations are clipped to ``mean + 2.5^2 / z`` deviations, by the host."""
-
-    def __init__(self, vectors: Vectors) -> None:
-        self._vectors = vectors
-        self._mean, self._variance = 1.0, 0.01
-
-    def __call__(self) -> None:
-        grads = self._vectors.grads
-        norm = float(torch.stack(torch._foreach_norm(grads)).norm())
-        z = (norm - self._mean) / (math.sqrt(self._variance) + 1e-6)
-        bound = norm
-        if z > 2.5:
-            bound = self._mean + 2.5**2 / z * math.sqrt(self._variance)
-            torch._foreach_mul_(grads, bound / (norm + 1e-6))
-        self._mean = 0.97 * self._mean + 0.03 * bound
-        self._variance = 0.97 * self._variance + 0.03 * (bound - self._mean) ** 2
+def zclip(vectors: Vectors) -> Run:
+    """After its warm-up, in which it clips nothing."""
+    clip = ZClip(vectors.parameters)
+    for _ in range(ZClip.WARM_UP):
+        vectors.fill()
+        clip()
+    return clip
 
 
 PEERS: dict[str, Callable[[Vectors], Run]] = {
@@ -127,7 +117,7 @@ PEERS: dict[str, Callable[[Vectors], Run]] = {
     "TorchJD PCGrad": lambda v: torchjd("PCGrad", v),
     "pytorch_optimizer PCGrad": pytorch_optimizer,
     "A-GEM": a_gem,
-    "ZClip (no source)": ZClip,
+    "ZClip (no source)": zclip,
 }
 
 

@@ -16,7 +16,7 @@ from benchmarks.few_shot import guided, penalties
 from benchmarks.few_shot.guided import Variant
 from benchmarks.few_shot.methods import Learner, Method
 from benchmarks.few_shot.problem import Problem
-from gradguide import Alignment, Direction, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 __all__ = ["CANDIDATES"]
 
@@ -142,12 +142,59 @@ class Agreement:
 
 
 _ALIGNED = _weight(penalties.EWC)
+_ANCHORED = guided.VARIANTS["GradGuide"].alignment
+_SEEDING = 8  # rows at a time
 
 
 def _agreed(power: float, variant: Variant) -> Method:
     def method(problem: Problem, lr: float) -> Learner:
         base = guided.wrap(AdamW(problem.groups(lr)), problem, variant)
         return Learner(optimizer=Agreement(base, problem, power, prior=0.1))  # type: ignore[arg-type]
+
+    return method
+
+
+def _by_module(problem: Problem, lr: float) -> Learner:
+    alignment = Alignment([s.anchored() for s in problem.sources])
+    optimizer = GradGuide(AdamW(problem.groups(lr)), alignment=alignment, names=problem.adapter, scope="module")
+    return Learner(optimizer=optimizer)
+
+
+def _seeded(problem: Problem, lr: float) -> Learner:
+    """The direction is that of all rows before the first step is made: a pass of steps at rate 0, then forgotten."""
+    optimizer = guided.wrap(AdamW(problem.groups(lr)), problem, guided.VARIANTS["GradGuide"])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for first in range(0, problem.rows, _SEEDING):
+        optimizer.zero_grad()
+        problem.loss(range(first, min(first + _SEEDING, problem.rows))).backward()
+        optimizer.step()
+    optimizer.base.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return Learner(optimizer=optimizer)
+
+
+def _in_weight_space(alpha: float) -> Method:
+    """Pulled back not A and B but their product: ``alpha r / (|A0| |B0|) / 2 |BA - B0 A0|^2`` of each pair."""
+
+    def method(problem: Problem, lr: float) -> Learner:
+        by_name = dict(problem.adapter)
+        pairs = [(a, by_name[name.replace("lora_A", "lora_B")]) for name, a in by_name.items() if "lora_A" in name]
+        start = [(a.detach().clone(), b.detach().clone()) for a, b in pairs]
+
+        @torch.no_grad()
+        def change() -> None:
+            for (a, b), (a0, b0) in zip(pairs, start, strict=True):
+                assert a.grad is not None and b.grad is not None
+                moved = b @ a - b0 @ a0
+                strength = alpha * len(a) / max(float(a0.norm() * b0.norm()), 1e-6)
+                a.grad.add_(b.T @ moved, alpha=strength)
+                b.grad.add_(moved @ a.T, alpha=strength)
+
+        optimizer = guided.wrap(AdamW(problem.groups(lr)), problem, Variant())
+        return Learner(optimizer=optimizer, changes=(change,))
 
     return method
 
@@ -174,6 +221,10 @@ CANDIDATES: dict[str, Method] = {
     "bound 0.02": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.02))),
     "bound 0.1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.1))),
     "bound 0.05, coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.05, 1.0))),
+    "tighter bound": _plain(Variant(alignment=_ANCHORED, magnitude=_magnitude(0.02))),
+    "by module": _by_module,
+    "seeded direction": _seeded,
+    "weight space": _in_weight_space(0.1),
     "damping 0": _plain(Variant(direction=Direction(damping=0.0), alignment=_ALIGNED)),
     "damping 0.8": _plain(Variant(direction=Direction(damping=0.8), alignment=_ALIGNED)),
 }

@@ -19,7 +19,7 @@ from gradguide.demo.data import Example
 from gradguide.demo.encoded import Encoded, encode
 from gradguide.demo.model import Classifier, accuracy, add_lora, load_encoder
 from gradguide.demo.sampling import batches, draw
-from gradguide.demo.source import HEAD, capture_source, freeze_source, train_source
+from gradguide.demo.source import HEAD, freeze_source, learn_source
 from gradguide.demo.storage import load_source, save_source
 from gradguide.integrations.peft import lora_parameters
 
@@ -62,12 +62,13 @@ class Encoder:
 
     def __init__(self, model: str, data: Path, source: str | None, cache: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder: Any
         encoder, self._tokenizer = load_encoder(model)
         encoder.to(self.device)
         self.source_accuracy = float("nan")
         self.known = Known(sources=(), live=(), judged=dict)
         if source is None:
-            self.model = Classifier(add_lora(encoder, seed=_SEED), _width(encoder)).to(self.device)
+            self.model = Classifier(add_lora(encoder, seed=_SEED), encoder.config.hidden_size).to(self.device)
         else:
             self._learn(encoder, data, source, cache / source)
         self._start = {name: p.detach().clone() for name, p in lora_parameters(self.model)}
@@ -139,12 +140,9 @@ class Encoder:
         task = source_task(data, source)
         rows = self.encode(draw(task.train, _TRAIN_ROWS_PER_LABEL, _SEED), task.labels)
         if not folder.exists():
-            model = Classifier(add_lora(encoder, seed=_SEED), _width(encoder)).to(self.device)
-            model.add_head(HEAD, len(task.labels), _SEED)
-            train_source(model, rows, seed=_SEED)
-            freeze_source(model)
+            model, gradient = learn_source(encoder, rows, len(task.labels), seed=_SEED)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            save_source(folder, model, capture_source(model, rows, seed=_SEED), task.labels)
+            save_source(folder, model, gradient, task.labels)
             adapted: Any = model.encoder
             encoder = adapted.unload()  # what follows is the same whether the source was trained here or not
         self.model, gradient = load_source(folder, encoder, task.labels, self.device)
@@ -162,7 +160,3 @@ class Encoder:
 def _live_loss(model: Classifier, live: LiveRows, seed: int) -> Callable[[], Tensor]:
     stream: Iterator[list[int]] = batches(len(live.rows), _LIVE_BATCH, random.Random(f"live/{seed}").randrange(2**31))
     return lambda: model.loss(live.head, live.rows.batch(next(stream)))
-
-
-def _width(encoder: Any) -> int:
-    return int(encoder.config.hidden_size)

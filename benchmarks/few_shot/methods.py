@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from benchmarks.few_shot import guided, live, penalties
 from benchmarks.few_shot.cautious import CautiousAdamW
 from benchmarks.few_shot.problem import Problem
-from benchmarks.few_shot.zclip import ZClip
+from benchmarks.zclip import ZClip
 
 __all__ = ["BASE", "HEAD_ONLY", "METHODS", "STORED", "Learner", "Method"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from gradguide import SourceGradient
 from gradguide.integrations.peft import lora_parameters
 
 from .config import DemoConfig
-from .data import Task, Transfer, read_transfer
+from .data import Transfer, read_transfer
 from .encoded import Encoded, encode
 from .errors import check_extras
-from .model import Classifier, accuracy, add_lora, load_encoder
+from .model import Classifier, accuracy, load_encoder
 from .sampling import draw, few_shot
-from .source import HEAD, capture_source, freeze_source, train_source
+from .source import HEAD, freeze_source, learn_source
 from .storage import load_source, save_source
 
 __all__ = ["Prepared", "prepare"]
@@ -73,7 +72,8 @@ def prepare(config: DemoConfig) -> Prepared:
         model, source = load_source(config.source_adapter, encoder, known.labels, device)
         freeze_source(model)
     else:
-        model, source = _learn(known, encoder, tokenizer, device)
+        rows = encode(draw(known.train, _TRAIN_ROWS_PER_LABEL, _SEED), known.labels, tokenizer, device)
+        model, source = learn_source(encoder, rows, len(known.labels), seed=_SEED)
     if config.save_source is not None:
         save_source(config.save_source, model, source, known.labels)
     source_test = encode(draw(known.test, _TEST_ROWS_PER_LABEL, _SEED), known.labels, tokenizer, device)
@@ -88,12 +88,3 @@ def prepare(config: DemoConfig) -> Prepared:
         source_test=source_test,
         source_accuracy=accuracy(model, HEAD, source_test),
     )
-
-
-def _learn(task: Task, encoder: Any, tokenizer: Any, device: torch.device) -> tuple[Classifier, SourceGradient]:
-    rows = encode(draw(task.train, _TRAIN_ROWS_PER_LABEL, _SEED), task.labels, tokenizer, device)
-    model = Classifier(add_lora(encoder, seed=_SEED), encoder.config.hidden_size).to(device)
-    model.add_head(HEAD, len(task.labels), _SEED)
-    train_source(model, rows, seed=_SEED)
-    freeze_source(model)
-    return model, capture_source(model, rows, seed=_SEED)

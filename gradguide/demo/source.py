@@ -14,10 +14,10 @@ from gradguide import SourceGradient
 from gradguide.integrations.peft import lora_parameters
 
 from .encoded import Batch, Encoded
-from .model import Classifier
+from .model import Classifier, add_lora
 from .sampling import batches
 
-__all__ = ["HEAD", "capture_source", "freeze_source", "train_source"]
+__all__ = ["HEAD", "capture_source", "freeze_source", "learn_source"]
 
 HEAD = "source"
 
@@ -34,7 +34,23 @@ _MAX_NORM = 1.0
 _CAPTURE_BATCH = 8
 
 
-def train_source(model: Classifier, rows: Encoded, *, seed: int) -> None:
+def learn_source(encoder: Any, rows: Encoded, labels: int, *, seed: int) -> tuple[Classifier, SourceGradient]:
+    """An encoder with an adapter and a frozen head that know the source task, and its gradient where they ended.
+
+    Args:
+        encoder: without an adapter.
+        rows: the task's training rows, on the device that all of it is to be on.
+        labels: how many the task has.
+        seed: of adapter, head, order and drawn labels.
+    """
+    model = Classifier(add_lora(encoder, seed=seed), encoder.config.hidden_size).to(rows.device)
+    model.add_head(HEAD, labels, seed)
+    _train(model, rows, seed=seed)
+    freeze_source(model)
+    return model, capture_source(model, rows, seed=seed)
+
+
+def _train(model: Classifier, rows: Encoded, *, seed: int) -> None:
     """Trains adapter and source head on ``rows`` with AdamW, clipped gradients and a linear decay of the rate."""
     steps = max(_EPOCHS * math.ceil(len(rows) / _BATCH), _LEAST_STEPS)
     adapter = [parameter for _, parameter in lora_parameters(model)]

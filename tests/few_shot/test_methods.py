@@ -19,7 +19,7 @@ from benchmarks.few_shot.methods import BASE, HEAD_ONLY, METHODS, Learner
 from benchmarks.few_shot.penalties import EWC, elastic
 from benchmarks.few_shot.problem import Problem
 from benchmarks.few_shot.train import Evaluation, train
-from benchmarks.few_shot.zclip import ZClip
+from benchmarks.zclip import ZClip
 from gradguide import Alignment, Magnitude
 
 
