@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from benchmarks.few_shot import figures, goals
 from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
 from benchmarks.few_shot.methods import BASE, METHODS
-from benchmarks.few_shot.views import cells, difference, load, outcomes, tuned, untuned, worst
+from benchmarks.few_shot.views import cells, difference, load, outcomes, step_ratio, tuned, untuned, worst
 from gradguide.atomic import replacing
 
 __all__ = ["compact", "summary", "table", "write"]
@@ -162,17 +163,13 @@ def _outcomes(rows: pd.DataFrame) -> str:
 def _measures(rows: pd.DataFrame) -> str:
     """Means, and for stability and alignment the share of cells (set, rate) in which the mean is above the base's."""
     lines = []
-    base = rows[rows["method"] == BASE]
     for method in _methods(rows):
         mine = rows[rows["method"] == method]
         line = [method]
         for column in ("coherence", "successive_cosine", "alignment"):
             share = "" if method == BASE else f" ({100 * goals.share_above(cells(rows, column), method):.0f}%)"
             line.append(f"{mine[column].mean():.3f}{share}")
-        ratio = (
-            mine.groupby("target")["seconds_per_step"].median() / base.groupby("target")["seconds_per_step"].median()
-        )
-        line += [f"{ratio.mean():.2f}", f"{mine['memory'].mean() / 2**20:.1f}", f"{mine['steps_to_final'].mean():.0f}"]
+        line += [_ratio(rows, method), f"{mine['memory'].mean() / 2**20:.1f}", f"{mine['steps_to_final'].mean():.0f}"]
         lines.append(line)
     heads = [
         "coherence",
@@ -184,7 +181,8 @@ def _measures(rows: pd.DataFrame) -> str:
     ]
     return table(["method", *heads], lines) + (
         "\n\nIn brackets: share of the cells (set, rate) in which the mean over seeds is above the base's. Time of a "
-        "step: forward, backward and optimizer, median, relative to the base's. MiB: beside parameters and gradients."
+        "step: forward, backward and optimizer, over the base's, median of the pairs of one version. MiB: beside "
+        "parameters and gradients."
     )
 
 
@@ -219,17 +217,21 @@ def _sequence(rows: pd.DataFrame) -> str:
         if method not in mean:
             continue
         mine = rows[rows["method"] == method]
-        step = mine["seconds_per_step"].median() / rows[rows["method"] == BASE]["seconds_per_step"].median()
         lines.append([
             method,
             f"{mean[method].mean():.1f}",
             "" if method == BASE else str(difference(mean, method)),
             f"{means.loc[method].max():.1f} at {means.loc[method].idxmax():g}",
             f"{mine['backward_transfer'].mean():+.1f}",
-            f"{step:.2f}",
+            _ratio(rows, method),
         ])  # fmt: skip
     heads = ["average accuracy", f"difference from {BASE}", "at its best rate", "backward transfer", "time of a step"]
     return table(["method", *heads], lines)
+
+
+def _ratio(rows: pd.DataFrame, method: str) -> str:
+    found = step_ratio(rows, method)
+    return "" if math.isnan(found) else f"{found:.2f}"
 
 
 def _rough(rows: pd.DataFrame) -> str:

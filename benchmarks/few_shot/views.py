@@ -13,10 +13,11 @@ import pandas as pd
 from benchmarks.few_shot.grid import ONE_RATE, Run, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 
-__all__ = ["Difference", "cells", "difference", "load", "outcomes", "tuned", "untuned", "worst"]
+__all__ = ["Difference", "cells", "difference", "load", "outcomes", "step_ratio", "tuned", "untuned", "worst"]
 
 _RESAMPLES = 10_000
 _PAIR = ["target", "seed"]
+_CELL = ["scenario", "source", "target", "condition", "shots", "lr", "seed"]
 
 
 class Difference(NamedTuple):
@@ -100,8 +101,16 @@ def difference(table: pd.DataFrame, method: str, base: str = BASE) -> Difference
 
 def cells(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """Every cell (scenario, source, target, condition, shots, rate) and seed, by method."""
-    index = ["scenario", "source", "target", "condition", "shots", "lr", "seed"]
-    return rows.pivot_table(index=index, columns="method", values=column)
+    return rows.pivot_table(index=_CELL, columns="method", values=column)
+
+
+def step_ratio(rows: pd.DataFrame, method: str, base: str = BASE) -> float:
+    """Time of a step of ``method`` over that of the base: median over the pairs that one version made; nan without any.
+
+    Rows of other versions were made on other days, on a machine as fast as it was then.
+    """
+    table = rows.pivot_table(index=[*_CELL, "commit"], columns="method", values="seconds_per_step")
+    return float((table[method] / table[base]).median())
 
 
 def outcomes(rows: pd.DataFrame, column: str, method: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.few_shot import goals, report
 from benchmarks.few_shot.grid import CONFIRMING, LRS, ONE_RATE, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
-from benchmarks.few_shot.views import difference, load, outcomes, tuned, untuned, worst
+from benchmarks.few_shot.views import difference, load, outcomes, step_ratio, tuned, untuned, worst
 
 OURS = "GradGuide"
 
@@ -151,6 +151,14 @@ def test_the_report_speaks_of_the_grid_and_of_runs_that_were_made(tmp_path: Path
     report.write(path, tmp_path / "few_shot.md")
     text = (tmp_path / "few_shot.md").read_text(encoding="utf-8")
     assert f"{len(known) + len(alone)} of {len(full())} runs, seeds 0 to 4" in text
+
+
+def test_times_are_compared_within_a_version_only() -> None:
+    rows = results()
+    slow = (rows["method"] == OURS) & (rows["seed"] < 3)
+    rows.loc[slow, "seconds_per_step"] = 7.0
+    assert step_ratio(rows.assign(commit=np.where(slow, "of another day", "abc")), OURS) == 1.0
+    assert np.isnan(step_ratio(rows.assign(commit=rows["method"]), OURS))
 
 
 def test_one_pair_has_no_interval_and_wins_nothing() -> None:
