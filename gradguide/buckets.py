@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gradguide.naming import module_of
+from gradguide.ops.tensors import Tensors
 from gradguide.sharding import layout_of, local, unsupported
 
 __all__ = ["Bucket", "Label", "Labeller", "Scope", "gather", "labeller"]
@@ -24,15 +26,18 @@ class Bucket:
     """Parameters with gradients, of one scope, device and precision, all or none of them known to the sources.
 
     Lists are aligned; ``names`` is empty where the sources know nothing. Of a DTensor, ``values`` and ``gradients`` are
-    this rank's part, and ``summed`` are the process groups that products are to be summed over.
+    this rank's part, and ``summed`` are the process groups that products are to be summed over. ``groups`` are the
+    numbers of the param groups, and ``places`` those of the parameters, counted through all groups.
     """
 
     label: Label
     summed: tuple[Any, ...] = ()
-    parameters: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
+    parameters: Tensors = field(default_factory=Tensors)
+    values: Tensors = field(default_factory=Tensors)
+    gradients: Tensors = field(default_factory=Tensors)
     names: list[str] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
 
 def labeller(scope: Scope, names: Mapping[Tensor, str]) -> Labeller:
@@ -85,9 +90,10 @@ def gather(
         ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
     """
     buckets: dict[tuple[Hashable, ...], Bucket] = {}
+    number = count()
     for index, group in enumerate(groups):
         for place, parameter in enumerate(group["params"]):
-            gradient = parameter.grad
+            gradient, position = parameter.grad, next(number)
             if gradient is None:
                 continue
             uneven = unsupported(parameter, gradient) if sharded else None
@@ -105,6 +111,8 @@ def gather(
             bucket.parameters.append(parameter)
             bucket.values.append(local(parameter) if sharded else parameter)
             bucket.gradients.append(local(gradient) if sharded else gradient)
+            bucket.groups.append(index)
+            bucket.places.append(position)
             if name is not None:
                 bucket.names.append(name)
     return list(buckets.values())

@@ -8,19 +8,22 @@ any time: ``group["fused"] = False`` hands the next one to the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
-from gradguide import ops
-from gradguide.buckets import Bucket
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Stack, Write
+from gradguide.ops.tensors import Interned, Tensors, facts_of
 from gradguide.scopes import stacked
+from gradguide.survey import Survey
+
+if TYPE_CHECKING:
+    from gradguide.ops.triton.adam import Moments, Settings
 
 __all__ = ["MOST_SOURCES", "Part", "parts_of", "products", "step"]
 
@@ -49,11 +52,10 @@ class Part:
 
 def parts_of(
     base: Optimizer,
-    buckets: Sequence[Bucket],
-    scopes: Sequence[int],
-    rows: Sequence[Sequence[Row | None]],
+    survey: Survey,
+    rows: Sequence[Stack],
     directions: Sequence[Sequence[Tensor] | None],
-    select: Callable[[Bucket], ops.Ops],
+    interned: Interned,
 ) -> list[Part] | None:
     """The launches of a fused step, or None where the base has to step by itself.
 
@@ -62,52 +64,63 @@ def parts_of(
 
     Args:
         base: the base optimizer.
-        buckets, scopes, rows: those of the step.
+        survey: of parameters that lie over no ranks.
+        rows: those of the step, for each bucket.
         directions: for each bucket the running direction that the step writes, or None.
-        select: gives a bucket's backend.
+        interned: where lists of moments are kept from step to step.
     """
     if not _plain(base) or not all(map(_simple, base.param_groups)):
         return None
-    if any(select(bucket).__name__ != "gradguide.ops.triton" for bucket in buckets):  # type: ignore[attr-defined]
+    if any(survey.ops(bucket).__name__ != "gradguide.ops.triton" for bucket in survey.buckets):  # type: ignore[attr-defined]
         return None
-    from gradguide.ops.triton.adam import Moments, Settings, plan_adam
+    from gradguide.ops.triton.adam import plan_adam
 
-    owner = {p: index for index, group in enumerate(base.param_groups) for p in group["params"]}
     parts = []
-    for bucket, scope, all_rows, kept in zip(buckets, scopes, rows, directions, strict=True):
-        groups: dict[int, list[int]] = {}
-        for place, parameter in enumerate(bucket.parameters):
-            groups.setdefault(owner[parameter], []).append(place)
-        for index, places in groups.items():
-            whole = len(groups) == 1
-            these = all_rows if whole else [_taken(row, places) for row in all_rows]
-            into = kept if whole or kept is None else [kept[place] for place in places]
-            parameters = [bucket.parameters[place] for place in places]
-            states = [_state(base, parameter) for parameter in parameters]
-            if any(state["step"].device != p.device for state, p in zip(states, parameters, strict=True)):
+    for (bucket, scope), all_rows, kept in zip(survey, rows, directions, strict=True):
+        groups = dict.fromkeys(bucket.groups)
+        for index in groups:
+            these, into, parameters = all_rows, kept, bucket.parameters
+            if len(groups) > 1:
+                places = [place for place, group in enumerate(bucket.groups) if group == index]
+                these = Stack(_taken(row, places) for row in all_rows)
+                into = None if kept is None else [kept[place] for place in places]
+                parameters = Tensors(bucket.parameters[place] for place in places)
+            moments = _moments(base, parameters, interned, (bucket.places[0], index))
+            if facts_of(moments.steps).device != facts_of(parameters).device:
                 return None
-            moments = Moments(
-                parameters=parameters,
-                first=[state["exp_avg"] for state in states],
-                second=[state["exp_avg_sq"] for state in states],
-                steps=[state["step"] for state in states],
-            )
-            group = base.param_groups[index]
-            settings = Settings(
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decoupled=isinstance(base, AdamW) or group.get("decoupled_weight_decay", False),
-                maximize=group["maximize"],
-            )
             # Coefficients are not known yet, and the columns do not depend on them.
             write = None if into is None else Write(into=into, coefficients=torch.empty(0))
             columns = plan_adam(these, write, moments)
             if columns is None:
                 return None
-            parts.append(Part(these, scope, into, moments, settings, columns))
+            parts.append(Part(these, scope, into, moments, _settings(base, base.param_groups[index]), columns))
     return parts
+
+
+def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned, key: object) -> Moments:
+    from gradguide.ops.triton.adam import Moments
+
+    states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
+    if not all(states):
+        states = [_state(base, parameter) for parameter in parameters]
+
+    def held(name: str) -> Tensors:
+        return interned.of((name, key), [state[name] for state in states])
+
+    return Moments(parameters=parameters, first=held("exp_avg"), second=held("exp_avg_sq"), steps=held("step"))
+
+
+def _settings(base: Optimizer, group: dict[str, Any]) -> Settings:
+    from gradguide.ops.triton.adam import Settings
+
+    return Settings(
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=isinstance(base, AdamW) or group.get("decoupled_weight_decay", False),
+        maximize=group["maximize"],
+    )
 
 
 def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) -> Tensor:

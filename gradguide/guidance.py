@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -14,9 +14,10 @@ from gradguide import fused
 from gradguide.before import Before
 from gradguide.buckets import Bucket
 from gradguide.metrics import Record
-from gradguide.momentum import momentum_of, rates
+from gradguide.momentum import momenta, rates
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
+from gradguide.ops.tensors import Interned, Tensors, facts_of, same
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decision import DIRECTION, SOURCES, UPDATE, Decision, Rules
@@ -86,6 +87,7 @@ class Guidance:
         self.rules = Rules(direction, None, magnitude)
         self.align(alignment, surveyor.sources)
         self.directions: dict[Tensor, Tensor] = {}
+        self.interned = Interned()
         self.scopes = Scopes()
         self.before = Before()
 
@@ -165,11 +167,9 @@ class Guidance:
         """
         survey, decided = measured.survey, measured.decided
         count = self.rules.update_sources
-        if count > fused.MOST_SOURCES or any(map(_sharded, survey.buckets)):
+        if count > fused.MOST_SOURCES or survey.sharded:
             return False
-        parts = fused.parts_of(
-            base, survey.buckets, survey.scopes, measured.rows, self._directions_written(measured), survey.ops
-        )
+        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured), self.interned)
         if parts is None:
             return False
         scale, pulls = decided.scale, None
@@ -222,20 +222,31 @@ class Guidance:
         """The running direction over a bucket; None where there is none, or none yet."""
         if self.rules.direction is None:
             return None
-        if self.rules.direction.share_momentum:
-            found = [momentum_of(base, p) for p in bucket.parameters]
-            if all(momentum is None for momentum in found):
-                return None
-            return Row(
-                offset=[
-                    torch.zeros_like(value) if momentum is None else local(momentum)
-                    for momentum, value in zip(found, bucket.values, strict=True)
-                ]
-            )
-        pairs = list(zip(bucket.parameters, bucket.values, strict=True))
-        new = {p: v for p, v in pairs if p not in self.directions or self.directions[p].shape != v.shape}
+        key = "direction", bucket.places[0]
+        if not self.rules.direction.share_momentum:
+            return Row(offset=self._directions_of(bucket, key))
+        found = momenta(base, bucket.parameters)
+        if all(momentum is None for momentum in found):
+            return None
+        directions = [
+            torch.zeros_like(value) if momentum is None else local(momentum)
+            for momentum, value in zip(found, bucket.values, strict=True)
+        ]
+        return Row(offset=self.interned.of(key, directions))
+
+    def _directions_of(self, bucket: Bucket, key: Hashable) -> Tensors:
+        """The directions that are kept; zeros where there were none, or none of this shape."""
+        found = list(map(self.directions.get, bucket.parameters))
+        before = self.interned.get(key)
+        if before is not None and same(before, found) and facts_of(before).lengths == facts_of(bucket.values).lengths:
+            return before
+        new = {
+            parameter: value
+            for parameter, value, direction in zip(bucket.parameters, bucket.values, found, strict=True)
+            if direction is None or direction.shape != value.shape
+        }
         self.directions.update(zip(new, lay_out(list(new.values()), torch.float32), strict=True))
-        return Row(offset=[self.directions[p] for p in bucket.parameters])
+        return self.interned.of(key, [self.directions[p] for p in bucket.parameters])
 
     def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
         """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""
@@ -249,7 +260,3 @@ class Guidance:
         decays, gains = zip(*all_rates, strict=True)
         # Filled on the device: a copy from the host would make it wait.
         return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])
-
-
-def _sharded(bucket: Bucket) -> bool:
-    return any(value is not parameter for value, parameter in zip(bucket.values, bucket.parameters, strict=True))

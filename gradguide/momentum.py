@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
 
-__all__ = ["check_momentum", "momentum_of", "rates"]
+__all__ = ["check_momentum", "momenta", "rates"]
 
 # AdamW is an Adam in torch.
 _AVERAGING = (Adam, NAdam, RAdam, Adamax)
@@ -27,11 +27,12 @@ def check_momentum(base: Optimizer, groups: Iterable[dict[str, Any]]) -> None:
     )
 
 
-def momentum_of(base: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The momentum of one parameter, in its shape, or None before its first step."""
-    state: dict[str, Any] = base.state.get(parameter, {})
-    momentum = state.get("momentum_buffer" if isinstance(base, SGD) else "exp_avg")
-    return momentum if isinstance(momentum, Tensor) else None
+def momenta(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """The momentum of each parameter, in its shape; None before its first step."""
+    name = "momentum_buffer" if isinstance(base, SGD) else "exp_avg"
+    states: dict[Tensor, dict[str, Any]] = base.state
+    found = [states.get(parameter, {}).get(name) for parameter in parameters]
+    return [momentum if isinstance(momentum, Tensor) else None for momentum in found]
 
 
 def rates(base: Optimizer, group: dict[str, Any], started: bool) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.fixed import FixedProducts
+from gradguide.ops.tensors import facts_of, same
 from gradguide.ranks import Ranks
+from gradguide.roll import Roll
 from gradguide.rules.span import Span
 from gradguide.scopes import stacked
 from gradguide.sources.source import Source
@@ -73,7 +75,7 @@ class Survey:
         """How many numbers each scope has: Tensor [S], float64."""
         counts = [0] * len(self.labels)
         for bucket, scope in self:
-            counts[scope] += sum(p.numel() for p in bucket.parameters)
+            counts[scope] += sum(facts_of(bucket.parameters).lengths)
         if self.fused:
             from gradguide.ops.triton.launch import numbers_of
 
@@ -111,6 +113,7 @@ class Surveyor:
         self._told = told
         self._backend = backend
         self._places: dict[tuple[int, int], str] = {}
+        self._followed: list[Tensor] = []
         self.ask(sources)
 
     def ask(self, sources: Sequence[Source]) -> None:
@@ -122,6 +125,9 @@ class Surveyor:
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
         self._products = FixedProducts()
+        self._roll = Roll()
+        self._last: Survey | None = None
+        self._known: tuple[list[Tensor], dict[str, Tensor]] = [], {}
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -129,6 +135,9 @@ class Surveyor:
         Raises:
             ValueError: a gradient cannot be guided, or ranks disagree.
         """
+        called = self._roll.call(base.param_groups)
+        if called is not None and self._last is not None:
+            return replace(self._last, buckets=called)
         self.follow(base)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
         ranks = self._ranks
@@ -146,7 +155,11 @@ class Surveyor:
             ranks.agree(trained, (parameters, self._told), self.sources)
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
         sources = ranks.parts_of(self.sources, trained, self.names)
-        return Survey(buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, self._backend)
+        made = Survey(buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, self._backend)
+        if not ranks.sharded:
+            self._roll.keep(base.param_groups, buckets)
+            self._last = replace(made, buckets=[])
+        return made
 
     def refresh(self, base: Optimizer) -> None:
         """Before a step: sources compute anew what they have to, at the parameters as they are."""
@@ -154,9 +167,10 @@ class Surveyor:
             return
         self.follow(base)
         trained = trained_by(base)
-        known = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
+        if not same(trained, self._known[0]):
+            self._known = trained, {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         for source in self.sources:
-            source.refresh(known, trained)
+            source.refresh(self._known[1], trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Scope label of every parameter of the base."""
@@ -170,8 +184,10 @@ class Surveyor:
 
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
-        if not self.names:
+        listed = [p for group in base.param_groups for p in group["params"]]
+        if not self.names or same(listed, self._followed):
             return
+        self._followed = listed
         for index, group in enumerate(base.param_groups):
             for place, parameter in enumerate(group["params"]):
                 name = self.names.get(parameter)

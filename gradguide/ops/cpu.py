@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Container, Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from gradguide.ops import foreach, reference
 from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Stack, Write
+from gradguide.ops.tensors import facts_of
 
 try:
     from gradguide.ops import _cpu
@@ -24,8 +24,6 @@ __all__ = ["_cpu", "combine_", "gram"]
 
 THREADED = 1 << 16
 """Elements from which on a pass is worth a thread more."""
-
-_DTYPE = attrgetter("dtype")
 
 _FLOAT32, _BFLOAT16, _CODES = range(3)
 _KINDS = {torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16}
@@ -102,7 +100,7 @@ def _table_of(rows: Sequence[Row | None]) -> _Table | None:
 def _table(rows: Sequence[Row | None]) -> _Table | None:
     """None where a row has a part that the compiled passes cannot read."""
     example = next(row for row in rows if row is not None).tensors
-    lengths = array("q", map(Tensor.numel, example))
+    lengths = facts_of(example).lengths
     absent = [0] * len(example)
     addresses, kinds = array("q"), bytearray()
     for row in rows:
@@ -122,27 +120,23 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
 def _kind_in(row: Row, part: Sequence[Tensor], lengths: array[int]) -> int | None:
     """How a part of the row is stored; None where the compiled passes cannot read it."""
     if part is row.steps:
-        if any(steps.numel() * GROUP < length for steps, length in zip(part, lengths, strict=True)):
+        if any(steps * GROUP < length for steps, length in zip(facts_of(part).lengths, lengths, strict=True)):
             raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
         return _FLOAT32 if _kind(part) == _FLOAT32 else None
-    kind = _CODES if row.steps is not None and _whole(part) else _kind(part)
+    kind = _CODES if row.steps is not None and facts_of(part).contiguous else _kind(part)
     if kind is not None:
         _check_lengths(part, lengths)
     return kind
 
 
 def _kind(tensors: Sequence[Tensor]) -> int | None:
-    dtypes = set(map(_DTYPE, tensors))
-    return _KINDS.get(*dtypes) if len(dtypes) == 1 and _whole(tensors) else None
-
-
-def _whole(tensors: Sequence[Tensor]) -> bool:
-    return all(map(Tensor.is_contiguous, tensors))
+    facts = facts_of(tensors)
+    return _KINDS.get(facts.dtype) if facts.dtype is not None and facts.contiguous else None
 
 
 def _check_lengths(part: Sequence[Tensor], lengths: array[int]) -> None:
     # The compiled passes go by address: a shorter tensor would have them read or write memory of others.
-    if array("q", map(Tensor.numel, part)) != lengths:
+    if facts_of(part).lengths != lengths:
         raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
 
 

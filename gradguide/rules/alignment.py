@@ -54,7 +54,7 @@ class Alignment:
     project: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.sources:
+        if not sources_of(self.sources):
             raise ValueError("Alignment needs at least one source, found none; leave alignment=None to do without")
         if len(self.sources) > MAX_SOURCES:
             raise ValueError(f"Alignment takes at most {MAX_SOURCES} sources, found {len(self.sources)}; merge some")
@@ -70,7 +70,9 @@ class Alignment:
     @property
     def sources(self) -> tuple[Source, ...]:
         """The sources as a tuple."""
-        return sources_of(list(self.source.values()) if isinstance(self.source, Mapping) else self.source)
+        if isinstance(self.source, Mapping):
+            return tuple(self.source.values())
+        return tuple(self.source) if isinstance(self.source, Sequence) else (self.source,)
 
     @property
     def names(self) -> tuple[str, ...]:

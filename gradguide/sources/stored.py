@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradguide.ops.codes import GROUP, decode, encode
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
+from gradguide.ops.tensors import Tensors
 from gradguide.sharding import Layout, shard
 from gradguide.sources import file
 from gradguide.sources.anchoring import stiffness
@@ -85,7 +86,7 @@ class SourceGradient:
             for (name, tensor), place in zip(list(table.items()), lay_out(list(table.values())), strict=True):
                 table[name] = place.copy_(tensor.detach())
         self._offloaded = False
-        self._lists: dict[tuple[str, str], tuple[list[str], list[Tensor]]] = {}
+        self._lists: dict[tuple[str, str], tuple[list[str], Tensors]] = {}
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
@@ -340,7 +341,7 @@ class SourceGradient:
             return [table[name].to(device, non_blocking=True) for name in names]
         for name in names:
             table[name] = table[name].to(device)
-        rows = [table[name] for name in names]
+        rows = Tensors(table[name] for name in names)
         self._lists[label, names[0]] = (list(names), rows)
         return rows
 

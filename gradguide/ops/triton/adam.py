@@ -58,7 +58,7 @@ def plan_adam(rows: Sequence[Row | None], direction: Write | None, moments: Mome
     """The columns of a fused step, or None where there is no kernel for one of its tensors."""
     writes = [] if direction is None else [direction]
     others = (moments.parameters, moments.first, moments.second)
-    return columns_of([row for row in rows if row is not None], writes, others)
+    return columns_of(rows, writes, others)
 
 
 def launch_adam(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradguide.ops.codes import GROUP
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Stack, Write
+from gradguide.ops.tensors import facts_of
 
 __all__ = ["Columns", "columns_of"]
 
@@ -23,7 +23,6 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
 }
 _CODES = {torch.int8: tl.int8}
-_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,46 +53,47 @@ class Columns:
 
 
 def columns_of(
-    rows: Sequence[Row], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
+    rows: Sequence[Row | None], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
 ) -> Columns | None:
-    """The columns of rows, writes and other lists; None where a tensor is not contiguous or of a precision without a
-    kernel.
+    """The columns of the rows that are there, of writes and other lists; None where a tensor is not contiguous or of a
+    precision without a kernel.
 
-    Tensors that stand in several lists are one column, read once.
+    Tensors that stand in several lists are one column, read once. Of a Stack's lists addresses are asked for once.
 
     Raises:
         ValueError: lists differ in number or size of their tensors.
     """
-    lengths = array("q", map(Tensor.numel, rows[0].tensors))
-    device = rows[0].tensors[0].device
+    asked = _asked(rows)
+    present = [row for row in rows if row is not None]
+    lengths, _, device, _ = facts_of(present[0].tensors)
     numbers: dict[int, int] = {}  # of lists seen before
     places: dict[bytes, int] = {}  # of lists with other lists' tensors
     addresses: array[int] = array("q")
     dtypes: list[Any] = []
-    codes = {id(row.offset) for row in rows if row.steps is not None}
-    steps = {id(row.steps) for row in rows if row.steps is not None}
-    parts = [part for row in rows for part in row.fields]
-    parts += [write.into for write in writes]
-    parts += others
-    for part in parts:
+    codes = {id(row.offset) for row in present if row.steps is not None}
+    steps = {id(row.steps) for row in present if row.steps is not None}
+    held = [part for row in present for part in row.fields]
+    for part in [*held, *(write.into for write in writes), *others]:
         if part is None or id(part) in numbers:
             continue
+        facts = facts_of(part)
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
         wanted = array("q", [-(-length // GROUP) for length in lengths]) if id(part) in steps else lengths
-        if array("q", map(Tensor.numel, part)) != wanted:
+        if facts.lengths != wanted:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
         known = _CODES if id(part) in codes else DTYPES
-        kinds = set(map(_DTYPE, part))
-        if len(kinds) > 1 or not kinds <= known.keys() or not all(map(Tensor.is_contiguous, part)):
+        if device is None or facts.device != device or facts.dtype not in known or not facts.contiguous:
             return None
-        if set(map(_DEVICE, part)) != {device}:
-            return None
-        where = array("q", map(Tensor.data_ptr, part))
+        where = asked.get(id(part))
+        if where is None:
+            where = array("q", map(Tensor.data_ptr, part))
         place = places.setdefault(where.tobytes(), len(places))
         numbers[id(part)] = place
         if place == len(dtypes):
-            dtypes.append(known[kinds.pop()])
+            dtypes.append(known[facts.dtype])
             addresses.extend(where)
+        if any(part is list_ for list_ in held):
+            asked[id(part)] = where
 
     def number(part: Sequence[Tensor] | None) -> int:
         return -1 if part is None else numbers[id(part)]
@@ -102,12 +102,22 @@ def columns_of(
         offset, scale, at, anchor = map(number, row.fields)
         return offset, scale, at, anchor
 
+    assert device is not None
     return Columns(
         device=device,
         dtypes=tuple(dtypes),
-        rows=tuple(map(four, rows)),
+        rows=tuple(map(four, present)),
         writes=tuple((number(write.into), write.accumulate) for write in writes),
         others=tuple(map(number, others)),
         addresses=addresses,
         lengths=lengths,
     )
+
+
+def _asked(rows: Sequence[Row | None]) -> dict[int, array[int]]:
+    """Addresses of a stack's lists, by identity, as far as they have been asked for; its lists live as long as it."""
+    if not isinstance(rows, Stack):
+        return {}
+    if not isinstance(rows.kept, dict):
+        rows.kept = {}
+    return rows.kept

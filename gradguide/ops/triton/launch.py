@@ -77,7 +77,7 @@ def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
     tiles = [(first, present[first : first + TILE]) for first in range(0, len(present), TILE)]
     launches = []
     for (first, a), (second, b) in combinations_with_replacement(tiles, 2):
-        columns = columns_of(a if first == second else [*a, *b])
+        columns = columns_of(rows if len(tiles) == 1 else a if first == second else [*a, *b])
         if columns is None:
             return None
         launches.append((first, second, columns, columns.rows[: len(a)], columns.rows[len(a) :]))
@@ -108,7 +108,7 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
     if any(write.coefficients.shape != (len(rows),) for write in writes):
         found = [tuple(write.coefficients.shape) for write in writes]
         raise ValueError(f"a write has one coefficient for each of the {len(rows)} rows, found {found}")
-    columns = columns_of([row for row in rows if row is not None], writes)
+    columns = columns_of(rows, writes)
     if columns is None:
         return False
     table, lengths, chunks = tables_of(columns)

@@ -1,0 +1,196 @@
+"""What a step takes over from the one before it, and what makes it look anew."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide.buckets import Bucket, gather, labeller
+from gradguide.ops.tensors import Interned, Tensors, facts_of
+from gradguide.roll import Roll
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,), (2, 2))]
+
+
+def give_gradients(held: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in held:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+Groups = list[dict[str, list[nn.Parameter]]]
+
+
+def called() -> tuple[Groups, list[nn.Parameter], Roll]:
+    """Two param groups whose buckets a roll has taken down."""
+    held = parameters()
+    give_gradients(held, 0)
+    groups: Groups = [{"params": held[:2]}, {"params": held[2:]}]
+    roll = Roll()
+    roll.keep(groups, gathered(groups))
+    return groups, held, roll
+
+
+def gathered(groups: Groups) -> list[Bucket]:
+    return gather(groups, labeller("group", {}), {}, frozenset())
+
+
+def test_a_bucket_called_again_is_as_gathered_anew() -> None:
+    groups, held, roll = called()
+    give_gradients(held, 1)
+    found, wanted = roll.call(groups), gathered(groups)
+    assert found is not None
+    assert found == wanted
+    assert [id(g) for bucket in found for g in bucket.gradients] == [id(p.grad) for p in held]
+
+
+def replaced(groups: Groups, held: list[nn.Parameter]) -> None:
+    groups[0]["params"][1] = other = nn.Parameter(held[1].detach().clone())
+    other.grad = torch.ones_like(other)
+
+
+def moved_between_groups(groups: Groups, held: list[nn.Parameter]) -> None:
+    groups[0]["params"], groups[1]["params"] = held[:1], held[1:]
+
+
+def added(groups: Groups, held: list[nn.Parameter]) -> None:
+    groups.append({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def without_gradient(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = None
+
+
+def of_another_precision(groups: Groups, held: list[nn.Parameter]) -> None:
+    for parameter in held:
+        parameter.data = parameter.data.double()
+    give_gradients(held, 1)
+
+
+def of_another_size(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].data = torch.ones(6, 4)
+    held[0].grad = torch.ones(6, 4)
+
+
+def transposed(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].data = held[0].data.t().contiguous().t()
+
+
+def gradient_transposed(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = torch.ones(4, 3).t()
+
+
+def sparse(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = torch.ones(3, 4).to_sparse()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced, moved_between_groups, added, without_gradient, of_another_precision, of_another_size, transposed,
+        gradient_transposed, sparse,
+    ],
+)  # fmt: skip
+def test_whatever_changes_is_looked_at_anew(change: Callable[[Groups, list[nn.Parameter]], None]) -> None:
+    groups, held, roll = called()
+    change(groups, held)
+    assert roll.call(groups) is None
+
+
+def test_between_steps_no_gradient_is_kept_alive() -> None:
+    held = parameters()
+    source = SourceGradient({f"p{i}": torch.ones_like(p) for i, p in enumerate(held)})
+    optimizer = GradGuide(AdamW(held), alignment=Alignment(source), names=[(f"p{i}", p) for i, p in enumerate(held)])
+    for step in range(3):
+        give_gradients(held, step)
+        alive = [weakref.ref(p.grad) for p in held if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert not any(reference() is not None for reference in alive)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_parameters_whose_data_change_between_steps_are_guided_on(share: bool) -> None:
+    """As when a model is cast, or its parameters are laid into other memory."""
+    runs = []
+    for moving in (False, True):
+        held = parameters()
+        base = AdamW(held, lr=0.1)
+        optimizer = GradGuide(base, direction=Direction(share_momentum=share), magnitude=Magnitude(max_update=None))
+        for step in range(4):
+            if moving and step == 2:
+                for parameter in held:
+                    parameter.data = parameter.data.clone()
+                    if share:
+                        base.state[parameter]["exp_avg"] = base.state[parameter]["exp_avg"].clone()
+            give_gradients(held, step)
+            optimizer.step()
+        runs.append(torch.cat([p.detach().reshape(-1) for p in held]))
+    assert torch.equal(*runs)
+
+
+def test_a_parameter_that_grows_gets_a_direction_of_its_size() -> None:
+    held = parameters()
+    optimizer = GradGuide(SGD(held, lr=0.1))
+    give_gradients(held, 0)
+    optimizer.step()
+    held[0].data = torch.ones(6, 4)
+    give_gradients(held, 1)
+    optimizer.step()
+    assert optimizer._guidance.directions[held[0]].shape == (6, 4)
+
+
+def test_momentum_that_is_forgotten_is_not_read_again() -> None:
+    held = parameters()
+    optimizer = GradGuide(AdamW(held), direction=Direction(share_momentum=True))
+    for step in range(2):
+        give_gradients(held, step)
+        optimizer.step()
+    optimizer.base.state.clear()
+    give_gradients(held, 2)
+    optimizer.step()
+    assert optimizer.metrics()["direction_cosine"] == 0.0
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    held = parameters()
+    optimizer = GradGuide(AdamW(held, lr=0.1))
+    give_gradients(held, 0)
+    optimizer.step()
+    other = copy.deepcopy(optimizer)
+    theirs = other.param_groups[0]["params"]
+    before = [p.detach().clone() for p in held]
+    give_gradients(theirs, 1)
+    other.step()
+    assert all(map(torch.equal, held, before))
+    give_gradients(held, 1)
+    optimizer.step()
+    assert all(map(torch.equal, held, theirs))
+
+
+def test_lists_are_the_same_as_long_as_their_tensors_are() -> None:
+    interned, tensors = Interned(), [torch.ones(2), torch.ones(3)]
+    first = interned.of("a", tensors)
+    assert interned.of("a", list(tensors)) is first
+    assert interned.of("a", [tensors[0], torch.ones(3)]) is not first
+    interned.clear()
+    assert interned.get("a") is None
+
+
+def test_facts_of_what_is_mixed_are_none() -> None:
+    mixed: list[Tensor] = Tensors([torch.ones(2), torch.ones(4, 3, dtype=torch.bfloat16).t()])
+    facts = facts_of(mixed)
+    assert (list(facts.lengths), facts.dtype, facts.contiguous) == ([2, 12], None, False)
+    assert facts_of(mixed) is facts
