@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from gradguide.buckets import Bucket
 from gradguide.ops.tensors import DTYPE, Facts, Tensors, facts_of, only, same
 
 __all__ = ["Roll"]
-
-_LAYOUT = attrgetter("layout")
 
 
 class Roll:
@@ -55,9 +53,10 @@ class Roll:
             return None
         called = []
         for bucket, facts in self._kept:
-            found = Tensors(gradient for place in bucket.places if (gradient := gradients[place]) is not None)
-            if only(map(_LAYOUT, found)) != torch.strided or facts_of(found) != facts or not _as_before(bucket.values):
+            found = Tensors(map(gradients.__getitem__, bucket.places))  # type: ignore[arg-type]  # none is missing
+            if not (_alike(found, facts) and _as_before(bucket.values)):
                 return None
+            found.facts = facts
             called.append(replace(bucket, gradients=found))
         return called
 
@@ -66,7 +65,25 @@ def _listed(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
+def _alike(gradients: Sequence[Tensor], facts: Facts) -> bool:
+    """Whether the facts of other gradients are those of these: asked with less ado than ``facts_of``."""
+    assert facts.device is not None  # that of the bucket
+    try:
+        return (
+            facts.lengths == array("q", map(Tensor.numel, gradients))
+            and only(map(DTYPE, gradients)) == facts.dtype
+            and all(map(Tensor.is_contiguous, gradients)) == facts.contiguous
+            and only(map(Tensor.get_device, gradients)) == _index(facts.device)  # indices are cheaper than devices
+        )
+    except RuntimeError:  # sparse gradients have no such facts
+        return False
+
+
 def _as_before(values: Tensors) -> bool:
     """Whether parameters, whose data may be given another precision or layout, still have those of their facts."""
     facts = facts_of(values)
     return only(map(DTYPE, values)) == facts.dtype and all(map(Tensor.is_contiguous, values)) == facts.contiguous
+
+
+def _index(device: torch.device) -> int:
+    return -1 if device.type == "cpu" else device.index or 0

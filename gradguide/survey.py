@@ -20,6 +20,7 @@ from gradguide.roll import Roll
 from gradguide.rules.span import Span
 from gradguide.scopes import stacked
 from gradguide.sources.source import Source
+from gradguide.sources.stored import SourceGradient
 
 __all__ = ["Rows", "Survey", "Surveyor", "source_rows", "trained_by"]
 
@@ -127,7 +128,6 @@ class Surveyor:
         self._products = FixedProducts()
         self._roll = Roll()
         self._last: Survey | None = None
-        self._known: tuple[list[Tensor], dict[str, Tensor]] = [], {}
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -163,14 +163,13 @@ class Surveyor:
 
     def refresh(self, base: Optimizer) -> None:
         """Before a step: sources compute anew what they have to, at the parameters as they are."""
-        if not self.sources:
-            return
+        if all(isinstance(source, SourceGradient) for source in self.sources):
+            return  # what is stored needs none
         self.follow(base)
         trained = trained_by(base)
-        if not same(trained, self._known[0]):
-            self._known = trained, {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
+        known = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         for source in self.sources:
-            source.refresh(self._known[1], trained)
+            source.refresh(known, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Scope label of every parameter of the base."""

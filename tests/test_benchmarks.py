@@ -47,3 +47,12 @@ def test_communication_does_not_grow_with_the_parameters(tmp_path: Path) -> None
         sent = {row["payload_bytes"] for row in found if row["optimizer"] == kind}
         assert sent == {payload}, kind
     assert {row["ranks"] for row in found} == {"2", "8", "64", "1024"}
+
+
+def test_the_hosts_part_is_measured_with_nothing_launched() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import host
+
+    found = host.measure("a few tensors", 3, rounds=2)
+    assert {row.provider for row in found} == set(host.PROVIDERS)
+    assert all(row.value > 0 for row in found)

@@ -133,7 +133,7 @@ def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
 
 def table_of(device: torch.device, numbers: array[int]) -> Tensor:
     """The numbers on the device: Tensor [len(numbers)], int64."""
-    return _tables.get(device, "numbers", numbers.tobytes(), lambda: torch.tensor(numbers, dtype=torch.int64))
+    return _tables.get(device, "numbers", numbers.tobytes(), lambda: torch.frombuffer(numbers, dtype=torch.int64))
 
 
 def numbers_of(device: torch.device, numbers: Sequence[float]) -> Tensor:

@@ -59,7 +59,7 @@ class Tables:
 
     def _copied(self, numbers: Tensor, device: torch.device, capturing: bool) -> tuple[Tensor, Tensor | None]:
         if device.type != "cuda":
-            return numbers.to(device), None
+            return numbers.to(device, copy=True), None
         staged = self._borrowed(numbers) if capturing else torch.empty_like(numbers, pin_memory=True)
         staged.copy_(numbers)
         return staged.to(device, non_blocking=True), staged

@@ -1,0 +1,122 @@
+"""The host's part of a step on a GPU, measured without one: ``python -m benchmarks.host`` writes results/host.csv.
+
+On a LoRA set kernels take a few tenths of a millisecond, so Python decides how long a step takes. Here every launch
+does nothing, on both sides: kernels of GradGuide, and torch's operations on lists. What is left is what the host does
+before and between them. What it takes to launch comes on top: some 25 launches of torch's, five of GradGuide's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.harness import BASELINE, Case, Result, save, summarise, time_side_by_side, versions
+from benchmarks.registers import recorded
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+
+RESULTS = Path(__file__).parent / "results" / "host.csv"
+
+SETS = {"LoRA r16 of a 1.1B Llama": 308, "LoRA r16 of a 70B Llama": 1120}
+"""Numbers of tensors, which is what the host's part depends on."""
+
+_SHAPE = (4, 2)
+
+Named = list[tuple[str, nn.Parameter]]
+Make = Callable[[Named], Optimizer]
+
+
+@contextmanager
+def nothing_launched() -> Iterator[None]:
+    """Within, launches do nothing, and the fused kernels are taken to be there."""
+
+    def norms(tensors: Sequence[Tensor], *_: object) -> list[Tensor]:
+        return [one] * len(tensors)
+
+    one = torch.ones(())
+    with ExitStack() as replaced:
+        for name in ("_foreach_mul_", "_foreach_add_", "_fused_adamw_"):
+            replaced.enter_context(mock.patch.object(torch, name, lambda *_, **__: None))
+        replaced.enter_context(mock.patch.object(torch, "_foreach_norm", norms))
+        replaced.enter_context(mock.patch("gradguide.ops.lacks_triton", lambda device: None))
+        # As on CUDA, where a fused base leaves a step out by itself.
+        replaced.enter_context(mock.patch.object(GradGuide, "_base_stops", lambda self, measured: True))
+        replaced.enter_context(recorded())
+        yield
+
+
+def base(named: Named) -> AdamW:
+    return AdamW([p for _, p in named], fused=True)
+
+
+def guided(named: Named, *, on: str | None = None, anchored: bool = False, **options: object) -> GradGuide:
+    ones = {name: torch.ones(_SHAPE) for name, _ in named}
+    if on is not None:
+        options["alignment"] = Alignment(SourceGradient(ones), on=on, weight=1.0)
+    elif anchored:
+        options["alignment"] = Alignment(SourceGradient(None, fisher=ones, anchor=dict(ones)).anchored())
+    return GradGuide(base(named), names=named, backend="triton", **options)  # type: ignore[arg-type]
+
+
+_CLIPPING = Magnitude(max_update=None)
+PROVIDERS: dict[str, Make] = {
+    BASELINE: base,
+    "direction + source + clipping": lambda named: guided(named, on="gradient", magnitude=_CLIPPING),
+    "direction (shared momentum) + source + clipping": lambda named: guided(
+        named, on="gradient", magnitude=_CLIPPING, direction=Direction(share_momentum=True)
+    ),
+    "defaults, no source": guided,
+    "defaults, anchored source": lambda named: guided(named, anchored=True),
+}
+
+
+def case(name: str, make: Make, tensors: int) -> Case:
+    """Gradients are new tensors at each step, as after ``zero_grad``."""
+    named = [(f"layer{i}", nn.Parameter(torch.ones(_SHAPE))) for i in range(tensors)]
+    parameters = [p for _, p in named]
+    optimizer = make(named)
+
+    def prepare() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.ones(_SHAPE)
+
+    def run() -> None:
+        if name == BASELINE:
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return Case(name=name, prepare=prepare, run=run)
+
+
+def measure(benchmark: str, tensors: int, rounds: int) -> list[Result]:
+    """Milliseconds of every provider, and their ratio to those of the baseline."""
+    with nothing_launched():
+        cases = [case(name, make, tensors) for name, make in PROVIDERS.items()]
+        times = time_side_by_side(cases, rounds=rounds, warmup=5, label=benchmark)
+    results = []
+    for name, mine in times.items():
+        ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
+        results.append(summarise(benchmark, name, "host's part", "ms", mine))
+        results.append(summarise(benchmark, name, f"host's part / {BASELINE}", "ratio", ratios))
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
+    options = parser.parse_args(argv)
+    results = [row for name, tensors in SETS.items() for row in measure(name, tensors, options.rounds)]
+    save(options.out, results, versions())
+    for row in results:
+        print(f"{row.benchmark:26} {row.provider:48} {row.value:8.3f} {row.unit} ({row.low:.3f} .. {row.high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
