@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
 from gradguide.ops.row import Row, Stack, Write
-from gradguide.ops.tensors import Interned, Tensors, facts_of
+from gradguide.ops.tensors import Interned, Tensors, facts_of, unchanged
 from gradguide.scopes import stacked
 from gradguide.survey import Survey
 
@@ -105,7 +105,9 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned, 
         states = [_state(base, parameter) for parameter in parameters]
 
     def held(name: str) -> Tensors:
-        return interned.of((name, key), [state[name] for state in states])
+        tensors = [state[name] for state in states]
+        kept = interned.of((name, key), tensors)
+        return kept if unchanged(kept) else Tensors(tensors)
 
     return Moments(parameters=parameters, first=held("exp_avg"), second=held("exp_avg_sq"), steps=held("step"))
 

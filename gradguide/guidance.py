@@ -17,7 +17,7 @@ from gradguide.metrics import Record
 from gradguide.momentum import momenta, rates
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
-from gradguide.ops.tensors import Interned, Tensors, facts_of, same
+from gradguide.ops.tensors import Interned, Tensors, facts_of, same, unchanged
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decision import DIRECTION, SOURCES, UPDATE, Decision, Rules
@@ -232,7 +232,8 @@ class Guidance:
             torch.zeros_like(value) if momentum is None else local(momentum)
             for momentum, value in zip(found, bucket.values, strict=True)
         ]
-        return Row(offset=self.interned.of(key, directions))
+        kept = self.interned.of(key, directions)
+        return Row(offset=kept if unchanged(kept) else directions)
 
     def _directions_of(self, bucket: Bucket, key: Hashable) -> Tensors:
         """The directions that are kept; zeros where there were none, or none of this shape."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradguide.buckets import Bucket
-from gradguide.ops.tensors import DTYPE, Facts, Tensors, facts_of, only, same
+from gradguide.ops.tensors import DTYPE, Facts, Tensors, facts_of, only, same, unchanged
 
 __all__ = ["Roll"]
 
@@ -54,7 +54,7 @@ class Roll:
         called = []
         for bucket, facts in self._kept:
             found = Tensors(map(gradients.__getitem__, bucket.places))  # type: ignore[arg-type]  # none is missing
-            if not (_alike(found, facts) and _as_before(bucket.values)):
+            if not (_alike(found, facts) and unchanged(bucket.values)):
                 return None
             found.facts = facts
             called.append(replace(bucket, gradients=found))
@@ -77,12 +77,6 @@ def _alike(gradients: Sequence[Tensor], facts: Facts) -> bool:
         )
     except RuntimeError:  # sparse gradients have no such facts
         return False
-
-
-def _as_before(values: Tensors) -> bool:
-    """Whether parameters, whose data may be given another precision or layout, still have those of their facts."""
-    facts = facts_of(values)
-    return only(map(DTYPE, values)) == facts.dtype and all(map(Tensor.is_contiguous, values)) == facts.contiguous
 
 
 def _index(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Facts", "Interned", "Tensors", "facts_of", "only", "same"]
+__all__ = ["Facts", "Interned", "Tensors", "facts_of", "only", "same", "unchanged"]
 
 DTYPE, DEVICE = attrgetter("dtype"), attrgetter("device")
 
@@ -63,6 +63,13 @@ def only(values: Iterable[Any]) -> Any:
 def same(left: Sequence[object], right: Sequence[object]) -> bool:
     """Whether two lists hold the same objects."""
     return len(left) == len(right) and all(map(is_, left, right))
+
+
+def unchanged(tensors: Tensors) -> bool:
+    """Whether tensors that belong to others, whose data may be given another precision or layout, still have those of
+    their facts."""
+    facts = facts_of(tensors)
+    return only(map(DTYPE, tensors)) == facts.dtype and all(map(Tensor.is_contiguous, tensors)) == facts.contiguous
 
 
 class Interned:

@@ -72,8 +72,9 @@ def columns_of(
     dtypes: list[Any] = []
     codes = {id(row.offset) for row in present if row.steps is not None}
     steps = {id(row.steps) for row in present if row.steps is not None}
-    held = [part for row in present for part in row.fields]
-    for part in [*held, *(write.into for write in writes), *others]:
+    fields = [part for row in present for part in row.fields]
+    stacked = set(map(id, fields))
+    for part in [*fields, *(write.into for write in writes), *others]:
         if part is None or id(part) in numbers:
             continue
         facts = facts_of(part)
@@ -92,7 +93,7 @@ def columns_of(
         if place == len(dtypes):
             dtypes.append(known[facts.dtype])
             addresses.extend(where)
-        if any(part is list_ for list_ in held):
+        if id(part) in stacked:
             asked[id(part)] = where
 
     def number(part: Sequence[Tensor] | None) -> int:

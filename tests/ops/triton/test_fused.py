@@ -262,6 +262,33 @@ def test_fused_can_be_switched_off_and_on_within_a_run(fused_steps: list[int]) -
     assert_close(mine, other)
 
 
+def test_moments_that_are_cast_in_place_are_read_as_what_they_are(fused_steps: list[int]) -> None:
+    runs = []
+    for in_place in (False, True):
+        held, optimizer = guided("triton", BASES["AdamW"])
+        run(held, optimizer, range(2))
+        for state in optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if in_place:
+                    state[name].data = state[name].data.bfloat16()
+                else:
+                    state[name] = state[name].bfloat16()
+        run(held, optimizer, range(2, 4))
+        runs.append(held)
+    assert fused_steps == [2] * 8
+    assert all(map(torch.equal, *runs))
+
+
+def test_moments_that_are_forgotten_begin_anew(fused_steps: list[int]) -> None:
+    runs = [guided(backend, BASES["AdamW"]) for backend in ("triton", "foreach")]
+    for held, optimizer in runs:
+        run(held, optimizer, range(2))
+        optimizer.state.clear()
+        run(held, optimizer, range(2, 4))
+    assert fused_steps == [2] * 4
+    assert_close(runs[0], runs[1])
+
+
 def test_a_checkpoint_is_that_of_the_base(fused_steps: list[int]) -> None:
     held, optimizer = guided("triton", BASES["AdamW"])
     run(held, optimizer, range(2))
