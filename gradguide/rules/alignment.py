@@ -40,9 +40,9 @@ class Alignment:
             to each source: 1 for one that is anchored, in the unit that :meth:`gradguide.SourceGradient.anchored`
             gives, and less for more rows to train on; 0 for any other, because what training left of a source gradient
             grows stale at once, and following it did harm at any weight tried.
-        project (bool | None): whether the hard part acts. None is yes, unless all sources are anchored: any step away
-            from an anchor conflicts with it, so that a model held by the hard part could not move on, however weak the
-            pull.
+        project (bool | None): whether the hard part acts. None is yes, but not for sources that are anchored: any step
+            away from an anchor conflicts with it, so that a model held by the hard part could not move on, however weak
+            the pull.
 
     Raises:
         ValueError, TypeError: an option is out of range, or a source is none.
@@ -54,43 +54,58 @@ class Alignment:
     project: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not sources_of(self.sources):
+        sources = sources_of(self._given())
+        if not sources:
             raise ValueError("Alignment needs at least one source, found none; leave alignment=None to do without")
-        if len(self.sources) > MAX_SOURCES:
-            raise ValueError(f"Alignment takes at most {MAX_SOURCES} sources, found {len(self.sources)}; merge some")
+        if len(sources) > MAX_SOURCES:
+            raise ValueError(f"Alignment takes at most {MAX_SOURCES} sources, found {len(sources)}; merge some")
         check_choice("on", self.on, ("update", "gradient"))
         given = self.weight if isinstance(self.weight, Sequence) else [] if self.weight is None else [self.weight]
         for weight in given:
             check_range("weight", weight, 0, float("inf"), open_high=True)
-        if isinstance(self.weight, Sequence) and len(self.weight) != len(self.sources):
-            raise ValueError(f"weight must be one for each of {len(self.sources)} sources, found {len(self.weight)}")
+        if isinstance(self.weight, Sequence) and len(self.weight) != len(sources):
+            raise ValueError(f"weight must be one for each of {len(sources)} sources, found {len(self.weight)}")
         if self.project is not None:
             check_flag("project", self.project)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The sources as a tuple."""
-        if isinstance(self.source, Mapping):
-            return tuple(self.source.values())
-        return tuple(self.source) if isinstance(self.source, Sequence) else (self.source,)
+        """The sources as a tuple: those that the hard part acts for, then the others, each as they were given."""
+        return tuple(source for _, source, _ in self._ordered())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of each source; its number where none was given."""
-        return tuple(map(str, self.source if isinstance(self.source, Mapping) else range(len(self.sources))))
+        """The name of each of ``sources``; where none was given, its number among those given."""
+        return tuple(name for name, _, _ in self._ordered())
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each source in effect."""
-        if isinstance(self.weight, Sequence):
-            return tuple(map(float, self.weight))
-        return tuple(source.weight if self.weight is None else float(self.weight) for source in self.sources)
+        """The weight in effect of each of ``sources``."""
+        return tuple(weight for _, _, weight in self._ordered())
 
     @property
-    def projects(self) -> bool:
-        """Whether the hard part acts."""
+    def projected(self) -> int:
+        """For how many sources the hard part acts; they are the first of ``sources``."""
+        return sum(map(self._projects, self._given()))
+
+    def _given(self) -> Sequence[Source]:
+        if isinstance(self.source, Mapping):
+            return list(self.source.values())
+        return self.source if isinstance(self.source, Sequence) else [self.source]
+
+    def _ordered(self) -> list[tuple[str, Source, float]]:
+        """Name, source and weight of each."""
+        sources = self._given()
+        names = map(str, self.source if isinstance(self.source, Mapping) else range(len(sources)))
+        if isinstance(self.weight, Sequence):
+            weights = [float(weight) for weight in self.weight]
+        else:
+            weights = [source.weight if self.weight is None else float(self.weight) for source in sources]
+        return sorted(zip(names, sources, weights, strict=True), key=lambda entry: not self._projects(entry[1]))
+
+    def _projects(self, source: Source) -> bool:
         # A source that pulls by itself is an anchored one.
-        return any(source.weight == 0 for source in self.sources) if self.project is None else self.project
+        return source.weight == 0 if self.project is None else self.project
 
 
 def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float]) -> Tensor:

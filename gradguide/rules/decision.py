@@ -67,19 +67,19 @@ class Rules:
         return self.max_update is not None
 
     @property
-    def aligns_update(self) -> bool:
-        """Whether the update is aligned: then the sources are the last rows of its span."""
-        return self.alignment is not None and self.alignment.on == "update" and self.alignment.projects
+    def gradient_sources(self) -> int:
+        """How many sources the gradient is freed of conflicts with: the first ones."""
+        return self.alignment.projected if self.alignment is not None and self.alignment.on == "gradient" else 0
 
     @property
     def update_sources(self) -> int:
-        """How many sources the update is aligned with."""
-        return self.sources if self.aligns_update else 0
+        """How many sources the update is freed of conflicts with: the first ones, then the last rows of its span."""
+        return self.alignment.projected if self.alignment is not None and self.alignment.on == "update" else 0
 
     @property
     def limit_update(self) -> bool:
         """Whether the update has to be measured, since a rule acts on it."""
-        return self.aligns_update or self.bounds_update
+        return self.update_sources > 0 or self.bounds_update
 
     @property
     def first_source(self) -> int:
@@ -147,8 +147,8 @@ def decide(
     if rules.alignment is not None:
         if any(rules.alignment.weights):
             guided = aligning.pull(guided, received, SOURCES, rules.alignment.weights)
-        if rules.alignment.projects and rules.alignment.on == "gradient":
-            guided = aligning.project(span, guided, SOURCES, SOURCES + rules.sources)
+        if rules.gradient_sources:
+            guided = aligning.project(span, guided, SOURCES, SOURCES + rules.gradient_sources)
 
     norm = span.norm(guided)
     factor = torch.ones_like(norm)
@@ -210,7 +210,7 @@ def limit(span: Span, rules: Rules, scale: Tensor, numbers: Tensor) -> Tensor:
     if rules.max_update is not None:
         lengths = span.norm(wanted), span.norm(span.row(BEFORE))
         wanted = wanted * bounding.shrink(*lengths, numbers, rules.max_update).unsqueeze(1)
-    if rules.aligns_update:
+    if rules.update_sources:
         # A step raises the source loss where it goes along the source gradient.
         wanted = -aligning.project(span, -wanted, first=rules.first_source)
     return torch.where(span.gram.isfinite().all(), wanted, update)
@@ -240,7 +240,7 @@ def limit_unmade(
     gram[:, UPDATE, first:] = gram[:, first:, UPDATE] = products[:, 2:]
     gram[:, first:, first:] = step.gram[:, sources, sources]
     wanted = limit(Span(gram), rules, scale, numbers)
-    if not rules.aligns_update:
+    if not count:
         return wanted[:, UPDATE], None
     pulls = torch.zeros_like(step.gram[:, 0])
     pulls[:, sources] = wanted[:, first:]

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
-from gradguide import Alignment, SourceGradient
+from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.rules.alignment import conflicts, pull
 
 
@@ -31,11 +32,40 @@ def test_each_source_says_its_weight_unless_one_is_given() -> None:
 def test_anchored_sources_alone_are_not_projected_on() -> None:
     """A step away from an anchor always conflicts with it."""
     plain, anchored = source(moving=True), source(moving=True).anchored()
-    assert Alignment(plain).projects
-    assert Alignment([plain, anchored]).projects
-    assert not Alignment([anchored, anchored]).projects
-    assert Alignment(anchored, project=True).projects
-    assert not Alignment(plain, project=False).projects
+    assert Alignment(plain).projected == 1
+    assert Alignment([anchored, anchored]).projected == 0
+    assert Alignment([anchored, plain], project=True).projected == 2
+    assert Alignment(plain, project=False).projected == 0
+
+
+def test_of_mixed_sources_the_hard_part_acts_for_those_that_are_not_anchored() -> None:
+    plain, anchored = source(moving=True), source(moving=True).anchored()
+    mixed = Alignment([anchored, plain, anchored], weight=[1.0, 2.0, 3.0])
+    assert mixed.projected == 1
+    assert mixed.sources == (plain, anchored, anchored)
+    assert (mixed.names, mixed.weights) == (("1", "0", "2"), (2.0, 1.0, 3.0))
+    assert Alignment({"a": anchored, "b": plain}).names == ("b", "a")
+    assert Alignment([anchored, plain], project=True).names == ("0", "1")
+
+
+def test_an_anchor_beside_a_projecting_source_lets_the_model_move_on() -> None:
+    """The gradient of the pull points away from the anchor, so a projection on it would end all moving on."""
+    moved = {}
+    for alone in (True, False):
+        parameter = nn.Parameter(torch.zeros(2))
+        anchor = SourceGradient(None, fisher={"p": torch.ones(2)}, anchor={"p": torch.zeros(2)})
+        other = SourceGradient({"p": torch.tensor([0.0, -1.0])})
+        given = anchor if alone else [anchor, other]
+        optimizer = GradGuide(
+            SGD([parameter], lr=0.1), direction=None, magnitude=None, alignment=Alignment(given, weight=0.01),
+            names={"p": parameter},
+        )  # fmt: skip
+        for _ in range(5):
+            parameter.grad = torch.tensor([-1.0, 0.0])
+            optimizer.step()
+        moved[alone] = float(parameter[0].detach())
+    assert moved[True] > 0.4
+    assert moved[False] == pytest.approx(moved[True], rel=0.05)
 
 
 def test_conflicts_within_rounding_are_none() -> None:

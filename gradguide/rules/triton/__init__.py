@@ -59,7 +59,7 @@ def decide(
             SOURCE_COUNT=rules.sources, REGULARIZED=regularized,
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
-            PROJECTED=alignment is not None and alignment.projects and alignment.on == "gradient",
+            PROJECTED=rules.gradient_sources,
             CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive, SCALED=scaled,
             num_warps=WARPS, **FUSION,
         )  # fmt: skip
@@ -99,7 +99,7 @@ def limit_unmade(
             gram, products, scale, numbers, _bound(gram, rules), factor, pulls, len(gram), STEP_ROWS=gram.shape[1],
             **_layout(rules, rows),
         )  # fmt: skip
-    return factor, pulls if rules.aligns_update else None
+    return factor, pulls if rules.update_sources else None
 
 
 def _bound(gram: Tensor, rules: Rules) -> Tensor:

@@ -35,6 +35,10 @@ def source() -> SourceGradient:
     return SourceGradient({"p": torch.ones(1)})
 
 
+def anchor() -> SourceGradient:
+    return SourceGradient(None, fisher={"p": torch.ones(1)}, anchor={"p": torch.ones(1)})
+
+
 def statistics(scopes: int, seed: int) -> Tensor:
     """As after some steps; of the first scope as before any."""
     found = torch.rand(scopes, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
@@ -65,7 +69,9 @@ def test_a_step(data: st.DataObject) -> None:
     direction = data.draw(DIRECTIONS)
     magnitude = data.draw(MAGNITUDES.filter(lambda m: direction is not None or m is None or m.coherence == 0))
     on, weight = data.draw(st.sampled_from(["gradient", "update"])), data.draw(st.sampled_from([0.0, 0.3]))
-    alignment = Alignment([source()] * count, on=on, weight=weight) if count else None
+    anchored = data.draw(st.integers(0, count))
+    given = [source()] * (count - anchored) + [anchor()] * anchored
+    alignment = Alignment(given, on=on, weight=weight) if count else None
     rules, known = Rules(direction, alignment, magnitude), statistics(3, data.draw(st.integers(0, 9)))
     mine = known.to(DEVICE, copy=True)
     wanted_counts = torch.tensor([4.0, 2.0], dtype=torch.float64)

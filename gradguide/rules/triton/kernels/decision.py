@@ -93,6 +93,7 @@ def decide(
         gradients, directions, guideds: float64 [scopes, ROWS], coordinates: guided and clipped, new direction, guided.
         numbers: float64 [4, scopes]: norm, factor of clipping, coherence, scale of the update.
         go: float32, where it goes whether the step is to be made: 1 or 0.
+        PROJECTED: of how many sources, the first ones, the gradient is freed.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
@@ -125,8 +126,8 @@ def decide(
         is_source = (lanes >= SOURCES) & (lanes < SOURCES + SOURCE_COUNT)
         weights = tl.load(settings + 4 + lanes - SOURCES, mask=is_source, other=0.0)
         guided = guided + tl.where(received > 0, weights, 0.0)
-    if PROJECTED:
-        guided = projected(g, guided, SOURCES, SOURCE_COUNT, SIZE)
+    if PROJECTED > 0:
+        guided = projected(g, guided, SOURCES, PROJECTED, SIZE)
 
     guided_norm = norm(g, guided)
     factor = tl.full([], 1.0, tl.float64)
