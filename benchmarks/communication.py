@@ -48,7 +48,8 @@ def optimizer_of(model: nn.Module, kind: str) -> Optimizer:
     if kind == "no source":
         return GradGuide(base)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    source = SourceGradient({name: torch.randn(shape) for name, shape in shapes.items()})
+    table = {name: torch.rand(shape) for name, shape in shapes.items()}
+    source = SourceGradient(table) if kind == "one source" else SourceGradient(None, fisher=table, anchor=dict(table))
     return GradGuide(base, alignment=Alignment(source), names=model.named_parameters())
 
 
@@ -59,7 +60,7 @@ def measure(rank: int, world: int, meeting: str) -> list[dict[str, Any]]:
     mesh = init_device_mesh("cpu", (world,))
     rows = []
     for label, width in SIZES.items():
-        for kind in ("AdamW", "no source", "one source"):
+        for kind in ("AdamW", "no source", "one source", "anchored source"):
             torch.manual_seed(1)  # the source is the same on all ranks
             model = model_of(width)
             fully_shard(model, mesh=mesh)

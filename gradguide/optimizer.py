@@ -48,18 +48,19 @@ class GradGuide(Optimizer):
     One step is three moves. *Measure*: one read of the gradient g, the running direction d and the source gradients s_k
     gives their Gram matrix. *Decide*: the rules work on that small matrix (direction, alignment on the gradient,
     magnitude). *Combine*: g and d are written, in place. Then the base steps, and what acts on the update (alignment on
-    "update", magnitude's coherence) does the same three moves on it.
+    "update", magnitude's bound and coherence) does the same three moves on it.
 
     It is an optimizer like any other: ``param_groups``, ``state`` and ``defaults`` *are* the base's; schedulers,
     GradScaler, Accelerate and the state dict work as with the base alone. With every rule off each step is the base's,
     bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run
     for both.
 
-    Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and no rule projects the update, the base's step
-    is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see :mod:`gradguide.fused`).
+    Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and at most four sources project the update, the
+    base's step is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see
+    :mod:`gradguide.fused`).
 
     Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
-    parameters where a rule acts on the update.
+    parameters where a rule acts on the update and the base steps by itself.
 
     Source: built from the abstract of arXiv 2506.00726.
 

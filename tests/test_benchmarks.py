@@ -43,7 +43,7 @@ def test_storage_tells_the_bytes_of_every_kind(tmp_path: Path) -> None:
 def test_communication_does_not_grow_with_the_parameters(tmp_path: Path) -> None:
     communication.main(["--out", str(tmp_path / "communication.csv")])
     found = rows(tmp_path / "communication.csv")
-    for kind, payload in (("AdamW", "0"), ("no source", "64"), ("one source", "144")):
+    for kind, payload in (("AdamW", "0"), ("no source", "64"), ("one source", "144"), ("anchored source", "104")):
         sent = {row["payload_bytes"] for row in found if row["optimizer"] == kind}
         assert sent == {payload}, kind
     assert {row["ranks"] for row in found} == {"2", "8", "64", "1024"}
