@@ -27,12 +27,14 @@ class Bucket:
 
     Lists are aligned; ``names`` is empty where the sources know nothing. Of a DTensor, ``values`` and ``gradients`` are
     this rank's part, and ``summed`` are the process groups that products are to be summed over. ``groups`` are the
-    numbers of the param groups, and ``places`` those of the parameters, counted through all groups.
+    numbers of the param groups, ``places`` those of the parameters, counted through all groups, and ``elements`` is how
+    many numbers the whole parameters have.
     """
 
     label: Label
     summed: tuple[Any, ...] = ()
-    parameters: Tensors = field(default_factory=Tensors)
+    elements: int = 0
+    parameters: list[Tensor] = field(default_factory=list)
     values: Tensors = field(default_factory=Tensors)
     gradients: Tensors = field(default_factory=Tensors)
     names: list[str] = field(default_factory=list)
@@ -109,6 +111,7 @@ def gather(
             if bucket is None:
                 bucket = buckets[key] = Bucket(scope, summed)
             bucket.parameters.append(parameter)
+            bucket.elements += parameter.numel()
             bucket.values.append(local(parameter) if sharded else parameter)
             bucket.gradients.append(local(gradient) if sharded else gradient)
             bucket.groups.append(index)

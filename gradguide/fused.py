@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
 from gradguide.ops.row import Row, Stack, Write
-from gradguide.ops.tensors import Interned, Tensors, facts_of, unchanged
+from gradguide.ops.tensors import Interned, Tensors, only
 from gradguide.scopes import stacked
 from gradguide.survey import Survey
 
@@ -55,7 +55,6 @@ def parts_of(
     survey: Survey,
     rows: Sequence[Stack],
     directions: Sequence[Sequence[Tensor] | None],
-    interned: Interned,
 ) -> list[Part] | None:
     """The launches of a fused step, or None where the base has to step by itself.
 
@@ -67,7 +66,6 @@ def parts_of(
         survey: of parameters that lie over no ranks.
         rows: those of the step, for each bucket.
         directions: for each bucket the running direction that the step writes, or None.
-        interned: where lists of moments are kept from step to step.
     """
     if not _plain(base) or not all(map(_simple, base.param_groups)):
         return None
@@ -79,14 +77,14 @@ def parts_of(
     for (bucket, scope), all_rows, kept in zip(survey, rows, directions, strict=True):
         groups = dict.fromkeys(bucket.groups)
         for index in groups:
-            these, into, parameters = all_rows, kept, bucket.parameters
+            these, into, parameters = all_rows, kept, bucket.values
             if len(groups) > 1:
                 places = [place for place, group in enumerate(bucket.groups) if group == index]
                 these = Stack(_taken(row, places) for row in all_rows)
                 into = None if kept is None else [kept[place] for place in places]
-                parameters = Tensors(bucket.parameters[place] for place in places)
-            moments = _moments(base, parameters, interned, (bucket.places[0], index))
-            if facts_of(moments.steps).device != facts_of(parameters).device:
+                parameters = Tensors(bucket.values[place] for place in places)
+            moments = _moments(base, parameters, survey.interned)
+            if only(map(Tensor.get_device, moments.steps)) != parameters[0].get_device():
                 return None
             # Coefficients are not known yet, and the columns do not depend on them.
             write = None if into is None else Write(into=into, coefficients=torch.empty(0))
@@ -97,7 +95,7 @@ def parts_of(
     return parts
 
 
-def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned, key: object) -> Moments:
+def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned) -> Moments:
     from gradguide.ops.triton.adam import Moments
 
     states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
@@ -105,11 +103,15 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned, 
         states = [_state(base, parameter) for parameter in parameters]
 
     def held(name: str) -> Tensors:
-        tensors = [state[name] for state in states]
-        kept = interned.of((name, key), tensors)
-        return kept if unchanged(kept) else Tensors(tensors)
+        # No other list of this name has this length and begins with this parameter.
+        return interned.of((name, id(parameters[0]), len(parameters)), [state[name] for state in states])
 
-    return Moments(parameters=parameters, first=held("exp_avg"), second=held("exp_avg_sq"), steps=held("step"))
+    return Moments(
+        parameters=parameters,
+        first=held("exp_avg"),
+        second=held("exp_avg_sq"),
+        steps=[state["step"] for state in states],
+    )
 
 
 def _settings(base: Optimizer, group: dict[str, Any]) -> Settings:

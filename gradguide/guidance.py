@@ -17,7 +17,7 @@ from gradguide.metrics import Record
 from gradguide.momentum import momenta, rates
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
-from gradguide.ops.tensors import Interned, Tensors, facts_of, same, unchanged
+from gradguide.ops.tensors import Interned, Tensors
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decision import DIRECTION, SOURCES, UPDATE, Decision, Rules
@@ -87,7 +87,6 @@ class Guidance:
         self.rules = Rules(direction, None, magnitude)
         self.align(alignment, surveyor.sources)
         self.directions: dict[Tensor, Tensor] = {}
-        self.interned = Interned()
         self.scopes = Scopes()
         self.before = Before()
 
@@ -119,7 +118,7 @@ class Guidance:
         sources = survey.sources[: self.rules.sources]
         rows: Rows = []
         for bucket in survey.buckets:
-            own = [Row(offset=bucket.gradients), self.direction_row(base, bucket)]
+            own = [Row(offset=bucket.gradients), self.direction_row(base, bucket, survey.interned)]
             more = [Row(offset=[added[p] for p in bucket.parameters])] if added else []
             rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more]))
         span = survey.gram(rows, SOURCES + len(sources) + bool(added))
@@ -169,7 +168,7 @@ class Guidance:
         count = self.rules.update_sources
         if count > fused.MOST_SOURCES or survey.sharded:
             return False
-        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured), self.interned)
+        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured))
         if parts is None:
             return False
         scale, pulls = decided.scale, None
@@ -218,13 +217,13 @@ class Guidance:
         kept = [rows[DIRECTION] for rows in measured.rows]
         return [None if row is None else row.offset for row in kept]
 
-    def direction_row(self, base: Optimizer, bucket: Bucket) -> Row | None:
+    def direction_row(self, base: Optimizer, bucket: Bucket, interned: Interned) -> Row | None:
         """The running direction over a bucket; None where there is none, or none yet."""
         if self.rules.direction is None:
             return None
         key = "direction", bucket.places[0]
         if not self.rules.direction.share_momentum:
-            return Row(offset=self._directions_of(bucket, key))
+            return Row(offset=self._directions_of(bucket, interned, key))
         found = momenta(base, bucket.parameters)
         if all(momentum is None for momentum in found):
             return None
@@ -232,22 +231,22 @@ class Guidance:
             torch.zeros_like(value) if momentum is None else local(momentum)
             for momentum, value in zip(found, bucket.values, strict=True)
         ]
-        kept = self.interned.of(key, directions)
-        return Row(offset=kept if unchanged(kept) else directions)
+        return Row(offset=interned.of(key, directions))
 
-    def _directions_of(self, bucket: Bucket, key: Hashable) -> Tensors:
+    def _directions_of(self, bucket: Bucket, interned: Interned, key: Hashable) -> Tensors:
         """The directions that are kept; zeros where there were none, or none of this shape."""
         found = list(map(self.directions.get, bucket.parameters))
-        before = self.interned.get(key)
-        if before is not None and same(before, found) and facts_of(before).lengths == facts_of(bucket.values).lengths:
-            return before
+        there = [direction for direction in found if direction is not None]
+        known = interned.known(key, there)
+        if known is not None and len(known) == len(found):
+            return known
         new = {
             parameter: value
             for parameter, value, direction in zip(bucket.parameters, bucket.values, found, strict=True)
             if direction is None or direction.shape != value.shape
         }
         self.directions.update(zip(new, lay_out(list(new.values()), torch.float32), strict=True))
-        return self.interned.of(key, [self.directions[p] for p in bucket.parameters])
+        return interned.of(key, [self.directions[p] for p in bucket.parameters])
 
     def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
         """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""

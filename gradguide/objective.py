@@ -197,7 +197,7 @@ def _slope(base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: 
         Stack(
             [
                 Row(offset=bucket.gradients),
-                guidance.direction_row(base, bucket) if regularizer.direction else None,
+                guidance.direction_row(base, bucket, survey.interned) if regularizer.direction else None,
                 *source_rows(sources, bucket, bucket.values),
                 Row(offset=bucket.values),
             ]

@@ -313,7 +313,6 @@ class GradGuide(Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         base_state, own = checkpoint.split(state_dict, self.base, self._guidance)
-        self._guidance.interned.clear()  # so that what the base replaces is not kept alive
         self.base.load_state_dict(base_state)
         self._totals = checkpoint.restore(own, self.base, self._guidance)
         self._last = None

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradguide.buckets import Bucket
-from gradguide.ops.tensors import DTYPE, Facts, Tensors, facts_of, only, same, unchanged
+from gradguide.ops.tensors import DTYPE, Facts, Note, Tensors, only, same
+from gradguide.sharding import layout_of
 
 __all__ = ["Roll"]
+
+_SHAPE = attrgetter("shape")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A bucket without its gradients, and what these were like."""
+
+    bucket: Bucket
+    shapes: list[torch.Size]
+    facts: Facts
+    index: int  # of the device, -1 for the CPU: cheaper to ask for than the device
+    stored: torch.dtype  # of the parameters
 
 
 class Roll:
@@ -26,25 +41,26 @@ class Roll:
         self._parameters: list[Tensor] = []
         self._sizes: list[int] = []
         self._missing: list[bool] = []
-        self._kept: list[tuple[Bucket, Facts]] = []
+        self._entries: list[_Entry] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has parameters of its own.
+        # A copy has parameters of its own, and begins with an empty roll.
         return vars(Roll())
 
     def keep(self, groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> None:
-        """Remember buckets of whole parameters, all that have gradients in ``groups``."""
-        self._parameters = _listed(groups)
+        """Remember the buckets of ``groups``; nothing where one of their parameters is a DTensor, frozen or not."""
+        parameters = _listed(groups)
+        if any(layout_of(parameter) is not None for parameter in parameters):
+            return
+        self._parameters = parameters
         self._sizes = [len(group["params"]) for group in groups]
-        self._missing = [p.grad is None for p in self._parameters]
-        self._kept = [(replace(bucket, gradients=Tensors()), facts_of(bucket.gradients)) for bucket in buckets]
-        for bucket in buckets:
-            facts_of(bucket.values)  # as they are now, to be compared with
+        self._missing = [p.grad is None for p in parameters]
+        self._entries = list(map(_entry, buckets))
 
     def call(self, groups: Sequence[dict[str, Any]]) -> list[Bucket] | None:
         """The buckets with the gradients that there are now; None where anything else is not as it was."""
         parameters = _listed(groups)
-        if not self._kept or not same(parameters, self._parameters):
+        if not self._entries or not same(parameters, self._parameters):
             return None
         if [len(group["params"]) for group in groups] != self._sizes:
             return None
@@ -52,12 +68,12 @@ class Roll:
         if [gradient is None for gradient in gradients] != self._missing:
             return None
         called = []
-        for bucket, facts in self._kept:
-            found = Tensors(map(gradients.__getitem__, bucket.places))  # type: ignore[arg-type]  # none is missing
-            if not (_alike(found, facts) and unchanged(bucket.values)):
+        for entry in self._entries:
+            # None of these is missing.
+            found: list[Any] = list(map(gradients.__getitem__, entry.bucket.places))
+            if not _alike(found, entry) or only(map(DTYPE, entry.bucket.parameters)) != entry.stored:
                 return None
-            found.facts = facts
-            called.append(replace(bucket, gradients=found))
+            called.append(replace(entry.bucket, gradients=Tensors(found, Note(entry.facts))))
         return called
 
 
@@ -65,19 +81,24 @@ def _listed(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def _alike(gradients: Sequence[Tensor], facts: Facts) -> bool:
-    """Whether the facts of other gradients are those of these: asked with less ado than ``facts_of``."""
-    assert facts.device is not None  # that of the bucket
+def _entry(bucket: Bucket) -> _Entry:
+    first = bucket.gradients[0]
+    contiguous = all(map(Tensor.is_contiguous, bucket.gradients))
+    facts = Facts(array("q", map(Tensor.numel, bucket.gradients)), first.dtype, first.device, contiguous)
+    shapes = list(map(_SHAPE, bucket.gradients))
+    bare = replace(bucket, gradients=Tensors())
+    return _Entry(bare, shapes, facts, first.get_device(), bucket.parameters[0].dtype)
+
+
+def _alike(gradients: Sequence[Tensor], entry: _Entry) -> bool:
+    """Whether shapes and facts are those of these gradients too."""
     try:
-        return (
-            facts.lengths == array("q", map(Tensor.numel, gradients))
-            and only(map(DTYPE, gradients)) == facts.dtype
-            and all(map(Tensor.is_contiguous, gradients)) == facts.contiguous
-            and only(map(Tensor.get_device, gradients)) == _index(facts.device)  # indices are cheaper than devices
-        )
-    except RuntimeError:  # sparse gradients have no such facts
+        contiguous = list(map(Tensor.is_contiguous, gradients))
+    except RuntimeError:  # one is sparse
         return False
-
-
-def _index(device: torch.device) -> int:
-    return -1 if device.type == "cpu" else device.index or 0
+    return (
+        list(map(_SHAPE, gradients)) == entry.shapes
+        and only(map(DTYPE, gradients)) == entry.facts.dtype
+        and all(contiguous) == entry.facts.contiguous
+        and only(map(Tensor.get_device, gradients)) == entry.index
+    )

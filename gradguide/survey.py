@@ -14,7 +14,7 @@ from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.fixed import FixedProducts
-from gradguide.ops.tensors import facts_of, same
+from gradguide.ops.tensors import Interned, same
 from gradguide.ranks import Ranks
 from gradguide.roll import Roll
 from gradguide.rules.span import Span
@@ -36,6 +36,7 @@ class Survey:
     labels: of the scopes.
     sources: all there are, for this rank's parts of the parameters.
     device: where Gram matrices of all scopes come together.
+    interned: notes on lists of these parameters' tensors, from earlier steps over the same buckets.
     """
 
     buckets: list[Bucket]
@@ -45,6 +46,7 @@ class Survey:
     device: torch.device
     ranks: Ranks
     products: FixedProducts
+    interned: Interned
     backend: str
 
     def __iter__(self) -> Iterator[tuple[Bucket, int]]:
@@ -76,7 +78,7 @@ class Survey:
         """How many numbers each scope has: Tensor [S], float64."""
         counts = [0] * len(self.labels)
         for bucket, scope in self:
-            counts[scope] += sum(facts_of(bucket.parameters).lengths)
+            counts[scope] += bucket.elements
         if self.fused:
             from gradguide.ops.triton.launch import numbers_of
 
@@ -110,11 +112,12 @@ class Surveyor:
         self, scope: Scope, names: Mapping[Tensor, str], sources: Sequence[Source], told: object, backend: str
     ) -> None:
         self.names = dict(names)
-        self._scope = scope
+        self._scope = dict(scope.items()) if isinstance(scope, Mapping) else scope
         self._told = told
         self._backend = backend
         self._places: dict[tuple[int, int], str] = {}
-        self._followed: list[Tensor] = []
+        self._followed: tuple[list[Tensor], list[int]] = [], []
+        self._last: Survey | None = None
         self.ask(sources)
 
     def ask(self, sources: Sequence[Source]) -> None:
@@ -126,8 +129,7 @@ class Surveyor:
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
         self._products = FixedProducts()
-        self._roll = Roll()
-        self._last: Survey | None = None
+        self._forget()
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -155,16 +157,22 @@ class Surveyor:
             ranks.agree(trained, (parameters, self._told), self.sources)
         scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
         sources = ranks.parts_of(self.sources, trained, self.names)
-        made = Survey(buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, self._backend)
-        if not ranks.sharded:
-            self._roll.keep(base.param_groups, buckets)
-            self._last = replace(made, buckets=[])
+        made = Survey(
+            buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, Interned(), self._backend
+        )
+        self._forget()
+        self._roll.keep(base.param_groups, buckets)
+        self._last = replace(made, buckets=[])  # for the buckets that the roll calls
         return made
+
+    def _forget(self) -> None:
+        """Look at everything anew in the next step."""
+        self._roll, self._last = Roll(), None
 
     def refresh(self, base: Optimizer) -> None:
         """Before a step: sources compute anew what they have to, at the parameters as they are."""
-        if all(isinstance(source, SourceGradient) for source in self.sources):
-            return  # what is stored needs none
+        if all(type(source).refresh is SourceGradient.refresh for source in self.sources):
+            return  # which does nothing
         self.follow(base)
         trained = trained_by(base)
         known = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
@@ -184,9 +192,10 @@ class Surveyor:
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
         listed = [p for group in base.param_groups for p in group["params"]]
-        if not self.names or same(listed, self._followed):
+        sizes = [len(group["params"]) for group in base.param_groups]
+        if not self.names or (same(listed, self._followed[0]) and sizes == self._followed[1]):
             return
-        self._followed = listed
+        self._followed = listed, sizes
         for index, group in enumerate(base.param_groups):
             for place, parameter in enumerate(group["params"]):
                 name = self.names.get(parameter)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradguide.ops import foreach, reference
 from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Stack, Write
-from gradguide.ops.tensors import facts_of
+from gradguide.ops.tensors import Facts, located
 
 try:
     from gradguide.ops import _cpu
@@ -62,13 +62,15 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
         reference.combine_(rows, [write for write, _ in plan])
         return
     table = _table_of(rows)
-    stored = [_kind(write.into) for write, _ in plan]
+    written = [located(write.into) for write, _ in plan]
+    stored = [_kind(facts) for facts, _ in written]
     if _cpu is None or table is None or None in stored:
         foreach.combine_(rows, [write for write, _ in plan])
         return
-    for write, _ in plan:
-        _check_lengths(write.into, table.lengths)
-    into = array("q", [address for write, _ in plan for address in map(Tensor.data_ptr, write.into)])
+    into = array("q")
+    for facts, addresses in written:
+        _check_lengths(facts, table.lengths)
+        into.extend(addresses)
     coefficients = array("d", [number for _, numbers in plan for number in numbers])
     accumulate = bytes(write.accumulate for write, _ in plan)
     kinds = bytes(kind for kind in stored if kind is not None)
@@ -99,44 +101,45 @@ def _table_of(rows: Sequence[Row | None]) -> _Table | None:
 
 def _table(rows: Sequence[Row | None]) -> _Table | None:
     """None where a row has a part that the compiled passes cannot read."""
+    known = {id(part): located(part) for row in rows if row is not None for part in row.fields if part is not None}
     example = next(row for row in rows if row is not None).tensors
-    lengths = facts_of(example).lengths
-    absent = [0] * len(example)
+    lengths = known[id(example)][0].lengths
+    absent = array("q", [0] * len(example))
     addresses, kinds = array("q"), bytearray()
     for row in rows:
-        if row is None:
-            addresses.extend(absent * 4)
-            kinds.extend(bytes(4))
-            continue
-        for part in row.fields:
-            kind = _FLOAT32 if part is None else _kind_in(row, part, lengths)
+        for part in (None,) * 4 if row is None else row.fields:
+            if row is None or part is None:
+                addresses.extend(absent)
+                kinds.append(_FLOAT32)
+                continue
+            facts, where = known[id(part)]
+            kind = _kind_in(row, part, facts, lengths)
             if kind is None:
                 return None
-            addresses.extend(absent if part is None else map(Tensor.data_ptr, part))
+            addresses.extend(where)
             kinds.append(kind)
     return _Table(addresses, bytes(kinds), lengths, sum(lengths))
 
 
-def _kind_in(row: Row, part: Sequence[Tensor], lengths: array[int]) -> int | None:
+def _kind_in(row: Row, part: Sequence[Tensor], facts: Facts, lengths: array[int]) -> int | None:
     """How a part of the row is stored; None where the compiled passes cannot read it."""
     if part is row.steps:
-        if any(steps * GROUP < length for steps, length in zip(facts_of(part).lengths, lengths, strict=True)):
+        if any(steps * GROUP < length for steps, length in zip(facts.lengths, lengths, strict=True)):
             raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
-        return _FLOAT32 if _kind(part) == _FLOAT32 else None
-    kind = _CODES if row.steps is not None and facts_of(part).contiguous else _kind(part)
+        return _FLOAT32 if _kind(facts) == _FLOAT32 else None
+    kind = _CODES if row.steps is not None and facts.contiguous else _kind(facts)
     if kind is not None:
-        _check_lengths(part, lengths)
+        _check_lengths(facts, lengths)
     return kind
 
 
-def _kind(tensors: Sequence[Tensor]) -> int | None:
-    facts = facts_of(tensors)
+def _kind(facts: Facts) -> int | None:
     return _KINDS.get(facts.dtype) if facts.dtype is not None and facts.contiguous else None
 
 
-def _check_lengths(part: Sequence[Tensor], lengths: array[int]) -> None:
+def _check_lengths(facts: Facts, lengths: array[int]) -> None:
     # The compiled passes go by address: a shorter tensor would have them read or write memory of others.
-    if facts_of(part).lengths != lengths:
+    if facts.lengths != lengths:
         raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Stack, Write
-from gradguide.ops.tensors import facts_of
+from gradguide.ops.tensors import Facts, located
 
 __all__ = ["Columns", "columns_of"]
 
@@ -63,21 +63,29 @@ def columns_of(
     Raises:
         ValueError: lists differ in number or size of their tensors.
     """
-    asked = _asked(rows)
+    kept = _kept(rows)
+
+    def ask(part: Sequence[Tensor]) -> tuple[Facts, array[int]]:
+        if id(part) not in stacked:
+            return located(part)
+        if id(part) not in kept:
+            kept[id(part)] = located(part)
+        return kept[id(part)]
+
     present = [row for row in rows if row is not None]
-    lengths, _, device, _ = facts_of(present[0].tensors)
+    fields = [part for row in present for part in row.fields]
+    stacked = set(map(id, fields))
+    (lengths, _, device, _), _ = ask(present[0].tensors)
     numbers: dict[int, int] = {}  # of lists seen before
     places: dict[bytes, int] = {}  # of lists with other lists' tensors
     addresses: array[int] = array("q")
     dtypes: list[Any] = []
     codes = {id(row.offset) for row in present if row.steps is not None}
     steps = {id(row.steps) for row in present if row.steps is not None}
-    fields = [part for row in present for part in row.fields]
-    stacked = set(map(id, fields))
     for part in [*fields, *(write.into for write in writes), *others]:
         if part is None or id(part) in numbers:
             continue
-        facts = facts_of(part)
+        facts, where = ask(part)
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
         wanted = array("q", [-(-length // GROUP) for length in lengths]) if id(part) in steps else lengths
         if facts.lengths != wanted:
@@ -85,16 +93,11 @@ def columns_of(
         known = _CODES if id(part) in codes else DTYPES
         if device is None or facts.device != device or facts.dtype not in known or not facts.contiguous:
             return None
-        where = asked.get(id(part))
-        if where is None:
-            where = array("q", map(Tensor.data_ptr, part))
         place = places.setdefault(where.tobytes(), len(places))
         numbers[id(part)] = place
         if place == len(dtypes):
             dtypes.append(known[facts.dtype])
             addresses.extend(where)
-        if id(part) in stacked:
-            asked[id(part)] = where
 
     def number(part: Sequence[Tensor] | None) -> int:
         return -1 if part is None else numbers[id(part)]
@@ -115,8 +118,8 @@ def columns_of(
     )
 
 
-def _asked(rows: Sequence[Row | None]) -> dict[int, array[int]]:
-    """Addresses of a stack's lists, by identity, as far as they have been asked for; its lists live as long as it."""
+def _kept(rows: Sequence[Row | None]) -> dict[int, tuple[Facts, array[int]]]:
+    """What is known of a stack's lists, by identity; they live as long as it. Of other rows nothing is kept."""
     if not isinstance(rows, Stack):
         return {}
     if not isinstance(rows.kept, dict):
