@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.few_shot import goals
-from benchmarks.few_shot.report import compact
+from benchmarks.few_shot.report import compact, one_rate
 from benchmarks.few_shot.views import load
 from gradguide.atomic import replacing
 from gradguide.demo.stats import paired_difference
@@ -162,6 +162,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": partial(demo_table, "demo-clinc150.csv"),
     "demo-high": partial(demo_table, "demo-clinc150-lr1e-2.csv"),
     "few-shot": lambda: compact(RESULTS / "few_shot.csv"),
+    "few-shot-one-rate": lambda: one_rate(RESULTS / "few_shot.csv"),
     "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv", grid=True)),
     "step": step_table,
     "objective": objective_table,

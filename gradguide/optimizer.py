@@ -71,7 +71,7 @@ class GradGuide(Optimizer):
         magnitude: options of magnitude control, or None for off.
         scope: over which parameters one Gram matrix runs: "global", "group" (param group), "module" (needs names; the
             parts of one layer's LoRA adapter together), "tensor", or a mapping from parameters to labels, as
-            ``gradguide.integrations.peft.lora_scopes`` gives.
+            ``gradguide.integrations.peft.lora_scopes`` gives; it is read once.
         regularizer: terms on the gradient, added to the loss exactly and not to first order, or None; needs
             ``step(closure)``.
         names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the

@@ -16,7 +16,7 @@ from benchmarks.few_shot.methods import BASE, METHODS
 from benchmarks.few_shot.views import cells, difference, load, outcomes, step_ratio, tuned, untuned, worst
 from gradguide.atomic import replacing
 
-__all__ = ["compact", "summary", "table", "write"]
+__all__ = ["compact", "one_rate", "summary", "table", "write"]
 
 RESULTS = Path(__file__).parent.parent / "results"
 _ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
@@ -66,6 +66,14 @@ def compact(results: Path) -> str:
         f"at {before:.1f}%. With a comma: paired difference from `{BASE}`, clip_grad_norm_ and AdamW, with its 95% "
         "bootstrap interval."
     )
+
+
+def one_rate(results: Path) -> str:
+    """The README's table of runs in which head and adapter learn at one rate."""
+    rows = load(results, grid=True)
+    part = rows[rows["condition"] == ONE_RATE]
+    sets = ", ".join(part["target"].unique())
+    return f"{_by_rate(part)}\n\n{sets}; 4 shots, seeds: {part['seed'].nunique()}; differences are paired."
 
 
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
@@ -198,14 +206,22 @@ def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
 
 
 def _by_rate(rows: pd.DataFrame) -> str:
-    """Target and source accuracy at each rate."""
+    """Target and source accuracy at each rate, and how far the mean target accuracy is from the base's."""
     means = {column: rows.pivot_table(index="method", columns="lr", values=column) for column in _ACCURACIES}
+    target = untuned(rows, "target_accuracy")
     rates = sorted(rows["lr"].unique())
     lines = [
-        [method, *(" / ".join(f"{values.loc[method, lr]:.1f}" for values in means.values()) for lr in rates)]
+        [
+            method,
+            *(" / ".join(f"{values.loc[method, lr]:.1f}" for values in means.values()) for lr in rates),
+            f"{target[method].mean():.1f}",
+            "" if method == BASE else str(difference(target, method)),
+        ]
         for method in _methods(rows)
+        if method in target
     ]
-    return "Target / source kept, %, by rate:\n\n" + table(["method", *(f"{lr:g}" for lr in rates)], lines)
+    heads = ["method", *(f"{lr:g}" for lr in rates), "target, mean over rates", f"difference from {BASE}"]
+    return "Target / source kept, %, by rate:\n\n" + table(heads, lines)
 
 
 def _sequence(rows: pd.DataFrame) -> str:
