@@ -17,7 +17,7 @@ from gradguide.sharding import layout_of
 
 __all__ = ["Roll"]
 
-_SHAPE = attrgetter("shape")
+_SHAPE, _LAYOUT = attrgetter("shape"), attrgetter("layout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +91,11 @@ def _entry(bucket: Bucket) -> _Entry:
 
 
 def _alike(gradients: Sequence[Tensor], entry: _Entry) -> bool:
-    """Whether shapes and facts are those of these gradients too."""
-    try:
-        contiguous = list(map(Tensor.is_contiguous, gradients))
-    except RuntimeError:  # one is sparse
-        return False
+    """Whether shapes and facts are those of these gradients too, and none has become sparse."""
     return (
-        list(map(_SHAPE, gradients)) == entry.shapes
+        only(map(_LAYOUT, gradients)) == torch.strided
+        and list(map(_SHAPE, gradients)) == entry.shapes
         and only(map(DTYPE, gradients)) == entry.facts.dtype
-        and all(contiguous) == entry.facts.contiguous
+        and all(map(Tensor.is_contiguous, gradients)) == entry.facts.contiguous
         and only(map(Tensor.get_device, gradients)) == entry.index
     )

@@ -93,8 +93,7 @@ def reshaped(groups: Groups, held: list[nn.Parameter]) -> None:
 
 
 def sparse(groups: Groups, held: list[nn.Parameter]) -> None:
-    gradient_transposed(groups, held)  # which is no reason to stop looking
-    held[1].grad = torch.ones(5).to_sparse()
+    held[0].grad = torch.ones(3, 4).to_sparse()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +107,19 @@ def test_whatever_changes_is_looked_at_anew(change: Callable[[Groups, list[nn.Pa
     groups, held, roll = called()
     change(groups, held)
     assert roll.call(groups) is None
+
+
+def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_refused() -> None:
+    held = parameters()
+    optimizer = GradGuide(SGD(held, lr=0.1))
+    for step in range(3):
+        give_gradients(held, step)
+        held[0].grad = torch.ones(4, 3).t()
+        if step < 2:
+            optimizer.step()
+    held[1].grad = torch.ones(5).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
 
 
 def test_nothing_is_taken_over_where_a_parameter_lies_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
