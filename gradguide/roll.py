@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradguide.buckets import Bucket
-from gradguide.ops.tensors import DTYPE, Facts, Note, Tensors, only, same
+from gradguide.ops.tensors import DTYPE, Facts, Note, Tensors, facts_of, only, same
 from gradguide.sharding import layout_of
 
 __all__ = ["Roll"]
@@ -37,25 +36,13 @@ class Roll:
     No gradient is kept: between steps its memory belongs to others.
     """
 
-    def __init__(self) -> None:
-        self._parameters: list[Tensor] = []
-        self._sizes: list[int] = []
-        self._missing: list[bool] = []
-        self._entries: list[_Entry] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has parameters of its own, and begins with an empty roll.
-        return vars(Roll())
-
-    def keep(self, groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> None:
-        """Remember the buckets of ``groups``; nothing where one of their parameters is a DTensor, frozen or not."""
-        parameters = _listed(groups)
-        if any(layout_of(parameter) is not None for parameter in parameters):
-            return
-        self._parameters = parameters
+    def __init__(self, groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> None:
+        """The buckets of ``groups``; it calls none where one of their parameters is a DTensor, frozen or not."""
+        self._parameters = _listed(groups)
         self._sizes = [len(group["params"]) for group in groups]
-        self._missing = [p.grad is None for p in parameters]
-        self._entries = list(map(_entry, buckets))
+        self._missing = [p.grad is None for p in self._parameters]
+        whole = all(layout_of(parameter) is None for parameter in self._parameters)
+        self._entries = list(map(_entry, buckets)) if whole else []
 
     def call(self, groups: Sequence[dict[str, Any]]) -> list[Bucket] | None:
         """The buckets with the gradients that there are now; None where anything else is not as it was."""
@@ -82,12 +69,14 @@ def _listed(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 
 def _entry(bucket: Bucket) -> _Entry:
-    first = bucket.gradients[0]
-    contiguous = all(map(Tensor.is_contiguous, bucket.gradients))
-    facts = Facts(array("q", map(Tensor.numel, bucket.gradients)), first.dtype, first.device, contiguous)
-    shapes = list(map(_SHAPE, bucket.gradients))
-    bare = replace(bucket, gradients=Tensors())
-    return _Entry(bare, shapes, facts, first.get_device(), bucket.parameters[0].dtype)
+    gradients = bucket.gradients
+    return _Entry(
+        bucket=replace(bucket, gradients=Tensors()),
+        shapes=list(map(_SHAPE, gradients)),
+        facts=facts_of(gradients),
+        index=gradients[0].get_device(),
+        stored=bucket.parameters[0].dtype,
+    )
 
 
 def _alike(gradients: Sequence[Tensor], entry: _Entry) -> bool:

@@ -14,7 +14,7 @@ from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.fixed import FixedProducts
-from gradguide.ops.tensors import Interned, same
+from gradguide.ops.tensors import Interned
 from gradguide.ranks import Ranks
 from gradguide.roll import Roll
 from gradguide.rules.span import Span
@@ -116,9 +116,12 @@ class Surveyor:
         self._told = told
         self._backend = backend
         self._places: dict[tuple[int, int], str] = {}
-        self._followed: tuple[list[Tensor], list[int]] = [], []
-        self._last: Survey | None = None
+        self._last: tuple[Roll, Survey] | None = None  # the survey without its buckets, which the roll calls
         self.ask(sources)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has parameters of its own, and looks at everything anew.
+        return {**vars(self), "_last": None}
 
     def ask(self, sources: Sequence[Source]) -> None:
         """Ask these sources from now on, which match the parameters that have names."""
@@ -129,7 +132,7 @@ class Surveyor:
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
         self._products = FixedProducts()
-        self._forget()
+        self._last = None
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -137,9 +140,11 @@ class Surveyor:
         Raises:
             ValueError: a gradient cannot be guided, or ranks disagree.
         """
-        called = self._roll.call(base.param_groups)
-        if called is not None and self._last is not None:
-            return replace(self._last, buckets=called)
+        if self._last is not None:
+            roll, before = self._last
+            called = roll.call(base.param_groups)
+            if called is not None:
+                return replace(before, buckets=called)
         self.follow(base)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
         ranks = self._ranks
@@ -160,14 +165,8 @@ class Surveyor:
         made = Survey(
             buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, Interned(), self._backend
         )
-        self._forget()
-        self._roll.keep(base.param_groups, buckets)
-        self._last = replace(made, buckets=[])  # for the buckets that the roll calls
+        self._last = Roll(base.param_groups, buckets), replace(made, buckets=[])
         return made
-
-    def _forget(self) -> None:
-        """Look at everything anew in the next step."""
-        self._roll, self._last = Roll(), None
 
     def refresh(self, base: Optimizer) -> None:
         """Before a step: sources compute anew what they have to, at the parameters as they are."""
@@ -191,11 +190,8 @@ class Surveyor:
 
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
-        listed = [p for group in base.param_groups for p in group["params"]]
-        sizes = [len(group["params"]) for group in base.param_groups]
-        if not self.names or (same(listed, self._followed[0]) and sizes == self._followed[1]):
+        if not self.names:
             return
-        self._followed = listed, sizes
         for index, group in enumerate(base.param_groups):
             for place, parameter in enumerate(group["params"]):
                 name = self.names.get(parameter)

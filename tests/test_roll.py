@@ -37,9 +37,7 @@ def called() -> tuple[Groups, list[nn.Parameter], Roll]:
     held = parameters()
     give_gradients(held, 0)
     groups: Groups = [{"params": held[:2]}, {"params": held[2:]}]
-    roll = Roll()
-    roll.keep(groups, gathered(groups))
-    return groups, held, roll
+    return groups, held, Roll(groups, gathered(groups))
 
 
 def gathered(groups: Groups) -> list[Bucket]:
@@ -126,8 +124,7 @@ def test_nothing_is_taken_over_where_a_parameter_lies_over_ranks(monkeypatch: py
     """Ranks may have gradients of different parameters, but must look at them together."""
     groups, held, roll = called()
     monkeypatch.setattr("gradguide.roll.layout_of", lambda p: object() if p is held[2] else None)
-    other = Roll()
-    other.keep(groups, gathered(groups))
+    other = Roll(groups, gathered(groups))
     assert roll.call(groups) is not None
     assert other.call(groups) is None
 

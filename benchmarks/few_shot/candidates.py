@@ -16,7 +16,7 @@ from benchmarks.few_shot import guided, penalties
 from benchmarks.few_shot.guided import Variant
 from benchmarks.few_shot.methods import Learner, Method
 from benchmarks.few_shot.problem import Problem
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, Magnitude, SourceGradient
 
 __all__ = ["CANDIDATES"]
 
@@ -142,7 +142,6 @@ class Agreement:
 
 
 _ALIGNED = _weight(penalties.EWC)
-_ANCHORED = guided.VARIANTS["GradGuide"].alignment
 _SEEDING = 8  # rows at a time
 
 
@@ -152,12 +151,6 @@ def _agreed(power: float, variant: Variant) -> Method:
         return Learner(optimizer=Agreement(base, problem, power, prior=0.1))  # type: ignore[arg-type]
 
     return method
-
-
-def _by_module(problem: Problem, lr: float) -> Learner:
-    alignment = Alignment([s.anchored() for s in problem.sources])
-    optimizer = GradGuide(AdamW(problem.groups(lr)), alignment=alignment, names=problem.adapter, scope="module")
-    return Learner(optimizer=optimizer)
 
 
 def _seeded(problem: Problem, lr: float) -> Learner:
@@ -221,8 +214,8 @@ CANDIDATES: dict[str, Method] = {
     "bound 0.02": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.02))),
     "bound 0.1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.1))),
     "bound 0.05, coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.05, 1.0))),
-    "tighter bound": _plain(Variant(alignment=_ANCHORED, magnitude=_magnitude(0.02))),
-    "by module": _by_module,
+    "tighter bound": _plain(Variant(alignment=guided.anchored, magnitude=_magnitude(0.02))),
+    "by module": _plain(Variant(alignment=guided.anchored, scope="module")),
     "seeded direction": _seeded,
     "weight space": _in_weight_space(0.1),
     "damping 0": _plain(Variant(direction=Direction(damping=0.0), alignment=_ALIGNED)),

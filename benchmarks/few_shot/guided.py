@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 from benchmarks.few_shot.problem import Problem
 from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, SourceGradient
 
-__all__ = ["VARIANTS", "Variant", "wrap"]
+__all__ = ["VARIANTS", "Variant", "anchored", "wrap"]
 
 
-def _anchored(sources: Sequence[SourceGradient]) -> Alignment:
+def anchored(sources: Sequence[SourceGradient]) -> Alignment:
+    """The default alignment with stored sources."""
     return Alignment([source.anchored() for source in sources])
 
 
@@ -29,6 +30,7 @@ class Variant:
     alignment: Callable[[Sequence[SourceGradient]], Alignment] | None = None
     magnitude: Magnitude | None = Magnitude()  # noqa: RUF009 (frozen)
     regularizer: Callable[[Sequence[SourceGradient]], Regularizer] | None = None
+    scope: str = "global"
 
 
 def wrap(base: Optimizer, problem: Problem, variant: Variant) -> GradGuide:
@@ -39,6 +41,7 @@ def wrap(base: Optimizer, problem: Problem, variant: Variant) -> GradGuide:
         direction=variant.direction,
         alignment=alignment,
         magnitude=variant.magnitude,
+        scope=variant.scope,
         regularizer=None if variant.regularizer is None else variant.regularizer(problem.sources),
         names=problem.adapter,
     )
@@ -56,12 +59,12 @@ _CLIP = Magnitude(max_update=None)
 
 VARIANTS: dict[str, Variant] = {
     "GG direction": Variant(magnitude=_CLIP),
-    "GG alignment": Variant(direction=None, alignment=_anchored, magnitude=_CLIP),
+    "GG alignment": Variant(direction=None, alignment=anchored, magnitude=_CLIP),
     "GG magnitude": Variant(direction=None),
-    "GG direction+alignment": Variant(alignment=_anchored, magnitude=_CLIP),
+    "GG direction+alignment": Variant(alignment=anchored, magnitude=_CLIP),
     "GG direction+magnitude": Variant(),
-    "GG alignment+magnitude": Variant(direction=None, alignment=_anchored),
-    "GradGuide": Variant(alignment=_anchored),
+    "GG alignment+magnitude": Variant(direction=None, alignment=anchored),
+    "GradGuide": Variant(alignment=anchored),
     "GG projected": Variant(alignment=_projected),
     "exact objective": Variant(direction=Direction(damping=0.0), magnitude=_CLIP, regularizer=_terms),
 }

@@ -30,7 +30,7 @@ def write(results: Path, out: Path) -> None:
     with replacing(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
     figures.by_rate(goals.transfer(rows), out.with_name(f"{out.stem}-rates.png"))
-    figures.by_shots(transfer[transfer["target"].isin(SHOT_SETS)], out.with_name(f"{out.stem}-shots.png"))
+    figures.by_shots(_over_shots(transfer), out.with_name(f"{out.stem}-shots.png"))
 
 
 def summary(results: Path) -> str:
@@ -119,7 +119,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
     rough = rows[rows["scenario"] == "rough"]
     if not rough.empty:
         parts += ["## Rough data", _rough(rough)]
-    shots = transfer[transfer["target"].isin(SHOT_SETS)]
+    shots = _over_shots(transfer)
     if shots["shots"].nunique() > 1:
         parts += ["## Shots, untuned view", _shots(shots)]
     return "\n\n".join(parts) + "\n"
@@ -276,7 +276,6 @@ def _rough(rows: pd.DataFrame) -> str:
 
 def _shots(rows: pd.DataFrame) -> str:
     lines = []
-    rows = rows[rows["method"].isin(_shot_methods(rows))]
     for shots, part in rows.groupby("shots"):
         made = {column: untuned(part, column) for column in _ACCURACIES}
         for method in _methods(part):
@@ -294,8 +293,11 @@ def _shots(rows: pd.DataFrame) -> str:
     return table(["shots", "method", *heads], lines)
 
 
-def _shot_methods(rows: pd.DataFrame) -> set[str]:
-    return set(rows[rows["shots"] != 4]["method"])
+def _over_shots(transfer: pd.DataFrame) -> pd.DataFrame:
+    """Of the sets on which shots are studied, the methods that ran at all of them."""
+    rows = transfer[transfer["target"].isin(SHOT_SETS)]
+    counted = rows.groupby("method")["shots"].nunique()
+    return rows[rows["method"].isin(counted.index[counted == counted.max()])]
 
 
 def _methods(rows: pd.DataFrame) -> list[str]:

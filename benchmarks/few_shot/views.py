@@ -104,13 +104,13 @@ def cells(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     return rows.pivot_table(index=_CELL, columns="method", values=column)
 
 
-def step_ratio(rows: pd.DataFrame, method: str, base: str = BASE) -> float:
+def step_ratio(rows: pd.DataFrame, method: str) -> float:
     """Time of a step of ``method`` over that of the base: median over the pairs that one version made; nan without any.
 
     Rows of other versions were made on other days, on a machine as fast as it was then.
     """
     table = rows.pivot_table(index=[*_CELL, "commit"], columns="method", values="seconds_per_step")
-    return float((table[method] / table[base]).median())
+    return float((table[method] / table[BASE]).median())
 
 
 def outcomes(rows: pd.DataFrame, column: str, method: str) -> dict[str, int]:

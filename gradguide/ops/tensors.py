@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPE", "Facts", "Interned", "Note", "Tensors", "located", "only", "same"]
+__all__ = ["DTYPE", "Facts", "Interned", "Note", "Tensors", "facts_of", "located", "only", "same"]
 
 DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
@@ -57,10 +57,10 @@ def located(tensors: Sequence[Tensor]) -> tuple[Facts, array[int]]:
     """The facts of a list, and the addresses of its tensors: all that a pass goes by."""
     addresses = array("q", map(Tensor.data_ptr, tensors))
     if not isinstance(tensors, Tensors):
-        return _found(tensors), addresses
+        return facts_of(tensors), addresses
     note = tensors.note
     if note.facts is None or not _holds(note.facts, note.addresses, tensors, addresses):
-        note.facts = _found(tensors)
+        note.facts = facts_of(tensors)
     note.addresses = addresses
     return note.facts, addresses
 
@@ -74,7 +74,8 @@ def _holds(facts: Facts, before: array[int] | None, tensors: Sequence[Tensor], n
     return before is None or (before == now and only(map(DTYPE, tensors)) == facts.dtype)
 
 
-def _found(tensors: Sequence[Tensor]) -> Facts:
+def facts_of(tensors: Sequence[Tensor]) -> Facts:
+    """The facts of a list, found out anew."""
     lengths = array("q", map(Tensor.numel, tensors))
     contiguous = all(map(Tensor.is_contiguous, tensors))
     return Facts(lengths, only(map(DTYPE, tensors)), only(map(_DEVICE, tensors)), contiguous)
@@ -99,10 +100,6 @@ class Interned:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[list[ref[Tensor]], Note]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has tensors of its own.
-        return {"_kept": {}}
 
     def of(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensors:
         """These tensors, with the note that is kept under ``key`` if that is of them, else with a new one."""
