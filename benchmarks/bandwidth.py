@@ -48,14 +48,14 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
     }
     read = {"g, d": 8.0, "g, d, s": 12.0, "g, d, bf16 s": 10.0, "g, d, anchored s": 20.0}
     settings = Settings(lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False)
-    one = torch.ones((), dtype=torch.float64, device=device)
-    moments = Moments(parameters=p, first=s, second=v, steps=[one.float() for _ in p])
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    moments = Moments(parameters=p, first=s, second=v, steps=[one.float().squeeze() for _ in p])
     found = {"copy": Kernel(lambda: torch._foreach_copy_(p, g), 8.0)}
     for name, these in rows.items():
         keep = torch.eye(len(these), dtype=torch.float64, device=device)
         # Coefficients that read every row, and change none by much.
         near = keep + 1e-6
-        writes = [Write(into=d, coefficients=near[1]), Write(into=g, coefficients=near[0])]
+        writes = [Write(into=d, coefficients=near[1:2]), Write(into=g, coefficients=near[:1])]
         found[f"measure {name}"] = Kernel(lambda these=these: ops.gram(these), read[name])  # type: ignore[misc]
         found[f"combine {name}"] = Kernel(
             lambda these=these, writes=writes: ops.combine_(these, writes),  # type: ignore[misc]
@@ -63,21 +63,21 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
         )
     # The first moment is the direction, as with share_momentum, or there is one of its own.
     shared: list[Row | None] = [Row(offset=g), Row(offset=s), Row(offset=half)]
-    weights = torch.full((3,), 1e-6, dtype=torch.float64, device=device)
+    weights = torch.full((1, 3), 1e-6, dtype=torch.float64, device=device)
     columns = plan_adam(shared, None, moments)
     assert columns is not None
     found["fused step, shared momentum, bf16 s"] = Kernel(
         lambda: launch_adam(columns, shared, weights, None, moments, settings, one, None, one.float()), 30.0
     )
     own: list[Row | None] = [*plain]
-    write = Write(into=d, coefficients=weights[:2])
+    write = Write(into=d, coefficients=weights[:, :2])
     own_columns = plan_adam(own, write, moments)
     assert own_columns is not None
     found["fused step, g, d"] = Kernel(
-        lambda: launch_adam(own_columns, own, weights[:2], write, moments, settings, one, None, one.float()), 36.0
+        lambda: launch_adam(own_columns, own, weights[:, :2], write, moments, settings, one, None, one.float()), 36.0
     )
     found["measure the update, g, d"] = Kernel(
-        lambda: launch_probe(own_columns, own, weights[:2], moments, settings, 2, 0), 20.0
+        lambda: launch_probe(own_columns, own, weights[:, :2], moments, settings, 2, 0), 20.0
     )
     return found
 

@@ -73,6 +73,7 @@ PROVIDERS: dict[str, Make] = {
     ),
     "defaults, no source": guided,
     "defaults, anchored source": lambda named: guided(named, anchored=True),
+    "defaults, anchored source, scope by tensor": lambda named: guided(named, anchored=True, scope="tensor"),
 }
 
 

@@ -40,7 +40,14 @@ from gradguide.rules.span import Span
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
-KERNELS = ((launch, "measure"), (launch, "finish"), (launch, "combine"), (fused, "probe"), (fused, "adam"))
+KERNELS = (
+    (launch, "measure"),
+    (launch, "finish"),
+    (launch, "total"),
+    (launch, "combine"),
+    (fused, "probe"),
+    (fused, "adam"),
+)
 DECISIONS = tuple((deciding, f"{name}_kernel") for name in ("decide", "limit", "limit_unmade"))
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
@@ -154,7 +161,7 @@ def decision_calls(rules: Rules) -> list[Call]:
 def calls_of(rows: list[Row | None]) -> list[Call]:
     """The launches of a step over ``rows``: measuring them, writing the first two (an update grows), AdamW's step."""
     first, *others = [row for row in rows if row is not None]
-    coefficients = torch.ones(len(rows), dtype=torch.float64)
+    coefficients = torch.ones(1, len(rows), dtype=torch.float64)
     if first.offset is None:
         assert first.at is not None
         writes = [Write(into=first.at, coefficients=coefficients, accumulate=True)]
@@ -178,12 +185,12 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
         parameters=parameters, first=[*map(clone, like)], second=[*map(clone, like)], steps=[torch.zeros(())]
     )
     settings = fused.Settings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False)
-    coefficients = torch.ones(len(rows), dtype=torch.float64)
+    coefficients = torch.ones(1, len(rows), dtype=torch.float64)
     direction = rows[1] if len(rows) > 1 else None
     write = None if direction is None else Write(into=direction.tensors, coefficients=coefficients)
     columns = fused.plan_adam(rows, write, moments)
     assert columns is not None
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
     sources = max(len(rows) - SOURCES, 0)
     limited = sources <= MOST_SOURCES
     if limited:

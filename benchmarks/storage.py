@@ -54,8 +54,8 @@ def case_of(name: str, parameters: list[Tensor], fresh: list[Tensor], sources: l
     def run() -> None:
         rows = Stack([Row(offset=gradient), Row(offset=direction), *(s.row(names, parameters) for s in sources)])
         gram = products.gram(ops, rows)
-        shared = torch.full((len(rows),), 1e-3, dtype=gram.dtype)
-        writes = [Write(into=direction, coefficients=gram.new_tensor([0.05, 0.95] + [0.0] * len(sources)))]
+        shared = torch.full((1, len(rows)), 1e-3, dtype=gram.dtype)
+        writes = [Write(into=direction, coefficients=gram.new_tensor([[0.05, 0.95] + [0.0] * len(sources)]))]
         ops.combine_(rows, [*writes, Write(into=gradient, coefficients=shared)])
 
     return Case(name=name, prepare=prepare, run=run)

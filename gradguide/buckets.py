@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, TypeAlias
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,18 @@ Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters with gradients, of one scope, device and precision, all or none of them known to the sources.
+    """Parameters with gradients, of one device and precision, all or none of them known to the sources.
 
-    Lists are aligned; ``names`` is empty where the sources know nothing. Of a DTensor, ``values`` and ``gradients`` are
-    this rank's part, and ``summed`` are the process groups that products are to be summed over. ``groups`` are the
-    numbers of the param groups, ``places`` those of the parameters, counted through all groups, and ``elements`` is how
-    many numbers the whole parameters have.
+    Lists are aligned, and the parameters of a scope follow one another: ``sizes`` says of each of S scopes how many
+    they are, and ``elements`` how many numbers those have, whole. ``names`` is empty where the sources know nothing. Of
+    a DTensor, ``values`` and ``gradients`` are this rank's part, and ``summed`` are the process groups that products
+    are to be summed over. ``groups`` are the numbers of the param groups, ``places`` those of the parameters, counted
+    through all groups.
     """
 
-    label: Label
     summed: tuple[Any, ...] = ()
-    elements: int = 0
+    sizes: list[int] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
     values: Tensors = field(default_factory=Tensors)
     gradients: Tensors = field(default_factory=Tensors)
@@ -76,6 +78,7 @@ def gather(
     label: Labeller,
     names: Mapping[Tensor, str],
     covered: Container[str],
+    labels: dict[Label, int],
     *,
     sharded: bool = False,
 ) -> list[Bucket]:
@@ -86,12 +89,13 @@ def gather(
         label: tells a parameter's scope.
         names: the names of parameters.
         covered: the names that the sources know.
+        labels: numbers of the scopes that are known before; those that are met first here are added.
         sharded: whether any parameter is a DTensor.
 
     Raises:
         ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
     """
-    buckets: dict[tuple[Hashable, ...], Bucket] = {}
+    found: dict[tuple[Hashable, ...], list[_Called]] = {}
     number = count()
     for index, group in enumerate(groups):
         for place, parameter in enumerate(group["params"]):
@@ -106,19 +110,36 @@ def gather(
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
-            key = (scope, gradient.device, gradient.dtype, parameter.dtype, name is not None, summed)
-            bucket = buckets.get(key)
-            if bucket is None:
-                bucket = buckets[key] = Bucket(scope, summed)
-            bucket.parameters.append(parameter)
-            bucket.elements += parameter.numel()
-            bucket.values.append(local(parameter) if sharded else parameter)
-            bucket.gradients.append(local(gradient) if sharded else gradient)
-            bucket.groups.append(index)
-            bucket.places.append(position)
-            if name is not None:
-                bucket.names.append(name)
-    return list(buckets.values())
+            key = (summed, gradient.device, gradient.dtype, parameter.dtype, name is not None)
+            called = _Called(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
+            found.setdefault(key, []).append(called)
+    return [_bucket(key[0], called, len(labels), sharded) for key, called in found.items()]
+
+
+class _Called(NamedTuple):
+    """A parameter with a gradient: its scope, what the sources know it as, and where it stands."""
+
+    scope: int
+    parameter: Tensor
+    gradient: Tensor
+    name: str | None
+    group: int
+    place: int
+
+
+def _bucket(summed: Any, called: list[_Called], scopes: int, sharded: bool) -> Bucket:
+    bucket = Bucket(summed, [0] * scopes, [0] * scopes)
+    for scope, parameter, gradient, name, group, place in sorted(called, key=itemgetter(0)):
+        bucket.sizes[scope] += 1
+        bucket.elements[scope] += parameter.numel()
+        bucket.parameters.append(parameter)
+        bucket.values.append(local(parameter) if sharded else parameter)
+        bucket.gradients.append(local(gradient) if sharded else gradient)
+        bucket.groups.append(group)
+        bucket.places.append(place)
+        if name is not None:
+            bucket.names.append(name)
+    return bucket
 
 
 def _refuse(gradient: Tensor, name: str | None, uneven: str | None) -> None:

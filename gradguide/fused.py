@@ -8,8 +8,11 @@ any time: ``group["fused"] = False`` hands the next one to the base.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +20,8 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
-from gradguide.ops.row import Row, Stack, Write
-from gradguide.ops.tensors import Interned, Tensors, only
-from gradguide.scopes import stacked
+from gradguide.ops.row import Row, Stack, Write, scopes_of
+from gradguide.ops.tensors import Interned, Note, Tensors, only
 from gradguide.survey import Survey
 
 if TYPE_CHECKING:
@@ -37,13 +39,11 @@ class Part:
     """What one launch steps: the parameters of a bucket that share a param group.
 
     rows: R rows over these parameters.
-    scope (int): which scope's coefficients count.
     direction: the running direction, where the step writes it.
     moments, settings, columns: see ``gradguide.ops.triton.adam``.
     """
 
-    rows: Sequence[Row | None]
-    scope: int
+    rows: Stack
     direction: Sequence[Tensor] | None
     moments: Any
     settings: Any
@@ -59,7 +59,8 @@ def parts_of(
     """The launches of a fused step, or None where the base has to step by itself.
 
     It has to unless it is exactly Adam or AdamW with ``fused=True`` in every group and no amsgrad, nobody hooks into
-    its step or wraps it, and every tensor has a kernel. States that are not there yet are made as the base makes them.
+    its step or wraps it, all parameters are on one device, and every tensor has a kernel. States that are not there yet
+    are made as the base makes them.
 
     Args:
         base: the base optimizer.
@@ -74,15 +75,13 @@ def parts_of(
     from gradguide.ops.triton.adam import plan_adam
 
     parts = []
-    for (bucket, scope), all_rows, kept in zip(survey, rows, directions, strict=True):
+    for bucket, all_rows, kept in zip(survey.buckets, rows, directions, strict=True):
         groups = dict.fromkeys(bucket.groups)
         for index in groups:
             these, into, parameters = all_rows, kept, bucket.values
             if len(groups) > 1:
-                places = [place for place, group in enumerate(bucket.groups) if group == index]
-                these = Stack(_taken(row, places) for row in all_rows)
-                into = None if kept is None else [kept[place] for place in places]
-                parameters = Tensors(bucket.values[place] for place in places)
+                taken = _Taken([group == index for group in bucket.groups])
+                these, into, parameters = taken.rows(all_rows), taken.known(kept), taken(bucket.values)
             moments = _moments(base, parameters, survey.interned)
             if only(map(Tensor.get_device, moments.steps)) != parameters[0].get_device():
                 return None
@@ -91,7 +90,7 @@ def parts_of(
             columns = plan_adam(these, write, moments)
             if columns is None:
                 return None
-            parts.append(Part(these, scope, into, moments, _settings(base, base.param_groups[index]), columns))
+            parts.append(Part(these, into, moments, _settings(base, base.param_groups[index]), columns))
     return parts
 
 
@@ -141,12 +140,10 @@ def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) 
     """
     from gradguide.ops.triton.adam import launch_probe
 
-    found: list[Tensor | None] = [None] * len(gradient)
-    for part in parts:
-        sums = launch_probe(part.columns, part.rows, gradient[part.scope], part.moments, part.settings, first, sources)
-        total = found[part.scope]
-        found[part.scope] = sums if total is None else total + sums
-    return stacked(found, (2 + sources,), gradient.device)
+    sums = (
+        launch_probe(part.columns, part.rows, gradient, part.moments, part.settings, first, sources) for part in parts
+    )
+    return reduce(torch.add, sums)
 
 
 def step(
@@ -168,19 +165,9 @@ def step(
 
     squares = []
     for part in parts:
-        write = None if part.direction is None else Write(into=part.direction, coefficients=direction[part.scope])
+        write = None if part.direction is None else Write(into=part.direction, coefficients=direction)
         squares.append(
-            launch_adam(
-                part.columns,
-                part.rows,
-                gradient[part.scope],
-                write,
-                part.moments,
-                part.settings,
-                scale[part.scope],
-                None if pulls is None else pulls[part.scope],
-                go,
-            )
+            launch_adam(part.columns, part.rows, gradient, write, part.moments, part.settings, scale, pulls, go)
         )
         torch._foreach_add_(list(part.moments.steps), [go] * len(part.moments.steps))
     return squares
@@ -217,12 +204,42 @@ def _state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def _taken(row: Row | None, places: Sequence[int]) -> Row | None:
-    """The row over some of its tensors."""
-    if row is None:
-        return None
+class _Taken:
+    """Lists of a bucket cut down to some of its tensors; of a list that is met twice, the same one."""
 
-    def some(part: Sequence[Tensor] | None) -> list[Tensor] | None:
-        return None if part is None else [part[place] for place in places]
+    def __init__(self, chosen: Sequence[bool]) -> None:
+        self._chosen = chosen
+        self._made: dict[int, Tensors] = {}
 
-    return Row(offset=some(row.offset), scale=some(row.scale), at=some(row.at), anchor=some(row.anchor))
+    def __call__(self, part: Sequence[Tensor]) -> Tensors:
+        if id(part) not in self._made:
+            self._made[id(part)] = Tensors(compress(part, self._chosen), self._note(part))
+        return self._made[id(part)]
+
+    def known(self, part: Sequence[Tensor] | None) -> Tensors | None:
+        return None if part is None else self(part)
+
+    def rows(self, rows: Stack) -> Stack:
+        """The rows over these tensors, and how many of them each scope has."""
+        sizes = [sum(self._chosen[scope.start : scope.stop]) for scope in scopes_of(rows)]
+        return Stack((None if row is None else self._row(row) for row in rows), sizes)
+
+    def _row(self, row: Row) -> Row:
+        return replace(
+            row,
+            offset=self.known(row.offset),
+            scale=self.known(row.scale),
+            at=self.known(row.at),
+            anchor=self.known(row.anchor),
+            steps=self.known(row.steps),
+        )
+
+    def _note(self, part: Sequence[Tensor]) -> Note:
+        """What the whole list is known to be, its parts are."""
+        known = part.note if isinstance(part, Tensors) else Note()
+        if known.facts is None or known.facts.dtype is None or not known.facts.contiguous:
+            return Note()
+        note = Note(known.facts._replace(lengths=array("q", compress(known.facts.lengths, self._chosen))))
+        if known.addresses is not None:
+            note.addresses = array("q", compress(known.addresses, self._chosen))
+        return note

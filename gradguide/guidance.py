@@ -17,6 +17,7 @@ from gradguide.metrics import Record
 from gradguide.momentum import momenta, rates
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
+from gradguide.ops.row import scopes_of
 from gradguide.ops.tensors import Interned, Tensors
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
@@ -120,7 +121,7 @@ class Guidance:
         for bucket in survey.buckets:
             own = [Row(offset=bucket.gradients), self.direction_row(base, bucket, survey.interned)]
             more = [Row(offset=[added[p] for p in bucket.parameters])] if added else []
-            rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more]))
+            rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more], bucket.sizes))
         span = survey.gram(rows, SOURCES + len(sources) + bool(added))
         positions = self.scopes.locate(survey.labels, span.gram.device)
         return Measured(survey, rows, span, positions, bool(added))
@@ -152,9 +153,9 @@ class Guidance:
         decided = measured.decided
         self.before.know([])
         writes = []
-        for (bucket, scope), kept in zip(measured.survey, self._directions_written(measured), strict=True):
-            written = [] if kept is None else [Write(into=kept, coefficients=decided.direction[scope])]
-            writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient[scope])])
+        for bucket, kept in zip(measured.survey.buckets, self._directions_written(measured), strict=True):
+            written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
+            writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
         measured.survey.combine_(measured.rows, writes)
 
     @torch.no_grad()
@@ -188,7 +189,8 @@ class Guidance:
         for bucket in survey.buckets:
             before = self.before.of(bucket)
             start = [Row(offset=before)] if self.rules.bounds_update else []
-            rows.append(Stack([Row(at=bucket.values, anchor=before), *start, *source_rows(sources, bucket, before)]))
+            own = [Row(at=bucket.values, anchor=before), *start]
+            rows.append(Stack([*own, *source_rows(sources, bucket, before)], bucket.sizes))
         # Scaling alone needs no products.
         needed = self.rules.limit_update or survey.sharded
         zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
@@ -198,7 +200,7 @@ class Guidance:
             # Only a collective could measure it later, and metrics may be read on one rank alone.
             self.before.know([span.norm(wanted).square()])
         change = wanted - span.row(UPDATE)
-        writes = [[Write(into=bucket.values, coefficients=change[s], accumulate=True)] for bucket, s in survey]
+        writes = [[Write(into=bucket.values, coefficients=change, accumulate=True)] for bucket in survey.buckets]
         survey.combine_(rows, writes)
 
     @staticmethod
@@ -252,8 +254,11 @@ class Guidance:
         """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""
         owner = {p: group for group in base.param_groups for p in group["params"]}
         per_scope: dict[int, tuple[float, float]] = {}
-        for (bucket, scope), rows in zip(measured.survey, measured.rows, strict=True):
-            per_scope.setdefault(scope, rates(base, owner[bucket.parameters[0]], rows[DIRECTION] is not None))
+        for bucket, rows in zip(measured.survey.buckets, measured.rows, strict=True):
+            for scope, tensors in enumerate(scopes_of(rows)):
+                if tensors and scope not in per_scope:
+                    own = bucket.parameters[tensors.start : tensors.stop]
+                    per_scope[scope] = rates(base, owner[own[0]], own)
         gram = measured.span.gram
         # A scope without a gradient on this rank adds nothing to its average, whatever its rates.
         all_rates = (per_scope.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0]))

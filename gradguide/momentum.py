@@ -35,9 +35,11 @@ def momenta(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor | None
     return [momentum if isinstance(momentum, Tensor) else None for momentum in found]
 
 
-def rates(base: Optimizer, group: dict[str, Any], started: bool) -> tuple[float, float]:
-    """Decay and gain of the average, ``m <- decay * m + gain * g``. SGD's first step takes the gradient whole."""
+def rates(base: Optimizer, group: dict[str, Any], parameters: Iterable[Tensor]) -> tuple[float, float]:
+    """Decay and gain of the average over these parameters of a group, ``m <- decay * m + gain * g``. SGD's first step
+    takes the gradient whole."""
     if isinstance(base, SGD):
+        started = any(momentum is not None for momentum in momenta(base, parameters))
         return float(group["momentum"]), 1.0 - float(group["dampening"]) if started else 1.0
     decay = float(group["betas"][0])
     return decay, 1.0 - decay

@@ -200,7 +200,8 @@ def _slope(base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: 
                 guidance.direction_row(base, bucket, survey.interned) if regularizer.direction else None,
                 *source_rows(sources, bucket, bucket.values),
                 Row(offset=bucket.values),
-            ]
+            ],
+            bucket.sizes,
         )
         for bucket in survey.buckets
     ]
@@ -223,9 +224,7 @@ def _move(slope: Slope) -> Tensor:
     length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * survey.numbers().sqrt())
     epsilon = max((torch.finfo(v.dtype).eps for bucket in survey.buckets for v in bucket.values), default=0.0) ** 0.5
     step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(slope.span.norm(slope.v)))
-    moves = [
-        [Write(into=bucket.values, coefficients=step * slope.v[scope], accumulate=True)] for bucket, scope in survey
-    ]
+    moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in survey.buckets]
     survey.combine_(slope.rows, moves)
     return divide(torch.ones_like(step), step)
 
@@ -234,9 +233,7 @@ def _move(slope: Slope) -> Tensor:
 def _vector(slope: Slope) -> dict[Tensor, Tensor]:
     """v itself, by parameter."""
     made = [lay_out(bucket.gradients) for bucket in slope.survey.buckets]
-    writes = [
-        [Write(into=into, coefficients=slope.v[scope])] for into, (_, scope) in zip(made, slope.survey, strict=True)
-    ]
+    writes = [[Write(into=into, coefficients=slope.v)] for into in made]
     slope.survey.combine_(slope.rows, writes)
     pairs = zip(slope.survey.buckets, made, strict=True)
     return {p: tensor for bucket, into in pairs for p, tensor in zip(bucket.parameters, into, strict=True)}

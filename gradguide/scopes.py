@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from gradguide.buckets import Label
 from gradguide.rules.decision import STATISTICS
 
-__all__ = ["Scopes", "stacked"]
-
-
-def stacked(parts: Sequence[Tensor | None], shape: Sequence[int], device: torch.device) -> Tensor:
-    """What each of S scopes has, zeros where there is nothing: Tensor [S, *shape], float64 where the device has it.
-
-    One scope, the usual case, costs no launch.
-    """
-    if len(parts) == 1 and parts[0] is not None:
-        return parts[0].unsqueeze(0)
-    zero = torch.zeros(*shape, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    return torch.stack([zero if part is None else part for part in parts])
+__all__ = ["Scopes"]
 
 
 class Scopes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from gradguide.ops.tensors import Interned
 from gradguide.ranks import Ranks
 from gradguide.roll import Roll
 from gradguide.rules.span import Span
-from gradguide.scopes import stacked
 from gradguide.sources.source import Source
 from gradguide.sources.stored import SourceGradient
 
@@ -32,15 +31,13 @@ Rows = list[Stack]
 class Survey:
     """The parameters of one step.
 
-    scopes: for each bucket, which of the S scopes it belongs to.
-    labels: of the scopes.
+    labels: of the S scopes.
     sources: all there are, for this rank's parts of the parameters.
     device: where Gram matrices of all scopes come together.
     interned: notes on lists of these parameters' tensors, from earlier steps over the same buckets.
     """
 
     buckets: list[Bucket]
-    scopes: list[int]
     labels: list[Label]
     sources: Sequence[Source]
     device: torch.device
@@ -49,10 +46,6 @@ class Survey:
     interned: Interned
     backend: str
 
-    def __iter__(self) -> Iterator[tuple[Bucket, int]]:
-        """Each bucket with its scope."""
-        return zip(self.buckets, self.scopes, strict=True)
-
     @property
     def sharded(self) -> bool:
         """Whether any parameter lies over ranks."""
@@ -60,13 +53,15 @@ class Survey:
 
     def gram(self, rows: Rows, size: int) -> Span:
         """Gram matrices [S, size, size] of the scopes, summed over buckets, and of shards over ranks."""
-        count = len(self.labels)
-        parts: dict[tuple[Any, ...], list[Tensor | None]] = {groups: [None] * count for groups in self.ranks.groups}
-        for (bucket, scope), these in zip(self, rows, strict=True):
+        parts: dict[tuple[Any, ...], Tensor] = {}
+        for bucket, these in zip(self.buckets, rows, strict=True):
             part = self.products.gram(self.ops(bucket), these).to(self.device)
-            total = parts[bucket.summed][scope]
-            parts[bucket.summed][scope] = part if total is None else total + part
-        whole = {groups: stacked(each, (size, size), self.device) for groups, each in parts.items()}
+            parts[bucket.summed] = parts[bucket.summed] + part if bucket.summed in parts else part
+        shape = len(self.labels), size, size
+        whole = {
+            groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=self._wide, device=self.device)
+            for groups in self.ranks.groups  # in the order that all ranks have, whatever gradients one of them lacks
+        }
         return Span(self.ranks.add_up(whole))
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]]) -> None:
@@ -76,16 +71,18 @@ class Survey:
 
     def numbers(self) -> Tensor:
         """How many numbers each scope has: Tensor [S], float64."""
-        counts = [0] * len(self.labels)
-        for bucket, scope in self:
-            counts[scope] += bucket.elements
+        counts = list(map(sum, zip([0] * len(self.labels), *(bucket.elements for bucket in self.buckets), strict=True)))
         if self.fused:
             from gradguide.ops.triton.launch import numbers_of
 
             return numbers_of(self.device, counts)
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
         # Filled on the device: a copy from the host would make it wait.
-        return torch.cat([torch.full((1,), count, dtype=wide, device=self.device) for count in counts])
+        return torch.cat([torch.full((1,), count, dtype=self._wide, device=self.device) for count in counts])
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """Float64 where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
     def fused(self) -> bool:
@@ -150,20 +147,20 @@ class Surveyor:
         ranks = self._ranks
         ranks.meet(trained)
         label = labeller(self._scope, self.names)
-        buckets = gather(base.param_groups, label, self.names, self._covered, sharded=ranks.sharded)
-        if not buckets and not ranks.sharded:
-            return None
         labels: dict[Label, int] = {}
         if ranks.sharded:
             # Ranks may lack different gradients; what they add up has the same scopes on all of them.
             everywhere = self.labels(base)
             labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
+        buckets = gather(base.param_groups, label, self.names, self._covered, labels, sharded=ranks.sharded)
+        if not buckets and not ranks.sharded:
+            return None
+        if ranks.sharded:
             parameters = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(everywhere[p])) for p in trained]
             ranks.agree(trained, (parameters, self._told), self.sources)
-        scopes = [labels.setdefault(bucket.label, len(labels)) for bucket in buckets]
         sources = ranks.parts_of(self.sources, trained, self.names)
         made = Survey(
-            buckets, scopes, list(labels), sources, trained[0].device, ranks, self._products, Interned(), self._backend
+            buckets, list(labels), sources, trained[0].device, ranks, self._products, Interned(), self._backend
         )
         self._last = Roll(base.param_groups, buckets), replace(made, buckets=[])
         return made

@@ -17,7 +17,10 @@ __all__ = ["Ops", "Row", "Stack", "Write", "check_backend", "is_fused", "select"
 
 
 class Ops(Protocol):
-    """What a backend offers; ``gradguide.ops.reference`` says what the results must be."""
+    """What a backend offers; ``gradguide.ops.reference`` says what the results must be.
+
+    Rows are those of one bucket. A plain list of them has one scope, a Stack may have several.
+    """
 
     def gram(self, rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor: ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradguide.ops import foreach, reference
 from gradguide.ops.codes import GROUP
-from gradguide.ops.row import Row, Stack, Write
+from gradguide.ops.row import Row, Stack, Write, check_writes, scopes_of
 from gradguide.ops.tensors import Facts, located
 
 try:
@@ -35,7 +35,7 @@ _LARGEST = 1e30
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrix of the rows: products in float32 per block, of 512 or 4,096 elements, float64 across. [R, R].
+    """Gram matrices of the rows: products in float32 per block, of 512 or 4,096 elements, float64 across. [S, R, R].
 
     Args:
         known: numbers of rows whose products with each other are not wanted, and are 0.
@@ -44,8 +44,10 @@ def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
     if _cpu is None or table is None:
         return foreach.gram(rows, known)
     left_out = bytes(index in known for index in range(len(rows)))
-    products = _cpu.gram(table.addresses, table.kinds, table.lengths, len(rows), _threads(table), left_out)
-    return torch.tensor(products, dtype=torch.float64).view(len(rows), len(rows))
+    products: list[float] = []
+    for scope in table.scopes:
+        products += _cpu.gram(scope.addresses, table.kinds, scope.lengths, len(rows), scope.threads, left_out)
+    return torch.tensor(products, dtype=torch.float64).view(len(table.scopes), len(rows), len(rows))
 
 
 @torch.no_grad()
@@ -54,39 +56,54 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
     A coefficient of 0 leaves its row unread, and a write that would change nothing is not made.
     """
+    check_writes(rows, writes)
     plan = [(write, write.coefficients.tolist()) for write in writes]
-    plan = [(write, numbers) for write, numbers in plan if not _trivial(write, numbers, rows)]
+    plan = [(write, each) for write, each in plan if not all(_trivial(write, numbers, rows) for numbers in each)]
     if not plan:
         return
-    if any(abs(number) > _LARGEST for _, numbers in plan for number in numbers):
-        reference.combine_(rows, [write for write, _ in plan])
+    wanted = [write for write, _ in plan]
+    if any(abs(number) > _LARGEST for _, each in plan for numbers in each for number in numbers):
+        reference.combine_(rows, wanted)
         return
     table = _table_of(rows)
-    written = [located(write.into) for write, _ in plan]
-    stored = [_kind(facts) for facts, _ in written]
-    if _cpu is None or table is None or None in stored:
-        foreach.combine_(rows, [write for write, _ in plan])
+    written = [located(write.into) for write in wanted]
+    kinds = [_kind(facts) for facts, _ in written]
+    if _cpu is None or table is None or None in kinds:
+        foreach.combine_(rows, wanted)
         return
-    into = array("q")
-    for facts, addresses in written:
+    for facts, _ in written:
         _check_lengths(facts, table.lengths)
-        into.extend(addresses)
-    coefficients = array("d", [number for _, numbers in plan for number in numbers])
-    accumulate = bytes(write.accumulate for write, _ in plan)
-    kinds = bytes(kind for kind in stored if kind is not None)
-    _cpu.combine(
-        table.addresses, table.kinds, table.lengths, len(rows), _threads(table), into, coefficients, accumulate, kinds
-    )
+    for number, scope in enumerate(table.scopes):
+        into, coefficients, accumulate, stored = array("q"), array("d"), bytearray(), bytearray()
+        for (write, each), (_, addresses), kind in zip(plan, written, kinds, strict=True):
+            if kind is not None and not _trivial(write, each[number], rows):
+                into += addresses[scope.tensors.start : scope.tensors.stop]
+                coefficients.extend(each[number])
+                accumulate.append(write.accumulate)
+                stored.append(kind)
+        if stored:
+            _cpu.combine(
+                scope.addresses, table.kinds, scope.lengths, len(rows), scope.threads, into, coefficients,
+                bytes(accumulate), bytes(stored),
+            )  # fmt: skip
+
+
+class _Scope(NamedTuple):
+    """Where a scope's part of the rows lies: numbers of its tensors, addresses [rows, 4, tensors] (0 for a part that is
+    absent), lengths [tensors], and how many threads that is worth."""
+
+    tensors: range
+    addresses: array[int]
+    lengths: array[int]
+    threads: int
 
 
 class _Table(NamedTuple):
-    """Where the rows lie: addresses [rows, 4, tensors] (0 for a part that is absent), kinds [rows, 4] and lengths
-    [tensors]."""
+    """Where the rows lie: kinds [rows, 4], lengths of all tensors, and the scopes."""
 
-    addresses: array[int]
     kinds: bytes
     lengths: array[int]
-    elements: int
+    scopes: list[_Scope]
 
 
 def _table_of(rows: Sequence[Row | None]) -> _Table | None:
@@ -105,20 +122,32 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
     example = next(row for row in rows if row is not None).tensors
     lengths = known[id(example)][0].lengths
     absent = array("q", [0] * len(example))
-    addresses, kinds = array("q"), bytearray()
+    columns, kinds = [], bytearray()
     for row in rows:
         for part in (None,) * 4 if row is None else row.fields:
             if row is None or part is None:
-                addresses.extend(absent)
+                columns.append(absent)
                 kinds.append(_FLOAT32)
                 continue
             facts, where = known[id(part)]
             kind = _kind_in(row, part, facts, lengths)
             if kind is None:
                 return None
-            addresses.extend(where)
+            columns.append(where)
             kinds.append(kind)
-    return _Table(addresses, bytes(kinds), lengths, sum(lengths))
+    return _Table(bytes(kinds), lengths, [_scope(tensors, columns, lengths) for tensors in scopes_of(rows)])
+
+
+def _scope(tensors: range, columns: Sequence[array[int]], lengths: array[int]) -> _Scope:
+    addresses = array("q")
+    for column in columns:
+        addresses += column[tensors.start : tensors.stop]
+    own = lengths[tensors.start : tensors.stop]
+    return _Scope(tensors, addresses, own, _threads(own))
+
+
+def _threads(lengths: array[int]) -> int:
+    return max(1, min(torch.get_num_threads(), sum(lengths) // THREADED))
 
 
 def _kind_in(row: Row, part: Sequence[Tensor], facts: Facts, lengths: array[int]) -> int | None:
@@ -151,7 +180,3 @@ def _trivial(write: Write, numbers: list[float], rows: Sequence[Row | None]) -> 
     (index, coefficient), *others = terms.items()
     row = rows[index]
     return not others and coefficient == 1.0 and row is not None and row.at is None and row.offset is write.into
-
-
-def _threads(table: _Table) -> int:
-    return max(1, min(torch.get_num_threads(), table.elements // THREADED))

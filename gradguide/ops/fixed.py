@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gradguide.ops.row import Row
+from gradguide.ops.row import Row, Stack, sizes_of
 
 if TYPE_CHECKING:
     from gradguide.ops import Ops
@@ -22,26 +22,28 @@ class FixedProducts:
 
     def __init__(self) -> None:
         # The lists themselves are kept, so that no other list can come to have their identity.
-        self._kept: dict[tuple[int, ...], tuple[list[Sequence[Tensor]], Tensor]] = {}
+        self._kept: dict[Hashable, tuple[list[Sequence[Tensor]], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has lists of its own.
         return {"_kept": {}}
 
     def gram(self, ops: Ops, rows: Sequence[Row | None]) -> Tensor:
-        """Gram matrix of the rows: Tensor [R, R]."""
+        """Gram matrices of the rows: Tensor [S, R, R]."""
         places = [index for index, row in enumerate(rows) if row is not None and row.fixed]
         if len(places) < 2:
             return ops.gram(rows)
         lists = [row.offset for row in rows if row is not None and row.fixed and row.offset is not None]
-        key = (len(rows), *places, *map(id, lists))
+        sizes = tuple(sizes_of(rows))
+        key = (sizes, len(rows), *places, *map(id, lists))
         known = self._kept.get(key)
         if known is None:
-            block = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=lists[0][0].device)
-            only = ops.gram([rows[index] for index in places])
+            shape = len(sizes), len(rows), len(rows)
+            block = torch.zeros(shape, dtype=torch.float64, device=lists[0][0].device)
+            only = ops.gram(Stack([rows[index] for index in places], sizes))
             for line, index in enumerate(places):
                 for column, other in enumerate(places):
-                    block[index, other] = only[line, column]
+                    block[:, index, other] = only[:, line, column]
             known = self._kept[key] = lists, block
         found = ops.gram(rows, frozenset(places))
         # A backend may have taken them all the same.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradguide.ops.pack import pack, pack_list
 from gradguide.ops.pieces import Piece, blocks, target
-from gradguide.ops.row import Row, Write, compute_dtype
+from gradguide.ops.row import Row, Write, check_writes, compute_dtype, scopes_of
 
 __all__ = ["combine_", "gram"]
 
@@ -22,15 +22,21 @@ CPU_BLOCK = 1 << 17
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrix of the rows [R, R]: products of rows scaled to at most 1, sums in float64 where the device has it.
+    """Gram matrices of the rows [S, R, R]: products of rows scaled to at most 1, sums in float64 where the device has
+    it.
 
     Args:
         known: numbers of rows whose products with each other are not wanted, and are 0.
     """
+    grams = [_gram(rows, scope, known) for scope in scopes_of(rows)]
+    return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)
+
+
+def _gram(rows: Sequence[Row | None], scope: range, known: Container[int]) -> Tensor:
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
-    for block in blocks(rows, _block(device)):
+    for block in blocks(rows, scope, _block(device)):
         values = _pack(rows, block)
         largest = values.abs().amax(dim=1).to(wide)
         # Scaled by its own largest element, no row's products overflow or vanish. A row of zeros stays one; one that
@@ -55,12 +61,17 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
     A coefficient of 0 drops its row whatever that holds, NaN included.
     """
-    # A shorter list would broadcast, and be wrong in silence.
-    assert all(write.coefficients.shape == (len(rows),) for write in writes)
-    coefficients = [
-        write.coefficients.to(torch.float64 if _device(rows).type != "mps" else torch.float32) for write in writes
-    ]
-    for block in blocks(rows, _block(_device(rows)), writes):
+    check_writes(rows, writes)
+    wide = torch.float64 if _device(rows).type != "mps" else torch.float32
+    coefficients = [write.coefficients.to(wide) for write in writes]
+    for number, scope in enumerate(scopes_of(rows)):
+        _combine_(rows, scope, writes, [each[number] for each in coefficients])
+
+
+def _combine_(
+    rows: Sequence[Row | None], scope: range, writes: Sequence[Write], coefficients: Sequence[Tensor]
+) -> None:
+    for block in blocks(rows, scope, _block(_device(rows)), writes):
         values = _pack(rows, block)
         results = []
         for write, c in zip(writes, coefficients, strict=True):

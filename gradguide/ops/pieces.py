@@ -21,8 +21,8 @@ class Piece(NamedTuple):
     stop: int | None
 
 
-def blocks(rows: Sequence[Row | None], size: int, writes: Sequence[Write] = ()) -> Iterator[list[Piece]]:
-    """Pieces gathered into blocks of at most ``size`` elements, in order.
+def blocks(rows: Sequence[Row | None], scope: range, size: int, writes: Sequence[Write] = ()) -> Iterator[list[Piece]]:
+    """Pieces of a scope's tensors, gathered into blocks of at most ``size`` elements, in order.
 
     Large tensors are cut; one with a part that is not contiguous stays whole, whatever its size. Empty tensors give
     no piece.
@@ -31,8 +31,8 @@ def blocks(rows: Sequence[Row | None], size: int, writes: Sequence[Write] = ()) 
     lists.extend(write.into for write in writes)
     block: list[Piece] = []
     filled = 0
-    for index, tensor in enumerate(lists[0]):
-        length = tensor.numel()
+    for index in scope:
+        length = lists[0][index].numel()
         if length == 0:
             continue
         if length <= size or not all(part[index].is_contiguous() for part in lists):

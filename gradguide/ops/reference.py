@@ -7,29 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Write, scopes_of
 
 __all__ = ["combine_", "gram"]
 
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrix of the rows over one bucket, summed in float64.
+    """Gram matrices of the rows over the scopes of one bucket, summed in float64.
 
     Args:
         rows: R rows over the same tensors; ``None`` is a row of zeros.
 
     Returns:
-        Tensor [R, R], float64, on the rows' device.
+        Tensor [S, R, R], float64, on the rows' device.
     """
-    present = [row for row in rows if row is not None]
-    result = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=present[0].tensors[0].device)
-    for index in range(len(present[0].tensors)):
-        for a, first in enumerate(rows):
-            for b, second in enumerate(rows):
-                if first is not None and second is not None:
-                    product = first.value(index, torch.float64) * second.value(index, torch.float64)
-                    result[a, b] += product.sum()
+    device = next(row for row in rows if row is not None).tensors[0].device
+    scopes = scopes_of(rows)
+    result = torch.zeros(len(scopes), len(rows), len(rows), dtype=torch.float64, device=device)
+    for scope, tensors in enumerate(scopes):
+        for index in tensors:
+            for a, first in enumerate(rows):
+                for b, second in enumerate(rows):
+                    if first is not None and second is not None:
+                        product = first.value(index, torch.float64) * second.value(index, torch.float64)
+                        result[scope, a, b] += product.sum()
     return result
 
 
@@ -44,12 +46,14 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     results: list[list[Tensor]] = []
     for write in writes:
         tensors: list[Tensor] = []
-        for index, target in enumerate(write.into):
-            total = target.detach().reshape(-1).to(torch.float64) * (1.0 if write.accumulate else 0.0)
-            for coefficient, row in zip(write.coefficients.tolist(), rows, strict=True):
-                if row is not None and coefficient != 0.0:
-                    total = total + coefficient * row.value(index, torch.float64)
-            tensors.append(total.view(target.shape))
+        for coefficients, scope in zip(write.coefficients.tolist(), scopes_of(rows), strict=True):
+            for index in scope:
+                target = write.into[index].detach()
+                total = target.reshape(-1).to(torch.float64) * (1.0 if write.accumulate else 0.0)
+                for coefficient, row in zip(coefficients, rows, strict=True):
+                    if row is not None and coefficient != 0.0:
+                        total = total + coefficient * row.value(index, torch.float64)
+                tensors.append(total.view(target.shape))
         results.append(tensors)
     for write, tensors in zip(writes, results, strict=True):
         for target, value in zip(write.into, tensors, strict=True):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from gradguide.ops.codes import decode
 
-__all__ = ["Row", "Stack", "Write", "compute_dtype"]
+__all__ = ["Row", "Stack", "Write", "check_writes", "compute_dtype", "scopes_of", "sizes_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +85,28 @@ class Stack(list["Row | None"]):
     """The rows of a bucket, and what a backend keeps of them from its first pass over them to the next.
 
     It lasts for one step at most: tensors may be given other memory between steps.
+
+    Args:
+        sizes: how many of the tensors belong to each of S scopes, which follow one another; by default all to one.
     """
 
-    kept: object = None
+    def __init__(self, rows: Iterable[Row | None], sizes: Sequence[int] | None = None) -> None:
+        super().__init__(rows)
+        self.sizes = sizes
+        self.kept: object = None
+
+
+def sizes_of(rows: Sequence[Row | None]) -> Sequence[int]:
+    """How many of the tensors belong to each of S scopes."""
+    if isinstance(rows, Stack) and rows.sizes is not None:
+        return rows.sizes
+    return [len(next(row for row in rows if row is not None).tensors)]
+
+
+def scopes_of(rows: Sequence[Row | None]) -> list[range]:
+    """The numbers of each scope's tensors."""
+    sizes = sizes_of(rows)
+    return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +115,25 @@ class Write:
 
     Args:
         into: the bucket's tensors to write, in place.
-        coefficients (Tensor): shape [rows], one coefficient per row.
+        coefficients (Tensor): shape [S, rows], one coefficient per scope and row.
         accumulate (bool): add to ``into`` rather than overwrite it.
     """
 
     into: Sequence[Tensor]
     coefficients: Tensor
     accumulate: bool = False
+
+
+def check_writes(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
+    """Raise ValueError unless each write has a coefficient for every scope and row: a shorter list would broadcast, or
+    be read beyond its end."""
+    wanted = len(sizes_of(rows)), len(rows)
+    for write in writes:
+        if write.coefficients.shape != wanted:
+            raise ValueError(
+                f"a write has one coefficient for each of {wanted[0]} scopes and {wanted[1]} rows, found shape "
+                f"{tuple(write.coefficients.shape)}"
+            )
 
 
 def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:

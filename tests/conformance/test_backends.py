@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradguide import GradGuide
 from tests.conformance.bases import BASES, net_for
 from tests.contract import kit
 
@@ -86,3 +87,29 @@ def test_scope_group_is_each_group_by_itself(backend: str) -> None:
         for optimizer in many:
             optimizer.step()
     torch.testing.assert_close(kit.parameters_of(whole), kit.parameters_of(parts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("kind", kit.KINDS)
+def test_scopes_whose_parameters_alternate_are_each_by_itself(kind: str, backend: str) -> None:
+    """Their order within a pass is not that of the model; sources, directions and param groups go with them."""
+
+    def made(model: torch.nn.Module, scope: Any) -> GradGuide:
+        # Of either side one in each group.
+        base = torch.optim.SGD([{"params": [p], "lr": 0.1 if p.shape[0] == 6 else 0.3} for p in model.parameters()])
+        return GradGuide(base, **(kit.options(kind, model) | {"scope": scope, "backend": backend}))
+
+    whole, *halves = (kit.net() for _ in range(3))
+    one = made(whole, {p: "odd" if i % 2 else "even" for i, p in enumerate(whole.parameters())})
+    many = [made(half, "global") for half in halves]
+    for step in range(5):
+        for model in (whole, *halves):
+            kit.give_gradients(model, step)
+        for side, half in enumerate(halves):
+            for parameter in list(half.parameters())[1 - side :: 2]:
+                parameter.grad = None
+        for optimizer in (one, *many):
+            optimizer.step()
+    even, odd = (list(half.parameters())[side::2] for side, half in enumerate(halves))
+    found = list(whole.parameters())
+    torch.testing.assert_close([*found[::2], *found[1::2]], [*even, *odd], rtol=1e-5, atol=1e-6)

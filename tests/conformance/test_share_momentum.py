@@ -72,6 +72,25 @@ def test_coherence_is_momentum_over_its_greatest_length(name: str) -> None:
 
 
 @over_sharing
+def test_a_scope_whose_first_gradient_comes_later_starts_then(name: str) -> None:
+    """As if it had an optimizer of its own: SGD takes a first gradient whole, whatever its other parameters did."""
+    make, _ = SHARING[name]
+    held, alone = ([nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    together = GradGuide(make(held), scope="tensor", direction=SHARED, magnitude=None)
+    apart = [GradGuide(make([p]), direction=SHARED, magnitude=None) for p in alone]
+    for step in range(4):
+        for place, (one, other) in enumerate(zip(held, alone, strict=True)):
+            generator = torch.Generator().manual_seed(10 * step + place)
+            gradient = torch.randn(3, generator=generator) + 1.0
+            one.grad, other.grad = (None, None) if place == 1 and step == 0 else (gradient.clone(), gradient.clone())
+        for optimizer in (together, *apart[: 1 if step == 0 else 2]):
+            optimizer.step()
+    torch.testing.assert_close(held, alone)
+    coherences = [optimizer.metrics()["coherence"] for optimizer in apart]
+    assert together.metrics()["coherence"] == pytest.approx(sum(coherences) / 2, rel=1e-6)
+
+
+@over_sharing
 def test_no_memory_per_parameter(name: str) -> None:
     make, _ = SHARING[name]
     model, plain = kit.net(), kit.net()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from types import ModuleType
 
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradguide.ops import Row, Write, cpu, foreach, reference
+from gradguide.ops import Row, Stack, Write, cpu, foreach, reference
 from gradguide.ops.codes import decode, encode
 from tests.ops.coded import coded
 
 BACKENDS = pytest.mark.parametrize("backend", [cpu, foreach], ids=["cpu", "foreach"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((), (0,), (1,), (3, 5), (7, 0, 2), (64, 33), (300, 301))
+SCOPES = st.lists(st.lists(st.sampled_from(SHAPES), max_size=3), min_size=1, max_size=3).filter(any)
+"""Shapes of the tensors of up to three scopes, of which all but one may be empty."""
 
 
 def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
@@ -24,63 +27,62 @@ def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, scale:
     return [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for shape in shapes]
 
 
-def some_rows(seed: int, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> list[Row | None]:
+def some_rows(
+    seed: int, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], sizes: list[int] | None = None
+) -> Stack:
     """A plain row, no row, a moving source and an update."""
     g, d, s0, fisher = (tensors(seed + k, shapes, dtypes[k % len(dtypes)]) for k in range(4))
     now, before = (tensors(seed + k, shapes, dtypes[0]) for k in (4, 5))
-    return [
-        Row(offset=g),
-        Row(offset=d),
-        None,
-        Row(offset=s0, scale=fisher, at=now, anchor=before),
-        Row(at=now, anchor=before),
-    ]
+    moving = Row(offset=s0, scale=fisher, at=now, anchor=before)
+    return Stack([Row(offset=g), Row(offset=d), None, moving, Row(at=now, anchor=before)], sizes)
 
 
 @BACKENDS
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
-    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5),
+    scopes=SCOPES,
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4),
 )
 def test_gram_is_the_oracles(
-    backend: ModuleType, seed: int, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]
+    backend: ModuleType, seed: int, scopes: list[list[tuple[int, ...]]], dtypes: list[torch.dtype]
 ) -> None:
-    rows = some_rows(seed, shapes, dtypes)
+    rows = some_rows(seed, [*chain(*scopes)], dtypes, [*map(len, scopes)])
     expected = reference.gram(rows)
     found = backend.gram(rows)
     assert found.dtype == torch.float64
-    assert torch.equal(found, found.T)
-    lengths = expected.diagonal().sqrt()
-    assert ((found - expected).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
+    assert found.shape == (len(scopes), 5, 5)
+    assert torch.equal(found, found.mT)
+    lengths = expected.diagonal(dim1=1, dim2=2).sqrt()
+    assert ((found - expected).abs() <= 1e-5 * lengths.unsqueeze(1) * lengths.unsqueeze(2) + 1e-12).all()
 
 
 @BACKENDS
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
-    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5),
+    scopes=SCOPES,
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4),
     accumulate=st.booleans(),
-    coefficients=st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=10, max_size=10),
+    coefficients=st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=30, max_size=30),
 )
 def test_combine_is_the_oracles(
     backend: ModuleType,
     seed: int,
-    shapes: list[tuple[int, ...]],
+    scopes: list[list[tuple[int, ...]]],
     dtypes: list[torch.dtype],
     accumulate: bool,
     coefficients: list[float],
 ) -> None:
     results = []
+    own, other = torch.tensor(coefficients, dtype=torch.float64).view(2, 3, 5)[:, : len(scopes)]
     for ops in (reference, backend):
-        rows = some_rows(seed, shapes, dtypes)
+        rows = some_rows(seed, [*chain(*scopes)], dtypes, [*map(len, scopes)])
         first, second = rows[0], rows[1]
         assert first is not None and first.offset is not None and second is not None and second.offset is not None
         writes = [
-            Write(into=first.offset, coefficients=torch.tensor(coefficients[:5], dtype=torch.float64)),
-            Write(into=second.offset, coefficients=torch.tensor(coefficients[5:]).double(), accumulate=accumulate),
+            Write(into=first.offset, coefficients=own),
+            Write(into=second.offset, coefficients=other, accumulate=accumulate),
         ]
         ops.combine_(rows, writes)
         results.append([*first.offset, *second.offset])
@@ -105,7 +107,7 @@ def test_long_rows_are_cut_into_pieces(backend: ModuleType, monkeypatch: pytest.
     rows = some_rows(0, shapes, [torch.float32])
     assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-2)
     target, expected = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
-    coefficients = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    coefficients = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
     backend.combine_(rows, [Write(into=target, coefficients=coefficients)])
     reference.combine_(rows, [Write(into=expected, coefficients=coefficients)])
     for found, wanted in zip(target, expected, strict=True):
@@ -119,7 +121,7 @@ def test_tensors_that_are_not_contiguous(backend: ModuleType, monkeypatch: pytes
     rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
     assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-5)
     expected = 2.0 * a + 0.5 * b
-    backend.combine_(rows, [Write(into=[a.T], coefficients=torch.tensor([2.0, 0.5]))])
+    backend.combine_(rows, [Write(into=[a.T], coefficients=torch.tensor([[2.0, 0.5]]))])
     assert torch.allclose(a, expected, atol=1e-6)
 
 
@@ -127,7 +129,7 @@ def test_tensors_that_are_not_contiguous(backend: ModuleType, monkeypatch: pytes
 def test_a_zero_coefficient_drops_its_row_whatever_it_holds(backend: ModuleType) -> None:
     bad, good = torch.full((4,), float("nan")), torch.arange(4.0)
     rows: list[Row | None] = [Row(offset=[bad]), Row(offset=[good])]
-    backend.combine_(rows, [Write(into=[good], coefficients=torch.tensor([0.0, 2.0]))])
+    backend.combine_(rows, [Write(into=[good], coefficients=torch.tensor([[0.0, 2.0]]))])
     assert torch.equal(good, 2 * torch.arange(4.0))
 
 
@@ -136,8 +138,8 @@ def test_writing_a_row_back_changes_no_bit(backend: ModuleType) -> None:
     g = [torch.tensor([1e-45, -0.5, 3e38, 0.1])]
     before = [t.clone() for t in g]
     rows: list[Row | None] = [Row(offset=g), Row(offset=[torch.full((4,), 7.0)])]
-    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([1.0, 0.0]))])
-    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([0.0, 0.0]), accumulate=True)])
+    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([[1.0, 0.0]]))])
+    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([[0.0, 0.0]]), accumulate=True)])
     assert torch.equal(g[0], before[0])
 
 
@@ -145,7 +147,7 @@ def test_writing_a_row_back_changes_no_bit(backend: ModuleType) -> None:
 def test_nan_and_inf_show_in_the_gram_matrix(backend: ModuleType) -> None:
     for bad in (float("nan"), float("inf")):
         rows: list[Row | None] = [Row(offset=[torch.tensor([1.0, bad])]), Row(offset=[torch.ones(2)])]
-        found = backend.gram(rows)
+        found = backend.gram(rows)[0]
         assert not found[0].isfinite().any()
         assert found[1, 1] == 2.0
 
@@ -153,9 +155,19 @@ def test_nan_and_inf_show_in_the_gram_matrix(backend: ModuleType) -> None:
 def test_a_coefficient_beyond_float32_still_gives_the_right_result_on_cpu() -> None:
     g, s = [torch.tensor([1.0, 2.0])], [torch.tensor([1e-40, 0.0])]
     cpu.combine_(
-        [Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([1.0, 1e40], dtype=torch.float64))]
+        [Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([[1.0, 1e40]], dtype=torch.float64))]
     )
     assert torch.allclose(g[0], torch.tensor([2.0, 2.0]), rtol=1e-4)
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(2,), (1, 3), (2, 2)])
+def test_a_write_has_a_coefficient_for_every_scope_and_row(backend: ModuleType, shape: tuple[int, ...]) -> None:
+    g = [torch.ones(2), torch.ones(3)]
+    rows = Stack([Row(offset=g), Row(offset=g)], [2])
+    with pytest.raises(ValueError, match=r"each of 1 scopes and 2 rows, found shape \(" + str(shape[0])):
+        backend.combine_(rows, [Write(into=g, coefficients=torch.full(shape, 2.0))])
+    assert [t.tolist() for t in g] == [[1.0] * 2, [1.0] * 3]
 
 
 def test_rows_check_their_parts() -> None:
@@ -173,8 +185,8 @@ def test_rows_check_their_parts() -> None:
 @given(seed=st.integers(0, 10**6), known=st.sets(st.integers(0, 4)))
 def test_products_of_known_rows_are_left_out(backend: ModuleType, seed: int, known: set[int]) -> None:
     rows = some_rows(seed, [(3, 5), (64, 33)], [torch.float32])
-    expected = backend.gram(rows)
-    found = backend.gram(rows, known)
+    expected = backend.gram(rows)[0]
+    found = backend.gram(rows, known)[0]
     left_out = torch.tensor([[i in known and j in known for j in range(5)] for i in range(5)])
     assert not found[left_out].any()
     torch.testing.assert_close(found[~left_out], expected[~left_out], rtol=1e-6, atol=1e-6)
@@ -187,15 +199,15 @@ def test_rows_of_8_bit_codes(backend: ModuleType, seed: int, shapes: list[tuple[
     plain, given = tensors(seed, shapes, torch.float32), tensors(seed + 1, shapes, torch.float32)
     row = coded(given, fixed=True)
     rows = [Row(offset=plain), row]
-    expected = reference.gram(rows)
+    expected = reference.gram(rows)[0]
     lengths = expected.diagonal().sqrt()
-    assert ((backend.gram(rows) - expected).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
+    assert ((backend.gram(rows)[0] - expected).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
     assert row.offset is not None and row.steps is not None
     for values, codes, scales in zip(given, row.offset, row.steps, strict=True):
         if values.numel():
             assert (decode(codes, scales) - values.reshape(-1)).abs().max() <= values.abs().max() / 253
     into, wanted = ([torch.zeros_like(t) for t in plain] for _ in range(2))
-    coefficients = torch.tensor([0.5, -2.0])
+    coefficients = torch.tensor([[0.5, -2.0]])
     backend.combine_(rows, [Write(into=into, coefficients=coefficients)])
     reference.combine_(rows, [Write(into=wanted, coefficients=coefficients)])
     torch.testing.assert_close(into, wanted, rtol=1e-5, atol=1e-5)

@@ -35,14 +35,14 @@ def test_float32_rows_take_the_compiled_passes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(foreach, "gram", None)
     monkeypatch.setattr(foreach, "combine_", None)
     g = [torch.ones(3)]
-    assert cpu.gram(rows_of(g)).tolist() == [[3.0]]
-    cpu.combine_(rows_of(g), [Write(into=g, coefficients=torch.tensor([2.0]))])
+    assert cpu.gram(rows_of(g)).tolist() == [[[3.0]]]
+    cpu.combine_(rows_of(g), [Write(into=g, coefficients=torch.tensor([[2.0]]))])
     assert g[0].tolist() == [2.0, 2.0, 2.0]
 
 
 def test_without_the_extension_the_portable_backend_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (rows_of(large(0), large(1)) for _ in range(2))
-    coefficients = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    coefficients = torch.tensor([[0.5, -2.0]], dtype=torch.float64)
     with_extension = cpu.gram(first)
     cpu.combine_(first, [Write(into=first[0].tensors, coefficients=coefficients)])  # type: ignore[union-attr]
     monkeypatch.setattr(cpu, "_cpu", None)
@@ -54,13 +54,13 @@ def test_without_the_extension_the_portable_backend_does_the_same(monkeypatch: p
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_share_the_elements(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_threads", lambda table: threads)
+    monkeypatch.setattr(cpu, "_threads", lambda lengths: threads)
     rows = rows_of(large(0), large(1))
     found = cpu.gram(rows)
     assert torch.allclose(found, reference.gram(rows), rtol=1e-5, atol=1e-2)
     assert torch.equal(found, cpu.gram(rows)), "the same number of threads gives the same bits"
     into, expected = ([torch.zeros_like(t) for t in large(0)] for _ in range(2))
-    coefficients = torch.tensor([2.0, 1.0])
+    coefficients = torch.tensor([[2.0, 1.0]])
     cpu.combine_(rows, [Write(into=into, coefficients=coefficients)])
     reference.combine_(rows, [Write(into=expected, coefficients=coefficients)])
     for a, b in zip(into, expected, strict=True):
@@ -92,5 +92,5 @@ def test_rows_of_other_sizes_are_refused_before_memory_is_read() -> None:
     with pytest.raises(ValueError, match="differ in size"):
         cpu.gram(rows_of(g, short))
     with pytest.raises(ValueError, match="differ in size"):
-        cpu.combine_(rows_of(g, g), [Write(into=short, coefficients=torch.tensor([1.0, 1.0]))])
+        cpu.combine_(rows_of(g, g), [Write(into=short, coefficients=torch.tensor([[1.0, 1.0]]))])
     assert short[0].tolist() == [1.0] * 4

@@ -40,16 +40,16 @@ def row(seed: int, kind: torch.dtype, scale: float = 1.0) -> Row:
 def test_products_and_sums_are_the_oracles(
     kind: torch.dtype, sources: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_threads", lambda table: threads)
+    monkeypatch.setattr(cpu, "_threads", lambda lengths: threads)
     # One source in three is of the next kind: tiles of four hold rows of one kind or of two.
     kinds = [kind if k % 3 else KINDS[(KINDS.index(kind) + 1) % 3] for k in range(1, sources + 1)]
     rows: list[Row | None] = [Row(offset=values(100)), Row(offset=values(101))]
     rows += [row(k, kind) for k, kind in enumerate(kinds)]
     rows.insert(1, None)
-    expected = reference.gram(rows)
+    expected = reference.gram(rows)[0]
     lengths = expected.diagonal().sqrt()
     for known in (frozenset(), frozenset(range(3, len(rows)))):
-        found = cpu.gram(rows, known)
+        found = cpu.gram(rows, known)[0]
         wanted = torch.ones_like(expected)
         for a in known:
             for b in known:
@@ -58,8 +58,8 @@ def test_products_and_sums_are_the_oracles(
         assert ((found - expected * wanted).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
         assert (found[wanted == 0] == 0).all()
 
-    coefficients = [torch.linspace(-1, 2, len(rows), dtype=torch.float64) for _ in range(2)]
-    coefficients[1][4:] = 0.0
+    coefficients = [torch.linspace(-1, 2, len(rows), dtype=torch.float64).unsqueeze(0) for _ in range(2)]
+    coefficients[1][:, 4:] = 0.0
     found_into, expected_into = ([values(200), values(201)] for _ in range(2))
     for backend, into in ((cpu, found_into), (reference, expected_into)):
         backend.combine_(
@@ -78,8 +78,8 @@ def test_products_and_sums_are_the_oracles(
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_beyond_float32_are_taken_in_float64(kind: torch.dtype, scale: float) -> None:
     rows: list[Row | None] = [Row(offset=values(100, scale)), *(row(k, kind, scale) for k in range(3))]
-    expected = reference.gram(rows)[0]
-    found = cpu.gram(rows, frozenset({1, 2, 3}))[0]
+    expected = reference.gram(rows)[0, 0]
+    found = cpu.gram(rows, frozenset({1, 2, 3}))[0, 0]
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected[0]))
 
 
@@ -95,9 +95,9 @@ def test_what_is_written_in_bfloat16_is_rounded_as_torch_rounds() -> None:
         [torch.randn(5000), torch.tensor([float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-40, -0.0])]
     )
     into = [torch.zeros(len(exact), dtype=torch.bfloat16)]
-    cpu.combine_([Row(offset=[exact])], [Write(into=into, coefficients=torch.tensor([1.0]))])
+    cpu.combine_([Row(offset=[exact])], [Write(into=into, coefficients=torch.tensor([[1.0]]))])
     expected = (exact * 1.0 + 0.0).bfloat16()
     assert torch.equal(into[0].view(torch.int16)[exact == exact], expected.view(torch.int16)[exact == exact])
     assert into[0][exact != exact].isnan().all()
-    cpu.combine_([Row(offset=into)], [Write(into=into, coefficients=torch.tensor([1.0]), accumulate=True)])
+    cpu.combine_([Row(offset=into)], [Write(into=into, coefficients=torch.tensor([[1.0]]), accumulate=True)])
     assert torch.equal(into[0][:5000], expected[:5000] * 2)

@@ -24,6 +24,7 @@ from gradguide.ops.triton.launch import (
     WIDE_BLOCK,
     WIDEST_BLOCK,
     on,
+    sums_of,
     table_of,
     tables_of,
 )
@@ -78,15 +79,15 @@ def launch_adam(
 
     Args:
         columns: what :func:`plan_adam` gave for these rows, direction and moments.
-        gradient (Tensor): shape [R], coefficients of the guided gradient.
-        scale (Tensor): 0-d float64, what the update is multiplied by.
-        pulls (Tensor | None): shape [R], coefficients of what is added to the update.
+        gradient (Tensor): shape [S, R], coefficients of the guided gradient.
+        scale (Tensor): shape [S], float64, what the update is multiplied by.
+        pulls (Tensor | None): shape [S, R], coefficients of what is added to the update.
         go (Tensor): 0-d float32; 0 leaves everything as it is.
 
     Returns:
         Squared lengths of the update by chunk: Tensor [chunks], float32.
     """
-    table, lengths, chunks = tables_of(columns)
+    table, lengths, chunks, _ = tables_of(columns)
     squares = torch.empty(len(chunks), dtype=torch.float32, device=columns.device)
     if not len(chunks):
         return squares
@@ -94,7 +95,7 @@ def launch_adam(
     with on(columns.device):
         adam[(len(chunks),)](
             table, lengths, chunks, _steps(columns, moments), gradient.contiguous(), turned.contiguous(),
-            (turned if pulls is None else pulls).contiguous(), scale, go, squares, columns.tensors,
+            (turned if pulls is None else pulls).contiguous(), scale, go, squares, columns.tensors, len(rows),
             *_numbers(columns, settings),
             D=columns.writes[0][0] if columns.writes else -1, PULLED=pulls is not None,
             **_layout(columns, rows, settings),
@@ -117,19 +118,20 @@ def launch_probe(
         first, sources: number of the first source among the rows, and how many there are.
 
     Returns:
-        The update with itself, the parameters with themselves, the update with each source: Tensor [2 + sources],
-        float64, the same bits for the same step.
+        For each scope the update with itself, the parameters with themselves, the update with each source: Tensor
+        [S, 2 + sources], float64, the same bits for the same step.
     """
-    table, lengths, chunks = tables_of(columns)
+    table, lengths, chunks, bounds = tables_of(columns)
     count = len(chunks)
     partials = torch.empty(2 + sources, count, dtype=torch.float32, device=columns.device)
     if count:
         with on(columns.device):
             probe[(count,)](
                 partials, table, lengths, chunks, _steps(columns, moments), gradient.contiguous(), columns.tensors,
-                count, *_numbers(columns, settings), FIRST=first, SOURCES=sources, **_layout(columns, rows, settings),
+                len(rows), count, *_numbers(columns, settings), FIRST=first, SOURCES=sources,
+                **_layout(columns, rows, settings),
             )  # fmt: skip
-    return partials.sum(dim=1, dtype=torch.float64)
+    return sums_of(partials, bounds)
 
 
 def _steps(columns: Columns, moments: Moments) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradguide.ops.codes import GROUP
-from gradguide.ops.row import Row, Stack, Write
+from gradguide.ops.row import Row, Stack, Write, sizes_of
 from gradguide.ops.tensors import Facts, located
 
 __all__ = ["Columns", "columns_of"]
@@ -37,6 +37,7 @@ class Columns:
     others: columns of the lists that are neither.
     addresses: [columns, tensors].
     lengths: [tensors], elements.
+    sizes: [scopes], how many of the tensors belong to each.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class Columns:
     others: tuple[int, ...]
     addresses: array[int]
     lengths: array[int]
+    sizes: array[int]
 
     @property
     def tensors(self) -> int:
@@ -115,6 +117,7 @@ def columns_of(
         others=tuple(map(number, others)),
         addresses=addresses,
         lengths=lengths,
+        sizes=array("q", sizes_of(rows)),
     )
 
 

@@ -10,11 +10,11 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Stack, Write, check_writes, sizes_of
 from gradguide.ops.triton.columns import Columns, columns_of
 from gradguide.ops.triton.kernels.combine import combine
-from gradguide.ops.triton.kernels.measure import finish, measure
-from gradguide.ops.triton.tables import Tables, chunk_numbers
+from gradguide.ops.triton.kernels.measure import finish, measure, total
+from gradguide.ops.triton.tables import Tables, bounds_of, chunk_numbers
 
 __all__ = [
     "BLOCK",
@@ -31,6 +31,7 @@ __all__ = [
     "launch_measure",
     "numbers_of",
     "on",
+    "sums_of",
     "table_of",
     "tables_of",
 ]
@@ -69,15 +70,16 @@ _tables = Tables()
 
 
 def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
-    """Gram matrix of the rows: Tensor [R, R], float64; None where there is no kernel for one of them.
+    """Gram matrices of the rows: Tensor [S, R, R], float64; None where there is no kernel for one of them.
 
     Up to TILE rows are read once; of more, each once for every TILE rows.
     """
-    present = [row for row in rows if row is not None]
+    present, sizes = [row for row in rows if row is not None], sizes_of(rows)
     tiles = [(first, present[first : first + TILE]) for first in range(0, len(present), TILE)]
     launches = []
     for (first, a), (second, b) in combinations_with_replacement(tiles, 2):
-        columns = columns_of(rows if len(tiles) == 1 else a if first == second else [*a, *b])
+        # Of one tile the stack itself, which keeps what is found out about it.
+        columns = columns_of(rows if len(tiles) == 1 else Stack(a if first == second else [*a, *b], sizes))
         if columns is None:
             return None
         launches.append((first, second, columns, columns.rows[: len(a)], columns.rows[len(a) :]))
@@ -85,7 +87,7 @@ def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
     partials: Tensor | None = None
     with on(device):
         for first, second, columns, a_rows, b_rows in launches:
-            table, lengths, chunks = tables_of(columns)
+            table, lengths, chunks, bounds = tables_of(columns)
             if partials is None:
                 count = len(chunks)
                 partials = torch.empty(len(present), len(present), count, dtype=torch.float32, device=device)
@@ -95,27 +97,36 @@ def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
                     DTYPES=columns.dtypes, A=a_rows, B=b_rows or a_rows, SAME=first == second,
                     BLOCK=block_for(columns), CHUNK=CHUNK, THREADS=32 * WARPS, num_warps=WARPS, **FUSION,
                 )  # fmt: skip
-        gram = torch.empty(len(rows), len(rows), dtype=torch.float64, device=device)
+        gram = torch.empty(len(sizes), len(rows), len(rows), dtype=torch.float64, device=device)
         finish[(gram.numel(),)](
-            gram, partials, count, SLOTS=_slots(rows), ROWS=len(present), BLOCK=FINISH, num_warps=WARPS, **FUSION,
+            gram, partials, bounds, count, SLOTS=_slots(rows), ROWS=len(present), BLOCK=FINISH, num_warps=WARPS,
+            **FUSION,
         )  # fmt: skip
     return gram
 
 
+def sums_of(partials: Tensor, bounds: Tensor) -> Tensor:
+    """Sums over each scope's chunks: Tensor [S, N], float64, of float32 ``partials`` [N, chunks]."""
+    sums = torch.empty(len(bounds) - 1, len(partials), dtype=torch.float64, device=partials.device)
+    with on(partials.device):
+        total[(sums.numel(),)](
+            sums, partials, bounds, len(partials), partials.shape[1], BLOCK=FINISH, num_warps=WARPS, **FUSION
+        )
+    return sums
+
+
 def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
     """Make the writes; False, and nothing done, where there is no kernel for a row or a write."""
-    # A shorter list would be read beyond its end.
-    if any(write.coefficients.shape != (len(rows),) for write in writes):
-        found = [tuple(write.coefficients.shape) for write in writes]
-        raise ValueError(f"a write has one coefficient for each of the {len(rows)} rows, found {found}")
+    check_writes(rows, writes)
     columns = columns_of(rows, writes)
     if columns is None:
         return False
-    table, lengths, chunks = tables_of(columns)
+    table, lengths, chunks, _ = tables_of(columns)
     if len(chunks):
         with on(columns.device):
             combine[(len(chunks),)](
                 table, lengths, chunks, tuple(write.coefficients.contiguous() for write in writes), columns.tensors,
+                len(rows),
                 DTYPES=columns.dtypes, ROWS=columns.rows, SLOTS=tuple(i for i, row in enumerate(rows) if row),
                 WRITES=columns.writes, RELOAD=len(columns.rows) > TILE,
                 BLOCK=WIDEST_BLOCK if len(columns.dtypes) > WIDE else block_for(columns), CHUNK=CHUNK,
@@ -124,11 +135,14 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
     return True
 
 
-def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-    """Addresses [columns, tensors], lengths [tensors] and chunks [chunks, 2] on the device."""
-    device, lengths = columns.device, columns.lengths
-    chunks = _tables.get(device, "chunks", lengths.tobytes(), lambda: chunk_numbers(lengths, CHUNK))
-    return table_of(device, columns.addresses), table_of(device, lengths), chunks
+def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Addresses [columns, tensors], lengths [tensors], chunks [chunks, 3] and their bounds [scopes + 1], on the
+    device."""
+    device, lengths, sizes = columns.device, columns.lengths, columns.sizes
+    key = lengths.tobytes() + b"/" + sizes.tobytes()
+    chunks = _tables.get(device, "chunks", key, lambda: chunk_numbers(lengths, sizes, CHUNK))
+    bounds = _tables.get(device, "bounds", key, lambda: bounds_of(lengths, sizes, CHUNK))
+    return table_of(device, columns.addresses), table_of(device, lengths), chunks, bounds
 
 
 def table_of(device: torch.device, numbers: array[int]) -> Tensor:

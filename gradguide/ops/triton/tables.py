@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Tables", "chunk_numbers"]
+__all__ = ["Tables", "bounds_of", "chunk_numbers"]
 
 Key = tuple[torch.device, str, bytes]
 
@@ -76,6 +76,8 @@ class Tables:
         )
 
     def _evict(self, current: _Entry) -> None:
+        if self._bytes <= self._budget:
+            return  # mostly, and without drawing up a list of all there are
         for key in list(self._entries):
             if self._bytes <= self._budget:
                 return
@@ -85,9 +87,25 @@ class Tables:
                 self._bytes -= entry.table.nbytes
 
 
-def chunk_numbers(lengths: array[int], size: int) -> Tensor:
-    """Tensor and number of each chunk of ``size`` elements, in order: Tensor [chunks, 2]; empty tensors have none."""
-    counts = (torch.tensor(lengths, dtype=torch.int64) + size - 1) // size
+def chunk_numbers(lengths: array[int], sizes: array[int], size: int) -> Tensor:
+    """Tensor, number within it and scope of each chunk of ``size`` elements, in order: Tensor [chunks, 3].
+
+    Empty tensors have none.
+    """
+    counts = _counts(lengths, size)
     tensors = torch.arange(len(lengths)).repeat_interleave(counts)
     first = counts.cumsum(0) - counts
-    return torch.stack([tensors, torch.arange(len(tensors)) - first[tensors]], dim=1)
+    scopes = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return torch.stack([tensors, torch.arange(len(tensors)) - first[tensors], scopes[tensors]], dim=1)
+
+
+def bounds_of(lengths: array[int], sizes: array[int], size: int) -> Tensor:
+    """Number of the first chunk of each scope, and of all: Tensor [scopes + 1]."""
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), _counts(lengths, size).cumsum(0)])
+    ends = torch.tensor(sizes).cumsum(0)
+    return torch.cat([before[:1], before[ends]])
+
+
+def _counts(lengths: array[int], size: int) -> Tensor:
+    """How many chunks each tensor has: Tensor [tensors]."""
+    return (torch.tensor(lengths, dtype=torch.int64) + size - 1) // size

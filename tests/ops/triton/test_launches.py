@@ -49,7 +49,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str]
     """Kernels and operations of the third step."""
     monkeypatch.setattr(GradGuide, "_base_stops", lambda self, measured: True)  # as on CUDA, where it is fused
     held = [nn.Parameter(torch.ones(5, 3)) for _ in range(4)]
-    names = [(f"p{i}", p) for i, p in enumerate(held)]
+    names = [(f"layer{i // 2}.p{i}", p) for i, p in enumerate(held)]
     if "on" in options:
         source = SourceGradient({name: torch.ones(5, 3) for name, _ in names})
         options["alignment"] = Alignment(source, on=options.pop("on"), weight=1.0)
@@ -72,5 +72,11 @@ def test_direction_a_source_and_clipping_are_five_launches(monkeypatch: pytest.M
 def test_a_rule_on_the_update_adds_three(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({}, {"on": "update"}):
         kernels, operations = launches(monkeypatch, **options)
-        assert kernels == ["measure", "finish", "decide", "probe", "limit_unmade", "adam"]
-        assert operations == ["sum", "_foreach_add_"]
+        assert kernels == ["measure", "finish", "decide", "probe", "total", "limit_unmade", "adam"]
+        assert operations == ["_foreach_add_"]
+
+
+@pytest.mark.parametrize("scope", ["module", "tensor"])
+def test_more_scopes_take_no_more_launches(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"on": "gradient", "magnitude": Magnitude(max_update=None)}, {"on": "update"}):
+        assert launches(monkeypatch, scope=scope, **options) == launches(monkeypatch, **options)

@@ -14,7 +14,7 @@ from gradguide.ops.triton import launch
 from gradguide.ops.triton.columns import columns_of
 from gradguide.ops.triton.kernels.combine import combine
 from gradguide.ops.triton.kernels.measure import finish, measure
-from gradguide.ops.triton.tables import Tables, chunk_numbers
+from gradguide.ops.triton.tables import Tables, bounds_of, chunk_numbers
 from tests.ops.triton.problems import DEVICE, tensors
 
 SHAPES = [(5,), (2, 3)]
@@ -23,7 +23,7 @@ SHAPES = [(5,), (2, 3)]
 def test_a_list_in_several_places_is_one_column() -> None:
     now, before, fisher = (tensors(seed, SHAPES) for seed in range(3))
     rows = [Row(at=now, anchor=before), Row(scale=fisher, at=before, anchor=now)]
-    columns = columns_of(rows, [Write(into=now, coefficients=torch.ones(2), accumulate=True)])
+    columns = columns_of(rows, [Write(into=now, coefficients=torch.ones(1, 2), accumulate=True)])
     assert columns is not None
     assert len(columns.dtypes) == 3
     assert columns.rows == ((-1, -1, 0, 1), (-1, 2, 1, 0))
@@ -34,9 +34,13 @@ def test_a_list_in_several_places_is_one_column() -> None:
 
 def test_chunks_cover_every_element_once() -> None:
     lengths = array("q", [0, 10, 0, 3, 8, 1])
-    chunks = chunk_numbers(lengths, 4).tolist()
-    assert chunks == [[1, 0], [1, 1], [1, 2], [3, 0], [4, 0], [4, 1], [5, 0]]
-    assert chunk_numbers(array("q", [0]), 4).shape == (0, 2)
+    sizes = array("q", [0, 3, 2, 0, 1])
+    chunks = chunk_numbers(lengths, sizes, 4).tolist()
+    assert chunks == [[1, 0, 1], [1, 1, 1], [1, 2, 1], [3, 0, 2], [4, 0, 2], [4, 1, 2], [5, 0, 4]]
+    assert bounds_of(lengths, sizes, 4).tolist() == [0, 0, 3, 6, 6, 7]
+    empty = array("q", [0])
+    assert chunk_numbers(empty, array("q", [1]), 4).shape == (0, 3)
+    assert bounds_of(empty, array("q", [1]), 4).tolist() == [0, 0]
 
 
 def test_tables_are_copied_only_when_an_address_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +50,7 @@ def test_tables_are_copied_only_when_an_address_changes(monkeypatch: pytest.Monk
     first = ops.gram([Row(offset=g)])
     entries = len(kept)
     assert torch.equal(ops.gram([Row(offset=g)]), first)
-    assert len(kept) == entries == 3  # addresses, lengths, chunks
+    assert len(kept) == entries == 4  # addresses, lengths, chunks and their bounds
     g[0] = g[0].clone()
     assert torch.equal(ops.gram([Row(offset=g)]), first)
     assert len(kept) == entries + 1
@@ -80,7 +84,7 @@ def test_sizes_past_two_to_the_31() -> None:
     memory, target = tensors(0, [(100,)])[0], torch.zeros(100, device=DEVICE)
     table = torch.tensor([t.data_ptr() - 4 * start for t in (memory, target)], device=DEVICE)
     lengths = torch.tensor([size], device=DEVICE)
-    chunks = torch.tensor([[0, start // launch.CHUNK]], device=DEVICE)
+    chunks = torch.tensor([[0, start // launch.CHUNK, 0]], device=DEVICE)
     f32 = columns_of([Row(offset=[memory])])
     assert f32 is not None
     plain = ((0, -1, -1, -1),)
@@ -89,10 +93,12 @@ def test_sizes_past_two_to_the_31() -> None:
         partials, table, lengths, chunks, 1, 1, 0, 0, 1, DTYPES=f32.dtypes, A=plain, B=plain, SAME=True,
         BLOCK=launch.BLOCK, CHUNK=launch.CHUNK, THREADS=128, num_warps=4,
     )  # fmt: skip
-    finish[(1,)](gram, partials, 1, SLOTS=(0,), ROWS=1, BLOCK=launch.FINISH, num_warps=4)
+    finish[(1,)](
+        gram, partials, torch.tensor([0, 1], device=DEVICE), 1, SLOTS=(0,), ROWS=1, BLOCK=launch.FINISH, num_warps=4
+    )
     torch.testing.assert_close(gram.item(), memory.double().square().sum().item(), rtol=1e-6, atol=0.0)
     combine[(1,)](
-        table, lengths, chunks, (torch.tensor([2.0], device=DEVICE),), 1, DTYPES=f32.dtypes * 2, ROWS=plain,
+        table, lengths, chunks, (torch.tensor([[2.0]], device=DEVICE),), 1, 1, DTYPES=f32.dtypes * 2, ROWS=plain,
         SLOTS=(0,), WRITES=((1, False),), RELOAD=False, BLOCK=launch.BLOCK, CHUNK=launch.CHUNK, num_warps=4,
     )  # fmt: skip
     assert torch.equal(target, 2.0 * memory)

@@ -13,6 +13,7 @@ __all__ = [
     "form_rows",
     "item",
     "load_column",
+    "scope_of",
     "section",
     "store_column",
     "uses",
@@ -54,14 +55,20 @@ def chunk_of(chunks, lengths, CHUNK: tl.constexpr):
     """The chunk of this program: its tensor, first element, and the element after its last.
 
     Args:
-        chunks: int64 [chunks, 2], tensor and number of the chunk within it.
+        chunks: int64 [chunks, 3], tensor, number of the chunk within it, and scope.
         lengths: int64 [tensors], elements of each tensor.
     """
     index = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * index)
+    tensor = tl.load(chunks + 3 * index)
     # int64 from here on, for tensors of more than 2^31 elements.
-    begin = tl.load(chunks + 2 * index + 1) * CHUNK
+    begin = tl.load(chunks + 3 * index + 1) * CHUNK
     return tensor, begin, tl.minimum(begin + CHUNK, tl.load(lengths + tensor))
+
+
+@triton.jit
+def scope_of(chunks):
+    """The scope that this program's chunk belongs to."""
+    return tl.load(chunks + 3 * tl.program_id(0) + 2)
 
 
 @triton.jit

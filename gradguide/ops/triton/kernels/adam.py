@@ -10,6 +10,7 @@ from gradguide.ops.triton.kernels.access import (
     chunk_of,
     form_rows,
     load_column,
+    scope_of,
     store_column,
     uses,
     vector_end,
@@ -117,10 +118,10 @@ def block(
     return change if VECTOR else tl.where(inside, change, 0.0)
 
 
-# A scope's coefficients may begin anywhere; that must not be a reason to compile anew.
-@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["gradient", "direction", "pulls", "scale"])
+# The scales are part of a tensor and may begin anywhere; that must not be a reason to compile anew.
+@triton.jit(do_not_specialize=["tensors", "slots"], do_not_specialize_on_alignment=["scale"])
 def adam(
-    table, lengths, chunks, steps, gradient, direction, pulls, scale, go, squares, tensors, lr, beta1, rest1,
+    table, lengths, chunks, steps, gradient, direction, pulls, scale, go, squares, tensors, slots, lr, beta1, rest1,
     log_beta1, beta2, rest2, log_beta2, eps, decay,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr, PULLED: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
@@ -132,14 +133,14 @@ def adam(
     Args:
         table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
         lengths: int64 [tensors].
-        chunks: int64 [chunks, 2], tensor and number of each chunk of CHUNK elements.
+        chunks: int64 [chunks, 3], tensor, number and scope of each chunk of CHUNK elements.
         steps: int64 [tensors], addresses of float32 counts of the steps before this one.
-        gradient, direction, pulls: float64 coefficients of the guided gradient, the new direction and what is added to
-            the update, for ROWS[i] at SLOTS[i].
-        scale: float64, what the update is multiplied by.
+        gradient, direction, pulls: float64 coefficients [scopes, slots] of the guided gradient, the new direction and
+            what is added to the update, for ROWS[i] at SLOTS[i].
+        scale: float64 [scopes], what the update is multiplied by.
         go: float32; 0 leaves everything as it is.
         squares: float32 [chunks], where the squared length of each chunk's update goes.
-        tensors: how many.
+        tensors, slots: how many.
         lr: a number, or where it lies with RATE_ON_DEVICE.
         beta1, beta2, rest1, rest2, log_beta1, log_beta2: the decays, 1 minus each, and their logarithms to base 2.
         eps, decay: of Adam, and its weight decay, DECOUPLED or not.
@@ -154,11 +155,13 @@ def adam(
     if tl.load(go) == 0.0:
         return
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
+    scope = scope_of(chunks)
+    gradient, direction, pulls = gradient + scope * slots, direction + scope * slots, pulls + scope * slots
     prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
     rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
     step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
     settings = (rate, beta1, rest1, beta2, rest2, eps, decay)
-    factor = tl.load(scale).to(tl.float32)
+    factor = tl.load(scale + scope).to(tl.float32)
     corrections = (correction(step, log_beta1), correction(step, log_beta2))
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(prepared[0], begin, end, BLOCK)

@@ -11,6 +11,7 @@ from gradguide.ops.triton.kernels.access import (
     form_rows,
     item,
     load_column,
+    scope_of,
     section,
     store_column,
     uses,
@@ -125,19 +126,19 @@ def block(
         )
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["tensors", "slots"])
 def combine(
-    table, lengths, chunks, coefficients, tensors, DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    WRITES: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    table, lengths, chunks, coefficients, tensors, slots, DTYPES: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, WRITES: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write combinations of rows over one chunk. Columns that no coefficient wants are not read.
 
     Args:
         table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
         lengths: int64 [tensors].
-        chunks: int64 [chunks, 2], tensor and number of each chunk of CHUNK elements.
-        coefficients: for each write a float tensor, that of ROWS[i] at SLOTS[i].
-        tensors: how many.
+        chunks: int64 [chunks, 3], tensor, number and scope of each chunk of CHUNK elements.
+        coefficients: for each write a float tensor [scopes, slots], that of ROWS[i] at SLOTS[i].
+        tensors, slots: how many.
         ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of
             nothing is that of 8-bit codes.
         WRITES: for each write its column, and whether it adds to what is there (then nothing is written where all
@@ -145,15 +146,18 @@ def combine(
         RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
-    prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+    own = ()
+    for write in tl.static_range(len(WRITES)):
+        own = own + (coefficients[write] + scope_of(chunks) * slots,)
+    prepared = prepare(table, own, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(prepared[0], begin, end, BLOCK)
     for start in range(begin, split, BLOCK):
         if RELOAD:
-            prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+            prepared = prepare(table, own, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
         block(prepared, start + lanes, None, DTYPES, ROWS, WRITES, BLOCK, True)
     for start in range(split, end, BLOCK):
         if RELOAD:
-            prepared = prepare(table, coefficients, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
+            prepared = prepare(table, own, tensor, tensors, len(DTYPES), ROWS, SLOTS, WRITES)
         offsets = start + lanes
         block(prepared, offsets, offsets < end, DTYPES, ROWS, WRITES, BLOCK, False)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, load_column, uses, vector_end
 
-__all__ = ["finish", "measure"]
+__all__ = ["finish", "measure", "total"]
 
 
 @triton.constexpr_function
@@ -55,7 +55,7 @@ def measure(
     Args:
         table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
         lengths: int64 [tensors].
-        chunks: int64 [count, 2], tensor and number of each chunk of CHUNK elements.
+        chunks: int64 [count, 3], tensor, number and scope of each chunk of CHUNK elements.
         tensors, count, rows: how many.
         first_a, first_b: which of all rows A and B begin with.
         A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of nothing is
@@ -87,15 +87,40 @@ def measure(
             tl.store(partials + entry, tl.sum(sums[place(i, j, len(B), SAME)]))
 
 
+@triton.jit
+def added_up(numbers, first, end, BLOCK: tl.constexpr):
+    """Sum of float32 ``numbers`` from ``first`` to ``end``, in float64."""
+    sums = tl.zeros([BLOCK], tl.float64)
+    for begin in range(first, end, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        sums += tl.load(numbers + index, mask=index < end, other=0.0).to(tl.float64)
+    return tl.sum(sums)
+
+
+@triton.jit(do_not_specialize=["entries", "count"])
+def total(sums, partials, bounds, entries, count, BLOCK: tl.constexpr):
+    """One entry of float64 sums [scopes, entries], over the scope's part of float32 partials [entries, count].
+
+    Args:
+        bounds: int64 [scopes + 1], where each scope's part begins.
+    """
+    place = tl.program_id(0)
+    scope, entry = place // entries, place % entries
+    first, end = tl.load(bounds + scope), tl.load(bounds + scope + 1)
+    tl.store(sums + place, added_up(partials + entry * count.to(tl.int64), first, end, BLOCK))
+
+
 @triton.jit(do_not_specialize=["count"])
-def finish(gram, partials, count, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Entry (r, s) of the Gram matrix, float64 [len(SLOTS), len(SLOTS)], summed in float64 over the chunks.
+def finish(gram, partials, bounds, count, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Entry (r, s) of a scope's Gram matrix, float64 [scopes, len(SLOTS), len(SLOTS)], summed in float64 over chunks.
 
     Args:
         partials: float32 [ROWS, ROWS, count], upper half.
+        bounds: int64 [scopes + 1], where each scope's chunks begin.
         SLOTS: for each row of the matrix its row among ROWS; -1 is a row of zeros.
     """
-    entry = tl.program_id(0)
+    place = tl.program_id(0)
+    scope, entry = place // (len(SLOTS) * len(SLOTS)), place % (len(SLOTS) * len(SLOTS))
     r, s = entry // len(SLOTS), entry % len(SLOTS)
     a, b = -1, -1
     for row in tl.static_range(len(SLOTS)):
@@ -103,10 +128,7 @@ def finish(gram, partials, count, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK
         b = tl.where(s == row, SLOTS[row], b)
     # Both halves sum the same numbers in the same order, so the matrix is symmetric to the bit.
     first, second = tl.minimum(a, b), tl.maximum(a, b)
-    number = tl.where(first >= 0, count, 0)
+    begin = tl.load(bounds + scope)
+    end = tl.where(first >= 0, tl.load(bounds + scope + 1), begin)
     start = partials + (first * ROWS + second).to(tl.int64) * count
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, number, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        total += tl.load(start + index, mask=index < number, other=0.0).to(tl.float64)
-    tl.store(gram + entry, tl.sum(total))
+    tl.store(gram + place, added_up(start, begin, end, BLOCK))

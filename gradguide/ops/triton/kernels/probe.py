@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, item, uses, vector_end
+from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, item, scope_of, uses, vector_end
 from gradguide.ops.triton.kernels.adam import correction, load_columns, stepped
 from gradguide.ops.triton.kernels.combine import is_read, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
@@ -59,11 +59,10 @@ def grown(
     return found
 
 
-# A scope's coefficients may begin anywhere; that must not be a reason to compile anew.
-@triton.jit(do_not_specialize=["tensors", "count"], do_not_specialize_on_alignment=["gradient"])
+@triton.jit(do_not_specialize=["tensors", "slots", "count"])
 def probe(
-    partials, table, lengths, chunks, steps, gradient, tensors, count, lr, beta1, rest1, log_beta1, beta2, rest2,
-    log_beta2, eps, decay,
+    partials, table, lengths, chunks, steps, gradient, tensors, slots, count, lr, beta1, rest1, log_beta1, beta2,
+    rest2, log_beta2, eps, decay,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     FIRST: tl.constexpr, SOURCES: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
@@ -79,6 +78,7 @@ def probe(
     The others are those of ``adam``.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
+    gradient += scope_of(chunks) * slots
     prepared = prepare(table, gradient, tensor, tensors, len(DTYPES), ROWS, SLOTS, FIRST, SOURCES)
     rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
     step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
