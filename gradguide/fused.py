@@ -72,6 +72,9 @@ def parts_of(
         return None
     if any(survey.ops(bucket).__name__ != "gradguide.ops.triton" for bucket in survey.buckets):  # type: ignore[attr-defined]
         return None
+    # Decisions lie on one device, and kernels read them where they lie.
+    if any(bucket.gradients[0].device != survey.device for bucket in survey.buckets):
+        return None
     from gradguide.ops.triton.adam import plan_adam
 
     parts = []

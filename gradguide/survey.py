@@ -67,6 +67,9 @@ class Survey:
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]]) -> None:
         """For each bucket, write combinations of its rows."""
         for bucket, these, wanted in zip(self.buckets, rows, writes, strict=True):
+            device = bucket.gradients[0].device
+            if device != self.device:
+                wanted = [replace(write, coefficients=write.coefficients.to(device)) for write in wanted]
             self.ops(bucket).combine_(these, wanted)
 
     def numbers(self) -> Tensor:

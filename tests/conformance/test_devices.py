@@ -1,0 +1,45 @@
+"""A model that lies on several devices: what is decided on one of them goes to where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide.ops import Row, Write
+from gradguide.survey import Survey
+
+
+class OneDevice:
+    """Passes that compute nothing, and insist that all they are given lies on one device. The second is "meta"."""
+
+    def __init__(self) -> None:
+        self.written: list[torch.device] = []
+
+    def gram(self, rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
+        assert len({tensor.device for row in rows if row is not None for part in row.parts for tensor in part}) == 1
+        return torch.eye(len(rows), dtype=torch.float64).unsqueeze(0)  # on the CPU, as if copied there
+
+    def combine_(self, rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
+        for write in writes:
+            assert write.coefficients.device == write.into[0].device
+            self.written.append(write.coefficients.device)
+
+
+@pytest.mark.parametrize("on", ["gradient", "update"])
+def test_coefficients_go_to_the_device_of_what_they_write(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = OneDevice()
+    monkeypatch.setattr(Survey, "ops", lambda self, bucket: ops)
+    held = {"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(3, device="meta"))}
+    source = SourceGradient({name: torch.ones(3) for name in held})
+    optimizer = GradGuide(
+        SGD(held.values(), lr=0.1), names=held.items(), alignment=Alignment(source, on=on, weight=0.5)
+    )
+    for parameter in held.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert {device.type for device in ops.written} == {"cpu", "meta"}
