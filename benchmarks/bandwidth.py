@@ -7,6 +7,7 @@ in the same run. NOTES.md predicts the times.
 from __future__ import annotations
 
 import argparse
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
-from gradguide.ops.triton.adam import Moments, Settings, launch_adam, launch_probe, plan_adam
+from gradguide.ops.triton.adam import Groups, Moments, Settings, launch_adam, launch_probe, plan_adam
 
 ELEMENTS = 1 << 28
 """In 64 tensors; 1 GiB per row in float32, beyond any cache."""
@@ -47,7 +48,9 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
         "g, d, anchored s": [*plain, Row(scale=s, at=p, anchor=anchor)],
     }
     read = {"g, d": 8.0, "g, d, s": 12.0, "g, d, bf16 s": 10.0, "g, d, anchored s": 20.0}
-    settings = Settings(lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False)
+    settings = [Settings(lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)]
+    which = array("q", [0] * len(p))
+    groups = Groups(settings=settings, which=which, on_device=False, decoupled=True, maximize=False)
     one = torch.ones(1, dtype=torch.float64, device=device)
     moments = Moments(parameters=p, first=s, second=v, steps=[one.float().squeeze() for _ in p])
     found = {"copy": Kernel(lambda: torch._foreach_copy_(p, g), 8.0)}
@@ -67,17 +70,17 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
     columns = plan_adam(shared, None, moments)
     assert columns is not None
     found["fused step, shared momentum, bf16 s"] = Kernel(
-        lambda: launch_adam(columns, shared, weights, None, moments, settings, one, None, one.float()), 30.0
+        lambda: launch_adam(columns, shared, weights, None, moments, groups, one, None, one.float()), 30.0
     )
     own: list[Row | None] = [*plain]
     write = Write(into=d, coefficients=weights[:, :2])
     own_columns = plan_adam(own, write, moments)
     assert own_columns is not None
     found["fused step, g, d"] = Kernel(
-        lambda: launch_adam(own_columns, own, weights[:, :2], write, moments, settings, one, None, one.float()), 36.0
+        lambda: launch_adam(own_columns, own, weights[:, :2], write, moments, groups, one, None, one.float()), 36.0
     )
     found["measure the update, g, d"] = Kernel(
-        lambda: launch_probe(own_columns, own, weights[:, :2], moments, settings, 2, 0), 20.0
+        lambda: launch_probe(own_columns, own, weights[:, :2], moments, groups, 2, 0), 20.0
     )
     return found
 

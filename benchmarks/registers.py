@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +30,7 @@ from triton.compiler import ASTSource
 from benchmarks.harness import versions
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.atomic import replacing
-from gradguide.fused import MOST_SOURCES
+from gradguide.fused import MOST_SETTINGS, MOST_SOURCES
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
 from gradguide.ops.triton import adam as fused
@@ -184,7 +185,7 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
     moments = fused.Moments(
         parameters=parameters, first=[*map(clone, like)], second=[*map(clone, like)], steps=[torch.zeros(())]
     )
-    settings = fused.Settings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False)
+    settings = [fused.Settings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)]
     coefficients = torch.ones(1, len(rows), dtype=torch.float64)
     direction = rows[1] if len(rows) > 1 else None
     write = None if direction is None else Write(into=direction.tensors, coefficients=coefficients)
@@ -193,10 +194,14 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
     one = torch.ones(1, dtype=torch.float64)
     sources = max(len(rows) - SOURCES, 0)
     limited = sources <= MOST_SOURCES
-    if limited:
-        fused.launch_probe(columns, rows, coefficients, moments, settings, SOURCES, sources)
-    for pulls in (None, coefficients) if limited else (None,):
-        fused.launch_adam(columns, rows, coefficients, write, moments, settings, one, pulls, one.float())
+    for count in (1, MOST_SETTINGS) if sources == 1 else (1,):
+        groups = fused.Groups(
+            settings=settings * count, which=array("q", [0]), on_device=False, decoupled=True, maximize=False
+        )
+        if limited:
+            fused.launch_probe(columns, rows, coefficients, moments, groups, SOURCES, sources)
+        for pulls in (None, coefficients) if limited else (None,):
+            fused.launch_adam(columns, rows, coefficients, write, moments, groups, one, pulls, one.float())
 
 
 def compiled(call: Call, arch: int) -> bytes:
@@ -257,6 +262,8 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
                 label += f", rows {call.arguments[6]} and {call.arguments[7]} on"
             if kernel == "adam" and call.options["PULLED"]:
                 label += ", pulled"
+            if kernel in ("adam", "probe") and len(call.arguments[5 if kernel == "adam" else 6]) > 1:
+                label += f", {MOST_SETTINGS} groups"
             for arch in architectures:
                 numbers = inspect(compiled(call, arch))
                 found[kernel, label, f"sm_{arch}"] = Binary(

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,33 +19,38 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
-from gradguide.ops.row import Row, Stack, Write, scopes_of
-from gradguide.ops.tensors import Interned, Note, Tensors, only
+from gradguide.buckets import Bucket
+from gradguide.ops.row import Stack, Write
+from gradguide.ops.tensors import Interned, Tensors, only
 from gradguide.survey import Survey
 
 if TYPE_CHECKING:
-    from gradguide.ops.triton.adam import Moments, Settings
+    from gradguide.ops.triton.adam import Groups, Moments
 
-__all__ = ["MOST_SOURCES", "Part", "parts_of", "products", "step"]
+__all__ = ["MOST_SETTINGS", "MOST_SOURCES", "Part", "parts_of", "products", "step"]
 
 
 MOST_SOURCES = 4
 """Of how many sources an update that is made in one pass can be freed: with sixteen, the kernel spills registers."""
 
 
+MOST_SETTINGS = 16
+"""How many param groups with settings of their own a launch knows: each is a handful of its arguments."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one launch steps: the parameters of a bucket that share a param group.
+    """What one launch steps: the parameters of a bucket.
 
     rows: R rows over these parameters.
     direction: the running direction, where the step writes it.
-    moments, settings, columns: see ``gradguide.ops.triton.adam``.
+    moments, groups, columns: see ``gradguide.ops.triton.adam``.
     """
 
     rows: Stack
     direction: Sequence[Tensor] | None
     moments: Any
-    settings: Any
+    groups: Any
     columns: Any
 
 
@@ -59,8 +63,8 @@ def parts_of(
     """The launches of a fused step, or None where the base has to step by itself.
 
     It has to unless it is exactly Adam or AdamW with ``fused=True`` in every group and no amsgrad, nobody hooks into
-    its step or wraps it, all parameters are on one device, and every tensor has a kernel. States that are not there yet
-    are made as the base makes them.
+    its step or wraps it, all parameters are on one device, every tensor has a kernel, and the param groups differ in
+    numbers alone, of which there are not too many. States that are not there yet are made as the base makes them.
 
     Args:
         base: the base optimizer.
@@ -78,22 +82,19 @@ def parts_of(
     from gradguide.ops.triton.adam import plan_adam
 
     parts = []
-    for bucket, all_rows, kept in zip(survey.buckets, rows, directions, strict=True):
-        groups = dict.fromkeys(bucket.groups)
-        for index in groups:
-            these, into, parameters = all_rows, kept, bucket.values
-            if len(groups) > 1:
-                taken = _Taken([group == index for group in bucket.groups])
-                these, into, parameters = taken.rows(all_rows), taken.known(kept), taken(bucket.values)
-            moments = _moments(base, parameters, survey.interned)
-            if only(map(Tensor.get_device, moments.steps)) != parameters[0].get_device():
-                return None
-            # Coefficients are not known yet, and the columns do not depend on them.
-            write = None if into is None else Write(into=into, coefficients=torch.empty(0))
-            columns = plan_adam(these, write, moments)
-            if columns is None:
-                return None
-            parts.append(Part(these, into, moments, _settings(base, base.param_groups[index]), columns))
+    for bucket, these, into in zip(survey.buckets, rows, directions, strict=True):
+        groups = _groups(base, bucket)
+        if groups is None:
+            return None
+        moments = _moments(base, bucket.values, survey.interned)
+        if only(map(Tensor.get_device, moments.steps)) != bucket.values[0].get_device():
+            return None
+        # Coefficients are not known yet, and the columns do not depend on them.
+        write = None if into is None else Write(into=into, coefficients=torch.empty(0))
+        columns = plan_adam(these, write, moments)
+        if columns is None:
+            return None
+        parts.append(Part(these, into, moments, groups, columns))
     return parts
 
 
@@ -116,17 +117,32 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned) 
     )
 
 
-def _settings(base: Optimizer, group: dict[str, Any]) -> Settings:
-    from gradguide.ops.triton.adam import Settings
+def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
+    """The param groups of a bucket, those with the same settings as one; None where one launch cannot step them all."""
+    from gradguide.ops.triton.adam import Groups, Settings
 
-    return Settings(
-        lr=group["lr"],
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled=isinstance(base, AdamW) or group.get("decoupled_weight_decay", False),
-        maximize=group["maximize"],
-    )
+    kinds: set[tuple[bool, bool, bool]] = set()
+    places: dict[Settings, int] = {}
+    place_of: dict[int, int] = {}
+    for index in dict.fromkeys(bucket.groups):
+        group = base.param_groups[index]
+        lr = group["lr"]
+        # On the device it is what it is, whatever it holds: looking would make the host wait.
+        on_device = isinstance(lr, Tensor) and lr.device == bucket.gradients[0].device
+        settings = Settings(
+            lr=lr if on_device else float(lr),
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        place_of[index] = places.setdefault(settings, len(places))
+        decoupled = isinstance(base, AdamW) or group.get("decoupled_weight_decay", False)
+        kinds.add((on_device, decoupled, group["maximize"]))
+    if len(kinds) > 1 or len(places) > MOST_SETTINGS:
+        return None
+    on_device, decoupled, maximize = kinds.pop()
+    which = array("q", map(place_of.__getitem__, bucket.groups))
+    return Groups(settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=maximize)
 
 
 def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) -> Tensor:
@@ -144,7 +160,7 @@ def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) 
     from gradguide.ops.triton.adam import launch_probe
 
     sums = (
-        launch_probe(part.columns, part.rows, gradient, part.moments, part.settings, first, sources) for part in parts
+        launch_probe(part.columns, part.rows, gradient, part.moments, part.groups, first, sources) for part in parts
     )
     return reduce(torch.add, sums)
 
@@ -170,7 +186,7 @@ def step(
     for part in parts:
         write = None if part.direction is None else Write(into=part.direction, coefficients=direction)
         squares.append(
-            launch_adam(part.columns, part.rows, gradient, write, part.moments, part.settings, scale, pulls, go)
+            launch_adam(part.columns, part.rows, gradient, write, part.moments, part.groups, scale, pulls, go)
         )
         torch._foreach_add_(list(part.moments.steps), [go] * len(part.moments.steps))
     return squares
@@ -205,44 +221,3 @@ def _state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
-
-
-class _Taken:
-    """Lists of a bucket cut down to some of its tensors; of a list that is met twice, the same one."""
-
-    def __init__(self, chosen: Sequence[bool]) -> None:
-        self._chosen = chosen
-        self._made: dict[int, Tensors] = {}
-
-    def __call__(self, part: Sequence[Tensor]) -> Tensors:
-        if id(part) not in self._made:
-            self._made[id(part)] = Tensors(compress(part, self._chosen), self._note(part))
-        return self._made[id(part)]
-
-    def known(self, part: Sequence[Tensor] | None) -> Tensors | None:
-        return None if part is None else self(part)
-
-    def rows(self, rows: Stack) -> Stack:
-        """The rows over these tensors, and how many of them each scope has."""
-        sizes = [sum(self._chosen[scope.start : scope.stop]) for scope in scopes_of(rows)]
-        return Stack((None if row is None else self._row(row) for row in rows), sizes)
-
-    def _row(self, row: Row) -> Row:
-        return replace(
-            row,
-            offset=self.known(row.offset),
-            scale=self.known(row.scale),
-            at=self.known(row.at),
-            anchor=self.known(row.anchor),
-            steps=self.known(row.steps),
-        )
-
-    def _note(self, part: Sequence[Tensor]) -> Note:
-        """What the whole list is known to be, its parts are."""
-        known = part.note if isinstance(part, Tensors) else Note()
-        if known.facts is None or known.facts.dtype is None or not known.facts.contiguous:
-            return Note()
-        note = Note(known.facts._replace(lengths=array("q", compress(known.facts.lengths, self._chosen))))
-        if known.addresses is not None:
-            note.addresses = array("q", compress(known.addresses, self._chosen))
-        return note

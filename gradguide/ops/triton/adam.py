@@ -29,18 +29,33 @@ from gradguide.ops.triton.launch import (
     tables_of,
 )
 
-__all__ = ["Moments", "Settings", "launch_adam", "launch_probe", "plan_adam"]
+__all__ = ["Groups", "Moments", "Settings", "launch_adam", "launch_probe", "plan_adam"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of one param group: learning rate (a float, or a tensor on the device), betas, eps, weight decay (decoupled, as
-    in AdamW, or added to the gradient), and whether the objective is maximised."""
+    """Of one param group: learning rate (a float, or a tensor on the device), betas, eps and weight decay."""
 
     lr: float | Tensor
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """The param groups of a bucket.
+
+    settings: of each group.
+    which: int64 [tensors], the group of each tensor.
+    on_device: whether all learning rates are tensors there, and are read by the kernel.
+    decoupled: whether weight decay is, as in AdamW, or is added to the gradient.
+    maximize: whether the objective is maximised.
+    """
+
+    settings: Sequence[Settings]
+    which: array[int]
+    on_device: bool
     decoupled: bool
     maximize: bool
 
@@ -68,7 +83,7 @@ def launch_adam(
     gradient: Tensor,
     direction: Write | None,
     moments: Moments,
-    settings: Settings,
+    groups: Groups,
     scale: Tensor,
     pulls: Tensor | None,
     go: Tensor,
@@ -94,11 +109,11 @@ def launch_adam(
     turned = gradient if direction is None else direction.coefficients
     with on(columns.device):
         adam[(len(chunks),)](
-            table, lengths, chunks, _steps(columns, moments), gradient.contiguous(), turned.contiguous(),
-            (turned if pulls is None else pulls).contiguous(), scale, go, squares, columns.tensors, len(rows),
-            *_numbers(columns, settings),
+            table, lengths, chunks, _steps(columns, moments), *_settings(columns, groups), gradient.contiguous(),
+            turned.contiguous(), (turned if pulls is None else pulls).contiguous(), scale, go, squares, columns.tensors,
+            len(rows),
             D=columns.writes[0][0] if columns.writes else -1, PULLED=pulls is not None,
-            **_layout(columns, rows, settings),
+            **_layout(columns, rows, groups),
         )  # fmt: skip
     return squares
 
@@ -108,7 +123,7 @@ def launch_probe(
     rows: Sequence[Row | None],
     gradient: Tensor,
     moments: Moments,
-    settings: Settings,
+    groups: Groups,
     first: int,
     sources: int,
 ) -> Tensor:
@@ -127,9 +142,9 @@ def launch_probe(
     if count:
         with on(columns.device):
             probe[(count,)](
-                partials, table, lengths, chunks, _steps(columns, moments), gradient.contiguous(), columns.tensors,
-                len(rows), count, *_numbers(columns, settings), FIRST=first, SOURCES=sources,
-                **_layout(columns, rows, settings),
+                partials, table, lengths, chunks, _steps(columns, moments), *_settings(columns, groups),
+                gradient.contiguous(), columns.tensors, len(rows), count, FIRST=first, SOURCES=sources,
+                **_layout(columns, rows, groups),
             )  # fmt: skip
     return sums_of(partials, bounds)
 
@@ -139,27 +154,26 @@ def _steps(columns: Columns, moments: Moments) -> Tensor:
     return table_of(columns.device, array("q", map(Tensor.data_ptr, moments.steps)))
 
 
-def _numbers(columns: Columns, settings: Settings) -> tuple[float | Tensor, ...]:
-    """Learning rate, both decays (each with what it leaves, and its logarithm), eps and weight decay."""
-    rate = settings.lr if _on_device(columns, settings) else float(settings.lr)
-    decays = (number for beta in settings.betas for number in (beta, 1.0 - beta, _log2(beta)))
-    return (rate, *decays, settings.eps, settings.weight_decay)
+def _settings(columns: Columns, groups: Groups) -> tuple[Tensor, tuple[tuple[float | Tensor, ...], ...]]:
+    """The group of each tensor, on the device, and what kernels call the settings of each group."""
+    return table_of(columns.device, groups.which), tuple(map(_numbers, groups.settings))
 
 
-def _layout(columns: Columns, rows: Sequence[Row | None], settings: Settings) -> dict[str, Any]:
+def _numbers(settings: Settings) -> tuple[float | Tensor, ...]:
+    decays = (number for beta in settings.betas for number in (float(beta), 1.0 - beta, _log2(beta)))
+    return (settings.lr, *decays, float(settings.eps), float(settings.weight_decay))
+
+
+def _layout(columns: Columns, rows: Sequence[Row | None], groups: Groups) -> dict[str, Any]:
     """What the kernels are specialised on."""
     p, m, v = columns.others
     wide = len(columns.dtypes) > WIDE
     return {
         "DTYPES": columns.dtypes, "ROWS": columns.rows, "SLOTS": tuple(i for i, row in enumerate(rows) if row),
-        "P": p, "M": m, "V": v, "RATE_ON_DEVICE": _on_device(columns, settings), "DECOUPLED": settings.decoupled,
-        "MAXIMIZE": settings.maximize, "RELOAD": wide, "BLOCK": WIDEST_BLOCK if wide else WIDE_BLOCK, "CHUNK": CHUNK,
+        "P": p, "M": m, "V": v, "RATE_ON_DEVICE": groups.on_device, "DECOUPLED": groups.decoupled,
+        "MAXIMIZE": groups.maximize, "RELOAD": wide, "BLOCK": WIDEST_BLOCK if wide else WIDE_BLOCK, "CHUNK": CHUNK,
         "THREADS": 32 * WARPS, "num_warps": WARPS, "maxnreg": REGISTERS, **FUSION,
     }  # fmt: skip
-
-
-def _on_device(columns: Columns, settings: Settings) -> bool:
-    return isinstance(settings.lr, Tensor) and settings.lr.device == columns.device
 
 
 def _log2(beta: float) -> float:

@@ -142,7 +142,7 @@ RULES: dict[str, dict[str, Any]] = {
 def test_every_base_steps_as_by_itself(name: str, rules: str, fused_steps: list[int]) -> None:
     mine, other = (guided(backend, BASES[name], **RULES[rules]) for backend in ("triton", "foreach"))
     run(*mine, range(3))
-    assert fused_steps == [2] * 3
+    assert fused_steps == [1] * 3
     run(*other, range(3))
     assert len(fused_steps) == 3
     assert_close(mine, other)
@@ -213,17 +213,47 @@ def test_low_precision_parameters(fused_steps: list[int]) -> None:
     assert_close(mine, other, rtol=2e-2, atol=1e-2)
 
 
-def test_the_learning_rate_may_be_a_tensor_that_changes(fused_steps: list[int]) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_learning_rate_may_be_a_tensor_that_changes(groups: int, fused_steps: list[int]) -> None:
     results = []
     for backend in ("triton", "foreach"):
-        rate = torch.tensor(0.01, device=DEVICE)
+        rates = [torch.tensor(0.01 * (1 + group), device=DEVICE) for group in range(groups)]
         held = parameters()
-        optimizer = GradGuide(AdamW(held, lr=rate, fused=True), magnitude=None, backend=backend)
+        base = AdamW([{"params": held[group::groups], "lr": rate} for group, rate in enumerate(rates)], fused=True)
+        optimizer = GradGuide(base, magnitude=None, backend=backend)
         run(held, optimizer, range(1))
-        rate.mul_(3.0)
+        torch._foreach_mul_(rates, 3.0)
         run(held, optimizer, range(1, 3))
         results.append((held, optimizer))
     assert fused_steps == [1, 1, 1]
+    assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(("groups", "launches"), [(fused.MOST_SETTINGS, [1]), (fused.MOST_SETTINGS + 1, [])])
+def test_param_groups_are_stepped_together(groups: int, launches: list[int], fused_steps: list[int]) -> None:
+    """As many with settings of their own as a launch knows; more are the base's."""
+    results = []
+    for backend in ("triton", "foreach"):
+        held = [nn.Parameter(torch.linspace(-1.0, 1.0, 3 + i % 5, device=DEVICE)) for i in range(2 * groups)]
+        # The second half has the settings of the first: they count once.
+        base = AdamW([{"params": [p], "lr": 0.01 * (1 + i % groups)} for i, p in enumerate(held)], fused=True)
+        results.append((held, GradGuide(base, magnitude=None, backend=backend)))
+        run(*results[-1], range(1))
+    assert fused_steps == launches
+    assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    "differs", [{"maximize": True}, {"lr": torch.tensor(0.01, device=DEVICE)}], ids=["sign", "rate"]
+)
+def test_groups_that_differ_in_kind_are_the_bases(differs: dict[str, Any], fused_steps: list[int]) -> None:
+    results = []
+    for backend in ("triton", "foreach"):
+        held = parameters()
+        base = AdamW([{"params": held[:2]}, {"params": held[2:], **differs}], lr=0.01, fused=True)
+        results.append((held, GradGuide(base, magnitude=None, backend=backend)))
+        run(*results[-1], range(2))
+    assert fused_steps == []
     assert_close(results[0], results[1])
 
 
@@ -283,7 +313,7 @@ def test_moments_that_are_cast_in_place_are_read_as_what_they_are(fused_steps: l
                     state[name] = state[name].bfloat16()
         run(held, optimizer, range(2, 4))
         runs.append(held)
-    assert fused_steps == [2] * 8
+    assert fused_steps == [1] * 8
     assert all(map(torch.equal, *runs))
 
 
@@ -293,7 +323,7 @@ def test_moments_that_are_forgotten_begin_anew(fused_steps: list[int]) -> None:
         run(held, optimizer, range(2))
         optimizer.state.clear()
         run(held, optimizer, range(2, 4))
-    assert fused_steps == [2] * 4
+    assert fused_steps == [1] * 4
     assert_close(runs[0], runs[1])
 
 

@@ -53,7 +53,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str]
     if "on" in options:
         source = SourceGradient({name: torch.ones(5, 3) for name, _ in names})
         options["alignment"] = Alignment(source, on=options.pop("on"), weight=1.0)
-    optimizer = GradGuide(AdamW(held, fused=True), names=names, backend="triton", **options)
+    decayed: list[Any] = [{"params": held[:2]}, {"params": held[2:], "weight_decay": 0.0}]
+    base = AdamW(decayed if options.pop("groups", False) else held, fused=True)
+    optimizer = GradGuide(base, names=names, backend="triton", **options)
     for parameter in held:
         parameter.grad = torch.ones_like(parameter)
     # From the second step on tables of addresses are there, as they are on CUDA, whose allocator gives the same again.
@@ -76,7 +78,7 @@ def test_a_rule_on_the_update_adds_three(monkeypatch: pytest.MonkeyPatch) -> Non
         assert operations == ["_foreach_add_"]
 
 
-@pytest.mark.parametrize("scope", ["module", "tensor"])
-def test_more_scopes_take_no_more_launches(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [{"scope": "module"}, {"scope": "tensor"}, {"groups": True}], ids=str)
+def test_more_scopes_and_groups_take_no_more_launches(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({"on": "gradient", "magnitude": Magnitude(max_update=None)}, {"on": "update"}):
-        assert launches(monkeypatch, scope=scope, **options) == launches(monkeypatch, **options)
+        assert launches(monkeypatch, **more, **options) == launches(monkeypatch, **options)

@@ -18,13 +18,37 @@ from gradguide.ops.triton.kernels.access import (
 from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
 
-__all__ = ["adam", "correction", "load_columns", "stepped"]
+__all__ = ["adam", "correction", "load_columns", "settings_of", "stepped"]
 
 
 @triton.constexpr_function
 def among(column, columns):
     """Whether a column is one of ``columns``."""
     return column in columns
+
+
+@triton.jit
+def settings_of(settings, which, tensor, RATE_ON_DEVICE: tl.constexpr):
+    """The settings of a tensor's param group: learning rate, both decays (each with what it leaves and its logarithm to
+    base 2), eps and weight decay.
+
+    Args:
+        settings: of each group, these numbers; with RATE_ON_DEVICE, of the first one where it lies.
+        which: int64 [tensors], the group of each tensor.
+    """
+    group = tl.load(which + tensor)
+    chosen = settings[0]
+    rate = tl.load(chosen[0]).to(tl.float32) if RATE_ON_DEVICE else chosen[0]
+    rest = chosen[1:]
+    for other in tl.static_range(1, len(settings)):
+        mine = group == other
+        lr = tl.load(settings[other][0]).to(tl.float32) if RATE_ON_DEVICE else settings[other][0]
+        rate = tl.where(mine, lr, rate)
+        picked = ()
+        for number in tl.static_range(len(rest)):
+            picked = picked + (tl.where(mine, settings[other][1 + number], rest[number]),)
+        rest = picked
+    return (rate,) + rest
 
 
 @triton.jit
@@ -57,7 +81,7 @@ def stepped(
     MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """Adam's step with the gradient ``g``: the new moments, and how far it moves the parameters."""
-    lr, beta1, rest1, beta2, rest2, eps, decay = settings
+    lr, beta1, rest1, _, beta2, rest2, _, eps, decay = settings
     before = columns[P]
     if MAXIMIZE:
         g = -g
@@ -121,8 +145,7 @@ def block(
 # The scales are part of a tensor and may begin anywhere; that must not be a reason to compile anew.
 @triton.jit(do_not_specialize=["tensors", "slots"], do_not_specialize_on_alignment=["scale"])
 def adam(
-    table, lengths, chunks, steps, gradient, direction, pulls, scale, go, squares, tensors, slots, lr, beta1, rest1,
-    log_beta1, beta2, rest2, log_beta2, eps, decay,
+    table, lengths, chunks, steps, which, settings, gradient, direction, pulls, scale, go, squares, tensors, slots,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr, PULLED: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
@@ -140,10 +163,8 @@ def adam(
         scale: float64 [scopes], what the update is multiplied by.
         go: float32; 0 leaves everything as it is.
         squares: float32 [chunks], where the squared length of each chunk's update goes.
+        which, settings: see ``settings_of``; the weight decay is DECOUPLED or not.
         tensors, slots: how many.
-        lr: a number, or where it lies with RATE_ON_DEVICE.
-        beta1, beta2, rest1, rest2, log_beta1, log_beta2: the decays, 1 minus each, and their logarithms to base 2.
-        eps, decay: of Adam, and its weight decay, DECOUPLED or not.
         ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of
             nothing is that of 8-bit codes.
         D, P, M, V: columns of direction (-1 for none), parameters, first and second moments.
@@ -158,11 +179,10 @@ def adam(
     scope = scope_of(chunks)
     gradient, direction, pulls = gradient + scope * slots, direction + scope * slots, pulls + scope * slots
     prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
-    rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
     step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
-    settings = (rate, beta1, rest1, beta2, rest2, eps, decay)
+    own = settings_of(settings, which, tensor, RATE_ON_DEVICE)
     factor = tl.load(scale + scope).to(tl.float32)
-    corrections = (correction(step, log_beta1), correction(step, log_beta2))
+    corrections = (correction(step, own[3]), correction(step, own[6]))
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(prepared[0], begin, end, BLOCK)
     total = tl.zeros([THREADS], tl.float32)
@@ -170,7 +190,7 @@ def adam(
         if RELOAD:
             prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
         change = block(
-            prepared, start + lanes, None, settings, corrections, factor,
+            prepared, start + lanes, None, own, corrections, factor,
             DTYPES, ROWS, D, P, M, V, PULLED, DECOUPLED, MAXIMIZE, BLOCK, True,
         )  # fmt: skip
         total += dot(change, change, THREADS)
@@ -179,7 +199,7 @@ def adam(
             prepared = prepare(table, gradient, direction, pulls, tensor, tensors, len(DTYPES), ROWS, SLOTS, D, PULLED)
         offsets = start + lanes
         change = block(
-            prepared, offsets, offsets < end, settings, corrections, factor,
+            prepared, offsets, offsets < end, own, corrections, factor,
             DTYPES, ROWS, D, P, M, V, PULLED, DECOUPLED, MAXIMIZE, BLOCK, False,
         )  # fmt: skip
         total += dot(change, change, THREADS)

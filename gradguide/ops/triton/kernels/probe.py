@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, item, scope_of, uses, vector_end
-from gradguide.ops.triton.kernels.adam import correction, load_columns, stepped
+from gradguide.ops.triton.kernels.adam import correction, load_columns, settings_of, stepped
 from gradguide.ops.triton.kernels.combine import is_read, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
 
@@ -61,8 +61,7 @@ def grown(
 
 @triton.jit(do_not_specialize=["tensors", "slots", "count"])
 def probe(
-    partials, table, lengths, chunks, steps, gradient, tensors, slots, count, lr, beta1, rest1, log_beta1, beta2,
-    rest2, log_beta2, eps, decay,
+    partials, table, lengths, chunks, steps, which, settings, gradient, tensors, slots, count,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     FIRST: tl.constexpr, SOURCES: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
@@ -80,10 +79,9 @@ def probe(
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
     gradient += scope_of(chunks) * slots
     prepared = prepare(table, gradient, tensor, tensors, len(DTYPES), ROWS, SLOTS, FIRST, SOURCES)
-    rate = tl.load(lr).to(tl.float32) if RATE_ON_DEVICE else lr
     step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))) + 1.0
-    settings = (rate, beta1, rest1, beta2, rest2, eps, decay)
-    corrections = (correction(step, log_beta1), correction(step, log_beta2))
+    own = settings_of(settings, which, tensor, RATE_ON_DEVICE)
+    corrections = (correction(step, own[3]), correction(step, own[6]))
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     split = vector_end(prepared[0], begin, end, BLOCK)
     sums = ()
@@ -93,7 +91,7 @@ def probe(
         if RELOAD:
             prepared = prepare(table, gradient, tensor, tensors, len(DTYPES), ROWS, SLOTS, FIRST, SOURCES)
         sums = grown(
-            sums, prepared, start + lanes, None, settings, corrections,
+            sums, prepared, start + lanes, None, own, corrections,
             DTYPES, ROWS, SLOTS, P, M, V, FIRST, SOURCES, DECOUPLED, MAXIMIZE, BLOCK, THREADS, True,
         )  # fmt: skip
     for start in range(split, end, BLOCK):
@@ -101,7 +99,7 @@ def probe(
             prepared = prepare(table, gradient, tensor, tensors, len(DTYPES), ROWS, SLOTS, FIRST, SOURCES)
         offsets = start + lanes
         sums = grown(
-            sums, prepared, offsets, offsets < end, settings, corrections,
+            sums, prepared, offsets, offsets < end, own, corrections,
             DTYPES, ROWS, SLOTS, P, M, V, FIRST, SOURCES, DECOUPLED, MAXIMIZE, BLOCK, THREADS, False,
         )  # fmt: skip
     for entry in tl.static_range(2 + SOURCES):
