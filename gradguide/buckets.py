@@ -24,7 +24,7 @@ Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters with gradients, of one device and precision, all or none of them known to the sources.
+    """Parameters with gradients, of one device and precision, all or none of them contiguous and known to the sources.
 
     Lists are aligned, and the parameters of a scope follow one another: ``sizes`` says of each of S scopes how many
     they are, and ``elements`` how many numbers those have, whole. ``names`` is empty where the sources know nothing. Of
@@ -110,7 +110,9 @@ def gather(
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
-            key = (summed, gradient.device, gradient.dtype, parameter.dtype, name is not None)
+            # What no kernel reads in place is not to take the rest with it to the portable backend.
+            plain = gradient.is_contiguous() and parameter.is_contiguous()
+            key = (summed, gradient.device, gradient.dtype, parameter.dtype, name is not None, plain)
             called = _Called(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
             found.setdefault(key, []).append(called)
     return [_bucket(key[0], called, len(labels), sharded) for key, called in found.items()]

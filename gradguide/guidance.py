@@ -252,16 +252,18 @@ class Guidance:
 
     def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
         """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""
-        owner = {p: group for group in base.param_groups for p in group["params"]}
-        per_scope: dict[int, tuple[float, float]] = {}
+        gram = measured.span.gram
+        members: dict[int, list[Tensor]] = {}
+        firsts: dict[int, tuple[int, int]] = {}  # place of the first parameter, and its group
         for bucket, rows in zip(measured.survey.buckets, measured.rows, strict=True):
             for scope, tensors in enumerate(scopes_of(rows)):
-                if tensors and scope not in per_scope:
-                    own = bucket.parameters[tensors.start : tensors.stop]
-                    per_scope[scope] = rates(base, owner[own[0]], own)
-        gram = measured.span.gram
+                if tensors:
+                    first = bucket.places[tensors.start], bucket.groups[tensors.start]
+                    firsts[scope] = min(first, firsts.get(scope, first))
+                    members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
+        found = {scope: rates(base, base.param_groups[firsts[scope][1]], own) for scope, own in members.items()}
         # A scope without a gradient on this rank adds nothing to its average, whatever its rates.
-        all_rates = (per_scope.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0]))
+        all_rates = (found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0]))
         decays, gains = zip(*all_rates, strict=True)
         # Filled on the device: a copy from the host would make it wait.
         return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])

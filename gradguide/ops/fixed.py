@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FixedProducts"]
 
+_MOST = 16
+"""Of how many lists of rows products are kept: a step has one for each precision and device."""
+
 
 class FixedProducts:
     """Of K stored sources without curvature, K² products are the same at every step: only those with gradient and
@@ -22,11 +26,11 @@ class FixedProducts:
 
     def __init__(self) -> None:
         # The lists themselves are kept, so that no other list can come to have their identity.
-        self._kept: dict[Hashable, tuple[list[Sequence[Tensor]], Tensor]] = {}
+        self._kept: OrderedDict[Hashable, tuple[list[Sequence[Tensor]], Tensor]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has lists of its own.
-        return {"_kept": {}}
+        return {"_kept": OrderedDict()}
 
     def gram(self, ops: Ops, rows: Sequence[Row | None]) -> Tensor:
         """Gram matrices of the rows: Tensor [S, R, R]."""
@@ -45,6 +49,10 @@ class FixedProducts:
                 for column, other in enumerate(places):
                     block[:, index, other] = only[:, line, column]
             known = self._kept[key] = lists, block
+            # A change in which parameters have gradients makes new lists, and the old ones never come again.
+            while len(self._kept) > _MOST:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
         found = ops.gram(rows, frozenset(places))
         # A backend may have taken them all the same.
         return torch.where(known[1] != 0, known[1].to(found), found)

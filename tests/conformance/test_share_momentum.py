@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from gradguide import Direction, GradGuide, Magnitude
 from tests.conformance.bases import BASES, SHARING
@@ -88,6 +89,24 @@ def test_a_scope_whose_first_gradient_comes_later_starts_then(name: str) -> None
     torch.testing.assert_close(held, alone)
     coherences = [optimizer.metrics()["coherence"] for optimizer in apart]
     assert together.metrics()["coherence"] == pytest.approx(sum(coherences) / 2, rel=1e-6)
+
+
+def test_the_rates_are_those_of_a_scopes_first_parameter_whatever_its_precision() -> None:
+    """Passes go by precision, and another scope's parameter must not decide which of them comes first."""
+    found = []
+    for there in (True, False):
+        dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
+        other, *own = (nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in dtypes)
+        groups = [{"params": [p], "momentum": m} for p, m in zip((other, *own), (0.9, 0.5, 0.99), strict=True)]
+        scope = {other: "other", own[0]: "own", own[1]: "own"}
+        optimizer = GradGuide(SGD(groups, lr=0.1), direction=SHARED, magnitude=None, scope=scope)
+        for step in range(3):
+            for parameter in own:
+                parameter.grad = torch.full_like(parameter, 1.0 + step)
+            other.grad = torch.ones_like(other) if there else None
+            optimizer.step()
+        found.append(optimizer.state_dict()["state"][1]["gradguide.counters"])
+    assert torch.equal(*found)
 
 
 @over_sharing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.description import describe
 from gradguide.ops import Row
+from gradguide.ops.tensors import Tensors
 from tests.contract import kit
 from tests.integrations import lora
 
@@ -149,6 +151,25 @@ def test_sixteen_sources_keep_their_products(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
     for key, value in found[0][1].items():
         assert value == pytest.approx(found[1][1][key], rel=1e-4, abs=1e-5, nan_ok=True), key
+
+
+def test_products_of_lists_that_do_not_come_again_are_not_kept_for_ever() -> None:
+    """As where parameters have gradients in turn: each pattern has lists of its own."""
+    from gradguide.ops import cpu
+    from gradguide.ops.fixed import FixedProducts
+
+    def rows(first: Tensors) -> list[Row | None]:
+        return [Row(offset=[torch.ones(3)]), Row(offset=first, fixed=True), Row(offset=Tensors(first), fixed=True)]
+
+    products = FixedProducts()
+    first = Tensors([torch.full((3,), 2.0)])
+    kept = weakref.ref(first)
+    assert products.gram(cpu, rows(first))[0, 1].tolist() == [6.0, 12.0, 12.0]
+    del first
+    assert kept() is not None
+    for _ in range(100):
+        products.gram(cpu, rows(Tensors([torch.ones(3)])))
+    assert kept() is None
 
 
 def unfixed(row: Any, names: list[str], at: list[torch.Tensor]) -> Row:

@@ -23,7 +23,7 @@ __all__ = ["combine_", "gram"]
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrix of the rows: Tensor [R, R], float64, on the rows' device, the same bits for the same rows.
+    """Gram matrices of the rows: Tensor [S, R, R], float64, on the rows' device, the same bits for the same rows.
 
     Args:
         known: numbers of rows whose products with each other are not wanted; the kernels give them none the less.
