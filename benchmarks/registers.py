@@ -48,6 +48,7 @@ KERNELS = (
     (launch, "combine"),
     (fused, "probe"),
     (fused, "adam"),
+    (fused, "count"),
 )
 DECISIONS = tuple((deciding, f"{name}_kernel") for name in ("decide", "limit", "limit_unmade"))
 
@@ -202,6 +203,7 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
             fused.launch_probe(columns, rows, coefficients, moments, groups, SOURCES, sources)
         for pulls in (None, coefficients) if limited else (None,):
             fused.launch_adam(columns, rows, coefficients, write, moments, groups, one, pulls, one.float())
+    fused.launch_count(columns, moments, one.float())
 
 
 def compiled(call: Call, arch: int) -> bytes:

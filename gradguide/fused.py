@@ -180,7 +180,7 @@ def step(
     Returns:
         Squared lengths of the update, each a Tensor [chunks]: their sum is that of the whole update.
     """
-    from gradguide.ops.triton.adam import launch_adam
+    from gradguide.ops.triton.adam import launch_adam, launch_count
 
     squares = []
     for part in parts:
@@ -188,7 +188,7 @@ def step(
         squares.append(
             launch_adam(part.columns, part.rows, gradient, write, part.moments, part.groups, scale, pulls, go)
         )
-        torch._foreach_add_(list(part.moments.steps), [go] * len(part.moments.steps))
+        launch_count(part.columns, part.moments, go)
     return squares
 
 

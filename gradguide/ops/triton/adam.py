@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradguide.ops.row import Row, Write
 from gradguide.ops.triton.columns import Columns, columns_of
-from gradguide.ops.triton.kernels.adam import adam
+from gradguide.ops.triton.kernels.adam import adam, count
 from gradguide.ops.triton.kernels.probe import probe
 from gradguide.ops.triton.launch import (
     CHUNK,
@@ -29,7 +29,10 @@ from gradguide.ops.triton.launch import (
     tables_of,
 )
 
-__all__ = ["Groups", "Moments", "Settings", "launch_adam", "launch_probe", "plan_adam"]
+__all__ = ["Groups", "Moments", "Settings", "launch_adam", "launch_count", "launch_probe", "plan_adam"]
+
+COUNTS = 1024
+"""Counts of steps that a program adds to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,14 @@ def launch_adam(
     return squares
 
 
+def launch_count(columns: Columns, moments: Moments, go: Tensor) -> None:
+    """Add ``go``, a 0-d float32 tensor, to the counts of steps: one launch, however many they are."""
+    with on(columns.device):
+        count[(-(-columns.tensors // COUNTS),)](
+            _steps(columns, moments), go, columns.tensors, BLOCK=COUNTS, num_warps=WARPS, **FUSION
+        )
+
+
 def launch_probe(
     columns: Columns,
     rows: Sequence[Row | None],
@@ -137,13 +148,12 @@ def launch_probe(
         [S, 2 + sources], float64, the same bits for the same step.
     """
     table, lengths, chunks, bounds = tables_of(columns)
-    count = len(chunks)
-    partials = torch.empty(2 + sources, count, dtype=torch.float32, device=columns.device)
-    if count:
+    partials = torch.empty(2 + sources, len(chunks), dtype=torch.float32, device=columns.device)
+    if len(chunks):
         with on(columns.device):
-            probe[(count,)](
+            probe[(len(chunks),)](
                 partials, table, lengths, chunks, _steps(columns, moments), *_settings(columns, groups),
-                gradient.contiguous(), columns.tensors, len(rows), count, FIRST=first, SOURCES=sources,
+                gradient.contiguous(), columns.tensors, len(rows), len(chunks), FIRST=first, SOURCES=sources,
                 **_layout(columns, rows, groups),
             )  # fmt: skip
     return sums_of(partials, bounds)

@@ -18,7 +18,7 @@ from gradguide.ops.triton.kernels.access import (
 from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
 
-__all__ = ["adam", "correction", "load_columns", "settings_of", "stepped"]
+__all__ = ["adam", "correction", "count", "load_columns", "settings_of", "stepped"]
 
 
 @triton.constexpr_function
@@ -94,6 +94,15 @@ def stepped(
     v = beta2 * columns[V] + rest2 * g * g
     p -= lr / corrections[0] * m / (tl.sqrt_rn(v) / tl.sqrt_rn(corrections[1]) + eps)
     return m, v, p - before
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def count(steps, go, tensors, BLOCK: tl.constexpr):
+    """Add float32 ``go`` to the float32 counts whose addresses are int64 ``steps`` [tensors]."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < tensors
+    pointers = tl.load(steps + index, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + tl.load(go), mask=mask)
 
 
 @triton.jit
