@@ -83,7 +83,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         ("developing sets", main[main["target"].isin(DEVELOPING)]),
         ("every method on two sets", _complete(standard[standard["target"].isin(EVERY_METHOD)])),
     )
-    made = f"{(~rows['copied']).sum()} of {len(full())} runs, seeds {rows['seed'].min()} to {rows['seed'].max()}"
+    made = f"{(~rows['copied']).sum()} of {len(full())} runs, {rows['seed'].nunique()} seeds where goals are judged"
     parts = [
         "# Few-shot evaluation",
         f"{made}; torch {_all(rows, 'torch')}, commits {_all(rows, 'commit')}. Differences are paired (same samples, "
@@ -96,7 +96,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         if part.empty:
             continue
         parts += [
-            f"## Transfer, {name} ({', '.join(part['target'].unique())}), 4 shots",
+            f"## Transfer, {name} ({', '.join(part['target'].unique())}), 4 shots, {_seeds(part)}",
             "### Untuned: mean over the grid of learning rates, 1e-4 to 1e-2",
             _accuracies(part, "untuned"),
             "### Tuned: the rate that is best for the target on the other sets",
@@ -112,17 +112,27 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
                             ("causal", "Causal language model")):  # fmt: skip
         part = rows[rows["scenario"] == scenario]
         if not part.empty:
-            parts += [f"## {title}", *_scenario(part, scenario)]
+            parts += [f"## {title}, {_seeds(part)}", *_scenario(part, scenario)]
     one_rate = rows[rows["condition"] == ONE_RATE]
     if not one_rate.empty:
-        parts += ["## One rate for head and adapter", *_scenario(one_rate, "transfer"), _by_rate(one_rate)]
+        parts += [
+            f"## One rate for head and adapter, {_seeds(one_rate)}",
+            *_scenario(one_rate, "transfer"),
+            _by_rate(one_rate),
+        ]
     rough = rows[rows["scenario"] == "rough"]
     if not rough.empty:
-        parts += ["## Rough data", _rough(rough)]
+        parts += [f"## Rough data, {_seeds(rough)}", _rough(rough)]
     shots = _over_shots(transfer)
     if shots["shots"].nunique() > 1:
-        parts += ["## Shots, untuned view", _shots(shots)]
+        parts += [f"## Shots, untuned view, {_seeds(shots)}", _shots(shots)]
     return "\n\n".join(parts) + "\n"
+
+
+def _seeds(rows: pd.DataFrame) -> str:
+    counts = rows.groupby(["target", "shots", "method"])["seed"].nunique()
+    fewest, most = counts.min(), counts.max()
+    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
 def _complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -294,10 +304,12 @@ def _shots(rows: pd.DataFrame) -> str:
 
 
 def _over_shots(transfer: pd.DataFrame) -> pd.DataFrame:
-    """Of the sets on which shots are studied, the methods that ran at all of them."""
+    """Of the sets on which shots are studied, the methods and seeds that ran at all of them: four shots have more."""
     rows = transfer[transfer["target"].isin(SHOT_SETS)]
-    counted = rows.groupby("method")["shots"].nunique()
-    return rows[rows["method"].isin(counted.index[counted == counted.max()])]
+    for column in ("method", "seed"):
+        counted = rows.groupby(column)["shots"].nunique()
+        rows = rows[rows[column].isin(counted.index[counted == counted.max()])]
+    return rows
 
 
 def _methods(rows: pd.DataFrame) -> list[str]:
