@@ -1,8 +1,8 @@
-"""GradGuide beside other ways to reconcile gradients, on the same vectors: ``python -m benchmarks.peers --out FILE``.
+"""GradGuide beside other ways to reconcile gradients: ``python -m benchmarks.peers`` writes results/peers.csv.
 
-Each takes the gradient and the source gradient of a LoRA set as backward passes leave them, tensor by tensor, and puts
-the reconciled gradient where an optimizer would read it. What a package needs of its own (a matrix, a flat vector) is
-part of its time. Peers that are not installed (``pip install -e '.[peers]'``) are left out.
+Each takes the same vectors, the gradient and the source gradient of a LoRA set as backward passes leave them, tensor
+by tensor, and puts the reconciled gradient where an optimizer would read it. What a package needs of its own (a
+matrix, a flat vector) is part of its time. Peers that are not installed (``pip install -e '.[bench]'``) are left out.
 
 - UPGrad, PCGrad of TorchJD (arXiv 2406.16232): aggregators of a matrix with a row per objective.
 - PCGrad of pytorch_optimizer (arXiv 2001.06782).
@@ -25,6 +25,8 @@ from benchmarks.harness import Case, Result, save, summarise, time_side_by_side,
 from benchmarks.sets import SETS, Set
 from benchmarks.zclip import ZClip
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+
+RESULTS = Path(__file__).parent / "results" / "peers.csv"
 
 OURS = "GradGuide, direction + source + clipping"
 
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--set", choices=list(SETS), default=next(iter(SETS)), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = compare(SETS[options.set], options.rounds, device)

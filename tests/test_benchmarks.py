@@ -6,8 +6,10 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import capture, communication, objective, storage
+from benchmarks import capture, communication, objective, peers, storage
+from benchmarks.sets import Set
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +40,19 @@ def test_storage_tells_the_bytes_of_every_kind(tmp_path: Path) -> None:
     assert found["1 source, float32"] == 4.0
     assert found["16 sources, bfloat16"] == 32.0
     assert found["16 sources, 8 bits"] <= 16.5
+
+
+def test_every_peer_reconciles_the_gradients(tmp_path: Path) -> None:
+    """In place, and as its rule says: what is left does not conflict with the source."""
+    small = Set("small", [(8, 4), (16,)])
+    found = peers.compare(small, 2, torch.device("cpu"))
+    assert {row.provider for row in found} == set(peers.PEERS)
+    for name, make in peers.PEERS.items():
+        vectors = peers.Vectors(small, torch.device("cpu"))
+        vectors.fill()
+        make(vectors)()
+        cosine = torch.cosine_similarity(peers.flat(vectors.grads), peers.flat(vectors.source), dim=0)
+        assert bool(cosine < -1e-5) == name.startswith("ZClip"), name
 
 
 def test_communication_does_not_grow_with_the_parameters(tmp_path: Path) -> None:
