@@ -102,6 +102,14 @@ def step_table() -> str:
     return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
 
 
+def peers_table() -> str:
+    """Time of other ways to reconcile two gradients, over GradGuide's."""
+    rows = [row for row in rows_of("peers.csv") if row["unit"] == "ratio"]
+    lines = ["| on CPU, the same vectors | time / GradGuide's |", "|---|---|"]
+    lines += [f"| {row['provider']} | {spread(row, 2)} |" for row in rows]
+    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+
+
 def communication_table() -> str:
     """All-reduces of a step, and bytes that they move, by optimizer and number of ranks."""
     rows = [row for row in rows_of("communication.csv") if row["optimizer"] != "AdamW"]
@@ -165,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few-shot-one-rate": lambda: one_rate(RESULTS / "few_shot.csv"),
     "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv", grid=True)),
     "step": step_table,
+    "peers": peers_table,
     "objective": objective_table,
     "capture": capture_table,
     "storage": storage_table,
