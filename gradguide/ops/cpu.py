@@ -57,12 +57,16 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     A coefficient of 0 leaves its row unread, and a write that would change nothing is not made.
     """
     check_writes(rows, writes)
-    plan = [(write, write.coefficients.tolist()) for write in writes]
-    plan = [(write, each) for write, each in plan if not all(_trivial(write, numbers, rows) for numbers in each)]
+    plan = []  # of each write its coefficients, and in which scopes it is made
+    for write in writes:
+        each = write.coefficients.tolist()
+        made = [not _trivial(write, numbers, rows) for numbers in each]
+        if any(made):
+            plan.append((write, each, made))
     if not plan:
         return
-    wanted = [write for write, _ in plan]
-    if any(abs(number) > _LARGEST for _, each in plan for numbers in each for number in numbers):
+    wanted = [write for write, _, _ in plan]
+    if any(abs(number) > _LARGEST for _, each, _ in plan for numbers in each for number in numbers):
         reference.combine_(rows, wanted)
         return
     table = _table_of(rows)
@@ -75,8 +79,8 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
         _check_lengths(facts, table.lengths)
     for number, scope in enumerate(table.scopes):
         into, coefficients, accumulate, stored = array("q"), array("d"), bytearray(), bytearray()
-        for (write, each), (_, addresses), kind in zip(plan, written, kinds, strict=True):
-            if kind is not None and not _trivial(write, each[number], rows):
+        for (write, each, made), (_, addresses), kind in zip(plan, written, kinds, strict=True):
+            if kind is not None and made[number]:
                 into += addresses[scope.tensors.start : scope.tensors.stop]
                 coefficients.extend(each[number])
                 accumulate.append(write.accumulate)
