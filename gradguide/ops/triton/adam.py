@@ -105,7 +105,7 @@ def launch_adam(
     Returns:
         Squared lengths of the update by chunk: Tensor [chunks], float32.
     """
-    table, lengths, chunks, _ = tables_of(columns)
+    table, lengths, chunks = tables_of(columns)
     squares = torch.empty(len(chunks), dtype=torch.float32, device=columns.device)
     if not len(chunks):
         return squares
@@ -147,7 +147,7 @@ def launch_probe(
         For each scope the update with itself, the parameters with themselves, the update with each source: Tensor
         [S, 2 + sources], float64, the same bits for the same step.
     """
-    table, lengths, chunks, bounds = tables_of(columns)
+    table, lengths, chunks = tables_of(columns)
     partials = torch.empty(2 + sources, len(chunks), dtype=torch.float32, device=columns.device)
     if len(chunks):
         with on(columns.device):
@@ -156,7 +156,7 @@ def launch_probe(
                 gradient.contiguous(), columns.tensors, len(rows), len(chunks), FIRST=first, SOURCES=sources,
                 **_layout(columns, rows, groups),
             )  # fmt: skip
-    return sums_of(partials, bounds)
+    return sums_of(partials, columns)
 
 
 def _steps(columns: Columns, moments: Moments) -> Tensor:

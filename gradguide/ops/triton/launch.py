@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations_with_replacement
 
@@ -87,7 +87,7 @@ def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
     partials: Tensor | None = None
     with on(device):
         for first, second, columns, a_rows, b_rows in launches:
-            table, lengths, chunks, bounds = tables_of(columns)
+            table, lengths, chunks = tables_of(columns)
             if partials is None:
                 count = len(chunks)
                 partials = torch.empty(len(present), len(present), count, dtype=torch.float32, device=device)
@@ -99,18 +99,18 @@ def launch_measure(rows: Sequence[Row | None]) -> Tensor | None:
                 )  # fmt: skip
         gram = torch.empty(len(sizes), len(rows), len(rows), dtype=torch.float64, device=device)
         finish[(gram.numel(),)](
-            gram, partials, bounds, count, SLOTS=_slots(rows), ROWS=len(present), BLOCK=FINISH, num_warps=WARPS,
-            **FUSION,
+            gram, partials, _bounds(launches[0][2]), count, SLOTS=_slots(rows), ROWS=len(present), BLOCK=FINISH,
+            num_warps=WARPS, **FUSION,
         )  # fmt: skip
     return gram
 
 
-def sums_of(partials: Tensor, bounds: Tensor) -> Tensor:
+def sums_of(partials: Tensor, columns: Columns) -> Tensor:
     """Sums over each scope's chunks: Tensor [S, N], float64, of float32 ``partials`` [N, chunks]."""
-    sums = torch.empty(len(bounds) - 1, len(partials), dtype=torch.float64, device=partials.device)
+    sums = torch.empty(len(columns.sizes), len(partials), dtype=torch.float64, device=partials.device)
     with on(partials.device):
         total[(sums.numel(),)](
-            sums, partials, bounds, len(partials), partials.shape[1], BLOCK=FINISH, num_warps=WARPS, **FUSION
+            sums, partials, _bounds(columns), len(partials), partials.shape[1], BLOCK=FINISH, num_warps=WARPS, **FUSION
         )
     return sums
 
@@ -121,7 +121,7 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
     columns = columns_of(rows, writes)
     if columns is None:
         return False
-    table, lengths, chunks, _ = tables_of(columns)
+    table, lengths, chunks = tables_of(columns)
     if len(chunks):
         with on(columns.device):
             combine[(len(chunks),)](
@@ -135,14 +135,22 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
     return True
 
 
-def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Addresses [columns, tensors], lengths [tensors], chunks [chunks, 3] and their bounds [scopes + 1], on the
-    device."""
-    device, lengths, sizes = columns.device, columns.lengths, columns.sizes
+def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+    """Addresses [columns, tensors], lengths [tensors] and chunks [chunks, 3] on the device."""
+    device, lengths = columns.device, columns.lengths
+    return table_of(device, columns.addresses), table_of(device, lengths), _cut(columns, "chunks", chunk_numbers)
+
+
+def _bounds(columns: Columns) -> Tensor:
+    """Where each scope's chunks begin, on the device: Tensor [scopes + 1]."""
+    return _cut(columns, "bounds", bounds_of)
+
+
+def _cut(columns: Columns, kind: str, make: Callable[[array[int], array[int], int], Tensor]) -> Tensor:
+    """What is known of the columns by how they are cut into chunks."""
+    lengths, sizes = columns.lengths, columns.sizes
     key = lengths.tobytes() + b"/" + sizes.tobytes()
-    chunks = _tables.get(device, "chunks", key, lambda: chunk_numbers(lengths, sizes, CHUNK))
-    bounds = _tables.get(device, "bounds", key, lambda: bounds_of(lengths, sizes, CHUNK))
-    return table_of(device, columns.addresses), table_of(device, lengths), chunks, bounds
+    return _tables.get(columns.device, kind, key, lambda: make(lengths, sizes, CHUNK))
 
 
 def table_of(device: torch.device, numbers: array[int]) -> Tensor:
