@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--meeting", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.rank is not None:
-        print(json.dumps(measure(options.rank, 2, options.meeting)))
-        return
+        print(json.dumps(measure(options.rank, 2, options.meeting)), flush=True)
+        os._exit(0)  # a thread of gloo that outlives its group would abort the process while Python is taken down
     rows, about = table(launch()), versions()
     with replacing(options.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
