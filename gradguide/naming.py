@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["NamesLike", "canonical", "module_of", "named"]
+__all__ = ["NamesLike", "canonical", "carried", "module_of", "named"]
 
 NamesLike: TypeAlias = (
     Mapping[Tensor, str] | Mapping[nn.Parameter, str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -52,3 +52,15 @@ def named(names: NamesLike) -> dict[Tensor, str]:
             raise ValueError(f"names must be unique, found {name!r} for two parameters")
         result.setdefault(parameter, name)
     return result
+
+
+def carried(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:
+    """Names that param groups carry themselves: torch keeps them when an optimizer is given named parameters."""
+    known: dict[Tensor, str] = {}
+    for group in groups:
+        parameters = group["params"]
+        pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
+        for pair in pairs:
+            if isinstance(pair, tuple):
+                known[pair[1]] = canonical(pair[0])
+    return known

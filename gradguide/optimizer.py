@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +11,16 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 from torch.optim import Optimizer
 
-from gradguide import checkpoint
+from gradguide import checkpoint, finite
 from gradguide.bases import check_base, missing_gradients
 from gradguide.buckets import Scope, labeller
 from gradguide.checks import check_choice
-from gradguide.guidance import Guidance, Measured
+from gradguide.finite import POLICIES
+from gradguide.guidance import Guidance
 from gradguide.history import History
 from gradguide.metrics import Record, read
 from gradguide.momentum import check_momentum
-from gradguide.naming import NamesLike, canonical, named
+from gradguide.naming import NamesLike, carried, named
 from gradguide.objective import evaluate
 from gradguide.ops import check_backend
 from gradguide.rules.alignment import Alignment
@@ -113,7 +114,7 @@ class GradGuide(Optimizer):
         ):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
-        check_choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
+        check_choice("nonfinite", nonfinite, POLICIES)
         check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
         if magnitude is not None and magnitude.coherence > 0 and direction is None:
             raise ValueError(f"Magnitude(coherence={magnitude.coherence}) needs a direction, found direction=None")
@@ -121,7 +122,7 @@ class GradGuide(Optimizer):
             raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
         if direction is not None and direction.share_momentum:
             check_momentum(base, base.param_groups)
-        known = named(names) if names is not None else _names_of(base.param_groups)
+        known = named(names) if names is not None else carried(base.param_groups)
         labeller(scope, known)
         sources = _sources(alignment, regularizer)
         if sources:
@@ -202,7 +203,7 @@ class GradGuide(Optimizer):
             raise RuntimeError(missing_gradients(self.base))
         # Changed in place from here on, so that a CUDA graph that replays the step counts on.
         self._totals = self._totals.to(measured.span.gram.device)
-        if self._stops(measured):
+        if finite.stops(measured, self.base, self._nonfinite, guidance.surveyor.names):
             self._totals[1] += 1
         else:
             guidance.guide(measured, self.base, self._totals, propagate=self._nonfinite == "propagate")
@@ -210,10 +211,10 @@ class GradGuide(Optimizer):
                 guidance.combine(measured)
                 if guidance.acts_on_update or self._history is not None:
                     guidance.before.keep(measured.survey.buckets)
-                    self._step_base(measured)
+                    finite.step(measured, self.base, self._nonfinite)
                     guidance.correct(measured)
                 else:
-                    self._step_base(measured)
+                    finite.step(measured, self.base, self._nonfinite)
         self._last = measured.record
         if self._history is not None:
             self._history.append(self.metrics())
@@ -241,7 +242,7 @@ class GradGuide(Optimizer):
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
         surveyor = guidance.surveyor
-        known = surveyor.names | _names_of([param_group])
+        known = surveyor.names | carried([param_group])
         if surveyor.sources:
             bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
             check_match(surveyor.sources, [*self.param_groups, {"params": bare}], known)
@@ -339,60 +340,7 @@ class GradGuide(Optimizer):
                 setattr(self, name, OrderedDict())
         self._patch_step_function()
 
-    def _stops(self, measured: Measured) -> bool:
-        """Whether this step is not to be made, because of a gradient that is not finite."""
-        if self._nonfinite == "propagate" or self._base_stops(measured) or bool(measured.finite):
-            return False
-        if self._nonfinite == "raise":
-            where = _where(measured, self._guidance.surveyor.names)
-            raise FloatingPointError(f"{where} NaN or Inf; nothing was changed")
-        return True
-
-    def _base_stops(self, measured: Measured) -> bool:
-        """Whether the base can itself leave a step out by a flag on the device, so that the host need not wait for it.
-
-        Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.
-        """
-        fused = all(group.get("fused") for group in self.base.param_groups)
-        return self._nonfinite == "skip" and fused and measured.span.gram.device.type == "cuda"
-
-    def _step_base(self, measured: Measured) -> None:
-        if not self._base_stops(measured):
-            self.base.step()
-            return
-        base: Any = self.base
-        base.found_inf = 1.0 - measured.decided.go
-        try:
-            base.step()
-        finally:
-            del base.found_inf
-
 
 def _sources(alignment: Alignment | None, regularizer: Regularizer | None) -> tuple[Source, ...]:
     """Those of the alignment first."""
     return (*(alignment.sources if alignment else ()), *(regularizer.sources if regularizer else ()))
-
-
-def _names_of(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:
-    """Names that param groups carry themselves: torch keeps them when an optimizer is given named parameters."""
-    known: dict[Tensor, str] = {}
-    for group in groups:
-        parameters = group["params"]
-        pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
-        for pair in pairs:
-            if isinstance(pair, tuple):
-                known[pair[1]] = canonical(pair[0])
-    return known
-
-
-def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
-    bad = [
-        p
-        for bucket in measured.survey.buckets
-        for p, g in zip(bucket.parameters, bucket.gradients, strict=True)
-        if not g.isfinite().all()
-    ]
-    if not bad:
-        return "the source gradient at the present parameters has"
-    which = names.get(bad[0]) or f"a parameter of shape {tuple(bad[0].shape)}"
-    return f"the gradient of {which}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} has"
