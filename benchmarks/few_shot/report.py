@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.few_shot import figures, goals
+from benchmarks.few_shot import figures, goals, tables
 from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
-from benchmarks.few_shot.methods import BASE, METHODS
-from benchmarks.few_shot.views import cells, difference, load, outcomes, step_ratio, tuned, untuned, worst
+from benchmarks.few_shot.methods import BASE
+from benchmarks.few_shot.views import difference, load, tuned, untuned, worst
 from gradguide.atomic import replacing
 
-__all__ = ["compact", "one_rate", "summary", "table", "write"]
+__all__ = ["compact", "one_rate", "summary", "write"]
 
 RESULTS = Path(__file__).parent.parent / "results"
-_ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
 
 
 def write(results: Path, out: Path) -> None:
@@ -36,7 +33,7 @@ def write(results: Path, out: Path) -> None:
 def summary(results: Path) -> str:
     """A short table of every scenario in the file, untuned view, for a terminal."""
     rows = load(results)
-    parts = [f"{name}\n{_accuracies(part, 'untuned')}" for name, part in rows.groupby("scenario")]
+    parts = [f"{name}\n{tables.accuracies(part, 'untuned')}" for name, part in rows.groupby("scenario")]
     return "\n\n".join(parts) + "\n\nmeans over the grid of rates; in brackets 95% bootstrap intervals of differences"
 
 
@@ -44,7 +41,7 @@ def compact(results: Path) -> str:
     """The README's table: both views and the worst rate, confirming sets, for the methods that run everywhere."""
     rows = load(results, grid=True)
     part = goals.transfer(rows)
-    made = {column: (untuned(part, column), tuned(part, column), worst(part, column)) for column in _ACCURACIES}
+    made = {column: (untuned(part, column), tuned(part, column), worst(part, column)) for column in tables.ACCURACIES}
     lines = []
     for method in MAIN:
         line = [method]
@@ -57,11 +54,13 @@ def compact(results: Path) -> str:
         if len(line) == 7:
             lines.append(line)
     heads = [
-        f"{title}: {view}" for title in _ACCURACIES.values() for view in ("mean over rates", "tuned", "worst rate")
+        f"{title}: {view}"
+        for title in tables.ACCURACIES.values()
+        for view in ("mean over rates", "tuned", "worst rate")
     ]
     seeds = part["seed"].nunique()
     before = part["source_accuracy_before"].mean()
-    return table(["method", *heads], lines) + (
+    return tables.table(["method", *heads], lines) + (
         f"\n\n{', '.join(CONFIRMING)}; 4 shots, seeds: {seeds}, rates 1e-4, 5e-4, 2e-3 and 1e-2. The source was known "
         f"at {before:.1f}%. With a comma: paired difference from `{BASE}`, clip_grad_norm_ and AdamW, with its 95% "
         "bootstrap interval."
@@ -73,7 +72,7 @@ def one_rate(results: Path) -> str:
     rows = load(results, grid=True)
     part = rows[rows["condition"] == ONE_RATE]
     sets = ", ".join(part["target"].unique())
-    return f"{_by_rate(part)}\n\n{sets}; 4 shots, seeds: {part['seed'].nunique()}; differences are paired."
+    return f"{tables.by_rate(part)}\n\n{sets}; 4 shots, seeds: {part['seed'].nunique()}; differences are paired."
 
 
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
@@ -98,15 +97,15 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         parts += [
             f"## Transfer, {name} ({', '.join(part['target'].unique())}), 4 shots, {_seeds(part)}",
             "### Untuned: mean over the grid of learning rates, 1e-4 to 1e-2",
-            _accuracies(part, "untuned"),
+            tables.accuracies(part, "untuned"),
             "### Tuned: the rate that is best for the target on the other sets",
-            _accuracies(part, "tuned"),
+            tables.accuracies(part, "tuned"),
             "### Worst rate of the grid, mean over sets",
-            _worst(part),
+            tables.worst_rate(part),
             "### Stability, alignment and cost",
-            _measures(part),
+            tables.measures(part),
         ]
-    parts += ["## Wins, ties and losses by cell, transfer", _outcomes(transfer)]
+    parts += ["## Wins, ties and losses by cell, transfer", tables.wins(transfer)]
     for scenario, title in (("sequence", "Five tasks one after the other"), ("cross", "Cross-domain"),
                             ("digits", "Not language: handwritten digits"),
                             ("causal", "Causal language model")):  # fmt: skip
@@ -118,14 +117,14 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         parts += [
             f"## One rate for head and adapter, {_seeds(one_rate)}",
             *_scenario(one_rate, "transfer"),
-            _by_rate(one_rate),
+            tables.by_rate(one_rate),
         ]
     rough = rows[rows["scenario"] == "rough"]
     if not rough.empty:
-        parts += [f"## Rough data, {_seeds(rough)}", _rough(rough)]
+        parts += [f"## Rough data, {_seeds(rough)}", tables.rough(rough)]
     shots = _over_shots(transfer)
     if shots["shots"].nunique() > 1:
-        parts += [f"## Shots, untuned view, {_seeds(shots)}", _shots(shots)]
+        parts += [f"## Shots, untuned view, {_seeds(shots)}", tables.shots(shots)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -141,166 +140,15 @@ def _complete(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["method"].isin(sets.index[sets == sets.max()])]
 
 
-def _accuracies(rows: pd.DataFrame, view: str) -> str:
-    made = {column: (untuned if view == "untuned" else tuned)(rows, column) for column in _ACCURACIES}
-    lines = []
-    for method in _methods(rows):
-        line = [method]
-        for column in _ACCURACIES:
-            values = made[column]
-            if method not in values:
-                line += ["", ""]
-                continue
-            line += [f"{values[method].mean():.1f}", "" if method == BASE else str(difference(values, method))]
-        lines.append(line)
-    heads = [part for title in _ACCURACIES.values() for part in (title, f"difference from {BASE}")]
-    return table(["method", *heads], lines)
-
-
-def _worst(rows: pd.DataFrame) -> str:
-    found = {column: worst(rows, column) for column in _ACCURACIES}
-    lines = [
-        [method, *(f"{values[method].mean():.1f}" for values in found.values())] for method in _methods(rows)
-    ]  # fmt: skip
-    return table(["method", *_ACCURACIES.values()], lines)
-
-
-def _outcomes(rows: pd.DataFrame) -> str:
-    lines = []
-    for method in _methods(rows):
-        if method == BASE:
-            continue
-        line = [method]
-        for column in _ACCURACIES:
-            counted = outcomes(rows, column, method)
-            line.append(" / ".join(str(counted[key]) for key in ("wins", "ties", "losses")))
-        lines.append(line)
-    return table(["method", "target: wins / ties / losses", "source: wins / ties / losses"], lines)
-
-
-def _measures(rows: pd.DataFrame) -> str:
-    """Means, and for stability and alignment the share of cells (set, rate) in which the mean is above the base's."""
-    lines = []
-    for method in _methods(rows):
-        mine = rows[rows["method"] == method]
-        line = [method]
-        for column in ("coherence", "successive_cosine", "alignment"):
-            share = "" if method == BASE else f" ({100 * goals.share_above(cells(rows, column), method):.0f}%)"
-            line.append(f"{mine[column].mean():.3f}{share}")
-        line += [_ratio(rows, method), f"{mine['memory'].mean() / 2**20:.1f}", f"{mine['steps_to_final'].mean():.0f}"]
-        lines.append(line)
-    heads = [
-        "coherence",
-        "successive cosine",
-        "alignment with the pool",
-        "time of a step",
-        "MiB held",
-        "steps to final",
-    ]
-    return table(["method", *heads], lines) + (
-        "\n\nIn brackets: share of the cells (set, rate) in which the mean over seeds is above the base's. Time of a "
-        "step: forward, backward and optimizer, over the base's, median of the pairs of one version. MiB: beside "
-        "parameters and gradients."
-    )
-
-
 def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
     if scenario == "sequence":
         parts = []
         for half, part in rows.groupby("target"):
-            parts += [f"### {str(half).capitalize()} sets", _sequence(part)]
+            parts += [f"### {str(half).capitalize()} sets", tables.sequence(part)]
         return parts
     return [
-        "### Untuned", _accuracies(rows, "untuned"), "### Tuned", _accuracies(rows, "tuned"),
+        "### Untuned", tables.accuracies(rows, "untuned"), "### Tuned", tables.accuracies(rows, "tuned"),
     ]  # fmt: skip
-
-
-def _by_rate(rows: pd.DataFrame) -> str:
-    """Target and source accuracy at each rate, and how far the mean target accuracy is from the base's."""
-    means = {column: rows.pivot_table(index="method", columns="lr", values=column) for column in _ACCURACIES}
-    target = untuned(rows, "target_accuracy")
-    rates = sorted(rows["lr"].unique())
-    lines = [
-        [
-            method,
-            *(" / ".join(f"{values.loc[method, lr]:.1f}" for values in means.values()) for lr in rates),
-            f"{target[method].mean():.1f}",
-            "" if method == BASE else str(difference(target, method)),
-        ]
-        for method in _methods(rows)
-        if method in target
-    ]
-    heads = ["method", *(f"{lr:g}" for lr in rates), "target, mean over rates", f"difference from {BASE}"]
-    return "Target / source kept, %, by rate:\n\n" + table(heads, lines)
-
-
-def _sequence(rows: pd.DataFrame) -> str:
-    """Average accuracy over the five tasks, in both views, and backward transfer."""
-    means = rows.groupby(["method", "lr"])["target_accuracy"].mean().unstack("lr")
-    mean = untuned(rows, "target_accuracy")
-    lines = []
-    for method in _methods(rows):
-        if method not in mean:
-            continue
-        mine = rows[rows["method"] == method]
-        lines.append([
-            method,
-            f"{mean[method].mean():.1f}",
-            "" if method == BASE else str(difference(mean, method)),
-            f"{means.loc[method].max():.1f} at {means.loc[method].idxmax():g}",
-            f"{mine['backward_transfer'].mean():+.1f}",
-            _ratio(rows, method),
-        ])  # fmt: skip
-    heads = ["average accuracy", f"difference from {BASE}", "at its best rate", "backward transfer", "time of a step"]
-    return table(["method", *heads], lines)
-
-
-def _ratio(rows: pd.DataFrame, method: str) -> str:
-    found = step_ratio(rows, method)
-    return "" if math.isnan(found) else f"{found:.2f}"
-
-
-def _rough(rows: pd.DataFrame) -> str:
-    lines = []
-    for condition, part in rows.groupby("condition", sort=False):
-        means = untuned(part, "target_accuracy")
-        for method in _methods(part):
-            mine = part[part["method"] == method]
-            spread = mine.groupby(["target", "lr"])["target_accuracy"].std().mean()
-            lines.append([
-                str(condition), method, f"{mine['target_accuracy'].mean():.1f}",
-                "" if method == BASE or method not in means else str(difference(means, method)),
-                f"{spread:.1f}", f"{mine['source_accuracy'].mean():.1f}", f"{mine['diverged'].sum()} of {len(mine)}",
-            ])  # fmt: skip
-    heads = [
-        "condition",
-        "method",
-        "target %",
-        f"difference from {BASE}",
-        "spread over seeds",
-        "source kept %",
-        "diverged",
-    ]
-    return table(heads, lines)
-
-
-def _shots(rows: pd.DataFrame) -> str:
-    lines = []
-    for shots, part in rows.groupby("shots"):
-        made = {column: untuned(part, column) for column in _ACCURACIES}
-        for method in _methods(part):
-            if all(method in values for values in made.values()):
-                cellsof = [
-                    text
-                    for values in made.values()
-                    for text in (
-                        f"{values[method].mean():.1f}",
-                        "" if method == BASE else str(difference(values, method)),
-                    )
-                ]
-                lines.append([str(shots), method, *cellsof])
-    heads = [part for title in _ACCURACIES.values() for part in (title, f"difference from {BASE}")]
-    return table(["shots", "method", *heads], lines)
 
 
 def _over_shots(transfer: pd.DataFrame) -> pd.DataFrame:
@@ -312,20 +160,8 @@ def _over_shots(transfer: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _methods(rows: pd.DataFrame) -> list[str]:
-    """Methods in the order of ``METHODS``; others, such as candidates, after them."""
-    found = set(rows["method"])
-    return [m for m in METHODS if m in found] + sorted(found - set(METHODS))
-
-
 def _all(rows: pd.DataFrame, column: str) -> str:
     return ", ".join(sorted(map(str, rows[column].unique())))
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    made = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in made)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,195 @@
+"""Tables of the report, in Markdown, of the rows that they are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from benchmarks.few_shot import goals
+from benchmarks.few_shot.methods import BASE, METHODS
+from benchmarks.few_shot.views import cells, difference, outcomes, step_ratio, tuned, untuned, worst
+
+__all__ = [
+    "ACCURACIES",
+    "accuracies",
+    "by_rate",
+    "measures",
+    "rough",
+    "sequence",
+    "shots",
+    "table",
+    "wins",
+    "worst_rate",
+]
+
+ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    made = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+
+
+def accuracies(rows: pd.DataFrame, view: str) -> str:
+    """Accuracies and their paired differences from the base; ``view`` is "untuned" or "tuned"."""
+    made = {column: (untuned if view == "untuned" else tuned)(rows, column) for column in ACCURACIES}
+    lines = []
+    for method in _methods(rows):
+        line = [method]
+        for column in ACCURACIES:
+            values = made[column]
+            if method not in values:
+                line += ["", ""]
+                continue
+            line += [f"{values[method].mean():.1f}", "" if method == BASE else str(difference(values, method))]
+        lines.append(line)
+    heads = [part for title in ACCURACIES.values() for part in (title, f"difference from {BASE}")]
+    return table(["method", *heads], lines)
+
+
+def worst_rate(rows: pd.DataFrame) -> str:
+    """Accuracies at each method's worst rate."""
+    found = {column: worst(rows, column) for column in ACCURACIES}
+    lines = [
+        [method, *(f"{values[method].mean():.1f}" for values in found.values())] for method in _methods(rows)
+    ]  # fmt: skip
+    return table(["method", *ACCURACIES.values()], lines)
+
+
+def wins(rows: pd.DataFrame) -> str:
+    """Cells in which a method is above, level with and below the base."""
+    lines = []
+    for method in _methods(rows):
+        if method == BASE:
+            continue
+        line = [method]
+        for column in ACCURACIES:
+            counted = outcomes(rows, column, method)
+            line.append(" / ".join(str(counted[key]) for key in ("wins", "ties", "losses")))
+        lines.append(line)
+    return table(["method", "target: wins / ties / losses", "source: wins / ties / losses"], lines)
+
+
+def measures(rows: pd.DataFrame) -> str:
+    """Means, and for stability and alignment the share of cells (set, rate) in which the mean is above the base's."""
+    lines = []
+    for method in _methods(rows):
+        mine = rows[rows["method"] == method]
+        line = [method]
+        for column in ("coherence", "successive_cosine", "alignment"):
+            share = "" if method == BASE else f" ({100 * goals.share_above(cells(rows, column), method):.0f}%)"
+            line.append(f"{mine[column].mean():.3f}{share}")
+        line += [_ratio(rows, method), f"{mine['memory'].mean() / 2**20:.1f}", f"{mine['steps_to_final'].mean():.0f}"]
+        lines.append(line)
+    heads = [
+        "coherence",
+        "successive cosine",
+        "alignment with the pool",
+        "time of a step",
+        "MiB held",
+        "steps to final",
+    ]
+    return table(["method", *heads], lines) + (
+        "\n\nIn brackets: share of the cells (set, rate) in which the mean over seeds is above the base's. Time of a "
+        "step: forward, backward and optimizer, over the base's, median of the pairs of one version. MiB: beside "
+        "parameters and gradients."
+    )
+
+
+def by_rate(rows: pd.DataFrame) -> str:
+    """Target and source accuracy at each rate, and how far the mean target accuracy is from the base's."""
+    means = {column: rows.pivot_table(index="method", columns="lr", values=column) for column in ACCURACIES}
+    target = untuned(rows, "target_accuracy")
+    rates = sorted(rows["lr"].unique())
+    lines = [
+        [
+            method,
+            *(" / ".join(f"{values.loc[method, lr]:.1f}" for values in means.values()) for lr in rates),
+            f"{target[method].mean():.1f}",
+            "" if method == BASE else str(difference(target, method)),
+        ]
+        for method in _methods(rows)
+        if method in target
+    ]
+    heads = ["method", *(f"{lr:g}" for lr in rates), "target, mean over rates", f"difference from {BASE}"]
+    return "Target / source kept, %, by rate:\n\n" + table(heads, lines)
+
+
+def sequence(rows: pd.DataFrame) -> str:
+    """Average accuracy over the five tasks, in both views, and backward transfer."""
+    means = rows.groupby(["method", "lr"])["target_accuracy"].mean().unstack("lr")
+    mean = untuned(rows, "target_accuracy")
+    lines = []
+    for method in _methods(rows):
+        if method not in mean:
+            continue
+        mine = rows[rows["method"] == method]
+        lines.append([
+            method,
+            f"{mean[method].mean():.1f}",
+            "" if method == BASE else str(difference(mean, method)),
+            f"{means.loc[method].max():.1f} at {means.loc[method].idxmax():g}",
+            f"{mine['backward_transfer'].mean():+.1f}",
+            _ratio(rows, method),
+        ])  # fmt: skip
+    heads = ["average accuracy", f"difference from {BASE}", "at its best rate", "backward transfer", "time of a step"]
+    return table(["method", *heads], lines)
+
+
+def _ratio(rows: pd.DataFrame, method: str) -> str:
+    found = step_ratio(rows, method)
+    return "" if math.isnan(found) else f"{found:.2f}"
+
+
+def rough(rows: pd.DataFrame) -> str:
+    """Accuracy, its spread over seeds, and diverged runs, by condition."""
+    lines = []
+    for condition, part in rows.groupby("condition", sort=False):
+        means = untuned(part, "target_accuracy")
+        for method in _methods(part):
+            mine = part[part["method"] == method]
+            spread = mine.groupby(["target", "lr"])["target_accuracy"].std().mean()
+            lines.append([
+                str(condition), method, f"{mine['target_accuracy'].mean():.1f}",
+                "" if method == BASE or method not in means else str(difference(means, method)),
+                f"{spread:.1f}", f"{mine['source_accuracy'].mean():.1f}", f"{mine['diverged'].sum()} of {len(mine)}",
+            ])  # fmt: skip
+    heads = [
+        "condition",
+        "method",
+        "target %",
+        f"difference from {BASE}",
+        "spread over seeds",
+        "source kept %",
+        "diverged",
+    ]
+    return table(heads, lines)
+
+
+def shots(rows: pd.DataFrame) -> str:
+    """Accuracies by number of shots, untuned view."""
+    lines = []
+    for shots, part in rows.groupby("shots"):
+        made = {column: untuned(part, column) for column in ACCURACIES}
+        for method in _methods(part):
+            if all(method in values for values in made.values()):
+                cellsof = [
+                    text
+                    for values in made.values()
+                    for text in (
+                        f"{values[method].mean():.1f}",
+                        "" if method == BASE else str(difference(values, method)),
+                    )
+                ]
+                lines.append([str(shots), method, *cellsof])
+    heads = [part for title in ACCURACIES.values() for part in (title, f"difference from {BASE}")]
+    return table(["shots", "method", *heads], lines)
+
+
+def _methods(rows: pd.DataFrame) -> list[str]:
+    """Methods in the order of ``METHODS``; others, such as candidates, after them."""
+    found = set(rows["method"])
+    return [m for m in METHODS if m in found] + sorted(found - set(METHODS))
