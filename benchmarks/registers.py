@@ -81,6 +81,12 @@ class Call:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The kernel's parameters, by name."""
+        names = self.kernel.arg_names
+        return dict(zip(names, self.arguments, strict=False)) | {k: v for k, v in self.options.items() if k in names}
+
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
@@ -208,8 +214,7 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
 
 def compiled(call: Call, arch: int) -> bytes:
     """The binary for one architecture, specialised as a launch with these arguments is."""
-    names = call.kernel.arg_names
-    given = dict(zip(names, call.arguments, strict=False)) | {k: v for k, v in call.options.items() if k in names}
+    names, given = call.kernel.arg_names, call.given
     constants = {p.name for p in call.kernel.params if p.is_constexpr}
     signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in names}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -261,10 +266,10 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
             kernel = call.kernel.__name__
             label = name
             if kernel == "measure" and len(rows) > launch.TILE:
-                label += f", rows {call.arguments[6]} and {call.arguments[7]} on"
+                label += f", rows {call.given['first_a']} and {call.given['first_b']} on"
             if kernel == "adam" and call.options["PULLED"]:
                 label += ", pulled"
-            if kernel in ("adam", "probe") and len(call.arguments[5 if kernel == "adam" else 6]) > 1:
+            if kernel in ("adam", "probe") and len(call.given["settings"]) > 1:
                 label += f", {MOST_SETTINGS} groups"
             for arch in architectures:
                 numbers = inspect(compiled(call, arch))
