@@ -43,10 +43,7 @@ SHOTS = (1, 2, 4, 8, 16, 32)
 ONE_RATE = "one rate"
 """The condition under which a new head trains at the adapter's rate, and not at one of its own."""
 _SHOTS = 4  # where shots are not what is studied
-_SEEDS = range(8)
-"""Of what the goals are judged by."""
-_SOME = 4
-"""Seeds of other tables on the confirming sets: over shots, across domains, with one rate."""
+_SEEDS = range(10)
 _FEWER = 3
 """Seeds of what no goal is judged by: the developing sets, and the methods beyond the main ones."""
 _LOWER = f"{BASE}, rate / 4"
@@ -92,7 +89,7 @@ class Run:
 
 
 def full(*, causal: bool = False) -> list[Run]:
-    """Every cell, with the most seeds where goals are judged; ``causal`` adds runs of a causal language model."""
+    """Every cell; ``causal`` adds runs of a causal language model."""
     return [
         run
         for seed in _SEEDS
@@ -101,8 +98,10 @@ def full(*, causal: bool = False) -> list[Run]:
             *_sequence("confirming", seed),
             *_rough(seed),
             *_digits(SHOTS, METHODS, LRS, seed),
-            *(_confirming(seed) if seed < _SOME else ()),
-            *(_causal(seed) if causal and seed < _SOME else ()),
+            *_shots(seed),
+            *_cross(seed),
+            *_transfer(CONFIRMING, _ONE_RATE_METHODS, LRS, seed, condition=ONE_RATE),
+            *(_causal(seed) if causal else ()),
             *(_developing(seed) if seed < _FEWER else ()),
         )
     ]
@@ -195,15 +194,6 @@ def _sequence(half: str, seed: int) -> list[Run]:
             seed=seed)
         for lr, method in _tried(_SEQUENCE_METHODS, LRS)
     ]  # fmt: skip
-
-
-def _confirming(seed: int) -> list[Run]:
-    """What else runs on confirming sets."""
-    return [
-        *_shots(seed),
-        *_cross(seed),
-        *_transfer(CONFIRMING, _ONE_RATE_METHODS, LRS, seed, condition=ONE_RATE),
-    ]
 
 
 def _developing(seed: int) -> list[Run]:

@@ -19,11 +19,10 @@ def test_every_cell_of_the_full_grid_has_its_seeds_and_every_rate() -> None:
     cells: dict[tuple[object, ...], Counter[float]] = defaultdict(Counter)
     for run in runs:
         cells[run.scenario, run.source, run.target, run.condition, run.shots, run.method][run.lr] += 1
-    for (scenario, _, target, condition, shots, method), seeds in cells.items():
+    for (scenario, _, target, _, _, method), seeds in cells.items():
         developing = scenario in ("transfer", "sequence") and target in (*DEVELOPING, "developing")
         fewer = developing or (scenario == "transfer" and method not in MAIN)
-        other = scenario in ("cross", "causal") or condition == ONE_RATE or (scenario == "transfer" and shots != 4)
-        assert set(seeds.values()) == {3 if fewer else 4 if other else 8}
+        assert set(seeds.values()) == {3 if fewer else 10}
     every = {cell: set(rates) for cell, rates in cells.items() if cell[0] != "rough"}
     assert all(rates == set(LRS) for cell, rates in every.items() if HEAD_ONLY not in cell or ONE_RATE in cell)
     assert all(len(rates) == 1 for cell, rates in every.items() if HEAD_ONLY in cell and ONE_RATE not in cell)
