@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gradguide.checks import check_choice, check_flag, check_range
@@ -121,8 +120,9 @@ def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float])
         Coordinates [S, R].
     """
     pulled = gradient.clone()
+    there = (length > 0).to(gradient.dtype)  # two plain numbers in torch.where would be of the default dtype
     for index, weight in enumerate(weights, first):
-        pulled[:, index] += torch.where(length > 0, weight, 0.0)
+        pulled[:, index] += weight * there
     return pulled
 
 

@@ -21,6 +21,11 @@ def test_the_pull_adds_each_source_at_its_weight_where_there_is_a_gradient() -> 
     assert torch.equal(gradient[0], torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
 
+def test_the_weight_of_a_pull_is_not_rounded() -> None:
+    gradient = torch.zeros(1, 3, dtype=torch.float64)
+    assert pull(gradient, torch.ones(1, dtype=torch.float64), 2, [0.3])[0, 2] == 0.3
+
+
 def test_each_source_says_its_weight_unless_one_is_given() -> None:
     sources = [source(), source(moving=True), source(moving=True).anchored()]
     assert Alignment(sources).weights == (0.0, 0.0, 1.0)
