@@ -6,12 +6,10 @@ of the first part. Both write the parameters at the end to FOLDER/NAME-ACTION-WO
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -20,15 +18,12 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
-from tests.distributed.launch import leave
+from tests.distributed.launch import join
 
 HALF = 6
 
 
 def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
-    torch.set_num_threads(1)
-    meeting = folder / f"meeting-{name}-{action}-{world}"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     model = problem.net()
     model.unused.requires_grad_(
         False
@@ -48,9 +43,7 @@ def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
     result = {"steps": torch.tensor(optimizer.metrics()["steps"]), **{n: whole(p) for n, p in model.named_parameters()}}
     if rank == 0:
         torch.save(result, folder / f"{name}-{action}-{world}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
-    leave()
+    join(main)

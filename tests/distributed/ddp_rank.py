@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import problem
 from tests.distributed.counting import counted
-from tests.distributed.launch import leave
+from tests.distributed.launch import join
 
 
 def run(kind: str, rank: int, world: int) -> dict[str, Any]:
@@ -41,12 +39,8 @@ def run(kind: str, rank: int, world: int) -> dict[str, Any]:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     torch.save({kind: run(kind, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    leave()
+    join(main)

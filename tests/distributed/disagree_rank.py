@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from gradguide import Alignment, Direction, GradGuide
 from tests.distributed import problem
-from tests.distributed.launch import leave
+from tests.distributed.launch import join
 
 
 def main(rank: int, world: int, folder: Path, what: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
     model = problem.net()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     odd = rank == 1
@@ -49,9 +42,7 @@ def main(rank: int, world: int, folder: Path, what: str) -> None:
             for p, old in zip(model.parameters(), before, strict=True)
         )
         print(f"refused, parameters {'unchanged' if same else 'changed'}: {error}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
-    leave()
+    join(main)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gradguide import SourceGradient, sharding
 from tests.distributed import problem
 from tests.distributed.counting import all_reduce, counted
-from tests.distributed.launch import leave
+from tests.distributed.launch import join
 
 
 def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
@@ -74,14 +72,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     torch.save({kind: run(kind, mesh, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
     capture(mesh, rank, world, folder)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    leave()
+    join(main)

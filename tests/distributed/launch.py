@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 import gradguide
 
-__all__ = ["answers", "leave", "ranks"]
+__all__ = ["answers", "join", "ranks"]
 
 
 def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
@@ -54,8 +57,19 @@ def answers(script: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def leave() -> NoReturn:
-    """End this rank, whose work is done, without taking torch down: where a thread of torch is still there, the process
-    would be aborted."""
+def join(work: Callable[..., None]) -> NoReturn:
+    """What a rank's script does: ``work(rank, world, folder, arguments...)`` of its command line, in a gloo group."""
+    rank, world, folder, *arguments = sys.argv[1:]
+    meeting = Path(folder) / "-".join(["meeting", world, *arguments])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=int(rank),
+        world_size=int(world),
+        timeout=timedelta(seconds=60),  # for what a rank waits that another has left
+    )
+    work(int(rank), int(world), Path(folder), *arguments)
+    dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(0)  # a thread of gloo that outlives its group would abort the process while Python is taken down

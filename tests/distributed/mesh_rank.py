@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
-from tests.distributed.launch import leave
+from tests.distributed.launch import join
 
 STEPS = 10
 
@@ -37,8 +35,6 @@ def train(model: nn.Module, share: slice) -> dict[str, Any]:
 
 
 def main(rank: int, world: int, folder: Path, how: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     model = net()
     if how == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -49,9 +45,7 @@ def main(rank: int, world: int, folder: Path, how: str) -> None:
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
         share = slice(0, 8)  # every rank sees every row
     torch.save(train(model, share), folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
-    leave()
+    join(main)

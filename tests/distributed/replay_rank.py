@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
-from tests.distributed.launch import leave
+from tests.distributed.launch import join
 
 
 def run(kind: str, every: int, rank: int, world: int) -> dict[str, Any]:
@@ -44,13 +43,9 @@ def run(kind: str, every: int, rank: int, world: int) -> dict[str, Any]:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     found = {f"{kind}, {every}": run(kind, every, rank, world) for kind, every in problem.REPLAYS}
     torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    leave()
+    join(main)
