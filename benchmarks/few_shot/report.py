@@ -79,8 +79,8 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
     main = standard[standard["method"].isin(MAIN)]
     sections = (
         ("confirming sets", goals.transfer(rows)),
-        ("developing sets", main[main["target"].isin(DEVELOPING)]),
-        ("every method on two sets", _complete(standard[standard["target"].isin(EVERY_METHOD)])),
+        ("developing sets", _complete(main[main["target"].isin(DEVELOPING)], "target")),
+        ("every method on two sets", _complete(standard[standard["target"].isin(EVERY_METHOD)], "target")),
     )
     made = f"{(~rows['copied']).sum()} of {len(full())} runs, {rows['seed'].nunique()} seeds where goals are judged"
     parts = [
@@ -134,10 +134,12 @@ def _seeds(rows: pd.DataFrame) -> str:
     return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
-def _complete(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the methods that ran on all sets there are: pairs are of what all methods have."""
-    sets = rows.groupby("method")["target"].nunique()
-    return rows[rows["method"].isin(sets.index[sets == sets.max()])]
+def _complete(rows: pd.DataFrame, over: str) -> pd.DataFrame:
+    """The rows of the methods and seeds that ran at all there is of ``over``: pairs are of what all have."""
+    for column in ("method", "seed"):
+        counted = rows.groupby(column)[over].nunique()
+        rows = rows[rows[column].isin(counted.index[counted == counted.max()])]
+    return rows
 
 
 def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
@@ -152,12 +154,8 @@ def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
 
 
 def _over_shots(transfer: pd.DataFrame) -> pd.DataFrame:
-    """Of the sets on which shots are studied, the methods and seeds that ran at all of them: four shots have more."""
-    rows = transfer[transfer["target"].isin(SHOT_SETS)]
-    for column in ("method", "seed"):
-        counted = rows.groupby(column)["shots"].nunique()
-        rows = rows[rows[column].isin(counted.index[counted == counted.max()])]
-    return rows
+    """The sets on which shots are studied."""
+    return _complete(transfer[transfer["target"].isin(SHOT_SETS)], "shots")
 
 
 def _all(rows: pd.DataFrame, column: str) -> str:
