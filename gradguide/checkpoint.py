@@ -44,16 +44,14 @@ def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Te
     entries = dict(state["state"])
     labels = guidance.surveyor.labels(base)
     stepped = bool(guidance.directions) or bool(totals.any())
+    # On the host, whatever device they are counted on: bases keep their own counts of steps there too.
+    head = torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu()])
     for position, parameter in enumerate(_parameters(base)) if stepped else ():
         # Bases take an entry for a step made. Where they keep state, a parameter without a step gets none of ours
         # either, so that the base alone can load this; it has no direction, and its scope's numbers lie elsewhere.
         if state["state"] and position not in state["state"] and parameter not in guidance.directions:
             continue
-        own = {
-            COUNTERS: torch.cat(
-                [torch.tensor([FORMAT], dtype=torch.float64), totals, guidance.scopes.export(labels[parameter]).cpu()]
-            )
-        }
+        own = {COUNTERS: torch.cat([head, guidance.scopes.export(labels[parameter]).cpu()])}
         if parameter in guidance.directions:
             own[DIRECTION] = spread(guidance.directions[parameter], parameter)
         entries[position] = {**entries.get(position, {}), **own}
