@@ -8,7 +8,7 @@ import torch
 from gradguide.ops import Row, Write, foreach
 from gradguide.ops import triton as ops
 from tests.contract import kit
-from tests.gpu.training import KINDS, Training, train
+from tests.gpu.training import KINDS, Training, no_waiting, train
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -34,21 +34,14 @@ def test_the_host_does_not_wait(kind: str) -> None:
     training = train(Training(kind), 2)  # which fills tables and states, and compiles
     training.fill(2)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         training.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert training.optimizer.metrics()["steps"] == 3
 
 
 def test_waiting_would_be_noticed() -> None:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            float(torch.ones((), device="cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        float(torch.ones((), device="cuda"))
 
 
 @KIND
@@ -82,11 +75,8 @@ def test_a_step_that_is_not_finite_is_left_out_without_the_host() -> None:
     before = kit.snapshot(training.model, training.optimizer)
     training.fill(2)
     training.x[0, 0] = float("nan")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         training.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     after = kit.snapshot(training.model, training.optimizer)
     kit.assert_same(after["parameters"], before["parameters"])
     assert after["counts"] == {"steps": before["counts"]["steps"], "skipped": 1.0}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
-__all__ = ["KINDS", "Training", "train"]
+__all__ = ["KINDS", "Training", "no_waiting", "train"]
 
 KINDS = ("defaults", "fused", "shared momentum", "moving source", "on update", "not fused", "by module")
 
@@ -76,3 +79,15 @@ def train(training: Training, steps: int) -> Training:
         training.fill(step)
         training.step()
     return training
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the device is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

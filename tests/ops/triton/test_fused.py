@@ -41,7 +41,8 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 def give_gradients(held: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in held:
-        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter)
+        drawn = torch.randn(parameter.shape, generator=generator) * 0.1
+        parameter.grad = torch.empty_like(parameter).copy_(drawn)  # laid out as the parameter is, as autograd does
 
 
 def source_of(held: list[nn.Parameter], moving: bool, seed: int = 7) -> SourceGradient:
