@@ -39,7 +39,7 @@ class Part:
 def parts(out: Path) -> list[Part]:
     """The suite, what matters most first."""
     python = [sys.executable, "-m"]
-    tests = [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    tests = [*python, "pytest", "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
     step = [*python, "benchmarks.step", "--quick"]
     found = [
         Part("tests", [*tests, "tests/gpu", "tests/ops/triton"], 200),

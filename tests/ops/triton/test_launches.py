@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.registers import recorded
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient, finite
+from tests.ops.triton.problems import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted on the CPU, which needs Triton's interpreter")
 
 # Operations that only make or look at tensors.
 FREE = {
