@@ -102,10 +102,42 @@ def step_table() -> str:
     return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
 
 
-def peers_table() -> str:
+def gpu_step_table() -> str:
+    """Ratio to clipping and AdamW on a GPU, of each provider and set, and the share of a training step."""
+    rows = [
+        row for name in ("step-lora", "step-whole") for row in rows_of(f"h200/{name}.csv") if row["unit"] == "ratio"
+    ]
+    found = {(row["benchmark"], row["provider"]): row for row in rows}
+    added = {row["provider"]: row for row in rows_of("h200/training.csv") if row["unit"] == "%"}
+    sets = list(dict.fromkeys(row["benchmark"] for row in rows))
+    lines = [f"| on an H200 | {' | '.join(sets)} | share of a training step |", "|---" * (len(sets) + 2) + "|"]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        share = spread(added[provider], 1, "%") if provider in added else ""
+        cells = " | ".join(spread(found[name, provider], 2) for name in sets)
+        lines.append(f"| {provider} | {cells} | {share} |")
+    told = f"{MEDIANS} of {rows[0]['metric']} over {rows[0]['rounds']} rounds in one run"
+    return "\n".join([*lines, "", f"{told}; {measured_on(rows[0])}, Triton {rows[0]['triton']}."])
+
+
+def kernels_table() -> str:
+    """Time of each kernel and its bandwidth over that of a copy."""
+    rows = rows_of("h200/kernels.csv")
+    found = {(row["provider"], row["unit"]): row for row in rows}
+    lines = ["| kernel, 2^28 elements | ms | GB/s | share of the copy's |", "|---|---|---|---|"]
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        cells = (
+            spread(found[name, "ms"], 2),
+            f"{float(found[name, 'GB/s']['value']):.0f}",
+            spread(found[name, "%"], 0, "%"),
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+
+
+def peers_table(name: str, where: str) -> str:
     """Time of other ways to reconcile two gradients, over GradGuide's."""
-    rows = [row for row in rows_of("peers.csv") if row["unit"] == "ratio"]
-    lines = ["| on CPU, the same vectors | time / GradGuide's |", "|---|---|"]
+    rows = [row for row in rows_of(name) if row["unit"] == "ratio"]
+    lines = [f"| on {where}, the same vectors | time / GradGuide's |", "|---|---|"]
     lines += [f"| {row['provider']} | {spread(row, 2)} |" for row in rows]
     return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
 
@@ -173,7 +205,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "few-shot-one-rate": lambda: one_rate(RESULTS / "few_shot.csv"),
     "few-shot-goals": lambda: goals.table(load(RESULTS / "few_shot.csv", grid=True)),
     "step": step_table,
-    "peers": peers_table,
+    "peers": partial(peers_table, "peers.csv", "CPU"),
+    "gpu-step": gpu_step_table,
+    "gpu-kernels": kernels_table,
+    "gpu-peers": partial(peers_table, "h200/peers.csv", "an H200"),
     "objective": objective_table,
     "capture": capture_table,
     "storage": storage_table,
