@@ -37,7 +37,13 @@ def spread(row: dict[str, str], digits: int, unit: str = "") -> str:
 
 def measured_on(row: dict[str, str]) -> str:
     """Where and with what a row was measured."""
-    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}"
+    triton = f", Triton {row['triton']}" if row["device"].startswith("NVIDIA") else ""
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}{triton}, commit {row['commit']}"
+
+
+def in_one_run(row: dict[str, str], of: str = "") -> str:
+    """What figures are and where they are from, where rows were timed side by side."""
+    return f"{MEDIANS}{of} over {row['rounds']} rounds in one run; {measured_on(row)}."
 
 
 def demo_table(name: str) -> str:
@@ -99,7 +105,7 @@ def step_table() -> str:
             "" if added is None else f"{float(added['value']):.1f}%",
         ]
         lines.append(f"| {provider} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+    return "\n".join([*lines, "", in_one_run(rows[0])])
 
 
 def gpu_step_table() -> str:
@@ -115,8 +121,7 @@ def gpu_step_table() -> str:
         share = spread(added[provider], 1, "%") if provider in added else ""
         cells = " | ".join(spread(found[name, provider], 2) for name in sets)
         lines.append(f"| {provider} | {cells} | {share} |")
-    told = f"{MEDIANS} of {rows[0]['metric']} over {rows[0]['rounds']} rounds in one run"
-    return "\n".join([*lines, "", f"{told}; {measured_on(rows[0])}, Triton {rows[0]['triton']}."])
+    return "\n".join([*lines, "", in_one_run(rows[0], f" of {rows[0]['metric']}")])
 
 
 def kernels_table() -> str:
@@ -131,7 +136,7 @@ def kernels_table() -> str:
             spread(found[name, "%"], 0, "%"),
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+    return "\n".join([*lines, "", in_one_run(rows[0])])
 
 
 def peers_table(name: str, where: str) -> str:
@@ -139,7 +144,7 @@ def peers_table(name: str, where: str) -> str:
     rows = [row for row in rows_of(name) if row["unit"] == "ratio"]
     lines = [f"| on {where}, the same vectors | time / GradGuide's |", "|---|---|"]
     lines += [f"| {row['provider']} | {spread(row, 2)} |" for row in rows]
-    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+    return "\n".join([*lines, "", in_one_run(rows[0])])
 
 
 def communication_table() -> str:
@@ -186,7 +191,7 @@ def storage_table() -> str:
     for provider in dict.fromkeys(row["provider"] for row in rows):
         held = float(found[provider, "bytes per parameter"]["value"])
         lines.append(f"| {provider} | {held:.2f} | {spread(found[provider, 'ratio'], 2)} |")
-    return "\n".join([*lines, "", f"{MEDIANS} over {rows[0]['rounds']} rounds in one run; {measured_on(rows[0])}."])
+    return "\n".join([*lines, "", in_one_run(rows[0])])
 
 
 def objective_table() -> str:

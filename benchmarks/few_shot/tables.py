@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
+_COMPARED = [head for title in ACCURACIES.values() for head in (title, f"difference from {BASE}")]
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -39,15 +40,10 @@ def accuracies(rows: pd.DataFrame, view: str) -> str:
     lines = []
     for method in _methods(rows):
         line = [method]
-        for column in ACCURACIES:
-            values = made[column]
-            if method not in values:
-                line += ["", ""]
-                continue
-            line += [f"{values[method].mean():.1f}", "" if method == BASE else str(difference(values, method))]
+        for values in made.values():
+            line += _compared(values, method) if method in values else ["", ""]
         lines.append(line)
-    heads = [part for title in ACCURACIES.values() for part in (title, f"difference from {BASE}")]
-    return table(["method", *heads], lines)
+    return table(["method", *_COMPARED], lines)
 
 
 def worst_rate(rows: pd.DataFrame) -> str:
@@ -108,8 +104,7 @@ def by_rate(rows: pd.DataFrame) -> str:
         [
             method,
             *(" / ".join(f"{values.loc[method, lr]:.1f}" for values in means.values()) for lr in rates),
-            f"{target[method].mean():.1f}",
-            "" if method == BASE else str(difference(target, method)),
+            *_compared(target, method),
         ]
         for method in _methods(rows)
         if method in target
@@ -129,14 +124,18 @@ def sequence(rows: pd.DataFrame) -> str:
         mine = rows[rows["method"] == method]
         lines.append([
             method,
-            f"{mean[method].mean():.1f}",
-            "" if method == BASE else str(difference(mean, method)),
+            *_compared(mean, method),
             f"{means.loc[method].max():.1f} at {means.loc[method].idxmax():g}",
             f"{mine['backward_transfer'].mean():+.1f}",
             _ratio(rows, method),
         ])  # fmt: skip
     heads = ["average accuracy", f"difference from {BASE}", "at its best rate", "backward transfer", "time of a step"]
     return table(["method", *heads], lines)
+
+
+def _compared(values: pd.DataFrame, method: str) -> list[str]:
+    """Two cells: the method's mean, and its paired difference from the base."""
+    return [f"{values[method].mean():.1f}", "" if method == BASE else str(difference(values, method))]
 
 
 def _ratio(rows: pd.DataFrame, method: str) -> str:
@@ -172,21 +171,13 @@ def rough(rows: pd.DataFrame) -> str:
 def shots(rows: pd.DataFrame) -> str:
     """Accuracies by number of shots, untuned view."""
     lines = []
-    for shots, part in rows.groupby("shots"):
+    for count, part in rows.groupby("shots"):
         made = {column: untuned(part, column) for column in ACCURACIES}
         for method in _methods(part):
             if all(method in values for values in made.values()):
-                cellsof = [
-                    text
-                    for values in made.values()
-                    for text in (
-                        f"{values[method].mean():.1f}",
-                        "" if method == BASE else str(difference(values, method)),
-                    )
-                ]
-                lines.append([str(shots), method, *cellsof])
-    heads = [part for title in ACCURACIES.values() for part in (title, f"difference from {BASE}")]
-    return table(["shots", "method", *heads], lines)
+                cells_of = [cell for values in made.values() for cell in _compared(values, method)]
+                lines.append([str(count), method, *cells_of])
+    return table(["shots", "method", *_COMPARED], lines)
 
 
 def _methods(rows: pd.DataFrame) -> list[str]:
