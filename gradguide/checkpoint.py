@@ -44,7 +44,7 @@ def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Te
     entries = dict(state["state"])
     labels = guidance.surveyor.labels(base)
     stepped = bool(guidance.directions) or bool(totals.any())
-    # On the host, whatever device they are counted on: bases keep their own counts of steps there too.
+    # On the host, whatever device they are counted on.
     head = torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu()])
     for position, parameter in enumerate(_parameters(base)) if stepped else ():
         # Bases take an entry for a step made. Where they keep state, a parameter without a step gets none of ours

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradguide import Direction, GradGuide, Magnitude
+from gradguide import Direction, GradGuide, Magnitude, checkpoint
 from tests.contract import kit
 
 
@@ -203,3 +204,14 @@ def test_i14_direction_of_low_precision_parameters_is_float32_after_loading(dtyp
     other.load_state_dict(through_file(optimizer.state_dict()))
     kit.assert_same(kit.directions_of(other), before)
     assert any(not torch.equal(d, d.to(dtype).float()) for d in before.values()), "the values fit the lower precision"
+
+
+def test_counters_on_another_device_are_brought_to_the_host() -> None:
+    """As on CUDA, where totals lie on the device from the first step on; fake tensors know devices that are absent."""
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(1))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        totals = torch.zeros(2, dtype=torch.float64, device="cuda")
+        state = checkpoint.merge(optimizer.base.state_dict(), optimizer.base, optimizer._guidance, totals)
+    assert {entry[checkpoint.COUNTERS].device.type for entry in state["state"].values()} == {"cpu"}
