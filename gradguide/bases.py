@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch.optim import LBFGS, Optimizer
 
+from gradguide.sharding import check_divided
+
 __all__ = ["check_base", "missing_gradients"]
 
 # Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
@@ -25,7 +27,7 @@ def check_base(base: object) -> None:
 
     Raises:
         TypeError: it is no optimizer, or one whose steps cannot be guided.
-        ValueError: it has no parameter that takes a gradient.
+        ValueError: it has no parameter that takes a gradient, or FSDP1 holds those that it has.
     """
     kind = type(base).__name__
     if kind in _EATERS:
@@ -47,6 +49,7 @@ def check_base(base: object) -> None:
             f"none of the {len(parameters)} parameters of the base optimizer requires a gradient; unfreeze the adapter "
             "first, or pass the optimizer the parameters that are trained"
         )
+    check_divided(parameters)
 
 
 def missing_gradients(base: Optimizer) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradguide.sharding import Layout, add_up_, check_agreement, layout_of, local
+from gradguide.sharding import Layout, add_up_, check_agreement, check_divided, layout_of, local
 from gradguide.sources.source import Source
 
 __all__ = ["Ranks"]
@@ -27,7 +27,12 @@ class Ranks:
         return {"groups": [()], "sharded": False, "_agreed": False, "_shards": None}
 
     def meet(self, parameters: Sequence[Tensor]) -> None:
-        """Look at how the parameters lie, each step anew, since wrappers replace them."""
+        """Look at how the parameters lie, each step anew, since wrappers replace them.
+
+        Raises:
+            ValueError: they are divided among ranks in a way that cannot be told.
+        """
+        check_divided(parameters)
         layouts = [layout_of(p) for p in parameters]
         self.groups = list(dict.fromkeys(() if lay is None else lay.summed for lay in layouts)) or [()]
         self.sharded = any(lay is not None for lay in layouts)

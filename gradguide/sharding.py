@@ -7,6 +7,7 @@ one all-reduce of a few numbers per scope is all that sharding costs, whatever t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "Layout",
     "add_up_",
     "check_agreement",
+    "check_divided",
     "gathered",
     "layout_of",
     "local",
@@ -49,6 +51,24 @@ def layout_of(tensor: Tensor) -> Layout | None:
         return None
     mesh = getattr(tensor, "device_mesh", None)
     return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def check_divided(parameters: Iterable[Tensor]) -> None:
+    """Raise unless what divides the parameters among ranks leaves on each of them its layout.
+
+    FSDP1 cuts one flat tensor of all its parameters into pieces, and a piece does not tell whose it is or who has the
+    others: each rank would measure its own, and clip and guide by it.
+
+    Raises:
+        ValueError: several ranks, and a parameter that FSDP1 holds.
+    """
+    if not any(getattr(p, "_fsdp_flattened", False) for p in parameters):
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, of which each rank would measure "
+            "only its own. Use FSDP2: torch's fully_shard, or fsdp_version 2 in Accelerate and Trainer"
+        )
 
 
 def unsupported(parameter: Tensor, gradient: Tensor) -> str | None:

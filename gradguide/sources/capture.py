@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.naming import named
-from gradguide.sharding import layout_of, local, spread
+from gradguide.sharding import check_divided, layout_of, local, spread
 from gradguide.sources.gradients import plain_gradients, sharded_gradients
 
 __all__ = ["Batch", "Loss", "measure"]
@@ -38,6 +38,7 @@ def measure(
     parameters = {name: p for p, name in trained.items()}
     if not parameters:
         raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
+    check_divided(parameters.values())
     total = _Total(list(parameters.values()), square=curvature is not False)
     sharded = any(layout_of(p) is not None for p in total.parameters)
     gradients_of = sharded_gradients if sharded else plain_gradients
