@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from gradguide import GradGuide
 from tests.distributed import problem
 from tests.distributed.counting import counted
 from tests.distributed.launch import join
@@ -38,8 +40,28 @@ def run(kind: str, rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def zero(rank: int, world: int) -> dict[str, Any]:
+    """A base whose state is divided among ranks, and the same whole on each."""
+    found: dict[str, Any] = {}
+    for kind in ("whole", "divided"):
+        model = problem.net()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        base: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        if kind == "divided":
+            base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.02)
+        optimizer = GradGuide(base)
+        problem.train(wrapped, optimizer, rank=rank, world=world)
+        found[kind] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if isinstance(base, ZeroRedundancyOptimizer):
+            base.consolidate_state_dict(to=0)
+        if rank == 0:
+            found[f"{kind} state"] = optimizer.state_dict()["state"]
+    return found
+
+
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.save({kind: run(kind, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
+    found = {kind: run(kind, rank, world) for kind in problem.KINDS}
+    torch.save({**found, "zero": zero(rank, world)}, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -35,3 +35,16 @@ def test_i18_ddp_ranks_stay_bitwise_together_and_guidance_sends_nothing(found: l
     for name, value in found[0][kind]["parameters"].items():
         assert torch.equal(value, found[1][kind]["parameters"][name]), name
     assert [rank[kind]["all_reduces"] for rank in found] == [[], []]
+
+
+def test_i18_a_base_that_divides_its_state_among_ranks_is_bitwise_the_same(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        for name, value in rank["zero"]["whole"].items():
+            assert torch.equal(rank["zero"]["divided"][name], value), name
+    whole, divided = (found[0]["zero"][f"{kind} state"] for kind in ("whole", "divided"))
+    assert whole.keys() == divided.keys()
+    for index, entries in whole.items():
+        assert "gradguide.direction" in entries
+        assert entries.keys() == divided[index].keys()
+        for key, value in entries.items():
+            assert torch.equal(torch.as_tensor(divided[index][key]), torch.as_tensor(value)), key
