@@ -97,6 +97,44 @@ class Budget:
         return 0.5 * sum(float((f * (d / (1 + mu * f)).square()).sum()) for f, d in zip(fisher, drift, strict=True))
 
 
+class Decoupled:
+    """After each step, pulls the parameters towards each anchor apart from the gradient, as AdamW decays weights.
+
+    ``theta <- theta - min(rate * strength * sqrt(F) / mean(sqrt(F)), 1) (theta - theta0)``: in proportion to the rate,
+    where a pull that Adam divides by its second moments is not.
+    """
+
+    def __init__(self, base: Optimizer, problem: Problem, strength: float) -> None:
+        self.base = base
+        self._rates = [(p, group) for group in base.param_groups for p in group["params"]]
+        self._strength = strength
+        names = [name for name, _ in problem.adapter]
+        self._sources = []
+        for source in problem.sources:
+            held = _at_scale(source, 1.0, 0.5, 0.0).row(names, [p for _, p in problem.adapter])
+            self._sources.append((list(held.scale or ()), list(held.anchor or ())))
+        self._parameters = [p for _, p in problem.adapter]
+
+    def zero_grad(self) -> None:
+        self.base.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.base.step()
+        rates = {p: float(group["lr"]) for p, group in self._rates}
+        for shapes, anchors in self._sources:
+            for p, shape, anchor in zip(self._parameters, shapes, anchors, strict=True):
+                p.sub_((shape * (rates[p] * self._strength)).clamp_max(1.0) * (p - anchor))
+
+
+def _decoupled(strength: float) -> Method:
+    def method(problem: Problem, lr: float) -> Learner:
+        base = guided.wrap(AdamW(problem.groups(lr)), problem, Variant())
+        return Learner(optimizer=Decoupled(base, problem, strength))  # type: ignore[arg-type]
+
+    return method
+
+
 def _budget(nats: float, how: str, variant: Variant) -> Method:
     def method(problem: Problem, lr: float) -> Learner:
         base = guided.wrap(AdamW(problem.groups(lr)), problem, variant)
@@ -218,6 +256,8 @@ CANDIDATES: dict[str, Method] = {
     "by module": _plain(Variant(alignment=guided.anchored, scope="module")),
     "seeded direction": _seeded,
     "weight space": _in_weight_space(0.1),
+    "decoupled 10": _decoupled(10.0),
+    "decoupled 30": _decoupled(30.0),
     "damping 0": _plain(Variant(direction=Direction(damping=0.0), alignment=_ALIGNED)),
     "damping 0.8": _plain(Variant(direction=Direction(damping=0.8), alignment=_ALIGNED)),
 }
