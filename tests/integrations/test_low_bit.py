@@ -1,4 +1,4 @@
-"""Optimizers that keep their state in 8 bits, as torchao's; each compiles its step, which takes a while."""
+"""Optimizers that keep their state in 8 bits: those of bitsandbytes, and torchao's, which compile their step first."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from torch import nn
 from gradguide import GradGuide
 from tests.contract import kit
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+KINDS = ("AdamW8bit", "PagedAdamW8bit", pytest.param("torchao", marks=pytest.mark.slow))
 
 
 def net() -> nn.Sequential:
-    """Large enough for quantised state: torchao keeps tensors under 4,096 elements whole."""
+    """Large enough for quantised state: tensors under 4,096 elements are kept whole."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
 
 
-def adamw8bit(model: nn.Module) -> Any:
-    optim = pytest.importorskip("torchao.optim")
-    return optim.AdamW8bit(model.parameters(), lr=1e-2)
+def made(kind: str, model: nn.Module) -> Any:
+    if kind == "torchao":
+        return pytest.importorskip("torchao.optim").AdamW8bit(model.parameters(), lr=1e-2)
+    return getattr(pytest.importorskip("bitsandbytes").optim, kind)(model.parameters(), lr=1e-2)
+
+
+def in_8_bits(state: dict[str, Any]) -> bool:
+    return any(type(v).__name__ == "OptimState8bit" or getattr(v, "dtype", None) == torch.uint8 for v in state.values())
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -40,24 +47,25 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
     return losses
 
 
-def test_rules_off_is_bitwise_the_8_bit_base() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_off_is_bitwise_the_8_bit_base(kind: str) -> None:
     model, plain = net(), net()
-    optimizer = GradGuide(adamw8bit(model), direction=None, magnitude=None)
+    optimizer = GradGuide(made(kind, model), direction=None, magnitude=None)
     train(model, optimizer, range(4))
-    train(plain, adamw8bit(plain), range(4))
+    train(plain, made(kind, plain), range(4))
     kit.assert_same(kit.parameters_of(model), kit.parameters_of(plain))
 
 
-def test_guided_8_bit_learns_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_guided_8_bit_learns_and_resumes(kind: str, tmp_path: Path) -> None:
     model = net()
-    optimizer = GradGuide(adamw8bit(model))
+    optimizer = GradGuide(made(kind, model))
     losses = train(model, optimizer, range(20))
     assert losses[-1] < 0.7 * losses[0]
-    state = optimizer.base.state[next(model.parameters())]
-    assert type(state["exp_avg"]).__name__ == "OptimState8bit"
+    assert in_8_bits(optimizer.base.state[next(model.parameters())])
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     other_model = copy.deepcopy(model)
-    other = GradGuide(adamw8bit(other_model))
+    other = GradGuide(made(kind, other_model))
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert other.metrics()["steps"] == 20
     train(model, optimizer, range(20, 24))
