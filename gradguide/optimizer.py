@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -30,20 +29,12 @@ from gradguide.rules.objective import Regularizer
 from gradguide.sources.match import check_match
 from gradguide.sources.source import Source
 from gradguide.survey import Surveyor
+from gradguide.wrapper import Wrapper
 
 __all__ = ["GradGuide"]
 
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
-
-class GradGuide(Optimizer):
+class GradGuide(Wrapper):
     """Wrap ``base`` so that each step guides the gradient before, and if asked the update after, the base's step.
 
     One step is three moves. *Measure*: one read of the gradient g, the running direction d and the source gradients s_k
@@ -127,9 +118,7 @@ class GradGuide(Optimizer):
         sources = _sources(alignment, regularizer)
         if sources:
             check_match(sources, base.param_groups, known)
-        # Optimizer.__init__ would make param groups of its own; these dicts are all else that it sets up.
-        self._make_hooks()
-        self.base = base
+        super().__init__(base)
         self._nonfinite = nonfinite
         self._regularizer = regularizer
         surveyor = Surveyor(scope, known, sources, (direction, magnitude, regularizer), backend)
@@ -138,35 +127,6 @@ class GradGuide(Optimizer):
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._last: Record | None = None
         self._history: History | None = None
-
-    # Forwarded, never copied: schedulers and checkpoint loaders replace them.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's param groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's state. GradGuide's own lives elsewhere, since bases take an entry here for a step already made."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     # torch.compile leaves it out and calls it as it is, as it does with zero_grad: its passes are fused already, and a
     # graph would be made anew whenever a gradient is missing.
@@ -219,10 +179,6 @@ class GradGuide(Optimizer):
         if self._history is not None:
             self._history.append(self.metrics())
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the base does."""
-        self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base. Parameters whose names are not known are guided without the source.
@@ -327,18 +283,12 @@ class GradGuide(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._make_hooks()
+        self.make_hooks()
 
     def __repr__(self) -> str:
         guidance = self._guidance
         rules = (guidance.rules.direction, guidance.rules.alignment, guidance.rules.magnitude, self._regularizer)
         return f"GradGuide({', '.join(str(rule) for rule in rules if rule is not None)})\n{self.base!r}"
-
-    def _make_hooks(self) -> None:
-        for name in _HOOKS:
-            if name not in self.__dict__:
-                setattr(self, name, OrderedDict())
-        self._patch_step_function()
 
 
 def _sources(alignment: Alignment | None, regularizer: Regularizer | None) -> tuple[Source, ...]:

@@ -25,3 +25,12 @@ def _seeded_on_one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state in singletons."""
+    accelerate = pytest.importorskip("accelerate.state")
+    yield
+    accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.GradientState._reset_state()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from tests.contract import kit
 def rows(count: int) -> TensorDataset:
     x, y = kit.batch(0, size=count)
     return TensorDataset(x, y)
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in singletons."""
-    accelerate = pytest.importorskip("accelerate.state")
-    yield
-    accelerate.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.GradientState._reset_state()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
