@@ -65,9 +65,10 @@ BASES: dict[str, kit.MakeBase] = {
     "ASGD": made(optim.ASGD, lr=1e-2),
     "Rprop": made(optim.Rprop, lr=1e-2),
     "Adafactor": made(optim.Adafactor, lr=1e-2),
-    "Muon": made(optim.Muon, lr=1e-2),
     "Lion": made(Lion, lr=1e-2),
 }
+if hasattr(optim, "Muon"):  # from torch 2.9 on
+    BASES["Muon"] = made(optim.Muon, lr=1e-2)
 
 # Bases whose own momentum can be the direction, and what they call it.
 SHARING: dict[str, tuple[kit.MakeBase, str]] = {

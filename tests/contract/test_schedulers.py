@@ -67,6 +67,7 @@ def test_i01_no_scheduler_of_torch_is_left_out() -> None:
     assert public - left_out <= SCHEDULERS.keys()
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # torch's own SequentialLR used it until 2.8
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_i01_scheduler_makes_the_schedule_of_the_bare_base(name: str) -> None:
     plain, wrapped = kit.net(), kit.net()

@@ -1,4 +1,4 @@
-"""The kernels run on the GPU if there is one, else in Triton's interpreter; without Triton these tests are left out."""
+"""The kernels run on the GPU if there is one, else in Triton's interpreter; else their tests are left out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-try:
-    import triton  # noqa: F401
+from gradguide.ops.available import lacks_triton
 
-    HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
+HAS_TRITON = lacks_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None
+if not HAS_TRITON:
     collect_ignore_glob = ["test_*.py"]
 
 if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
