@@ -44,8 +44,6 @@ ONE_RATE = "one rate"
 """The condition under which a new head trains at the adapter's rate, and not at one of its own."""
 _SHOTS = 4  # where shots are not what is studied
 _SEEDS = range(10)
-_FEWER = 3
-"""Seeds of what no goal is judged by: the developing sets with the main methods, and their sequences."""
 _LOWER = f"{BASE}, rate / 4"
 MAIN = (BASE, _LOWER, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
 EVERY_METHOD = ("banking77", "hwu64")
@@ -103,7 +101,7 @@ def full(*, causal: bool = False) -> list[Run]:
             *_cross(seed),
             *_transfer(CONFIRMING, _ONE_RATE_METHODS, LRS, seed, condition=ONE_RATE),
             *(_causal(seed) if causal else ()),
-            *(_developing(seed) if seed < _FEWER else ()),
+            *_developing(seed),
         )
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.few_shot import __main__ as command
-from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, LRS, ONE_RATE, SECONDS, SHOTS, full, quick
+from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, LRS, ONE_RATE, SECONDS, SHOTS, full, quick
 from benchmarks.few_shot.methods import HEAD_ONLY, METHODS
 from benchmarks.few_shot.results import done
 
@@ -19,9 +19,7 @@ def test_every_cell_of_the_full_grid_has_its_seeds_and_every_rate() -> None:
     cells: dict[tuple[object, ...], Counter[float]] = defaultdict(Counter)
     for run in runs:
         cells[run.scenario, run.source, run.target, run.condition, run.shots, run.method][run.lr] += 1
-    for (scenario, _, target, *_), seeds in cells.items():
-        developing = scenario in ("transfer", "sequence") and target in (*DEVELOPING, "developing")
-        assert set(seeds.values()) == {3 if developing and target not in EVERY_METHOD else 10}
+    assert all(set(rates.values()) == {10} for rates in cells.values())
     every = {cell: set(rates) for cell, rates in cells.items() if cell[0] != "rough"}
     assert all(rates == set(LRS) for cell, rates in every.items() if HEAD_ONLY not in cell or ONE_RATE in cell)
     assert all(len(rates) == 1 for cell, rates in every.items() if HEAD_ONLY in cell and ONE_RATE not in cell)
@@ -40,8 +38,8 @@ def test_within_a_seed_all_methods_run_before_the_next_seed() -> None:
     assert seeds == sorted(seeds)
 
 
-def test_the_full_grid_takes_about_eight_hours_on_two_cores() -> None:
-    assert sum(SECONDS[run.scenario] for run in full()) / 2 / 3600 < 9
+def test_the_full_grid_fits_in_a_night_on_two_cores() -> None:
+    assert sum(SECONDS[run.scenario] for run in full()) / 2 / 3600 < 11
 
 
 def test_estimate_says_how_long_and_runs_nothing(
