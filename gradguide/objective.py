@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from gradguide.rules.magnitude import LEAST_LENGTH
 from gradguide.rules.objective import Regularizer, slope
 from gradguide.rules.span import Span, divide
 from gradguide.second import Randomness, buffers_kept, gradients_kept
-from gradguide.sharding import local
+from gradguide.sharding import local, several_ranks
 from gradguide.survey import Rows, Survey, source_rows, trained_by
 
 __all__ = ["evaluate"]
@@ -123,7 +122,7 @@ def _exact(
     closure: Callable[[], Any], base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """The gradient of ``g . v`` with v held fixed."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         raise RuntimeError(
             "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
             "use hessian='finite-difference'"

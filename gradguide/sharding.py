@@ -22,6 +22,7 @@ __all__ = [
     "gathered",
     "layout_of",
     "local",
+    "several_ranks",
     "shard",
     "spread",
     "unsupported",
@@ -53,6 +54,11 @@ def layout_of(tensor: Tensor) -> Layout | None:
     return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several in a default process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def check_divided(parameters: Iterable[Tensor]) -> None:
     """Raise unless what divides the parameters among ranks leaves on each of them its layout.
 
@@ -64,7 +70,7 @@ def check_divided(parameters: Iterable[Tensor]) -> None:
     """
     if not any(getattr(p, "_fsdp_flattened", False) for p in parameters):
         return
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         raise ValueError(
             "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, of which each rank would measure "
             "only its own. Use FSDP2: torch's fully_shard, or fsdp_version 2 in Accelerate and Trainer"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.naming import named
-from gradguide.sharding import check_divided, layout_of, local, spread
+from gradguide.sharding import check_divided, layout_of, local, several_ranks, spread
 from gradguide.sources.gradients import plain_gradients, sharded_gradients
 
 __all__ = ["Batch", "Loss", "measure"]
@@ -88,7 +88,7 @@ class _Total:
 
     def reduce(self) -> None:
         """Sum over the ranks of ``torch.distributed``, if there are any."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not several_ranks():
             return
         scalars = torch.tensor(
             [self.examples, self.loss, self._pairs], dtype=torch.float64, device=self._sums[0].device

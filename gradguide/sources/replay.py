@@ -13,7 +13,7 @@ from gradguide.checks import check_steps
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.second import Randomness, buffers_kept, gradients_kept
-from gradguide.sharding import Layout, layout_of, local
+from gradguide.sharding import Layout, layout_of, local, several_ranks
 
 __all__ = ["ReplaySource"]
 
@@ -128,7 +128,7 @@ class ReplaySource:
         pairs = zip(new, found.values(), strict=True)
         torch._foreach_copy_(new, [torch.zeros_like(n) if g is None else local(g) for n, g in pairs])
         torch._foreach_mul_(new, factor)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_ranks():
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
         fresh = dict(zip(parameters, new, strict=True))
