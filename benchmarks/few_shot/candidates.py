@@ -5,7 +5,8 @@ What the library cannot do is written out here in full, on a step of the base th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +62,7 @@ class Budget:
         self.base = base
         self._parameters = [p for _, p in problem.adapter]
         self._nats, self._how = nats, how
-        names = [name for name, _ in problem.adapter]
-        rows = [source.row(names, self._parameters) for source in problem.sources]
-        self._sources = [(list(row.scale or ()), list(row.anchor or ())) for row in rows]
+        self._sources = _anchors(problem, problem.sources)
 
     def zero_grad(self) -> None:
         self.base.zero_grad()
@@ -106,14 +105,9 @@ class Decoupled:
 
     def __init__(self, base: Optimizer, problem: Problem, strength: float) -> None:
         self.base = base
-        self._rates = [(p, group) for group in base.param_groups for p in group["params"]]
-        self._strength = strength
-        names = [name for name, _ in problem.adapter]
-        self._sources = []
-        for source in problem.sources:
-            held = _at_scale(source, 1.0, 0.5, 0.0).row(names, [p for _, p in problem.adapter])
-            self._sources.append((list(held.scale or ()), list(held.anchor or ())))
         self._parameters = [p for _, p in problem.adapter]
+        self._strength = strength
+        self._sources = _anchors(problem, [_at_scale(source, 1.0, 0.5, 0.0) for source in problem.sources])
 
     def zero_grad(self) -> None:
         self.base.zero_grad()
@@ -121,30 +115,30 @@ class Decoupled:
     @torch.no_grad()
     def step(self) -> None:
         self.base.step()
-        rates = {p: float(group["lr"]) for p, group in self._rates}
-        for shapes, anchors in self._sources:
-            for p, shape, anchor in zip(self._parameters, shapes, anchors, strict=True):
-                p.sub_((shape * (rates[p] * self._strength)).clamp_max(1.0) * (p - anchor))
+        pull = self.base.param_groups[0]["lr"] * self._strength  # the first group has the adapter
+        for shapes, anchor in self._sources:
+            for p, shape, a in zip(self._parameters, shapes, anchor, strict=True):
+                p.sub_((shape * pull).clamp_max(1.0) * (p - a))
 
 
-def _decoupled(strength: float) -> Method:
+def _anchors(problem: Problem, sources: Sequence[SourceGradient]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """For each source, its curvature and its anchor at the adapter's parameters."""
+    names, parameters = [name for name, _ in problem.adapter], [p for _, p in problem.adapter]
+    rows = [source.row(names, parameters) for source in sources]
+    return [(list(row.scale or ()), list(row.anchor or ())) for row in rows]
+
+
+def _around(make: Callable[[Optimizer, Problem], Any], variant: Variant) -> Method:
+    """What ``make`` puts around a step that the library has guided."""
+
     def method(problem: Problem, lr: float) -> Learner:
-        base = guided.wrap(AdamW(problem.groups(lr)), problem, Variant())
-        return Learner(optimizer=Decoupled(base, problem, strength))  # type: ignore[arg-type]
-
-    return method
-
-
-def _budget(nats: float, how: str, variant: Variant) -> Method:
-    def method(problem: Problem, lr: float) -> Learner:
-        base = guided.wrap(AdamW(problem.groups(lr)), problem, variant)
-        return Learner(optimizer=Budget(base, problem, nats, how))  # type: ignore[arg-type]
+        return Learner(optimizer=make(guided.wrap(AdamW(problem.groups(lr)), problem, variant), problem))
 
     return method
 
 
 def _plain(variant: Variant) -> Method:
-    return lambda problem, lr: Learner(optimizer=guided.wrap(AdamW(problem.groups(lr)), problem, variant))
+    return _around(lambda guide, problem: guide, variant)
 
 
 class Agreement:
@@ -181,14 +175,6 @@ class Agreement:
 
 _ALIGNED = _weight(penalties.EWC)
 _SEEDING = 8  # rows at a time
-
-
-def _agreed(power: float, variant: Variant) -> Method:
-    def method(problem: Problem, lr: float) -> Learner:
-        base = guided.wrap(AdamW(problem.groups(lr)), problem, variant)
-        return Learner(optimizer=Agreement(base, problem, power, prior=0.1))  # type: ignore[arg-type]
-
-    return method
 
 
 def _seeded(problem: Problem, lr: float) -> Learner:
@@ -245,9 +231,11 @@ CANDIDATES: dict[str, Method] = {
     "all alike 0.1": _plain(Variant(alignment=_scaled(0.1, 1.0, 1.0))),
     "coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 1.0))),
     "coherence 2": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 2.0))),
-    "agreement 0.5": _agreed(0.5, Variant(alignment=_ALIGNED, magnitude=_magnitude(None))),
-    "radial 0.02": _budget(0.02, "radial", Variant(magnitude=_magnitude(None, 1.0))),
-    "prox 0.02": _budget(0.02, "prox", Variant(magnitude=_magnitude(None, 1.0))),
+    "agreement 0.5": _around(
+        partial(Agreement, power=0.5, prior=0.1), Variant(alignment=_ALIGNED, magnitude=_magnitude(None))
+    ),
+    "radial 0.02": _around(partial(Budget, nats=0.02, how="radial"), Variant(magnitude=_magnitude(None, 1.0))),
+    "prox 0.02": _around(partial(Budget, nats=0.02, how="prox"), Variant(magnitude=_magnitude(None, 1.0))),
     "weight 100": _plain(Variant(alignment=_weight(100.0))),
     "bound 0.02": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.02))),
     "bound 0.1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.1))),
@@ -256,8 +244,8 @@ CANDIDATES: dict[str, Method] = {
     "by module": _plain(Variant(alignment=guided.anchored, scope="module")),
     "seeded direction": _seeded,
     "weight space": _in_weight_space(0.1),
-    "decoupled 10": _decoupled(10.0),
-    "decoupled 30": _decoupled(30.0),
+    "decoupled 10": _around(partial(Decoupled, strength=10.0), Variant()),
+    "decoupled 30": _around(partial(Decoupled, strength=30.0), Variant()),
     "damping 0": _plain(Variant(direction=Direction(damping=0.0), alignment=_ALIGNED)),
     "damping 0.8": _plain(Variant(direction=Direction(damping=0.8), alignment=_ALIGNED)),
 }
