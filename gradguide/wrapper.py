@@ -69,14 +69,12 @@ class Wrapper(Optimizer):
     @property
     def train(self) -> Callable[[], Any]:
         """The base's own, to be called before training, where it has one, as schedule-free optimizers do."""
-        forwarded: Callable[[], Any] = self.base.train  # type: ignore[attr-defined]
-        return forwarded
+        return self.base.train  # type: ignore[attr-defined, no-any-return]
 
     @property
     def eval(self) -> Callable[[], Any]:
         """The base's own, to be called before evaluation or a checkpoint, where it has one."""
-        forwarded: Callable[[], Any] = self.base.eval  # type: ignore[attr-defined]
-        return forwarded
+        return self.base.eval  # type: ignore[attr-defined, no-any-return]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does."""

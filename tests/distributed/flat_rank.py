@@ -21,27 +21,29 @@ def refusal(work: Callable[[], object]) -> str | None:
     return None
 
 
+def refusals(kind: str) -> dict[str, str | None]:
+    """What a user is told who wraps a model, with its own parameters kept ("original") or not ("flat")."""
+    model = problem.net()
+    early = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=kind == "original", device_id=torch.device("cpu"))
+    base = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    batches = [problem.batch(step) for step in range(2)]
+    told = {
+        f"{kind}, new": refusal(lambda: GradGuide(base)),
+        f"{kind}, capture": refusal(
+            lambda: SourceGradient.capture(wrapped, batches, lambda m, b: problem.loss_of(m, *b))
+        ),
+    }
+    if kind == "original":  # wrapped after the optimizer was made
+        problem.loss_of(wrapped, *problem.batch(0)).backward()
+        before = [p.detach().clone() for p in wrapped.parameters()]
+        told[f"{kind}, step"] = refusal(early.step)
+        assert all(map(torch.equal, before, wrapped.parameters()))
+    return told
+
+
 def main(rank: int, world: int, folder: Path) -> None:
-    told: dict[str, str | None] = {}
-    for original in (True, False):
-        model = problem.net()
-        early = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1)) if original else None
-        wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
-        base = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-        kind = "original" if original else "flat"
-        told[f"{kind}, new"] = refusal(lambda base=base: GradGuide(base))  # type: ignore[misc]
-        batches = [problem.batch(step) for step in range(2)]
-        told[f"{kind}, capture"] = refusal(
-            lambda model=wrapped, batches=batches: SourceGradient.capture(  # type: ignore[misc]
-                model, batches, lambda m, b: problem.loss_of(m, *b)
-            )
-        )
-        if early is not None:  # wrapped after the optimizer was made
-            problem.loss_of(wrapped, *problem.batch(0)).backward()
-            before = [p.detach().clone() for p in wrapped.parameters()]
-            told[f"{kind}, step"] = refusal(early.step)
-            assert all(map(torch.equal, before, wrapped.parameters()))
-    torch.save(told, folder / f"rank{rank}.pt")
+    torch.save(refusals("original") | refusals("flat"), folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

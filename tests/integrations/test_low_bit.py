@@ -31,7 +31,9 @@ def made(kind: str, model: nn.Module) -> Any:
 
 
 def in_8_bits(state: dict[str, Any]) -> bool:
-    return any(type(v).__name__ == "OptimState8bit" or getattr(v, "dtype", None) == torch.uint8 for v in state.values())
+    if "exp_avg" in state:
+        return type(state["exp_avg"]).__name__ == "OptimState8bit"
+    return bool(state["state1"].dtype == torch.uint8)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:

@@ -1,4 +1,4 @@
-"""The kernels run on the GPU if there is one, else in Triton's interpreter; else their tests are left out."""
+"""The kernels run on the GPU if there is one, else in Triton's interpreter; without Triton these tests are left out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from gradguide.ops.available import lacks_triton
+from tests.kernels import HAVE_KERNELS
 
-HAS_TRITON = lacks_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None
-if not HAS_TRITON:
+if not HAVE_KERNELS:
     collect_ignore_glob = ["test_*.py"]
 
-if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+if HAVE_KERNELS and os.environ.get("TRITON_INTERPRET") == "1":
     from tests.ops.triton.interpreter import repair
 
     repair()
@@ -23,7 +21,7 @@ if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU they belong to the suite that needs one."""
-    if not HAS_TRITON:
+    if not HAVE_KERNELS:
         return
     from tests.ops.triton.problems import DEVICE
 

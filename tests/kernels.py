@@ -1,0 +1,11 @@
+"""Whether the kernels can run here: on the GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+
+from gradguide.ops.available import lacks_triton
+
+__all__ = ["HAVE_KERNELS"]
+
+HAVE_KERNELS = lacks_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None
