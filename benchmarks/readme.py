@@ -182,18 +182,6 @@ def capture_table() -> str:
     return "\n".join([*lines, "", f"{MEDIANS}; {measured_on(rows[0])}."])
 
 
-def storage_table() -> str:
-    """Bytes and time of sources by number and storage."""
-    rows = rows_of("storage.csv")
-    found = {(row["provider"], row["unit"]): row for row in rows}
-    ratio = next(row["metric"] for row in rows if row["unit"] == "ratio")
-    lines = [f"| on CPU | bytes per parameter | {ratio} |", "|---|---|---|"]
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        held = float(found[provider, "bytes per parameter"]["value"])
-        lines.append(f"| {provider} | {held:.2f} | {spread(found[provider, 'ratio'], 2)} |")
-    return "\n".join([*lines, "", in_one_run(rows[0])])
-
-
 def objective_table() -> str:
     """Time of a step with each form of the exact objective against one without."""
     rows = rows_of("objective.csv")
@@ -216,7 +204,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-peers": partial(peers_table, "h200/peers.csv", "an H200"),
     "objective": objective_table,
     "capture": capture_table,
-    "storage": storage_table,
     "communication": communication_table,
 }
 

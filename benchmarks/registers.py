@@ -116,9 +116,6 @@ def configurations() -> dict[str, list[Row | None]]:
     def moving(dtype: torch.dtype, now: list[Tensor], anchor: list[Tensor]) -> Row:
         return Row(offset=some(dtype), scale=some(dtype), at=now, anchor=anchor)
 
-    def coded() -> Row:
-        return Row(offset=some(torch.int8), steps=[torch.ones(1)])
-
     found: dict[str, list[Row | None]] = {"gradient": [Row(offset=some(f32))]}
     for name, dtype in (("fp32", f32), ("bf16", bf16), ("fp16", f16)):
         now, anchor = some(dtype), some(f32)
@@ -132,8 +129,6 @@ def configurations() -> dict[str, list[Row | None]]:
     now, anchor = some(f32), some(f32)
     own = [Row(offset=some(f32)), Row(offset=some(f32))]
     found["fp32, K=16"] = [*own, *(Row(offset=some(f32)) for _ in range(16))]
-    found["fp32, K=1 in 8 bits"] = [*own, coded()]
-    found["fp32, K=16 in 8 bits"] = [*own, *(coded() for _ in range(16))]
     found["fp32, K=16 moving"] = [*own, *(moving(bf16, now, anchor) for _ in range(16))]
     return found
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gradguide.naming import module_of
 from gradguide.sources import file
-from gradguide.sources.stored import whole_tables
 
 __all__ = ["compare", "describe", "drift"]
 
@@ -34,8 +33,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no source file, or of a newer format.
     """
-    stored, metadata = file.read(path)
-    tables = whole_tables(stored)
+    tables, metadata = file.read(path)
     names = _order(tables, metadata)
     layers = [{"layer": layer, **_measures(tables, members)} for layer, members in _by_layer(names).items()]
     return {
@@ -43,7 +41,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "kind": "fixed" if "fisher" not in tables else "moving" if "gradient" in tables else "anchored",
         "metadata": {key: value for key, value in metadata.items() if key != "names"},
         "tensors": len(names),
-        "bytes": sum(t.numel() * t.element_size() for table in stored.values() for t in table.values()),
+        "bytes": sum(t.numel() * t.element_size() for table in tables.values() for t in table.values()),
         **_measures(tables, names),
         "layers": layers,
     }
@@ -60,7 +58,6 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
         FileNotFoundError, ValueError: see ``describe``; or the files share no parameter of one shape.
     """
     (ours, metadata), (theirs, _) = file.read(path), file.read(other)
-    ours, theirs = whole_tables(ours), whole_tables(theirs)
     first, second = next(iter(ours.values())), next(iter(theirs.values()))
     shared = [n for n in _order(ours, metadata) if n in second and second[n].shape == first[n].shape]
     if not shared:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.fixed import FixedProducts
 from gradguide.ops.tensors import Interned
 from gradguide.ranks import Ranks
 from gradguide.roll import Roll
@@ -42,7 +41,6 @@ class Survey:
     sources: Sequence[Source]
     device: torch.device
     ranks: Ranks
-    products: FixedProducts
     interned: Interned
     backend: str
 
@@ -55,7 +53,7 @@ class Survey:
         """Gram matrices [S, size, size] of the scopes, summed over buckets, and of shards over ranks."""
         parts: dict[tuple[Any, ...], Tensor] = {}
         for bucket, these in zip(self.buckets, rows, strict=True):
-            part = self.products.gram(self.ops(bucket), these).to(self.device)
+            part = self.ops(bucket).gram(these).to(self.device)
             parts[bucket.summed] = parts[bucket.summed] + part if bucket.summed in parts else part
         shape = len(self.labels), size, size
         whole = {
@@ -131,7 +129,6 @@ class Surveyor:
         everything = frozenset(self.names.values()) if sources else frozenset()
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
-        self._products = FixedProducts()
         self._last = None
 
     def survey(self, base: Optimizer) -> Survey | None:
@@ -162,9 +159,7 @@ class Surveyor:
             parameters = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(everywhere[p])) for p in trained]
             ranks.agree(trained, (parameters, self._told), self.sources)
         sources = ranks.parts_of(self.sources, trained, self.names)
-        made = Survey(
-            buckets, list(labels), sources, trained[0].device, ranks, self._products, Interned(), self._backend
-        )
+        made = Survey(buckets, list(labels), sources, trained[0].device, ranks, Interned(), self._backend)
         self._last = Roll(base.param_groups, buckets), replace(made, buckets=[])
         return made
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture, communication, objective, peers, storage
+from benchmarks import capture, communication, objective, peers
 from benchmarks.sets import Set
 
 pytestmark = pytest.mark.slow
@@ -32,14 +32,6 @@ def test_objective(tmp_path: Path) -> None:
     found = {row["provider"]: float(row["value"]) for row in rows(tmp_path / "objective.csv")}
     assert found.keys() == {"no regularizer", "finite differences", "double backward"}
     assert found["no regularizer"] == 1.0
-
-
-def test_storage_tells_the_bytes_of_every_kind(tmp_path: Path) -> None:
-    storage.main(["--quick", "--out", str(tmp_path / "storage.csv")])
-    found = {row["provider"]: float(row["value"]) for row in rows(tmp_path / "storage.csv") if row["unit"][0] == "b"}
-    assert found["1 source, float32"] == 4.0
-    assert found["16 sources, bfloat16"] == 32.0
-    assert found["16 sources, 8 bits"] <= 16.5
 
 
 def test_every_peer_reconciles_the_gradients(tmp_path: Path) -> None:

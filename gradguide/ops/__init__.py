@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ class Ops(Protocol):
     Rows are those of one bucket. A plain list of them has one scope, a Stack may have several.
     """
 
-    def gram(self, rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor: ...
+    def gram(self, rows: Sequence[Row | None]) -> Tensor: ...
 
     def combine_(self, rows: Sequence[Row | None], writes: Sequence[Write]) -> None: ...
 

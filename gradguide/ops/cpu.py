@@ -1,17 +1,15 @@
-"""The CPU backend: compiled passes over float32, bfloat16 and 8-bit rows in torch's threads; the portable backend takes
-the rest."""
+"""The CPU backend: compiled passes over float32 and bfloat16 rows in torch's threads; the rest is portable."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradguide.ops import foreach, reference
-from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Stack, Write, check_writes, scopes_of
 from gradguide.ops.tensors import Facts, located
 
@@ -25,7 +23,7 @@ __all__ = ["_cpu", "combine_", "gram"]
 THREADED = 1 << 16
 """Elements from which on a pass is worth a thread more."""
 
-_FLOAT32, _BFLOAT16, _CODES = range(3)
+_FLOAT32, _BFLOAT16 = range(2)
 _KINDS = {torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16}
 """How the compiled passes name what a part is stored as."""
 
@@ -34,19 +32,14 @@ _LARGEST = 1e30
 
 
 @torch.no_grad()
-def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrices of the rows: products in float32 per block, of 512 or 4,096 elements, float64 across. [S, R, R].
-
-    Args:
-        known: numbers of rows whose products with each other are not wanted, and are 0.
-    """
+def gram(rows: Sequence[Row | None]) -> Tensor:
+    """Gram matrices of the rows: products in float32 per block, of 512 or 4,096 elements, float64 across. [S, R, R]."""
     table = _table_of(rows)
     if _cpu is None or table is None:
-        return foreach.gram(rows, known)
-    left_out = bytes(index in known for index in range(len(rows)))
+        return foreach.gram(rows)
     products: list[float] = []
     for scope in table.scopes:
-        products += _cpu.gram(scope.addresses, table.kinds, scope.lengths, len(rows), scope.threads, left_out)
+        products += _cpu.gram(scope.addresses, table.kinds, scope.lengths, len(rows), scope.threads, bytes(len(rows)))
     return torch.tensor(products, dtype=torch.float64).view(len(table.scopes), len(rows), len(rows))
 
 
@@ -134,9 +127,10 @@ def _table(rows: Sequence[Row | None]) -> _Table | None:
                 kinds.append(_FLOAT32)
                 continue
             facts, where = known[id(part)]
-            kind = _kind_in(row, part, facts, lengths)
+            kind = _kind(facts)
             if kind is None:
                 return None
+            _check_lengths(facts, lengths)
             columns.append(where)
             kinds.append(kind)
     return _Table(bytes(kinds), lengths, [_scope(tensors, columns, lengths) for tensors in scopes_of(rows)])
@@ -152,18 +146,6 @@ def _scope(tensors: range, columns: Sequence[array[int]], lengths: array[int]) -
 
 def _threads(lengths: array[int]) -> int:
     return max(1, min(torch.get_num_threads(), sum(lengths) // THREADED))
-
-
-def _kind_in(row: Row, part: Sequence[Tensor], facts: Facts, lengths: array[int]) -> int | None:
-    """How a part of the row is stored; None where the compiled passes cannot read it."""
-    if part is row.steps:
-        if any(steps * GROUP < length for steps, length in zip(facts.lengths, lengths, strict=True)):
-            raise ValueError("the steps of a row of 8-bit codes are too few for its codes")
-        return _FLOAT32 if _kind(facts) == _FLOAT32 else None
-    kind = _CODES if row.steps is not None and facts.contiguous else _kind(facts)
-    if kind is not None:
-        _check_lengths(facts, lengths)
-    return kind
 
 
 def _kind(facts: Facts) -> int | None:

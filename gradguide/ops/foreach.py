@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,18 +21,14 @@ CPU_BLOCK = 1 << 17
 
 
 @torch.no_grad()
-def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
+def gram(rows: Sequence[Row | None]) -> Tensor:
     """Gram matrices of the rows [S, R, R]: products of rows scaled to at most 1, sums in float64 where the device has
-    it.
-
-    Args:
-        known: numbers of rows whose products with each other are not wanted, and are 0.
-    """
-    grams = [_gram(rows, scope, known) for scope in scopes_of(rows)]
+    it."""
+    grams = [_gram(rows, scope) for scope in scopes_of(rows)]
     return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)
 
 
-def _gram(rows: Sequence[Row | None], scope: range, known: Container[int]) -> Tensor:
+def _gram(rows: Sequence[Row | None], scope: range) -> Tensor:
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
@@ -45,12 +41,7 @@ def _gram(rows: Sequence[Row | None], scope: range, known: Container[int]) -> Te
         # In two factors, because the inverse of a denormal number overflows.
         root = scale.sqrt().to(values.dtype).unsqueeze(1)
         unit = values / root / root
-        none = torch.zeros(len(rows), dtype=wide, device=device)
-        products = torch.stack(
-            [none if index in known else (unit * row).sum(dim=1, dtype=wide) for index, row in enumerate(unit)]
-        )
-        # What the rows that were left out have with the others stands on the other side.
-        products = torch.where(products == 0, products.T, products)
+        products = torch.stack([(unit * row).sum(dim=1, dtype=wide) for row in unit])
         total += products * scale.outer(scale)
     return total
 

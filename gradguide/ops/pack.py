@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradguide.ops.codes import decode
 from gradguide.ops.pieces import Piece, flat
 from gradguide.ops.row import Row
 
@@ -21,9 +20,6 @@ def pack(row: Row, block: list[Piece], dtype: torch.dtype) -> Tensor:
     """The row's elements in the block, 1-D and of ``dtype``; for reading only, since it may be the row's own memory."""
     if row.at is None or row.anchor is None:
         assert row.offset is not None
-        if row.steps is not None:
-            pieces = [(row.offset[i], row.steps[i], start, stop) for i, start, stop in block]
-            return torch.cat([decode(*piece) for piece in pieces]).to(dtype)
         return pack_list(row.offset, block, dtype)
     result = pack_list(row.at, block, dtype) - pack_list(row.anchor, block, dtype)
     if row.scale is not None:

@@ -9,8 +9,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradguide.ops.codes import decode
-
 __all__ = ["Row", "Stack", "Write", "check_writes", "compute_dtype", "scopes_of", "sizes_of"]
 
 
@@ -25,26 +23,18 @@ class Row:
     - the update that the base optimizer made: ``at - anchor``, the parameters after and before.
 
     Lists are aligned: entry i of each belongs to tensor i of the bucket, with the same shape.
-
-    Args:
-        steps: makes ``offset``, then the row's only part, one of 8-bit codes: their scales (``gradguide.ops.codes``).
-        fixed (bool): the row is the same at every step, so that its products with other such rows can be kept.
     """
 
     offset: Sequence[Tensor] | None = None
     scale: Sequence[Tensor] | None = None
     at: Sequence[Tensor] | None = None
     anchor: Sequence[Tensor] | None = None
-    steps: Sequence[Tensor] | None = None
-    fixed: bool = False
 
     def __post_init__(self) -> None:
         if (self.at is None) != (self.anchor is None):
             raise ValueError("a row has both `at` and `anchor`, or neither")
         if self.at is None and (self.offset is None or self.scale is not None):
             raise ValueError("a row without `at` and `anchor` is its `offset` alone")
-        if self.steps is not None and self.at is not None:
-            raise ValueError("a row of 8-bit codes is its `offset` and their `steps` alone")
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -55,14 +45,13 @@ class Row:
 
     @property
     def fields(self) -> tuple[Sequence[Tensor] | None, ...]:
-        """Offset, scale, at and anchor, None where absent. The scale of codes, which have nothing to scale, is their
-        ``steps``."""
-        return self.offset, self.scale if self.steps is None else self.steps, self.at, self.anchor
+        """Offset, scale, at and anchor, None where absent."""
+        return self.offset, self.scale, self.at, self.anchor
 
     @property
     def parts(self) -> list[Sequence[Tensor]]:
         """The lists that are there."""
-        return [part for part in (self.offset, self.scale, self.at, self.anchor) if part is not None]
+        return [part for part in self.fields if part is not None]
 
     def value(self, index: int, dtype: torch.dtype) -> Tensor:
         """The vector's entries for tensor ``index``, as a new 1-D tensor of ``dtype``."""
@@ -72,8 +61,6 @@ class Row:
 
         if self.at is None or self.anchor is None:
             assert self.offset is not None
-            if self.steps is not None:
-                return decode(self.offset[index], self.steps[index]).to(dtype)
             return flat(self.offset).clone()
         result = flat(self.at) - flat(self.anchor)
         if self.scale is not None:

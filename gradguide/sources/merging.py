@@ -18,7 +18,7 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
     """Tables of the weighted sum, in float32 at least.
 
     Args:
-        sources: tables of each, none in 8 bits.
+        sources: tables of each.
         weights: one each; None is the mean.
 
     Raises:

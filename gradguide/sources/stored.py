@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradguide.ops.codes import GROUP, decode, encode
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.ops.tensors import Tensors
@@ -20,10 +19,10 @@ from gradguide.sources.anchoring import stiffness
 from gradguide.sources.capture import Batch, Loss, measure
 from gradguide.sources.merging import merged_tables
 
-__all__ = ["SourceGradient", "whole_tables"]
+__all__ = ["SourceGradient"]
 
 ANCHORED_WEIGHT = 1.0
-_TABLES = ({"gradient"}, {"gradient", "steps"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
+_TABLES = ({"gradient"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
 
 
 class SourceGradient:
@@ -43,7 +42,6 @@ class SourceGradient:
         *,
         fisher: Mapping[str, Tensor] | None = None,
         anchor: Mapping[str, Tensor] | None = None,
-        steps: Mapping[str, Tensor] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Put together tensors by parameter name, all with the same names and shapes.
@@ -51,7 +49,6 @@ class SourceGradient:
         Args:
             gradient: s0, or None for a source at its optimum, where it is zero.
             fisher, anchor: F and theta0, both or neither.
-            steps: makes ``gradient`` one of 8-bit codes, as :meth:`quantized` gives it: their scales, [ceil(n / 128)].
             metadata: what to remember about the capture; JSON types.
 
         Raises:
@@ -61,31 +58,24 @@ class SourceGradient:
         """
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
-        if steps is not None and fisher is not None:
-            raise ValueError("8 bits keep s0 alone, found fisher and anchor beside them")
-        given = {"gradient": gradient, "fisher": fisher, "anchor": anchor, "steps": steps}
+        given = {"gradient": gradient, "fisher": fisher, "anchor": anchor}
         self._tables: dict[str, dict[str, Tensor]] = {k: dict(table) for k, table in given.items() if table is not None}
         if not any(self._tables.values()):
             raise ValueError("a source gradient needs at least one parameter, found none")
         for label, table in self._tables.items():
-            if {name: tensor.shape for name, tensor in table.items()} != self._shapes_of(label):
+            if {name: tensor.shape for name, tensor in table.items()} != self.shapes():
                 raise ValueError(f"{label} must have the names and shapes of the other tables")
             for name, tensor in table.items():
-                if label == "gradient" and steps is not None:
-                    if tensor.dtype != torch.int8:
-                        raise TypeError(f"gradient must hold 8-bit codes beside steps, found {tensor.dtype} for {name}")
-                    continue
                 if not tensor.is_floating_point():
                     raise TypeError(f"{label} must hold floating numbers, found {tensor.dtype} for {name}")
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(f"{label} must be finite, found NaN or Inf for {name}")
-                if label in ("fisher", "steps") and bool((tensor < 0).any()):
+                if label == "fisher" and bool((tensor < 0).any()):
                     raise ValueError(f"{label} must be at least 0, found {float(tensor.min())} for {name}")
         # Laid out one after the other, so that a pass over the rows needs no gathering.
         for table in self._tables.values():
             for (name, tensor), place in zip(list(table.items()), lay_out(list(table.values())), strict=True):
                 table[name] = place.copy_(tensor.detach())
-        self._offloaded = False
         self._lists: dict[tuple[str, str], tuple[list[str], Tensors]] = {}
         self.metadata: dict[str, Any] = dict(metadata or {})
 
@@ -113,8 +103,7 @@ class SourceGradient:
                 without bias from the batches' gradients. A callable is a second loss, of the same kind, under labels
                 drawn from the model; it gives the true Fisher information, at one more backward pass per batch.
                 False keeps s0 alone.
-            dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64; of s0 alone, with
-                ``curvature=False``, also torch.int8 (see :meth:`quantized`).
+            dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64.
 
         Returns:
             The captured source.
@@ -127,12 +116,9 @@ class SourceGradient:
         Warns:
             UserWarning: the gradient of LoRA's A matrices is zero, because B is still zero.
         """
-        if dtype == torch.int8 and curvature is not False:
-            raise ValueError("dtype=torch.int8 keeps s0 alone; give curvature=False, or dtype=torch.bfloat16")
-        stored = torch.float32 if dtype in (None, torch.int8) else dtype
+        stored = torch.float32 if dtype is None else dtype
         gradient, fisher, anchor, metadata = measure(model, batches, loss, curvature, stored)
-        source = cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
-        return source.quantized() if dtype == torch.int8 else source
+        return cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
 
     @property
     def curvature(self) -> bool:
@@ -188,35 +174,7 @@ class SourceGradient:
             return self
         anchor = self._tables["anchor"]
         held = stiffness(self._tables["fisher"], anchor)
-        return self._kept_alike(SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata))
-
-    def quantized(self) -> SourceGradient:
-        """The same source in 8 bits, with a float32 scale for every 128 numbers: 1.03 bytes per number.
-
-        Raises:
-            ValueError: it has curvature. F spans orders of magnitude, which 8 bits do not; keep it in bfloat16.
-        """
-        if self.curvature:
-            raise ValueError("quantized() keeps s0 alone, found curvature; keep such a source in torch.bfloat16")
-        if "steps" in self._tables:
-            return self
-        coded = {name: encode(tensor) for name, tensor in self._tables["gradient"].items()}
-        codes, steps = ({name: pair[part] for name, pair in coded.items()} for part in (0, 1))
-        return self._kept_alike(SourceGradient(codes, steps=steps, metadata=self.metadata))
-
-    def offloaded(self) -> SourceGradient:
-        """The same source with its tables in pinned memory of the host, from where each step copies them.
-
-        For many or large sources beside a model that fills the GPU: no memory is held there between steps, at the price
-        of the copy. On the CPU there is nothing to gain.
-        """
-        source = SourceGradient._of(self._tables, self.metadata)
-        source._offloaded = True
-        for table in source._tables.values():
-            for name, tensor in table.items():
-                host = tensor.cpu()
-                table[name] = host.pin_memory() if torch.cuda.is_available() else host
-        return source
+        return SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata)
 
     @staticmethod
     def merge(sources: Sequence[SourceGradient], weights: Sequence[float] | None = None) -> SourceGradient:
@@ -235,7 +193,7 @@ class SourceGradient:
         Raises:
             ValueError: the sources or the weights do not fit together.
         """
-        tables = merged_tables([whole_tables(source._tables) for source in sources], weights)
+        tables = merged_tables([source._tables for source in sources], weights)
         return SourceGradient._of(tables, {"merged": [source.metadata for source in sources]})
 
     def fingerprint(self) -> str:
@@ -249,14 +207,11 @@ class SourceGradient:
 
     def shards(self, layouts: Mapping[str, Layout]) -> SourceGradient:
         """This rank's parts of the tables, for parameters that are sharded; others stay whole. No communication."""
-        quantized = "steps" in self._tables
         tables = {
             label: {name: shard(t, layouts[name]) if name in layouts else t for name, t in table.items()}
-            for label, table in (whole_tables(self._tables) if quantized else self._tables).items()
+            for label, table in self._tables.items()
         }
-        part = SourceGradient._of(tables, self.metadata)
-        # A part begins within a group of codes, so it has groups of its own.
-        return self._kept_alike(part.quantized() if quantized else part)
+        return SourceGradient._of(tables, self.metadata)
 
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         """What is stored needs none."""
@@ -265,9 +220,7 @@ class SourceGradient:
         """The source gradient at the parameters ``at`` called ``names``; its tensors move to their device once."""
         gradient = self._rows("gradient", names, at) if "gradient" in self._tables else None
         if not self.curvature:
-            steps = self._rows("steps", names, at) if "steps" in self._tables else None
-            # Copies that each step makes anew have no identity by which products could be kept.
-            return Row(offset=gradient, steps=steps, fixed=not self._copies_to(at[0].device))
+            return Row(offset=gradient)
         return Row(
             offset=gradient, scale=self._rows("fisher", names, at), at=at, anchor=self._rows("anchor", names, at)
         )
@@ -288,6 +241,11 @@ class SourceGradient:
         order = metadata.pop("names", None)
         metadata.pop("format")
         complete = isinstance(order, list) and all(isinstance(name, str) for name in order)
+        if "steps" in tables:
+            raise ValueError(
+                f"{os.fspath(path)!r} holds a source in 8 bits, and 8-bit sources are no longer supported: capture it "
+                "again, or load it with gradguide 0.1.0 and save it in float32 or bfloat16"
+            )
         if not complete or set(tables) not in _TABLES:
             raise ValueError(f"{os.fspath(path)!r} is damaged: found tables {sorted(tables)} and names {order!r:.60}")
         for label, table in tables.items():
@@ -302,7 +260,6 @@ class SourceGradient:
     def __repr__(self) -> str:
         tensors = self._first.values()
         kind = ("moving" if "gradient" in self._tables else "anchored") if self.curvature else "fixed"
-        kind += ", 8 bits" if "steps" in self._tables else ""
         return f"SourceGradient({len(tensors)} tensors, {sum(t.numel() for t in tensors)} numbers, {kind})"
 
     @classmethod
@@ -310,19 +267,6 @@ class SourceGradient:
         """A source of tables by their names."""
         given = dict(tables)
         return cls(given.pop("gradient", None), metadata=metadata, **given)
-
-    def _copies_to(self, device: torch.device) -> bool:
-        return self._offloaded and device.type != "cpu"
-
-    def _kept_alike(self, source: SourceGradient) -> SourceGradient:
-        """A source made of this one, where this one is kept."""
-        return source.offloaded() if self._offloaded else source
-
-    def _shapes_of(self, label: str) -> dict[str, torch.Size]:
-        """What the shapes of a table must be."""
-        if label != "steps":
-            return self.shapes()
-        return {name: torch.Size([-(-shape.numel() // GROUP)]) for name, shape in self.shapes().items()}
 
     @property
     def _first(self) -> dict[str, Tensor]:
@@ -337,19 +281,8 @@ class SourceGradient:
         if known is not None and known[0] == names and known[1][0].device == device:
             return known[1]
         table = self._tables[label]
-        if self._copies_to(device):
-            return [table[name].to(device, non_blocking=True) for name in names]
         for name in names:
             table[name] = table[name].to(device)
         rows = Tensors(table[name] for name in names)
         self._lists[label, names[0]] = (list(names), rows)
         return rows
-
-
-def whole_tables(tables: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Tables in which 8-bit codes are numbers again."""
-    found = {label: dict(table) for label, table in tables.items() if label != "steps"}
-    if "steps" in tables:
-        steps = tables["steps"]
-        found["gradient"] = {n: decode(t, steps[n]).view(t.shape) for n, t in found["gradient"].items()}
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ class OneDevice:
     def __init__(self) -> None:
         self.written: list[torch.device] = []
 
-    def gram(self, rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
+    def gram(self, rows: Sequence[Row | None]) -> Tensor:
         assert len({tensor.device for row in rows if row is not None for part in row.parts for tensor in part}) == 1
         return torch.eye(len(rows), dtype=torch.float64).unsqueeze(0)  # on the CPU, as if copied there
 

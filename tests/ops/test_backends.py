@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradguide.ops import Row, Stack, Write, cpu, foreach, reference
-from gradguide.ops.codes import decode, encode
-from tests.ops.coded import coded
 
 BACKENDS = pytest.mark.parametrize("backend", [cpu, foreach], ids=["cpu", "foreach"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -178,45 +176,3 @@ def test_rows_check_their_parts() -> None:
         Row(offset=one, scale=one)
     with pytest.raises(ValueError, match="its `offset` alone"):
         Row()
-
-
-@BACKENDS
-@settings(max_examples=25)
-@given(seed=st.integers(0, 10**6), known=st.sets(st.integers(0, 4)))
-def test_products_of_known_rows_are_left_out(backend: ModuleType, seed: int, known: set[int]) -> None:
-    rows = some_rows(seed, [(3, 5), (64, 33)], [torch.float32])
-    expected = backend.gram(rows)[0]
-    found = backend.gram(rows, known)[0]
-    left_out = torch.tensor([[i in known and j in known for j in range(5)] for i in range(5)])
-    assert not found[left_out].any()
-    torch.testing.assert_close(found[~left_out], expected[~left_out], rtol=1e-6, atol=1e-6)
-
-
-@BACKENDS
-@settings(max_examples=25)
-@given(seed=st.integers(0, 10**6), shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5))
-def test_rows_of_8_bit_codes(backend: ModuleType, seed: int, shapes: list[tuple[int, ...]]) -> None:
-    plain, given = tensors(seed, shapes, torch.float32), tensors(seed + 1, shapes, torch.float32)
-    row = coded(given, fixed=True)
-    rows = [Row(offset=plain), row]
-    expected = reference.gram(rows)[0]
-    lengths = expected.diagonal().sqrt()
-    assert ((backend.gram(rows)[0] - expected).abs() <= 1e-5 * lengths.outer(lengths) + 1e-12).all()
-    assert row.offset is not None and row.steps is not None
-    for values, codes, scales in zip(given, row.offset, row.steps, strict=True):
-        if values.numel():
-            assert (decode(codes, scales) - values.reshape(-1)).abs().max() <= values.abs().max() / 253
-    into, wanted = ([torch.zeros_like(t) for t in plain] for _ in range(2))
-    coefficients = torch.tensor([[0.5, -2.0]])
-    backend.combine_(rows, [Write(into=into, coefficients=coefficients)])
-    reference.combine_(rows, [Write(into=wanted, coefficients=coefficients)])
-    torch.testing.assert_close(into, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_codes_of_rows_without_enough_steps_are_refused() -> None:
-    codes, scales = encode(torch.ones(300))
-    assert scales.shape == (3,)
-    if cpu._cpu is None:
-        pytest.skip("the extension is not built")
-    with pytest.raises(ValueError, match="too few for its codes"):
-        cpu.gram([Row(offset=[torch.ones(300)]), Row(offset=[codes], steps=[scales[:2].clone()])])

@@ -2,14 +2,14 @@
 
 (Where there are more than six rows, measuring reads each once per six.)
 
-Rows are float32, bfloat16, float16 or 8-bit codes, in any mixture, and sums are float32 within a chunk, float64 across
-chunks. So elements whose squares leave the range of float32 (beyond 1e16, below 1e-19) count as infinite, or not at
-all, as they do in ``clip_grad_norm_``. Tensors that are not contiguous, or of float64, take the portable backend.
+Rows are float32, bfloat16 or float16, in any mixture. Sums are float32 within a chunk and float64 across chunks, so
+elements whose squares leave the range of float32 (beyond 1e16, below 1e-19) count as infinite, or not at all, as
+they do in ``clip_grad_norm_``. Tensors that are not contiguous, or of float64, take the portable backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,10 @@ __all__ = ["combine_", "gram"]
 
 
 @torch.no_grad()
-def gram(rows: Sequence[Row | None], known: Container[int] = ()) -> Tensor:
-    """Gram matrices of the rows: Tensor [S, R, R], float64, on the rows' device, the same bits for the same rows.
-
-    Args:
-        known: numbers of rows whose products with each other are not wanted; the kernels give them none the less.
-    """
+def gram(rows: Sequence[Row | None]) -> Tensor:
+    """Gram matrices of the rows: Tensor [S, R, R], float64, on the rows' device, the same bits for the same rows."""
     found = launch_measure(rows)
-    return foreach.gram(rows, known) if found is None else found
+    return foreach.gram(rows) if found is None else found
 
 
 @torch.no_grad()

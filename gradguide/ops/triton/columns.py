@@ -11,7 +11,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gradguide.ops.codes import GROUP
 from gradguide.ops.row import Row, Stack, Write, sizes_of
 from gradguide.ops.tensors import Facts, located
 
@@ -22,7 +21,6 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_CODES = {torch.int8: tl.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +29,7 @@ class Columns:
 
     device: of all tensors.
     dtypes: Triton's type of each column.
-    rows: for each row its columns: offset, scale, at, anchor; -1 is absent. For a row of 8-bit codes, which has nothing
-        to scale, the scale is that of the codes.
+    rows: for each row its columns: offset, scale, at, anchor; -1 is absent.
     writes: for each write its column, and whether it accumulates.
     others: columns of the lists that are neither.
     addresses: [columns, tensors].
@@ -82,23 +79,19 @@ def columns_of(
     places: dict[bytes, int] = {}  # of lists with other lists' tensors
     addresses: array[int] = array("q")
     dtypes: list[Any] = []
-    codes = {id(row.offset) for row in present if row.steps is not None}
-    steps = {id(row.steps) for row in present if row.steps is not None}
     for part in [*fields, *(write.into for write in writes), *others]:
         if part is None or id(part) in numbers:
             continue
         facts, where = ask(part)
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
-        wanted = array("q", [-(-length // GROUP) for length in lengths]) if id(part) in steps else lengths
-        if facts.lengths != wanted:
+        if facts.lengths != lengths:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
-        known = _CODES if id(part) in codes else DTYPES
-        if device is None or facts.device != device or facts.dtype not in known or not facts.contiguous:
+        if device is None or facts.device != device or facts.dtype not in DTYPES or not facts.contiguous:
             return None
         place = places.setdefault(where.tobytes(), len(places))
         numbers[id(part)] = place
         if place == len(dtypes):
-            dtypes.append(known[facts.dtype])
+            dtypes.append(DTYPES[facts.dtype])
             addresses.extend(where)
 
     def number(part: Sequence[Tensor] | None) -> int:

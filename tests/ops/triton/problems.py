@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gradguide.ops import Row
 from gradguide.ops.triton import launch
-from tests.ops.coded import coded
 
 __all__ = ["CHUNK", "DEVICE", "MANY", "ODD", "some_rows", "tensors", "unaligned"]
 
@@ -39,11 +38,7 @@ def unaligned(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = tor
 
 
 def some_rows(shapes: list[tuple[int, ...]], sources: int, dtypes: tuple[torch.dtype, ...]) -> list[Row | None]:
-    """Gradient, direction and ``sources`` more rows: moving, plain, anchored and updates in turn, as precisions.
-
-    8-bit codes, if among the precisions, are those of plain sources.
-    """
-    eight, dtypes = torch.int8 in dtypes, tuple(dtype for dtype in dtypes if dtype != torch.int8)
+    """Gradient, direction and ``sources`` more rows: moving, plain, anchored and updates in turn, as precisions."""
     seeds = iter(range(1000))
 
     def draw() -> list[Tensor]:
@@ -57,7 +52,7 @@ def some_rows(shapes: list[tuple[int, ...]], sources: int, dtypes: tuple[torch.d
             case 0:
                 rows.append(Row(offset=draw(), scale=draw(), at=now, anchor=before))
             case 1:
-                rows.append(coded(draw()) if eight else Row(offset=draw()))
+                rows.append(Row(offset=draw()))
             case 2:
                 rows.append(Row(scale=draw(), at=now, anchor=before))
             case 3:

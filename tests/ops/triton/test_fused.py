@@ -66,16 +66,12 @@ def guided(
     source: bool | None = None,
     on: str = "gradient",
     sources: int = 1,
-    coded: bool = False,
     **options: Any,
 ) -> tuple[list[nn.Parameter], GradGuide]:
-    """Two param groups; ``source`` says whether sources move, None is without; ``on`` is what they act on, and they are
-    kept in 8 bits if ``coded``."""
+    """Two param groups; ``source`` says whether sources move, None is without; ``on`` is what they act on."""
     held = parameters(dtype)
     if source is not None:
         given = [source_of(held, source, seed) for seed in range(7, 7 + sources)]
-        if coded:
-            given = [each.quantized() for each in given]
         options["alignment"] = Alignment(given, on=on, weight=0.1)
         options["names"] = [(f"p{i}", p) for i, p in enumerate(held)]
     directed = options.get("direction", ...) is not None
@@ -123,7 +119,6 @@ RULES: dict[str, dict[str, Any]] = {
     "shared momentum": {"direction": Direction(share_momentum=True)},
     "source": {"source": False, "magnitude": Magnitude(max_norm=2.0, max_update=None)},
     "moving source, by group": {"source": True, "scope": "group"},
-    "source in 8 bits": {"source": False, "coded": True},
     "by tensor": {"scope": "tensor"},
     "bounded": {"magnitude": BOUNDED},
     "bounded, no direction, by tensor": {"magnitude": BOUNDED, "direction": None, "scope": "tensor"},

@@ -9,7 +9,6 @@ from torch import Tensor
 from gradguide.ops import Row, Stack, Write, foreach, reference
 from gradguide.ops import triton as ops
 from gradguide.ops.row import sizes_of
-from tests.ops.coded import coded
 from tests.ops.triton.problems import CHUNK, DEVICE, MANY, ODD, some_rows, tensors, unaligned
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -24,8 +23,6 @@ CASES = pytest.mark.parametrize(
         pytest.param(ODD, 1, (F32, BF16, F16), id="K=1, three precisions"),
         pytest.param(ODD, 4, (F32, F32, BF16), id="K=4"),
         pytest.param(SMALL, 16, (F32, BF16), id="K=16"),
-        pytest.param(ODD, 2, (F32, torch.int8), id="K=2, one in 8 bits"),
-        pytest.param(ODD, 6, (BF16, F32, torch.int8), id="K=6, two in 8 bits"),
         pytest.param(MANY, 1, (F32,), id="many small tensors"),
         pytest.param([(1, 2048)], 1, (F32,), id="one chunk"),
         pytest.param([(2 * CHUNK + 1,)], 1, (F32,), id="three chunks"),
@@ -104,25 +101,6 @@ def test_views_that_are_not_aligned(dtype: torch.dtype) -> None:
         check_combine([*rows], accumulate=False)
 
 
-def test_seven_sources_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    # They must not take the portable backend on the way.
-    monkeypatch.setattr(foreach, "gram", None)
-    monkeypatch.setattr(foreach, "combine_", None)
-    shapes: list[tuple[int, ...]] = [(), (0,), (600,), (2, 129)]
-    rows: list[Row | None] = [Row(offset=tensors(0, shapes)), Row(offset=tensors(1, shapes))]
-    rows += [coded(tensors(2 + source, shapes)) for source in range(7)]
-    check_gram(rows)
-    check_combine(rows, accumulate=True)
-
-
-def test_too_few_steps_for_the_codes_are_refused_before_memory_is_read() -> None:
-    g, row = [torch.ones(600, device=DEVICE)], coded(tensors(0, [(600,)]))
-    assert row.steps is not None
-    short = Row(offset=row.offset, steps=[row.steps[0][:4]])
-    with pytest.raises(ValueError, match="differ in size"):
-        ops.gram([Row(offset=g), short])
-
-
 def test_absent_rows_are_rows_of_zeros() -> None:
     first, second = tensors(0, SMALL), tensors(1, SMALL)
     rows = [None, Row(offset=first), None, Row(offset=second)]
@@ -198,7 +176,7 @@ def test_tensors_without_a_kernel_take_the_portable_backend(kind: str, monkeypat
     weights = torch.tensor([[2.0, 0.5]], device=DEVICE)
     ops.combine_(rows, [Write(into=[a], coefficients=weights)])
     torch.testing.assert_close(a, expected)
-    monkeypatch.setattr(foreach, "gram", lambda rows, known: "portable")
+    monkeypatch.setattr(foreach, "gram", lambda rows: "portable")
     assert ops.gram(rows) == "portable"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.codes import GROUP
-
 __all__ = [
     "addresses_of",
     "chunk_of",
@@ -19,8 +17,6 @@ __all__ = [
     "uses",
     "vector_end",
 ]
-
-CODES: tl.constexpr = tl.constexpr(GROUP)
 
 
 @triton.constexpr_function
@@ -35,13 +31,6 @@ def item(table, *indices):
 def uses(rows, column):
     """Whether any of ``rows``, each the numbers of its four columns, is formed from ``column``."""
     return any(column in row for row in rows)
-
-
-@triton.constexpr_function
-def grouped(rows, column):
-    """Whether a column has one entry for every CODES elements: the scale of a row that has nothing to scale, and whose
-    offset is 8-bit codes."""
-    return any(row[1] == column and row[2] < 0 for row in rows)
 
 
 @triton.constexpr_function
@@ -99,12 +88,9 @@ def pointer_to(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_column(
-    addresses, column: tl.constexpr, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
+def load_column(addresses, column: tl.constexpr, offsets, mask, DTYPES: tl.constexpr, VECTOR: tl.constexpr):
     """Elements of one column in float32, zeros where ``mask`` is false; a mask of one value keeps vectors whole."""
-    places = offsets // CODES if grouped(ROWS, column) else offsets
-    pointers = pointer_to(addresses[column], DTYPES[column], VECTOR) + places
+    pointers = pointer_to(addresses[column], DTYPES[column], VECTOR) + offsets
     if mask is None:
         return tl.load(pointers).to(tl.float32)
     else:
@@ -119,19 +105,13 @@ def store_column(address, offsets, value, mask, DTYPE: tl.constexpr, VECTOR: tl.
 
 @triton.jit
 def form(columns, ROWS: tl.constexpr, row: tl.constexpr):
-    """Row ``row``: ``offset + scale * (at - anchor)``, from the numbers of these four columns; -1 is an absent part.
-
-    Without ``at`` it is the offset, times the scale if there is one: 8-bit codes.
-    """
+    """Row ``row``: ``offset + scale * (at - anchor)``, from the numbers of these four columns; -1 is an absent part."""
     OFFSET: tl.constexpr = item(ROWS, row, 0)
     SCALE: tl.constexpr = item(ROWS, row, 1)
     AT: tl.constexpr = item(ROWS, row, 2)
     ANCHOR: tl.constexpr = item(ROWS, row, 3)
     if AT < 0:
-        if SCALE < 0:
-            return columns[OFFSET]
-        else:
-            return columns[SCALE] * columns[OFFSET]
+        return columns[OFFSET]
     else:
         result = columns[AT] - columns[ANCHOR]
         if SCALE >= 0:

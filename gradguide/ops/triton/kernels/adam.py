@@ -66,10 +66,10 @@ def load_columns(
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if among(column, (P, M, V)):
-            columns = columns + (load_column(addresses, column, offsets, inside, DTYPES, ROWS, VECTOR),)
+            columns = columns + (load_column(addresses, column, offsets, inside, DTYPES, VECTOR),)
         elif uses(ROWS, column):
             mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
-            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
+            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, VECTOR),)
         else:
             columns = columns + (0.0,)
     return columns
@@ -174,8 +174,7 @@ def adam(
         squares: float32 [chunks], where the squared length of each chunk's update goes.
         which, settings: see ``settings_of``; the weight decay is DECOUPLED or not.
         tensors, slots: how many.
-        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of
-            nothing is that of 8-bit codes.
+        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
         D, P, M, V: columns of direction (-1 for none), parameters, first and second moments.
         RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
         THREADS: of a program.

@@ -109,7 +109,7 @@ def block(
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column) or grows(WRITES, column):
             mask = lanes_if(reads[column], inside, BLOCK, VECTOR)
-            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
+            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, VECTOR),)
         else:
             columns = columns + (0.0,)
     rows = form_rows(columns, ROWS)
@@ -139,8 +139,7 @@ def combine(
         chunks: int64 [chunks, 3], tensor, number and scope of each chunk of CHUNK elements.
         coefficients: for each write a float tensor [scopes, slots], that of ROWS[i] at SLOTS[i].
         tensors, slots: how many.
-        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of
-            nothing is that of 8-bit codes.
+        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
         WRITES: for each write its column, and whether it adds to what is there (then nothing is written where all
             coefficients are 0).
         RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.

@@ -22,7 +22,7 @@ def load_rows(addresses, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column):
-            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, ROWS, VECTOR),)
+            columns = columns + (load_column(addresses, column, offsets, mask, DTYPES, VECTOR),)
         else:
             columns = columns + (0.0,)
     return form_rows(columns, ROWS)
@@ -58,8 +58,7 @@ def measure(
         chunks: int64 [count, 3], tensor, number and scope of each chunk of CHUNK elements.
         tensors, count, rows: how many.
         first_a, first_b: which of all rows A and B begin with.
-        A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent. A scale of nothing is
-            that of 8-bit codes.
+        A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
         SAME: whether A and B are the same rows; then each pair is taken once.
         THREADS: of a program.
     """

@@ -1,0 +1,77 @@
+"""Several sources merged into one, and files of sources in 8 bits, which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradguide import SourceGradient
+from gradguide.ops import Row
+from gradguide.sources import file
+from tests.contract import kit
+
+
+def fixed(seed: int = 7) -> SourceGradient:
+    return kit.source_of(kit.net(), seed=seed, moving=False)
+
+
+def flat(row: Row) -> torch.Tensor:
+    return torch.cat([row.value(index, torch.float64) for index in range(len(row.tensors))])
+
+
+def test_a_file_in_8_bits_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "codes.safetensors"
+    tables = {"gradient": {"w": torch.ones(3, dtype=torch.int8)}, "steps": {"w": torch.ones(1)}}
+    file.write(path, tables, {"names": ["w"]})
+    with pytest.raises(ValueError, match=r"8-bit sources are no longer supported: capture it again, or load it with"):
+        SourceGradient.load(path)
+
+
+def test_captured_in_8_bits_is_refused() -> None:
+    with pytest.raises((TypeError, ValueError), match="int8"):
+        SourceGradient.capture(
+            kit.net(), [torch.ones(2, 4)], lambda m, b: m(b).square().mean(), curvature=False, dtype=torch.int8
+        )
+
+
+def test_merging_answers_with_the_sum_of_the_answers_everywhere() -> None:
+    """Exactly, with curvature too: wherever the parameters are, not only where a source was captured."""
+    torch.manual_seed(0)
+    sources = [kit.source_of(kit.net(), seed=seed) for seed in (1, 2, 3)]
+    weights = [0.5, 0.0, 2.0]
+    for chosen, given in ((sources, weights), (sources, None), ([s.anchored() for s in sources], [1.0, 1.0, 1.0])):
+        merged = SourceGradient.merge(chosen, given)
+        at = [torch.randn_like(p) for p in kit.net().parameters()]
+        names = merged.names()
+        each = [flat(source.row(names, at)) for source in chosen]
+        wanted = sum(
+            (w * row for w, row in zip(given or [1 / 3] * 3, each, strict=True)), torch.zeros((), dtype=torch.float64)
+        )
+        torch.testing.assert_close(flat(merged.row(names, at)), wanted, rtol=1e-5, atol=1e-6)
+    assert merged.weight == 1.0, "what is anchored stays so"
+
+
+def test_merging_without_curvature() -> None:
+    merged = SourceGradient.merge([fixed(1), fixed(2)], [1.0, 1.0])
+    at = list(kit.net().parameters())
+    wanted = flat(fixed(1).row(merged.names(), at)) + flat(fixed(2).row(merged.names(), at))
+    torch.testing.assert_close(flat(merged.row(merged.names(), at)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "message"),
+    [
+        (list, None, "at least one source"),
+        (lambda: [fixed(1)], [1.0, 2.0], "one for each of 1 sources, found 2"),
+        (lambda: [fixed(1)], [-1.0], r"weight must be in \[0, inf\), found -1.0"),
+        (lambda: [fixed(1)], [0.0], "must not all be 0"),
+        (lambda: [fixed(1), kit.source_of(kit.net())], None, "merge like with like"),
+        (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "has not the names and shapes of source 0"),
+    ],
+)
+def test_sources_that_do_not_merge(sources: Any, weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceGradient.merge(sources(), weights)
