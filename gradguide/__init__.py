@@ -15,18 +15,21 @@
 The method is built from the abstract of arXiv 2506.00726.
 """
 
+import importlib as _importlib
 import importlib.metadata as _metadata
+import typing as _typing
 
-from gradguide.factory import guided, unwrap
-from gradguide.history import History
-from gradguide.loss import guided_loss
-from gradguide.optimizer import GradGuide
-from gradguide.rules.alignment import Alignment
-from gradguide.rules.direction import Direction
-from gradguide.rules.magnitude import Magnitude
-from gradguide.rules.objective import Regularizer
-from gradguide.sources.replay import ReplaySource
-from gradguide.sources.stored import SourceGradient
+if _typing.TYPE_CHECKING:
+    from gradguide.factory import guided, unwrap
+    from gradguide.history import History
+    from gradguide.loss import guided_loss
+    from gradguide.optimizer import GradGuide
+    from gradguide.rules.alignment import Alignment
+    from gradguide.rules.direction import Direction
+    from gradguide.rules.magnitude import Magnitude
+    from gradguide.rules.objective import Regularizer
+    from gradguide.sources.replay import ReplaySource
+    from gradguide.sources.stored import SourceGradient
 
 __all__ = [
     "Alignment",
@@ -42,7 +45,39 @@ __all__ = [
     "unwrap",
 ]
 
-try:
-    __version__ = _metadata.version("gradguide")
-except _metadata.PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
+_MODULES = {
+    "Alignment": "rules.alignment",
+    "Direction": "rules.direction",
+    "GradGuide": "optimizer",
+    "History": "history",
+    "Magnitude": "rules.magnitude",
+    "Regularizer": "rules.objective",
+    "ReplaySource": "sources.replay",
+    "SourceGradient": "sources.stored",
+    "guided": "factory",
+    "guided_loss": "loss",
+    "unwrap": "factory",
+}
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """Import a public name at its first use: the command line starts, and can be interrupted, before torch loads."""
+    if name == "__version__":
+        value: _typing.Any = _version()
+    elif name in _MODULES:
+        value = getattr(_importlib.import_module(f"gradguide.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    try:
+        return _metadata.version("gradguide")
+    except _metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"

@@ -2,29 +2,130 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
+import shutil
+import stat
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, NamedTuple
 
-__all__ = ["replacing"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["Scratch", "replacing", "scratch_beside"]
+
+_LOCK = "lock"
+_DAY = 24 * 60 * 60
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path in the same folder, renamed to ``path`` on success and removed on failure."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # mkstemp makes the file private; the umask's mode is what a plain open() would have given.
-    umask = os.umask(0)
-    os.umask(umask)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """Yield a temporary path on the same file system; rename it to ``path`` on success, remove it on failure.
+
+    An existing file keeps its mode. A symbolic link stays, and the file behind it is replaced. Missing folders are
+    made. Temporary files that killed processes left for the same file are removed first.
+
+    Raises:
+        OSError: the folder cannot be written, the disk is full, or ``path`` is not a regular file.
+    """
+    target = _behind_links(Path(path))
+    mode = _mode(target)
+    with scratch_beside(target) as scratch:
+        temporary = scratch.folder / target.name
+        temporary.touch()
         yield temporary
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(scratch.mode if mode is None else mode)
+        with temporary.open("rb+") as file:  # a rename may reach the disk before the content does
+            os.fsync(file.fileno())
         temporary.replace(target)
+
+
+class Scratch(NamedTuple):
+    """A temporary folder, and the mode of a file that a plain ``open()`` makes."""
+
+    folder: Path
+    mode: int
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Scratch]:
+    """Yield a new private folder beside ``target``, and remove it afterwards.
+
+    The folder holds a locked file. A process that is killed releases the lock, so the next call for the same target
+    can tell an abandoned folder, which it removes, from one that is in use.
+
+    Raises:
+        OSError: the parent folder cannot be made or written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.stem[:40]}.gradguide-"  # file names have at most 255 bytes
+    _sweep(target.parent, prefix)
+    folder = target.parent / f"{prefix}{secrets.token_hex(8)}"
+    folder.mkdir(mode=0o700)
+    try:
+        with (folder / "unlocked").open("xb") as file:
+            if _lock(file):
+                (folder / "unlocked").rename(folder / _LOCK)
+            yield Scratch(folder, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove the folders that killed processes left; without locks, those that are older than a day."""
+    for folder in parent.iterdir():
+        if not folder.name.startswith(prefix):
+            continue
+        locked = None
+        with suppress(OSError), (folder / _LOCK).open("rb+") as file:
+            locked = _lock(file)
+            if locked:
+                shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            if locked is None and time.time() - folder.stat().st_mtime > _DAY:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(file: IO[bytes]) -> bool | None:
+    """Return whether the file could be locked, None if the system has no locks for it."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have none
+        return None
+    return True
+
+
+def _behind_links(path: Path) -> Path:
+    """Return the path that ``open(path, "w")`` would write."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    return target
+
+
+def _mode(target: Path) -> int | None:
+    """Return the permission bits of an existing file, None if there is none.
+
+    Raises:
+        OSError: it is a folder, a device or a pipe, which a rename would destroy or cannot replace.
+    """
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(target))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(target))
+    return stat.S_IMODE(mode)

@@ -1,12 +1,13 @@
 """GradGuide's own tensors inside the base's state dict: merged in on save, split off on load.
 
-They lie under the parameters that they belong to, because distributed checkpoints keep nothing else, and they are split
-off before the base loads, because loading casts an optimizer's floating state to the parameter's dtype.
+They are stored under their parameters, because distributed checkpoints keep nothing else. They are split off before the
+base loads, because loading casts an optimizer's floating state to the parameter's dtype.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,147 +16,149 @@ from torch.optim import Optimizer
 
 from gradguide.guidance import Guidance
 from gradguide.ops.pack import lay_out
-from gradguide.rules.decision import STATISTICS
+from gradguide.saved_state import (
+    COUNTERS,
+    DIRECTION,
+    FORMAT,
+    HEAD,
+    PREFIX,
+    check_base_entry,
+    check_direction,
+    check_groups,
+    check_own_keys,
+    checked_counters,
+)
 from gradguide.sharding import gathered, local, spread
 
-__all__ = ["FORMAT", "merge", "restore", "split"]
-
-FORMAT = 1
-DIRECTION = "gradguide.direction"
-COUNTERS = "gradguide.counters"
-_PREFIX = "gradguide."
-# A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope].
-_HEAD = 3
-# What torch's optimizers keep in the shape of the parameter; a size that differs would else show only in a later step.
-_ELEMENTWISE = frozenset(
-    {DIRECTION, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "exp_inf", "acc_delta"}
-)
+__all__ = ["Own", "load", "merge"]
 
 
 class Own(NamedTuple):
-    """What a state dict holds of GradGuide, by position of the parameter; both empty for a plain base's."""
+    """GradGuide's part of a state dict, checked and ready to be put in place.
 
-    directions: dict[int, Tensor]
-    counters: dict[int, Tensor]
+    directions: float32, in the shape of this rank's part of the parameter.
+    counters: of each parameter that has them, Tensor [HEAD + len(STATISTICS)], float64 on the host.
+    """
+
+    directions: dict[Tensor, Tensor]
+    counters: dict[Tensor, Tensor]
 
 
 def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Tensor) -> dict[str, Any]:
-    """The base's state dict with direction and counters added; the base's own entries are not touched."""
+    """Return the base's state dict with direction and counters added; the base's own entries stay as they are.
+
+    Raises:
+        TypeError: the base's state dict has another form than that of ``torch.optim.Optimizer``.
+    """
+    if not {"state", "param_groups"} <= state.keys():
+        raise TypeError(
+            f"{type(base).__name__}.state_dict() must hold 'state' and 'param_groups', found {sorted(state)}: where it "
+            "wraps another optimizer, give GradGuide that one and wrap the GradGuide"
+        )
     entries = dict(state["state"])
     labels = guidance.surveyor.labels(base)
     stepped = bool(guidance.directions) or bool(totals.any())
     # On the host, whatever device they are counted on.
     head = torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu()])
-    for position, parameter in enumerate(_parameters(base)) if stepped else ():
-        # Bases take an entry for a step made. Where they keep state, a parameter without a step gets none of ours
-        # either, so that the base alone can load this; it has no direction, and its scope's numbers lie elsewhere.
-        if state["state"] and position not in state["state"] and parameter not in guidance.directions:
+    keys = _keys(state)
+    stateful = {key for key in keys if entries.get(key)}
+    for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
+        # An optimizer takes an existing entry for an initialised one. Where the base keeps state, a parameter without
+        # a step therefore gets no entry, so that the base alone can load the result. It has no direction either.
+        if stateful and key not in stateful and parameter not in guidance.directions:
             continue
         own = {COUNTERS: torch.cat([head, guidance.scopes.export(labels[parameter]).cpu()])}
         if parameter in guidance.directions:
             own[DIRECTION] = spread(guidance.directions[parameter], parameter)
-        entries[position] = {**entries.get(position, {}), **own}
+        entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
 
 
-def split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[dict[str, Any], Own]:
-    """The base's part of a state dict, and ours, checked against the present parameters. Nothing is changed.
+def load(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> Tensor:
+    """Load a state dict into the base and the guidance, or change neither.
+
+    Returns:
+        Tensor [2]: steps and skipped steps.
 
     Raises:
-        ValueError: number or sizes of the groups differ, a direction has another shape, or the format is newer.
+        ValueError: groups or shapes differ, an entry is damaged, or the format is newer.
+        Exception: what else the base raises where its own part is damaged.
 
     Warns:
-        UserWarning: nothing of GradGuide is in it although the base had stepped.
+        UserWarning: the state is that of a plain base optimizer that has stepped.
     """
-    _check_groups(state, base)
+    rest, own = _split(state, base, guidance)
+    before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
+    try:
+        base.load_state_dict(rest)
+    except BaseException as error:
+        vars(base).update(before)  # torch's loader replaces both, and may fail after that
+        if isinstance(error, (LookupError, TypeError, AttributeError)):
+            raise ValueError(f"{type(base).__name__} cannot load its part of the state: {error!r}") from error
+        raise
+    return _restore(own, base, guidance)
+
+
+def _split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[dict[str, Any], Own]:
+    """Return the base's part of a state dict and GradGuide's, checked against the parameters. Nothing is changed."""
+    check_groups(state, base)
     parameters = _parameters(base)
-    positions = {key: i for i, key in enumerate(key for group in state["param_groups"] for key in group["params"])}
-    own = Own({}, {})
-    entries: dict[Any, Any] = {}
+    names = guidance.surveyor.names
+    of_key = dict(zip(_keys(state), parameters, strict=True))
+    which = {key: f"parameter {names.get(p, f'number {position}')}" for position, (key, p) in enumerate(of_key.items())}
+    directions: dict[Tensor, Tensor] = {}
+    counters: dict[Tensor, Tensor] = {}
+    rest: dict[Any, Any] = {}
     for key, entry in state["state"].items():
-        if key not in positions:
-            entries[key] = entry
+        if not isinstance(entry, Mapping):
+            rest[key] = entry
             continue
-        position = positions[key]
-        _check_sizes(entry, position, parameters[position], guidance)
-        rest = {name: value for name, value in entry.items() if not str(name).startswith(_PREFIX)}
-        if rest or not entry:
-            entries[key] = rest
-        if COUNTERS in entry:
-            own.counters[position] = _checked_counters(entry[COUNTERS])
-        if DIRECTION in entry:
-            own.directions[position] = entry[DIRECTION]
-    if guidance.active and entries and not own.counters:
+        parameter = of_key.get(key)
+        own = {name for name in entry if isinstance(name, str) and name.startswith(PREFIX)}
+        check_own_keys(own, which.get(key))
+        others = {name: value for name, value in entry.items() if name not in own}
+        # An entry that holds nothing of the base's is none of its own.
+        if others or not own:
+            rest[key] = others
+        if parameter is None:
+            continue
+        check_base_entry(base, others, parameter, which[key])
+        if COUNTERS in own:
+            counters[parameter] = checked_counters(entry[COUNTERS], counters.values(), which[key])
+        if DIRECTION in own:
+            check_direction(entry[DIRECTION], parameter, which[key])
+            directions[parameter] = entry[DIRECTION]
+    if guidance.active and rest and not counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
             "counters start anew",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return {**state, "state": entries}, own
+    return {**state, "state": rest}, Own(_laid_out(directions, guidance), counters)
 
 
-def restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
-    """Put direction and scope statistics in place. Returns the totals, Tensor [2]: steps and skipped steps."""
-    parameters = _parameters(base)
+def _laid_out(directions: dict[Tensor, Tensor], guidance: Guidance) -> dict[Tensor, Tensor]:
+    """Copy this rank's part of each direction that the rules keep into one block of memory."""
     keep = guidance.rules.direction is not None and not guidance.rules.direction.share_momentum
-    found = {parameters[position]: direction for position, direction in own.directions.items() if keep}
-    guidance.directions = dict(zip(found, lay_out([local(p) for p in found], torch.float32), strict=True))
-    for parameter, direction in found.items():
-        guidance.directions[parameter].copy_(gathered(direction.detach(), parameter))
+    saved = directions if keep else {}
+    made = dict(zip(saved, lay_out([local(p) for p in saved], torch.float32), strict=True))
+    for parameter, direction in saved.items():
+        made[parameter].copy_(gathered(direction.detach(), parameter))
+    return made
+
+
+def _restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
+    guidance.directions = own.directions
     labels = guidance.surveyor.labels(base)
-    statistics = {labels[parameters[position]]: counters[_HEAD:].cpu() for position, counters in own.counters.items()}
-    guidance.scopes.restore(statistics)
-    totals = next(iter(own.counters.values()), torch.zeros(_HEAD, dtype=torch.float64))[1:_HEAD]
-    return totals.detach().to("cpu", torch.float64, copy=True)
+    guidance.scopes.restore({labels[parameter]: counters[HEAD:] for parameter, counters in own.counters.items()})
+    return next(iter(own.counters.values()), torch.zeros(HEAD, dtype=torch.float64))[1:HEAD].clone()
+
+
+def _keys(state: dict[str, Any]) -> list[Any]:
+    """Return what stands for the parameters in a state dict, in the order of the groups."""
+    return [key for group in state["param_groups"] for key in group["params"]]
 
 
 def _parameters(base: Optimizer) -> list[Tensor]:
     return [p for group in base.param_groups for p in group["params"]]
-
-
-def _check_groups(state: dict[str, Any], base: Optimizer) -> None:
-    try:
-        saved = [len(group["params"]) for group in state["param_groups"]]
-        state["state"].items()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not the state dict of an optimizer: {error!r}") from error
-    present = [len(group["params"]) for group in base.param_groups]
-    if len(saved) != len(present):
-        raise ValueError(
-            f"the state has {len(saved)} param groups, the optimizer has {len(present)}: build it with the same groups "
-            "as when the state was saved"
-        )
-    for index, (before, now) in enumerate(zip(saved, present, strict=True)):
-        if before != now:
-            raise ValueError(
-                f"param group {index} has {before} parameters in the state and {now} in the optimizer: parameters were "
-                "frozen, or adapters added, since it was saved"
-            )
-
-
-def _check_sizes(entry: dict[str, Any], position: int, parameter: Tensor, guidance: Guidance) -> None:
-    for name in _ELEMENTWISE & entry.keys():
-        value = entry[name]
-        if value is None and name != DIRECTION:  # SGD has no momentum before its first step
-            continue
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            which = guidance.surveyor.names.get(parameter, f"number {position}")
-            raise ValueError(
-                f"the saved {name} of parameter {which} has shape {found}, the parameter {tuple(parameter.shape)}: the "
-                "state is of another model, of adapters of another rank, or of parameters in another order"
-            )
-
-
-def _checked_counters(counters: Any) -> Tensor:
-    if not isinstance(counters, Tensor) or counters.dim() != 1 or counters.numel() == 0:
-        raise ValueError(f"{COUNTERS} must be a tensor of {_HEAD + len(STATISTICS)} numbers, found {counters!r}")
-    version = int(counters[0])
-    if version > FORMAT:
-        raise ValueError(
-            f"the state has format {version}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
-        )
-    if counters.numel() != _HEAD + len(STATISTICS):
-        raise ValueError(f"{COUNTERS} must hold {_HEAD + len(STATISTICS)} numbers, found {counters.numel()}")
-    return counters.to(torch.float64)

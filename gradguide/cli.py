@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 __all__ = ["main", "run"]
 
@@ -24,92 +28,124 @@ class _Parser(argparse.ArgumentParser):
         raise _UsageError(f"{message} (see {self.prog} --help)")
 
 
+# Their messages are written for the user. Of other errors, type and place are shown as well.
+_EXPECTED = (_UsageError, OSError, ValueError, ImportError)
+_INTERRUPTED = 130
+_LONGEST = 1000
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        int: exit code: 0 for success, 2 for an error of the user, which is one line on stderr.
+        int: exit code: 0 for success or a closed pipe, 2 for an error, which is one line on stderr.
     """
     try:
         options = vars(_parser().parse_args(argv))
-    except _UsageError as error:
-        return _refuse(error)
-    except SystemExit as end:  # --help and --version
-        return int(end.code or 0)
-    command = {"demo": _demo, "inspect": _inspect, "plot": _plot}[str(options.pop("command"))]
-    try:
-        return command(options)
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        sys.stderr.close()
+        {"demo": _demo, "inspect": _inspect, "plot": _plot}[str(options.pop("command"))](options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
+    except SystemExit as end:  # --help and --version; rich, at a closed pipe
+        return 0 if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
         return 0
+    except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from None
+        with suppress(OSError):  # a closed stderr
+            print(f"gradguide: error: {_line(error)}", file=sys.stderr, flush=True)
+        return 2
+    return 0
 
 
 def run() -> NoReturn:
-    """The entry point of the installed command."""
-    sys.exit(main())
+    """Run the installed command: as :func:`main`, with exit code 130 and nothing on stderr after Ctrl-C."""
+    sys.unraisablehook = _end_if_interrupted
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the end of the interpreter
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        _discard_if_closed(stream)
+    sys.exit(code)
 
 
-def _demo(options: dict[str, Any]) -> int:
+def _end_if_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
+    """End the process where a callback that cannot raise, as those of imports, was interrupted."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        os._exit(_INTERRUPTED)
+    sys.__unraisablehook__(unraisable)
+
+
+def _discard_if_closed(stream: TextIO) -> None:
+    """Drop what a stream still holds if it cannot be written; the interpreter would complain at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C led to an error; compiled modules make an ImportError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _line(error: Exception) -> str:
+    """Return an error as one line."""
     from gradguide.demo.errors import DemoError
 
-    try:
-        # The demo's modules need nothing but the library; its extras are looked for when it runs.
-        from gradguide.demo.run import DemoConfig
-        from gradguide.demo.run import run as run_demo
-
-        run_demo(DemoConfig(**options))
-    except DemoError as error:
-        return _refuse(error)
-    return 0
+    text = " ".join(str(error).split())
+    if not isinstance(error, (*_EXPECTED, DemoError)):
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _inspect(options: dict[str, Any]) -> int:
+def _demo(options: dict[str, Any]) -> None:
+    # The demo's modules need nothing but the library; its extras are looked for when it runs.
+    from gradguide.demo.run import DemoConfig
+    from gradguide.demo.run import run as run_demo
+
+    run_demo(DemoConfig(**options))
+
+
+def _inspect(options: dict[str, Any]) -> None:
     from gradguide import description
 
-    try:
-        found = {"source": description.describe(options["file"])}
-        if options["against"] is not None:
-            found["against"] = description.compare(options["file"], options["against"])
-        if options["adapter"] is not None:
-            found["drift"] = description.drift(options["file"], options["adapter"])
-        if options["json"]:
-            print(json.dumps(found, indent=2))
-        else:
-            from gradguide import inspection
+    found = {"source": description.describe(options["file"])}
+    if options["against"] is not None:
+        found["against"] = description.compare(options["file"], options["against"])
+    if options["adapter"] is not None:
+        found["drift"] = description.drift(options["file"], options["adapter"])
+    if options["json"]:
+        print(json.dumps(found, indent=2))
+    else:
+        from gradguide import inspection
 
-            inspection.show(found)
-    except (OSError, ValueError, ImportError) as error:
-        return _refuse(error)
-    return 0
+        inspection.show(found)
 
 
-def _plot(options: dict[str, Any]) -> int:
+def _plot(options: dict[str, Any]) -> None:
     from gradguide.comparison import draw
     from gradguide.history import History
 
-    try:
-        runs = {_run_name(path, options["history"]): History.load(path) for path in options["history"]}
-        draw(runs, options["out"])
-    except (OSError, ValueError, ImportError) as error:
-        return _refuse(error)
+    runs = {_run_name(path, options["history"]): History.load(path) for path in options["history"]}
+    draw(runs, options["out"])
     if options["json"]:
         print(json.dumps({"out": str(options["out"]), "steps": {name: len(run) for name, run in runs.items()}}))
     else:
         print(f"wrote {options['out']}")
-    return 0
 
 
 def _run_name(path: Path, paths: Sequence[Path]) -> str:
     """The file's name where that tells the runs apart, else the whole path."""
     return path.stem if [other.stem for other in paths].count(path.stem) == 1 else str(path)
-
-
-def _refuse(error: Exception) -> int:
-    print(f"gradguide: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 def _names(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradguide.naming import module_of
 from gradguide.sources import file
+from gradguide.sources.stored import SourceGradient
 
 __all__ = ["compare", "describe", "drift"]
 
@@ -33,7 +34,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no source file, or of a newer format.
     """
-    tables, metadata = file.read(path)
+    tables, metadata = _read(path)
     names = _order(tables, metadata)
     layers = [{"layer": layer, **_measures(tables, members)} for layer, members in _by_layer(names).items()]
     return {
@@ -57,7 +58,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
     Raises:
         FileNotFoundError, ValueError: see ``describe``; or the files share no parameter of one shape.
     """
-    (ours, metadata), (theirs, _) = file.read(path), file.read(other)
+    (ours, metadata), (theirs, _) = _read(path), _read(other)
     first, second = next(iter(ours.values())), next(iter(theirs.values()))
     shared = [n for n in _order(ours, metadata) if n in second and second[n].shape == first[n].shape]
     if not shared:
@@ -87,7 +88,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
     Raises:
         FileNotFoundError, ValueError: see ``describe``; the source has no curvature, or no parameter fits.
     """
-    tables, metadata = file.read(path)
+    tables, metadata = _read(path)
     if "anchor" not in tables:
         raise ValueError(
             f"{os.fspath(path)!r} has no curvature, and so not the parameters at capture: drift is unknown"
@@ -110,6 +111,12 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
     names = [name for name in _order(tables, metadata) if name in moves]
     layers = [{"layer": layer, **measures(members)} for layer, members in _by_layer(names).items()]
     return {"path": os.fspath(adapter), "matched": len(names), **measures(names), "layers": layers}
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
+    """Return tables and metadata of a source file, which ``SourceGradient.load`` accepts."""
+    SourceGradient.load(path)
+    return file.read(path)
 
 
 def _adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -47,19 +47,22 @@ class History:
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all rows to a .csv or .jsonl file; it appears whole or not at all. What is not finite is an
-        empty cell, or null.
+        """Write all rows to a .csv or .jsonl file, which appears whole or not at all.
+
+        A value that is not finite becomes an empty cell, or null.
 
         Raises:
+            OSError: the file cannot be written.
             ValueError: the suffix is another one.
         """
         suffix = Path(path).suffix.lower()
         if suffix not in (".csv", ".jsonl"):
             raise ValueError(f"a history is saved as .csv or .jsonl, found {os.fspath(path)!r}")
-        rows = [{key: _plain(row.get(key, math.nan)) for key in self.columns()} for row in self.rows]
+        columns = self.columns()
+        rows = [{key: _plain(row.get(key, math.nan)) for key in columns} for row in self.rows]
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             if suffix == ".csv":
-                writer = csv.DictWriter(file, self.columns(), lineterminator="\n")
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
             else:
@@ -71,7 +74,7 @@ class History:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no .csv or .jsonl file of numbers.
+            ValueError: it is not a .csv or .jsonl file of numbers.
         """
         history = cls()
         suffix = Path(path).suffix.lower()
@@ -84,7 +87,7 @@ class History:
                 else:
                     raise ValueError("the suffix is neither .csv nor .jsonl")
             history.rows = [{key: _number(value) for key, value in row.items()} for row in found]
-        except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
             raise ValueError(f"{os.fspath(path)!r} is no saved history: {error}") from error
         return history
 

@@ -22,7 +22,7 @@ def show(found: dict[str, Any]) -> None:
         from rich.console import Console
     except ImportError as error:
         raise ImportError('tables need rich: pip install "gradguide[demo]", or use --json') from error
-    console = Console()
+    console = Console(markup=False)  # names may hold brackets
     source = found["source"]
     console.print(_summary(source))
     console.print(
@@ -49,6 +49,7 @@ def _summary(source: dict[str, Any]) -> Table:
 
     table = Table(show_header=False, show_edge=False)
     metadata = source["metadata"]
+    versions = metadata.get("versions")
     rows = {
         "file": source["path"],
         "kind": source["kind"],
@@ -61,7 +62,11 @@ def _summary(source: dict[str, Any]) -> Table:
         "adapter": metadata.get("adapter"),
         "|s0|": source["gradient_norm"],
         "sum of F": source["fisher_trace"],
-        **{f"captured with {name}": version for name, version in (metadata.get("versions") or {}).items()},
+        **(
+            {f"captured with {name}": version for name, version in versions.items()}
+            if isinstance(versions, dict)
+            else {}
+        ),
     }
     for name, value in rows.items():
         if value is not None:

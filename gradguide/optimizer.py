@@ -258,20 +258,18 @@ class GradGuide(Wrapper):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict of GradGuide, or of the base alone (then direction and counters start anew).
+        """Load a state dict of GradGuide, or of the base alone; then direction and counters start anew.
 
         Raises:
-            ValueError: groups or sizes differ, or it is of a newer format. Nothing is changed.
+            ValueError: groups or shapes differ, an entry is damaged, or the format is newer. Nothing is changed.
 
         Warns:
-            UserWarning: it is that of a plain base optimizer that has stepped.
+            UserWarning: the state is that of a plain base optimizer that has stepped.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        base_state, own = checkpoint.split(state_dict, self.base, self._guidance)
-        self.base.load_state_dict(base_state)
-        self._totals = checkpoint.restore(own, self.base, self._guidance)
+        self._totals = checkpoint.load(state_dict, self.base, self._guidance)
         self._last = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

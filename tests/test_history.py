@@ -6,7 +6,9 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +122,33 @@ def test_round_trip_of_anything(
     assert same(History.load(path).rows, [{key: row.get(key, NAN) for key in kept.columns()} for row in kept.rows])
 
 
+class Counted(dict[str, float]):
+    """A row that counts how often it is looked through or into."""
+
+    reads = 0
+
+    def __iter__(self) -> Iterator[str]:
+        Counted.reads += len(self)
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        Counted.reads += 1
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("name", ["h.csv", "h.jsonl"])
+def test_work_of_saving_is_linear_in_the_rows(tmp_path: Path, name: str) -> None:
+    reads = []
+    for count in (10, 100):
+        kept = History()
+        kept.rows = [Counted(a=1.0, b=2.0, c=3.0) for _ in range(count)]
+        Counted.reads = 0
+        kept.save(tmp_path / name)
+        reads.append(Counted.reads)
+    assert reads[0] >= 30
+    assert reads[1] == 10 * reads[0]
+
+
 def test_empty_history_round_trip(tmp_path: Path) -> None:
     for name in ("h.csv", "h.jsonl"):
         History().save(tmp_path / name)
@@ -158,6 +187,13 @@ def test_bad_suffix(tmp_path: Path, name: str) -> None:
         ("h.jsonl", b"3\n"),
         ("h.jsonl", b'{"a": "x"}\n'),
         ("h.jsonl", b'{"a": {}}\n'),
+        ("h.jsonl", b'{"a": ' + b"1" * 400 + b"}\n"),
+        ("h.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n"),
+        ("h.jsonl", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
+        ("h.jsonl", b'{"a": ' * 100_000),
+        ("h.jsonl", b'"a"\n'),
+        ("h.jsonl", b"null\n"),
+        ("h.jsonl", b'{"a": [1]}\n'),
     ],
 )
 def test_files_that_hold_no_history(tmp_path: Path, name: str, content: bytes) -> None:

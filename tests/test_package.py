@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import gradguide
@@ -36,13 +37,17 @@ OPTIONAL = ("transformers", "peft", "accelerate", "matplotlib", "rich", "lightni
 def test_public_names() -> None:
     assert set(gradguide.__all__) == PUBLIC
     assert list(gradguide.__all__) == sorted(gradguide.__all__)
+    assert set(dir(gradguide)) >= PUBLIC | {"__version__"}
+    namespace: dict[str, object] = {}
+    exec("from gradguide import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == PUBLIC
     public = {
         name for name, value in vars(gradguide).items() if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public == PUBLIC
-    namespace: dict[str, object] = {}
-    exec("from gradguide import *", namespace)
-    assert namespace.keys() - {"__builtins__"} == PUBLIC
+    with pytest.raises(AttributeError, match="nonsense"):
+        gradguide.nonsense  # noqa: B018
+    assert gradguide.__version__
 
 
 def test_public_names_are_documented() -> None:
@@ -58,7 +63,13 @@ def test_docstring_example_runs() -> None:
 
 
 def test_import_is_light_and_silent() -> None:
-    code = "import sys, gradguide; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    """Nothing heavy before a name is used, and no optional package after all were."""
+    code = """
+import sys, gradguide
+print(*sorted({name.partition('.')[0] for name in sys.modules}))
+from gradguide import *
+print(*sorted({name.partition('.')[0] for name in sys.modules}))
+"""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -69,7 +80,8 @@ def test_import_is_light_and_silent() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    loaded = set(done.stdout.split())
+    bare, loaded = (set(line.split()) for line in done.stdout.splitlines())
+    assert not bare & {"torch", "safetensors", "tqdm", *OPTIONAL}
     assert {"gradguide", "torch", "safetensors", "tqdm"} <= loaded
     assert not loaded & set(OPTIONAL)
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from gradguide.atomic import scratch_beside
 
 __all__ = ["replacing_folder"]
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes ``path`` if the block ends without an error.
+    """Yield a temporary folder, which becomes ``path`` if the block ends without an error.
 
     ``path`` must not exist, or be an empty folder; its parents are made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the goal, not in the system's temporary folder: a rename works only within one file system.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        partial = scratch / path.name  # in a folder of its own, because mkdtemp makes private ones
+    with scratch_beside(path) as scratch:
+        partial = scratch.folder / path.name  # the scratch folder itself is private
         partial.mkdir()
         yield partial
         if path.exists():
             path.rmdir()
         partial.rename(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ _KEY = "gradguide"
 
 
 def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
-    """Write tables of tensors, each under ``table/name``, and the metadata as one JSON object."""
+    """Write tables of tensors, each under ``table/name``, and the metadata as one JSON object.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
     tensors = {
         f"{table}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for table, entries in tables.items()
@@ -29,7 +34,10 @@ def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], me
     }
     header = {_KEY: json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
     with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata=header)
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata=header)
+        except safetensors.SafetensorError as error:
+            raise _as_os_error(error, path) from error
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -54,6 +62,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], di
             "save it again with SourceGradient.save"
         ) from error
     return tables, metadata
+
+
+def _as_os_error(error: safetensors.SafetensorError, path: str | os.PathLike[str]) -> OSError:
+    """Return the operating system's error, of which safetensors keeps the number in its text."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"cannot write {os.fspath(path)!r}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
 
 
 def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradguide import Direction, GradGuide, Magnitude, checkpoint
+from gradguide.saved_state import COUNTERS
 from tests.contract import kit
 
 
@@ -214,4 +215,4 @@ def test_counters_on_another_device_are_brought_to_the_host() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         totals = torch.zeros(2, dtype=torch.float64, device="cuda")
         state = checkpoint.merge(optimizer.base.state_dict(), optimizer.base, optimizer._guidance, totals)
-    assert {entry[checkpoint.COUNTERS].device.type for entry in state["state"].values()} == {"cpu"}
+    assert {entry[COUNTERS].device.type for entry in state["state"].values()} == {"cpu"}

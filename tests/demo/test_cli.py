@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import sys
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run_exits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gradguide", "--version"])
-    with pytest.raises(SystemExit) as end:
-        run()
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # it is put back after the test
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert end.value.code == 0
 
 

@@ -1,0 +1,385 @@
+"""State dicts: one that the same optimizer gave loads, a damaged one changes nothing (rows 21, 33)."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from gradguide import Direction, GradGuide
+from gradguide.saved_state import COUNTERS, DIRECTION
+from tests.conformance.bases import BASES, net_for
+from tests.contract import kit
+from tests.contract.shaped import SHAPED
+
+State = dict[str, Any]
+nan, inf = float("nan"), float("inf")
+ALL = BASES | SHAPED
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own direction", "no direction"])
+@pytest.mark.parametrize("base", ALL)
+def test_i33_a_state_of_its_own_loads_and_the_run_goes_on(base: str, shared: bool) -> None:
+    model, twin = net_for(base), net_for(base)
+    optimizer, other = (
+        GradGuide(ALL[base](list(m.parameters())), direction=None if shared else Direction()) for m in (model, twin)
+    )
+    kit.train(model, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    kit.assert_same(other.state_dict(), optimizer.state_dict())
+    kit.train(model, optimizer, range(3, 6))
+    kit.train(twin, other, range(3, 6))
+    kit.assert_same(kit.snapshot(twin, other), kit.snapshot(model, optimizer))
+    assert other.metrics()["steps"] == 6
+
+
+def test_i33_a_base_whose_state_dict_has_another_form_is_named_when_it_is_saved() -> None:
+    class Outer(torch.optim.SGD):
+        def state_dict(self) -> State:
+            return {"inner": super().state_dict(), "alpha": 0.5}
+
+    optimizer = GradGuide(Outer(kit.net().parameters()))
+    with pytest.raises(TypeError, match=r"Outer\.state_dict.*found \['alpha', 'inner'\].*wrap the GradGuide"):
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("base", [name for name in BASES if name not in ("Lion", "SGD", "Adafactor")])
+def test_i21_of_torchs_own_optimizers_every_tensor_shaped_as_the_parameter_is_checked(base: str) -> None:
+    model = net_for(base)
+    optimizer = GradGuide(BASES[base](list(model.parameters())))
+    kit.train(model, optimizer, range(2))
+    parameter = next(model.parameters())
+    state = optimizer.state_dict()
+    alike = [k for k, v in state["state"][0].items() if isinstance(v, Tensor) and v.shape == parameter.shape]
+    assert len(alike) >= 2
+    before = kit.snapshot(model, optimizer)
+    for key in alike:
+        damaged = copy.deepcopy(state)
+        damaged["state"][0][key] = torch.ones(2, 3)
+        with pytest.raises(ValueError, match=rf"saved {re.escape(key)} of parameter number 0 has shape \(2, 3\)"):
+            optimizer.load_state_dict(damaged)
+        kit.assert_same(kit.snapshot(model, optimizer), before)
+
+
+def guide(model: nn.Module) -> GradGuide:
+    return GradGuide(kit.adamw(list(model.named_parameters())))
+
+
+def trained() -> tuple[nn.Sequential, GradGuide]:
+    model = kit.net()
+    optimizer = guide(model)
+    kit.train(model, optimizer, range(3))
+    return model, optimizer
+
+
+def fake(like: Tensor) -> Tensor:
+    with FakeTensorMode():
+        return torch.zeros(like.shape)
+
+
+def set_to(index: int, value: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed.view(-1)[index] = value
+        return changed
+
+    return change
+
+
+# Each: what is put in the place of a direction, and what the message says.
+DIRECTIONS: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "text": (lambda d: "text", "must be a tensor, found str"),
+    "none": (lambda d: None, "must be a tensor, found NoneType"),
+    "list": (lambda d: d.tolist(), "must be a tensor, found list"),
+    "sparse": (lambda d: d.to_sparse(), "found layout torch.sparse_coo"),
+    "compressed": (lambda d: d.to_sparse_csr(), "found layout torch.sparse_csr"),
+    "nested": (lambda d: torch.nested.nested_tensor(list(d)), "nested tensor"),
+    "meta": (lambda d: d.to("meta"), "meta device"),
+    "fake": (fake, "cannot be read"),
+    "quantised": (lambda d: torch.quantize_per_tensor(d, 0.1, 0, torch.qint8), "found dtype torch.qint8"),
+    "complex": (lambda d: d.to(torch.complex64), "found dtype torch.complex64"),
+    "integer": (lambda d: d.long(), "found dtype torch.int64"),
+    "bool": (lambda d: d.bool(), "found dtype torch.bool"),
+    "short": (lambda d: d[:1], r"has shape \(1, 4\), the parameter \(6, 4\)"),
+    "scalar": (lambda d: d.mean(), r"has shape \(\), the parameter \(6, 4\)"),
+    "transposed": (lambda d: d.T, r"has shape \(4, 6\)"),
+    "empty": (lambda d: d[:0], r"has shape \(0, 4\)"),
+    "nan": (set_to(3, nan), "NaN or infinite"),
+    "inf": (set_to(-1, -inf), "NaN or infinite"),
+    "too large for float32": (lambda d: set_to(0, 1e300)(d.double()), "NaN or infinite"),
+}
+COUNTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "text": (lambda c: "text", "must be a tensor, found str"),
+    "number": (lambda c: 1.0, "must be a tensor, found float"),
+    "list": (lambda c: c.tolist(), "must be a tensor, found list"),
+    "sparse": (lambda c: c.to_sparse(), "found layout torch.sparse_coo"),
+    "meta": (lambda c: c.to("meta"), "meta device"),
+    "fake": (fake, "cannot be read"),
+    "integer": (lambda c: c.long(), "found dtype torch.int64"),
+    "complex": (lambda c: c.to(torch.complex128), "found dtype torch.complex128"),
+    "empty": (lambda c: c[:0], "must hold 8 numbers"),
+    "scalar": (lambda c: c[0], "must hold 8 numbers"),
+    "matrix": (lambda c: c.reshape(2, 4), "must hold 8 numbers"),
+    "short": (lambda c: c[:3], "must hold 8 numbers, found 3"),
+    "long": (lambda c: torch.cat([c, c]), "must hold 8 numbers, found 16"),
+    "format 0": (set_to(0, 0), "format of 1 or above, found 0"),
+    "format -5": (set_to(0, -5), "format of 1 or above, found -5"),
+    "format 1.5": (set_to(0, 1.5), "format of 1 or above, found 1.5"),
+    "format nan": (set_to(0, nan), "format of 1 or above, found nan"),
+    "format inf": (set_to(0, inf), "format of 1 or above, found inf"),
+    "format 2": (set_to(0, 2), "format 2, this version of gradguide reads up to 1: upgrade"),
+    "steps": (set_to(1, -1), "count whole steps from 0, found -1"),
+    "half a step": (set_to(1, 2.5), "count whole steps from 0, found 2.5"),
+    "steps nan": (set_to(1, nan), "count whole steps from 0, found nan"),
+    "steps of another": (set_to(1, 4), "count 4 steps, those of another parameter 3"),
+    "skipped": (set_to(2, -3), "count whole skipped from 0, found -3"),
+    "skipped inf": (set_to(2, inf), "count whole skipped from 0, found inf"),
+    "skipped of another": (set_to(2, 1), "count 1 skipped, those of another parameter 0"),
+    "mass nan": (set_to(3, nan), "mass .* 0 or above, found nan"),
+    "mass negative": (set_to(3, -0.5), "mass .* 0 or above, found -0.5"),
+    "mass inf": (set_to(3, inf), "mass .* 0 or above, found inf"),
+    "square nan": (set_to(4, nan), "square .* 0 or above, found nan"),
+    "square negative": (set_to(4, -1e-9), "square .* 0 or above, found -1e-09"),
+    "log_weight": (set_to(5, -1), "log_weight .* 0 or above, found -1"),
+    "log_mean nan": (set_to(6, nan), "log_mean .* finite, found nan"),
+    "log_mean inf": (set_to(6, -inf), "log_mean .* finite, found -inf"),
+    "log_spread": (set_to(7, -1), "log_spread .* 0 or above, found -1"),
+}
+CASES = [(DIRECTION, *case) for case in DIRECTIONS.values()] + [(COUNTERS, *case) for case in COUNTS.values()]
+IDS = [f"direction {name}" for name in DIRECTIONS] + [f"counters {name}" for name in COUNTS]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(("key", "damage", "said"), CASES, ids=IDS)
+def test_i21_damage_of_an_own_entry_is_refused_by_name_and_changes_nothing(
+    key: str, damage: Callable[[Tensor], object], said: str
+) -> None:
+    model, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    kit.train(model, optimizer, range(3, 4))
+    position = 0 if key == DIRECTION else 2
+    state["state"][position][key] = damage(state["state"][position][key])
+    state["param_groups"][0]["lr"] = 123.0
+    before, groups = kit.snapshot(model, optimizer), optimizer.param_groups
+    with pytest.raises(ValueError, match=said) as caught:
+        optimizer.load_state_dict(state)
+    assert key in str(caught.value) or "format 2" in str(caught.value)
+    assert f"parameter {position}.weight" in str(caught.value) or "format 2" in str(caught.value)
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    assert optimizer.param_groups is groups
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda s: s["state"][1].update({"gradguide.trust": torch.ones(1)}), r"gradguide\.trust of .*0\.bias.*upgrade"),
+        (lambda s: s["state"][1].pop(COUNTERS), r"direction of parameter 0\.bias comes without gradguide\.counters"),
+        (lambda s: s["state"].update({"else": {COUNTERS: torch.ones(8)}}), r"belongs to no parameter"),
+        (lambda s: s["state"].update({9: s["state"].pop(3)}), r"belongs to no parameter"),
+        (lambda s: s["param_groups"][0].pop("params"), "not the state dict of an optimizer"),
+        (lambda s: s["param_groups"][0].update(params=None), "not the state dict of an optimizer"),
+        (lambda s: s["param_groups"][0].update(params=[[], 1, 2, 3]), "not the state dict of an optimizer"),
+        (lambda s: s.update(param_groups=[None]), "not the state dict of an optimizer"),
+        (lambda s: s.update(state=None), "not the state dict of an optimizer"),
+        (lambda s: s.clear(), "not the state dict of an optimizer"),
+        (lambda s: s["param_groups"].append({"params": []}), "2 param groups, the optimizer has 1"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "3 parameters in the state and 4"),
+    ],
+)
+def test_i21_keys_that_are_missing_or_unknown_are_refused(damage: Callable[[State], object], said: str) -> None:
+    model, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    kit.train(model, optimizer, range(3, 4))
+    damage(state)
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=said):
+        optimizer.load_state_dict(state)
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_i33_a_direction_of_another_precision_or_layout_of_memory_loads(dtype: torch.dtype) -> None:
+    _, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        direction = entry[DIRECTION].to(dtype)
+        entry[DIRECTION] = direction.T.contiguous().T if direction.dim() == 2 else direction.repeat(2)[: len(direction)]
+        entry[COUNTERS] = entry[COUNTERS].to(torch.float64)
+    other = guide(kit.net())
+    other.load_state_dict(state)
+    found = kit.directions_of(other)
+    assert {d.dtype for d in found.values()} == {torch.float32}
+    kit.assert_same(found, {key: entry[DIRECTION].float() for key, entry in state["state"].items()})
+
+
+def lose_step(state: State) -> None:
+    del state["state"][2]["step"]
+
+
+class Late(torch.optim.SGD):
+    """Fails after it has loaded."""
+
+    def load_state_dict(self, state_dict: State) -> None:
+        super().load_state_dict(state_dict)
+        raise RuntimeError("too late")
+
+
+@pytest.mark.parametrize("case", ["torch's own, half loaded", "at its end", "interrupted"])
+def test_i21_a_base_that_fails_to_load_leaves_everything_as_it_was(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kit.net()
+    base = kit.adamw(model.parameters()) if case.startswith("torch") else Late(model.parameters(), momentum=0.9)
+    optimizer = GradGuide(base)
+    kit.train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    kit.train(model, optimizer, range(2, 4))
+    before, held = kit.snapshot(model, optimizer), (base.state, base.param_groups)
+    error: type[BaseException] = RuntimeError
+    if case.startswith("torch"):
+        lose_step(state)  # torch's loader notices when state and groups are replaced already
+        error = ValueError
+    elif case == "interrupted":
+        error = KeyboardInterrupt
+
+        def interrupted(self: Optimizer, state: State) -> None:
+            Optimizer.load_state_dict(self, state)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Late, "load_state_dict", interrupted)
+    with pytest.raises(error, match="AdamW cannot load its part.*'step'" if error is ValueError else None):
+        optimizer.load_state_dict(state)
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    assert (base.state, base.param_groups) == held
+    kit.train(model, optimizer, range(4, 5))
+
+
+# What the fuzz puts in the place of a value, by chance.
+THINGS: list[Callable[[random.Random, Any], Any]] = [
+    lambda r, v: None,
+    lambda r, v: "text",
+    lambda r, v: r.choice([0, -1, 1.5, nan, inf, True]),
+    lambda r, v: [v],
+    lambda r, v: {"value": v},
+    lambda r, v: torch.full_like(v, r.choice([nan, inf, -inf, -1.0, 0.0])) if isinstance(v, Tensor) else nan,
+    lambda r, v: v.reshape(-1)[: r.randint(0, 3)] if isinstance(v, Tensor) else torch.ones(3),
+    lambda r, v: v.unsqueeze(0) if isinstance(v, Tensor) else torch.ones(()),
+    lambda r, v: (
+        v.to(r.choice([torch.float64, torch.bfloat16, torch.int32, torch.complex64, torch.bool]))
+        if isinstance(v, Tensor)
+        else v
+    ),
+    lambda r, v: v.to("meta") if isinstance(v, Tensor) else v,
+    lambda r, v: v.to_sparse() if isinstance(v, Tensor) and v.dim() else v,
+    lambda r, v: (
+        set_to(r.randrange(max(v.numel(), 1)), r.choice([nan, -1.0, 1e30, 0.5]))(v)
+        if isinstance(v, Tensor) and v.numel()
+        else v
+    ),
+]
+
+
+def mutate(state: State, chance: random.Random) -> State:
+    """A copy with one or two changes anywhere: a value, a key, an entry, a group."""
+    state = copy.deepcopy(state)
+    for _ in range(chance.choice([1, 1, 2])):
+        entries = [entry for entry in state["state"].values() if isinstance(entry, dict) and entry]
+        entry = chance.choice(entries)
+        key = chance.choice(list(entry))
+        group = chance.choice(state["param_groups"])
+        what = chance.randrange(10)
+        if what < 5:
+            entry[key] = chance.choice(THINGS)(chance, entry[key])
+        elif what == 5:
+            del entry[key]
+        elif what == 6:
+            entry[chance.choice(["gradguide.new", "other", 3, "exp_avg", DIRECTION])] = entry[key]
+        elif what == 7:
+            place = chance.choice(list(state["state"]))
+            state["state"][chance.choice([place, 7, "x"])] = chance.choice(
+                [{}, None, 3, entry, state["state"].pop(place)]
+            )
+        elif what == 8:
+            option = chance.choice(list(group))
+            group[option] = chance.choice([None, [], [0, 0, 0], "abc", group[option], 0.5])
+        elif isinstance(group["params"], list):
+            chance.shuffle(group["params"])
+        if not any(isinstance(entry, dict) and entry for entry in state["state"].values()):
+            break
+    return state
+
+
+def without_own(state: State) -> State:
+    """The base's part alone."""
+    kept: dict[Any, Any] = {}
+    for key, entry in state["state"].items():
+        if isinstance(entry, dict):
+            rest = {k: v for k, v in entry.items() if not str(k).startswith("gradguide.")}
+            if rest or not entry:
+                kept[key] = rest
+        else:
+            kept[key] = entry
+    return {**state, "state": kept}
+
+
+def fails(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("base", ["AdamW", "SGD momentum", "factored"])
+def test_i21_any_damage_is_refused_with_nothing_changed_or_does_what_it_does_to_the_base(base: str) -> None:
+    make: kit.MakeBase = ALL.get(base, kit.adamw)
+    chance = random.Random(0)
+    refused = loaded = 0
+    model, plain = kit.net(), kit.net()
+    optimizer = GradGuide(make(list(model.parameters())))
+    kit.train(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    kit.train(model, optimizer, range(3, 5))
+    for _ in range(200):
+        state = mutate(saved, chance)
+        given = copy.deepcopy(state)
+        before = kit.snapshot(model, optimizer)
+        try:
+            optimizer.load_state_dict(state)
+        except ValueError:
+            refused += 1
+            kit.assert_same(kit.snapshot(model, optimizer), before)
+            continue
+        except Exception as error:
+            # Only what the base alone does with its own part.
+            assert fails(partial(make(list(plain.parameters())).load_state_dict, without_own(given))), error
+            kit.assert_same(kit.snapshot(model, optimizer), before)
+            continue
+        loaded += 1
+        alone: Any = make(list(plain.parameters()))
+        alone.load_state_dict(without_own(given))
+        for held in (model, plain):
+            held.load_state_dict(weights)
+            kit.give_gradients(held, 0)
+        if fails(alone.step):
+            fails(optimizer.step)
+        else:
+            optimizer.step()
+            assert optimizer.metrics()["skipped"] == 0
+            if all(p.isfinite().all() for p in plain.parameters()):
+                assert all(p.isfinite().all() for p in model.parameters())
+        optimizer.load_state_dict(saved)
+        kit.assert_same(optimizer.state_dict(), saved)
+    assert refused > 50
+    assert loaded > 20
