@@ -192,6 +192,7 @@ class Surveyor:
             found |= describe(name, option)
         scope = "a mapping" if isinstance(self._scope, Mapping) else self._scope
         found |= describe("scope", scope) | describe("backend", self._backend) | {"base": type(base).__name__}
+        found["parameters in each group"] = str([len(group["params"]) for group in base.param_groups])
         for index, group in enumerate(base.param_groups):
             for key, value in group.items():
                 if key not in ("params", "param_names") and is_plain(value):
