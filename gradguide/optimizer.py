@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from gradguide.momentum import check_momentum
 from gradguide.naming import NamesLike, carried, named
 from gradguide.objective import evaluate
 from gradguide.ops import check_backend
+from gradguide.resharded import find_sharded
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
@@ -68,7 +69,8 @@ class GradGuide(Wrapper):
         regularizer: terms on the gradient, added to the loss exactly and not to first order, or None; needs
             ``step(closure)``.
         names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the
-            source speaks of; others are guided without it. Not needed if the base was given named parameters.
+            source speaks of; others are guided without it. Not needed if the base was given named parameters. Names and
+            scopes may be taken before ``fully_shard`` or after it.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
             ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
             takes the gradient as it is; direction and statistics stay as they were. Without a host sync on CUDA
@@ -116,6 +118,10 @@ class GradGuide(Wrapper):
             check_momentum(base, base.param_groups)
         known = named(names) if names is not None else carried(base.param_groups)
         labeller(scope, known)
+        replaced = find_sharded([*known, *(scope if isinstance(scope, Mapping) else ())], base.param_groups)
+        known = {replaced.get(p, p): name for p, name in known.items()}
+        if isinstance(scope, Mapping):
+            scope = {replaced.get(p, p): label for p, label in scope.items()}
         sources = _sources(alignment, regularizer)
         if sources:
             check_match(sources, base.param_groups, known)

@@ -119,10 +119,10 @@ class Surveyor:
         backend: str,
     ) -> None:
         self.names = dict(names)
-        self._scope = dict(scope.items()) if isinstance(scope, Mapping) else scope
+        self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
         self.options = dict(options)
         self._backend = backend
-        self._places: dict[tuple[int, int], str] = {}
+        self._places: dict[tuple[int, int], Tensor] = {}
         self._last: tuple[Roll, Survey] | None = None  # the survey without its buckets, which the roll calls
         self.ask(sources)
 
@@ -226,20 +226,24 @@ class Surveyor:
         }
 
     def follow(self, base: Optimizer) -> None:
-        """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
-        if not self.names:
+        """FSDP2 and loaders put other tensors in a parameter's place; name and scope stay with the place."""
+        tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
+        if not tables:
             return
+        held: set[Tensor] | None = None
         for index, group in enumerate(base.param_groups):
             for place, parameter in enumerate(group["params"]):
-                name = self.names.get(parameter)
-                if name is not None:
-                    self._places[index, place] = name
-                elif (index, place) in self._places and self._places[index, place] not in self._held(base):
-                    self.names[parameter] = self._places[index, place]
-
-    def _held(self, base: Optimizer) -> set[str]:
-        """Names whose parameter is still there: then what stands in its place is a new one, and nameless."""
-        return {self.names[p] for group in base.param_groups for p in group["params"] if p in self.names}
+                if any(parameter in table for table in tables):
+                    self._places[index, place] = parameter
+                elif (index, place) in self._places:
+                    # One that is still there has moved on, and what stands in its place now is nameless.
+                    held = held or {p for each in base.param_groups for p in each["params"]}
+                    old = self._places.pop((index, place))
+                    if old not in held:
+                        self._places[index, place] = parameter
+                        for table in tables:
+                            if old in table:
+                                table[parameter] = table.pop(old)
 
 
 def trained_by(base: Optimizer) -> list[Tensor]:

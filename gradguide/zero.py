@@ -25,6 +25,8 @@ def check_zero(groups: Iterable[dict[str, Any]]) -> None:
     Raises:
         RuntimeError: ZeRO stage 1, 2 or 3 holds the parameters.
     """
+    if "deepspeed" not in sys.modules:  # asked at each step of a sharded model
+        return
     held = [list(group["params"]) for group in groups]
     marked = any(hasattr(p, mark) for parameters in held for p in parameters for mark in _MARKS)
     if marked or (_deepspeed_runs() and all(map(_is_flat, held))):
