@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch.optim import LBFGS, Optimizer
 
 from gradguide.sharding import check_divided
+from gradguide.zero import check_zero
 
-__all__ = ["check_base", "missing_gradients"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_hooks"]
 
 # Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
 _EATERS = {
@@ -21,6 +22,11 @@ _EATERS = {
     "DeepSpeedOptimizerWrapper": "keeps gradients in partitions of its own",
 }
 
+NO_GRADIENTS = (
+    "no parameter has a gradient, so this step changes nothing: call loss.backward() before step(), and zero_grad() "
+    "after it. This is as it should be where no batch reached these parameters; further such steps give no warning"
+)
+
 
 def check_base(base: object) -> None:
     """Raise unless GradGuide can guide the gradients that ``base`` reads.
@@ -28,6 +34,7 @@ def check_base(base: object) -> None:
     Raises:
         TypeError: it is no optimizer, or one whose steps cannot be guided.
         ValueError: it has no parameter that takes a gradient, or FSDP1 holds those that it has.
+        RuntimeError: DeepSpeed ZeRO holds its parameters.
     """
     kind = type(base).__name__
     if kind in _EATERS:
@@ -50,22 +57,17 @@ def check_base(base: object) -> None:
             "first, or pass the optimizer the parameters that are trained"
         )
     check_divided(parameters)
+    check_zero(base.param_groups)
 
 
-def missing_gradients(base: Optimizer) -> str:
-    """Why no parameter has a gradient at ``step()``, and the way out."""
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters):
-        return (
-            "no parameter has a gradient: DeepSpeed ZeRO keeps gradients in partitions of its own, where GradGuide "
-            "cannot guide them. Use DDP, or DeepSpeed without ZeRO"
-        )
-    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
-        return (
+def check_hooks(base: Optimizer) -> None:
+    """Raise if hooks on the parameters run during backward, where no parameter has a gradient after it.
+
+    Raises:
+        RuntimeError: such hooks have consumed the gradients.
+    """
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for group in base.param_groups for p in group["params"]):
+        raise RuntimeError(
             "no parameter has a gradient: hooks on the parameters consume them during backward (layer-wise or "
             "offloading training), so at step() nothing is left to guide. Switch that mode off"
         )
-    return (
-        "no parameter has a gradient: call loss.backward() before step(), and zero_grad() after it. Where DeepSpeed "
-        "ZeRO or another engine keeps the gradients to itself, GradGuide cannot guide them; use DDP"
-    )

@@ -58,6 +58,7 @@ def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
         if not g.isfinite().all()
     ]
     if not bad:
-        return "the source gradient at the present parameters has"
+        other = "the gradient on another rank, or " if measured.survey.sharded else ""
+        return f"{other}the source gradient at the present parameters has"
     which = names.get(bad[0]) or f"a parameter of shape {tuple(bad[0].shape)}"
     return f"the gradient of {which}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} has"

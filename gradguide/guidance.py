@@ -94,6 +94,7 @@ class Guidance:
     def align(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
         """Align from now on as ``alignment`` says; ``sources`` are its own, then those that a regularizer asks."""
         self.rules = replace(self.rules, alignment=alignment)
+        self.surveyor.options["alignment"] = alignment
         self.surveyor.ask(sources)
 
     @property
@@ -120,11 +121,11 @@ class Guidance:
         rows: Rows = []
         for bucket in survey.buckets:
             own = [Row(offset=bucket.gradients), self.direction_row(base, bucket, survey.interned)]
-            more = [Row(offset=[added[p] for p in bucket.parameters])] if added else []
+            more = [] if added is None else [Row(offset=[added[p] for p in bucket.parameters])]
             rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more], bucket.sizes))
-        span = survey.gram(rows, SOURCES + len(sources) + bool(added))
+        span = survey.gram(rows, SOURCES + len(sources) + (added is not None))
         positions = self.scopes.locate(survey.labels, span.gram.device)
-        return Measured(survey, rows, span, positions, bool(added))
+        return Measured(survey, rows, span, positions, added is not None)
 
     @torch.no_grad()
     def guide(self, measured: Measured, base: Optimizer, totals: Tensor, *, propagate: bool) -> None:

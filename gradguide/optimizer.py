@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.optim import Optimizer
 
 from gradguide import checkpoint, finite
-from gradguide.bases import check_base, missing_gradients
+from gradguide.bases import NO_GRADIENTS, check_base, check_hooks
 from gradguide.buckets import Scope, labeller
 from gradguide.checks import check_choice
 from gradguide.finite import POLICIES
@@ -22,6 +23,7 @@ from gradguide.momentum import check_momentum
 from gradguide.naming import NamesLike, carried, named
 from gradguide.objective import evaluate
 from gradguide.ops import check_backend
+from gradguide.resharded import find_sharded
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
@@ -67,7 +69,8 @@ class GradGuide(Wrapper):
         regularizer: terms on the gradient, added to the loss exactly and not to first order, or None; needs
             ``step(closure)``.
         names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the
-            source speaks of; others are guided without it. Not needed if the base was given named parameters.
+            source speaks of; others are guided without it. Not needed if the base was given named parameters. Names and
+            scopes may be taken before ``fully_shard`` or after it.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
             ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
             takes the gradient as it is; direction and statistics stay as they were. Without a host sync on CUDA
@@ -115,18 +118,30 @@ class GradGuide(Wrapper):
             check_momentum(base, base.param_groups)
         known = named(names) if names is not None else carried(base.param_groups)
         labeller(scope, known)
+        replaced = find_sharded([*known, *(scope if isinstance(scope, Mapping) else ())], base.param_groups)
+        known = {replaced.get(p, p): name for p, name in known.items()}
+        if isinstance(scope, Mapping):
+            scope = {replaced.get(p, p): label for p, label in scope.items()}
         sources = _sources(alignment, regularizer)
         if sources:
             check_match(sources, base.param_groups, known)
         super().__init__(base)
         self._nonfinite = nonfinite
         self._regularizer = regularizer
-        surveyor = Surveyor(scope, known, sources, (direction, magnitude, regularizer), backend)
+        options = {
+            "direction": direction,
+            "alignment": alignment,
+            "magnitude": magnitude,
+            "regularizer": regularizer,
+            "nonfinite": nonfinite,
+        }
+        surveyor = Surveyor(scope, known, sources, options, backend)
         surveyor.follow(base)
         self._guidance = Guidance(direction, alignment, magnitude, surveyor)
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._last: Record | None = None
         self._history: History | None = None
+        self._warned: set[str] = set()
 
     # torch.compile leaves it out and calls it as it is, as it does with zero_grad: its passes are fused already, and a
     # graph would be made anew whenever a gradient is missing.
@@ -142,10 +157,13 @@ class GradGuide(Wrapper):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: no parameter has a gradient; or, with a regularizer, there is no closure, or none that does
-                what the regularizer asks.
-            ValueError: a gradient is sparse or complex.
+            RuntimeError: DeepSpeed ZeRO divides the parameters; hooks consume the gradients during backward; or, with
+                a regularizer, there is no closure, or none that does what the regularizer asks.
+            ValueError: a gradient is sparse or complex, or ranks that share the parameters differ in an option.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+
+        Warns:
+            UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes.
         """
         guidance = self._guidance
         if not guidance.active and self._regularizer is None:
@@ -160,7 +178,10 @@ class GradGuide(Wrapper):
 
         measured = guidance.measure(self.base, added)
         if measured is None:
-            raise RuntimeError(missing_gradients(self.base))
+            self._step_unguided()
+            return loss
+        if not measured.survey.buckets:
+            self._warn_once(NO_GRADIENTS, stacklevel=6)  # other ranks may have gradients, and wait for this one
         # Changed in place from here on, so that a CUDA graph that replays the step counts on.
         self._totals = self._totals.to(measured.span.gram.device)
         if finite.stops(measured, self.base, self._nonfinite, guidance.surveyor.names):
@@ -179,6 +200,20 @@ class GradGuide(Wrapper):
         if self._history is not None:
             self._history.append(self.metrics())
         return loss
+
+    def _step_unguided(self) -> None:
+        """Step the base alone, where no parameter has a gradient."""
+        check_hooks(self.base)
+        self._warn_once(NO_GRADIENTS, stacklevel=7)
+        self.base.step()
+        self._last = None
+        if self._history is not None:
+            self._history.append(self.metrics())
+
+    def _warn_once(self, message: str, stacklevel: int) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=stacklevel)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base. Parameters whose names are not known are guided without the source.
@@ -276,7 +311,7 @@ class GradGuide(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
-        kept = ("base", "_nonfinite", "_guidance", "_regularizer", "_totals", "_last", "_history")
+        kept = ("base", "_nonfinite", "_guidance", "_regularizer", "_totals", "_last", "_history", "_warned")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

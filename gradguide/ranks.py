@@ -1,59 +1,75 @@
-"""What ranks have to do together where parameters are sharded: agree, keep their parts of the sources, add up."""
+"""What ranks have to do together: agree on their options, keep their parts of the sources, sum over shards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from gradguide.sharding import Layout, add_up_, check_agreement, check_divided, layout_of, local
+from gradguide.agreement import check_agreement
+from gradguide.sharding import Layout, add_up_, check_divided, layout_of, local, several_ranks
 from gradguide.sources.source import Source
 
 __all__ = ["Ranks"]
 
 
 class Ranks:
-    """One process among those that share the parameters; of no effect where nothing is sharded."""
+    """One process among those that share the parameters; of no effect in a process that is alone."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[Any, ...]] = [()]
         self.sharded = False  # whether any parameter is a DTensor
-        self._agreed = False
+        self._meshes: list[Any] = []
+        self._agreed: list[Any] | None = None  # the meshes over which the ranks were last compared
         self._shards: tuple[dict[str, Layout], list[Source]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups end with the processes, and parts of the sources are cut anew.
-        return {"groups": [()], "sharded": False, "_agreed": False, "_shards": None}
+        return {**vars(Ranks())}
 
-    def meet(self, parameters: Sequence[Tensor]) -> None:
-        """Look at how the parameters lie, each step anew, since wrappers replace them.
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks were compared since the options last changed."""
+        return self._agreed is not None
+
+    def update_layouts(self, parameters: Sequence[Tensor]) -> None:
+        """Read how the parameters lie over ranks, which wrappers may change between steps.
 
         Raises:
-            ValueError: they are divided among ranks in a way that cannot be told.
+            ValueError: FSDP1 divides them.
         """
         check_divided(parameters)
         layouts = [layout_of(p) for p in parameters]
         self.groups = list(dict.fromkeys(() if lay is None else lay.summed for lay in layouts)) or [()]
         self.sharded = any(lay is not None for lay in layouts)
+        meshes = list({id(lay.mesh): lay.mesh for lay in layouts if lay is not None}.values())
+        # Largest first: an order that does not depend on the order of the parameters, which may differ between ranks.
+        self._meshes = sorted(meshes, key=lambda mesh: -mesh.size())
 
-    def agree(self, parameters: Sequence[Tensor], told: object, sources: Sequence[Source]) -> None:
-        """Before the first sum: whatever differs between ranks is an error on all of them, and no hang.
+    def check_agreement(self, parameters: Sequence[Tensor], described: Callable[[], Mapping[str, str]]) -> None:
+        """Compare options over the ranks that share the parameters, once per set of meshes.
+
+        This comes before every other collective of a step, since ranks with other options may wait for each other.
+        Ranks share parameters that are DTensors, or that DistributedDataParallel holds.
 
         Args:
             parameters: all that are trained.
-            told: what must be the same on all ranks; its ``repr`` is compared.
-            sources: likewise, by their fingerprints.
+            described: gives what must be the same on all ranks, by name.
 
         Raises:
-            ValueError: the ranks differ.
+            ValueError: the ranks differ, on each of them.
         """
-        groups = next((groups for groups in self.groups if groups), None)
-        if groups is None or self._agreed:
+        if self._agreed is not None and list(map(id, self._agreed)) == list(map(id, self._meshes)):
             return
-        fingerprints = [source.fingerprint() for source in sources]
-        check_agreement(repr((told, fingerprints)), groups, local(parameters[0]).device)
-        self._agreed = True
+        # All dimensions of a mesh: replicas of a shard have to agree too.
+        groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
+        if not groups and several_ranks():
+            groups = _ddp_groups(parameters)
+        if groups:
+            check_agreement(described(), groups, local(parameters[0]).device)
+        self._agreed = self._meshes
 
     def parts_of(
         self, sources: Sequence[Source], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
@@ -72,3 +88,21 @@ class Ranks:
         total = add_up_(parts)
         assert total is not None
         return total
+
+
+def _ddp_groups(parameters: Sequence[Tensor]) -> list[Any]:
+    """Return the process group of the DistributedDataParallel that holds the parameters, if there is one.
+
+    Parameters have no reference to it. It has a list of them, which the garbage collector finds: about 0.1 s.
+    """
+    first = next((p for p in parameters if p.requires_grad), None)
+    if first is None:
+        return []
+    lists = [holder for holder in gc.get_referrers(first) if type(holder) is list]
+    for holder in gc.get_referrers(*lists) if lists else []:
+        # The module itself, or its __dict__.
+        attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        held = attributes.get("_module_parameters")
+        if any(held is each for each in lists) and "process_group" in attributes:
+            return [attributes["process_group"]]
+    return []

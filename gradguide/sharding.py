@@ -6,7 +6,6 @@ one all-reduce of a few numbers per scope is all that sharding costs, whatever t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 __all__ = [
     "Layout",
     "add_up_",
-    "check_agreement",
     "check_divided",
     "gathered",
     "layout_of",
@@ -132,33 +130,20 @@ def gathered(value: Tensor, like: Tensor) -> Tensor:
 
 
 def add_up_(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
-    """Sums over ranks: each tensor over its process groups, then all together; None where there is none.
+    """Return the sum over ranks: each tensor over its process groups, then all together; None where there is none.
+
+    A number that is not finite on one rank makes the sum not finite on all of them, so that all leave out the step.
 
     Args:
         parts: tensors of one shape by the process groups that they are to be summed over. The keys, and their order,
             must be the same on all ranks: each group is one all-reduce.
     """
     total: Tensor | None = None
+    whole = parts.get(())
     for groups, part in parts.items():
+        if groups and whole is not None:
+            part += 0.0 * whole  # zero, or NaN where a tensor that is whole here is not finite
         for group in groups:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part
     return total
-
-
-def check_agreement(fingerprint: str, groups: tuple[Any, ...], device: torch.device) -> None:
-    """Raise on every rank unless all have the same fingerprint: what differs would else hang or drift apart later.
-
-    Raises:
-        ValueError: the ranks differ.
-    """
-    number = int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:7], "big")
-    extremes = torch.tensor([number, -number], device=device)
-    for group in groups:
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    if extremes.tolist() != [number, -number]:
-        raise ValueError(
-            "the ranks differ in what they train or align with: parameters (names, order, shapes, groups), scopes and "
-            "sources must be the same on all of them. Build model, optimizer and GradGuide alike, and capture a source "
-            "on all ranks together or load one file on all"
-        )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide import ops
+from gradguide.agreement import describe, is_plain
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.tensors import Interned
@@ -19,6 +20,7 @@ from gradguide.roll import Roll
 from gradguide.rules.span import Span
 from gradguide.sources.source import Source
 from gradguide.sources.stored import SourceGradient
+from gradguide.zero import check_zero
 
 __all__ = ["Rows", "Survey", "Surveyor", "source_rows", "trained_by"]
 
@@ -102,18 +104,23 @@ class Surveyor:
         scope: see :class:`gradguide.GradGuide`.
         names: parameter to name.
         sources: all that are asked anything.
-        told: options that must be the same on all ranks.
+        options: all that must be the same on every rank, by name; who changes one calls :meth:`ask`.
         backend: see :class:`gradguide.GradGuide`.
     """
 
     def __init__(
-        self, scope: Scope, names: Mapping[Tensor, str], sources: Sequence[Source], told: object, backend: str
+        self,
+        scope: Scope,
+        names: Mapping[Tensor, str],
+        sources: Sequence[Source],
+        options: Mapping[str, object],
+        backend: str,
     ) -> None:
         self.names = dict(names)
-        self._scope = dict(scope.items()) if isinstance(scope, Mapping) else scope
-        self._told = told
+        self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
+        self.options = dict(options)
         self._backend = backend
-        self._places: dict[tuple[int, int], str] = {}
+        self._places: dict[tuple[int, int], Tensor] = {}
         self._last: tuple[Roll, Survey] | None = None  # the survey without its buckets, which the roll calls
         self.ask(sources)
 
@@ -142,10 +149,8 @@ class Surveyor:
             called = roll.call(base.param_groups)
             if called is not None:
                 return replace(before, buckets=called)
-        self.follow(base)
-        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        trained = self.check_ranks(base)
         ranks = self._ranks
-        ranks.meet(trained)
         label = labeller(self._scope, self.names)
         labels: dict[Label, int] = {}
         if ranks.sharded:
@@ -155,16 +160,48 @@ class Surveyor:
         buckets = gather(base.param_groups, label, self.names, self._covered, labels, sharded=ranks.sharded)
         if not buckets and not ranks.sharded:
             return None
-        if ranks.sharded:
-            parameters = [(self.names.get(p), tuple(p.shape), str(p.dtype), repr(everywhere[p])) for p in trained]
-            ranks.agree(trained, (parameters, self._told), self.sources)
         sources = ranks.parts_of(self.sources, trained, self.names)
         made = Survey(buckets, list(labels), sources, trained[0].device, ranks, Interned(), self._backend)
         self._last = Roll(base.param_groups, buckets), replace(made, buckets=[])
         return made
 
+    def check_ranks(self, base: Optimizer) -> list[Tensor]:
+        """Return the trained parameters, after a look at how they lie over ranks and whether these agree.
+
+        Raises:
+            RuntimeError: DeepSpeed ZeRO divides the parameters.
+            ValueError: FSDP1 divides them, or the ranks differ in an option.
+        """
+        self.follow(base)
+        check_zero(base.param_groups)
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        self._ranks.update_layouts(trained)
+        self._ranks.check_agreement(trained, lambda: self._described(base))
+        return trained
+
+    def _described(self, base: Optimizer) -> dict[str, str]:
+        """What must be the same on all ranks, as text: options, backend, base, groups and parameters."""
+        labels = self.labels(base)
+        found: dict[str, str] = {}
+        for name, option in self.options.items():
+            found |= describe(name, option)
+        scope = "a mapping" if isinstance(self._scope, Mapping) else self._scope
+        found |= describe("scope", scope) | describe("backend", self._backend) | {"base": type(base).__name__}
+        found["parameters in each group"] = str([len(group["params"]) for group in base.param_groups])
+        for index, group in enumerate(base.param_groups):
+            for key, value in group.items():
+                if key not in ("params", "param_names") and is_plain(value):
+                    found |= describe(f"group {index} {key}", value)
+            for place, p in enumerate(group["params"]):
+                trained = "trained" if p.requires_grad else "frozen"
+                which = self.names.get(p, "no name"), tuple(p.shape), p.dtype, trained, f"scope {labels[p]}"
+                found[f"group {index} parameter {place}"] = ", ".join(map(str, which))
+        return found
+
     def refresh(self, base: Optimizer) -> None:
         """Before a step: sources compute anew what they have to, at the parameters as they are."""
+        if not self._ranks.agreed:
+            self.check_ranks(base)  # a source's own passes contain collectives
         if all(type(source).refresh is SourceGradient.refresh for source in self.sources):
             return  # which does nothing
         self.follow(base)
@@ -184,20 +221,24 @@ class Surveyor:
         }
 
     def follow(self, base: Optimizer) -> None:
-        """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
-        if not self.names:
+        """FSDP2 and loaders put other tensors in a parameter's place; name and scope stay with the place."""
+        tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
+        if not tables:
             return
+        held: set[Tensor] | None = None
         for index, group in enumerate(base.param_groups):
             for place, parameter in enumerate(group["params"]):
-                name = self.names.get(parameter)
-                if name is not None:
-                    self._places[index, place] = name
-                elif (index, place) in self._places and self._places[index, place] not in self._held(base):
-                    self.names[parameter] = self._places[index, place]
-
-    def _held(self, base: Optimizer) -> set[str]:
-        """Names whose parameter is still there: then what stands in its place is a new one, and nameless."""
-        return {self.names[p] for group in base.param_groups for p in group["params"] if p in self.names}
+                if any(parameter in table for table in tables):
+                    self._places[index, place] = parameter
+                elif (index, place) in self._places:
+                    # One that is still there has moved on, and what stands in its place now is nameless.
+                    held = held or {p for each in base.param_groups for p in each["params"]}
+                    old = self._places.pop((index, place))
+                    if old not in held:
+                        self._places[index, place] = parameter
+                        for table in tables:
+                            if old in table:
+                                table[parameter] = table.pop(old)
 
 
 def trained_by(base: Optimizer) -> list[Tensor]:

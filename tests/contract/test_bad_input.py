@@ -180,19 +180,6 @@ def test_complex_gradient_is_refused_at_the_step_and_nothing_changes() -> None:
     kit.assert_same(kit.snapshot(pair, optimizer), before)
 
 
-@pytest.mark.parametrize("kind", kit.KINDS)
-@pytest.mark.parametrize("steps", [0, 2])
-def test_step_without_any_gradient_says_so_and_changes_nothing(kind: str, steps: int) -> None:
-    model = kit.net()
-    optimizer = kit.guide(model, kit.adamw, kind)
-    kit.train(model, optimizer, range(steps))
-    optimizer.zero_grad()
-    before = kit.snapshot(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"no parameter has a gradient: call loss\.backward\(\)"):
-        optimizer.step()
-    kit.assert_same(kit.snapshot(model, optimizer), before)
-
-
 def test_bad_group_is_refused_and_changes_nothing() -> None:
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw, "on update")

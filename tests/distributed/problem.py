@@ -108,6 +108,15 @@ def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int
     )
 
 
+def guide_for_deepspeed(model: Net) -> GradGuide:
+    """Guided with a source; what is not used is frozen, since ZeRO waits for its gradients."""
+    model.unused.requires_grad_(False)
+    base = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    unknown = ("gain", "unused.weight", "unused.bias")
+    names = [(name, p) for name, p in model.named_parameters() if name not in unknown]
+    return GradGuide(base, alignment=Alignment(source(1, unknown)), names=names)
+
+
 def alone(kind: str) -> dict[str, Any]:
     """What one process gets over all steps: parameters, directions, metrics of each step."""
     model = net()

@@ -1,22 +1,73 @@
-"""Ranks that disagree: an error on every rank, no hang, nothing changed (rows 16, 17)."""
+"""Ranks whose options differ: an error on every rank that names the option, no hang, nothing changed (row 32)."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from gradguide.agreement import describe
+from tests.distributed.disagree_rank import AGREEING, CASES, ODD, USUAL
 from tests.distributed.launch import ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
+# What the message calls it, where that is not the case's own name.
+NAMED = {
+    "number of sources": "alignment.source",
+    "order of sources": "alignment.source",
+    "names of sources": "alignment.source",
+    "kind of source": "alignment.source",
+    "when a source is asked": "alignment.source",
+    "scope mapping": "parameter",
+    "order of parameters": "parameter 0",
+    "number of parameters": "parameters in each group",
+    "groups": "parameters in each group",
+    "frozen": "frozen",
+    "names": "last.biasx",
+    "maximize": "group 0 maximize",
+    "set_alignment": "alignment.weight",
+    "add_param_group": "group 1 weight_decay",
+}
 
-@pytest.mark.parametrize("what", ["sources", "order", "scopes", "rules", "nothing"])
-def test_i16_ranks_that_disagree_are_told_so_on_every_rank(tmp_path: Path, what: str) -> None:
-    outputs = ranks("disagree_rank.py", tmp_path, 2, what, timeout=90.0)
-    for output in outputs:
-        if what == "nothing":
-            assert output.strip() == "stepped"
-        else:
-            assert "refused, parameters unchanged: the ranks differ in what they train" in output
+
+@pytest.fixture(scope="module", params=["fsdp", "ddp"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    ranks("disagree_rank.py", folder, 2, request.param)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_i32_an_option_that_differs_is_refused_by_name_on_every_rank(
+    found: list[dict[str, str | None]], case: str
+) -> None:
+    messages = [rank[case] for rank in found]
+    for message in messages:
+        assert message is not None, "not refused"
+        assert message.startswith("the ranks differ in ")
+        assert NAMED.get(case, case) in message
+        assert "on rank 0" in message
+        assert "on rank 1" in message
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("case", AGREEING)
+def test_i32_ranks_that_agree_step(found: list[dict[str, str | None]], case: str) -> None:
+    assert [rank[case] for rank in found] == [None, None]
+
+
+def test_i32_every_option_of_every_rule_is_tried() -> None:
+    for name, (kind, _) in USUAL.items():
+        assert {field.name for field in fields(kind) if field.init} == set(ODD[name])
+
+
+def test_i32_values_are_told_apart_by_their_text() -> None:
+    """One text for equal values, another for each that differs, whatever its kind."""
+    values = [None, True, 1, 1.5, "1", (1, 2), [1, [2]], {"a": 1}, {"b": 1}, torch.tensor(2.0)]
+    texts = [tuple(describe("x", value).items()) for value in values]
+    assert len(set(texts)) == len(values)
+    assert describe("x", object()) == describe("x", object()), "an address is not compared"
