@@ -88,6 +88,6 @@ def _nonnegative(a: Tensor, b: Tensor) -> Tensor:
 def _solve(a: Tensor, right: Tensor, active: Tensor, eye: Tensor) -> Tensor:
     """Solve ``(a + RIDGE) x = right`` on the active rows and columns: Tensor [S, K], 0 elsewhere."""
     pairs = active.unsqueeze(1) & active.unsqueeze(2)
-    system = torch.where(pairs, a, 0.0) + eye * torch.where(active, RIDGE, 1.0).unsqueeze(2)
+    system = torch.where(pairs, a, 0.0) + eye * torch.where(active, RIDGE, torch.ones_like(right)).unsqueeze(2)
     solution = torch.linalg.solve_ex(system, torch.where(active, right, 0.0).unsqueeze(2))[0].squeeze(2)
     return torch.where(active, solution, 0.0)
