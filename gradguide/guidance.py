@@ -118,9 +118,15 @@ class Guidance:
             own = [Row(offset=bucket.gradients), self.direction_row(base, bucket, survey.interned)]
             more = [Row(offset=[added[p] for p in bucket.parameters])] if added else []
             rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more], bucket.sizes))
-        span = survey.gram(rows, SOURCES + len(sources) + bool(added))
+        span = survey.gram(rows, SOURCES + len(sources) + bool(added), self.signed(len(sources)))
         positions = self.scopes.locate(survey.labels, span.gram.device)
         return Measured(survey, rows, span, positions, bool(added))
+
+    def signed(self, sources: int) -> slice:
+        """Return which rows of the gradient's pass have the sign of their bucket: so many sources, and the direction
+        where it is the base's own momentum, an average of the gradients that it descends."""
+        shared = self.rules.direction is not None and self.rules.direction.share_momentum
+        return slice(DIRECTION if shared else SOURCES, SOURCES + sources)
 
     @torch.no_grad()
     def guide(self, measured: Measured, base: Optimizer, totals: Tensor) -> None:
@@ -150,7 +156,7 @@ class Guidance:
         for bucket, kept in zip(measured.survey.buckets, self._directions_written(measured), strict=True):
             written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
             writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
-        measured.survey.combine_(measured.rows, writes)
+        measured.survey.combine_(measured.rows, writes, self.signed(self.rules.sources))
 
     @torch.no_grad()
     def step_fused(self, measured: Measured, base: Optimizer) -> bool:
@@ -163,7 +169,8 @@ class Guidance:
         count = self.rules.update_sources
         if count > fused.MOST_SOURCES or survey.sharded:
             return False
-        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured))
+        signs = survey.signs(measured.span.gram.shape[1], self.signed(self.rules.sources))
+        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured), signs)
         if parts is None:
             return False
         scale, pulls = None, None

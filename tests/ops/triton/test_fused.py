@@ -243,14 +243,39 @@ def test_param_groups_are_stepped_together(groups: int, launches: list[int], fus
     assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize(
-    "differs", [{"maximize": True}, {"lr": torch.tensor(0.01, device=DEVICE)}], ids=["sign", "rate"]
-)
-def test_groups_that_differ_in_kind_are_the_bases(differs: dict[str, Any], fused_steps: list[int]) -> None:
+@pytest.mark.parametrize("rules", ["source", "shared momentum", "source on the update", "bounded"])
+@pytest.mark.parametrize("up", [(True, True), (False, True)], ids=["one sign", "both signs"])
+def test_i28_groups_that_maximize_are_descent(up: tuple[bool, bool], rules: str, fused_steps: list[int]) -> None:
+    """One launch for each sign; against the same problem stated as descent, by the portable backend."""
+    results = []
+    for stated in (False, True):
+        signs = [-1.0 if climbs and not stated else 1.0 for climbs in up for _ in range(2)]
+
+        def make(groups: list[dict[str, Any]], stated: bool = stated) -> Optimizer:
+            for group, climbs in zip(groups, up, strict=True):
+                group["maximize"] = climbs and not stated
+            return AdamW(groups, lr=0.01, fused=True)
+
+        held, optimizer = guided("foreach" if stated else "triton", make, **RULES[rules])
+        for step in range(3):
+            give_gradients(held, step)
+            for parameter, sign in zip(held, signs, strict=True):
+                assert parameter.grad is not None
+                parameter.grad *= sign
+            optimizer.step()
+        results.append(([p.detach() for p in held], optimizer.metrics()))
+    assert fused_steps == [len(set(up))] * 3
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    for key in ("grad_norm", "guided_norm", "clip_factor", "source_cosine", "conflict", "direction_cosine"):
+        assert results[0][1][key] == pytest.approx(results[1][1][key], rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def test_groups_that_differ_in_kind_are_the_bases(fused_steps: list[int]) -> None:
     results = []
     for backend in ("triton", "foreach"):
         held = parameters()
-        base = AdamW([{"params": held[:2]}, {"params": held[2:], **differs}], lr=0.01, fused=True)
+        rate = torch.tensor(0.01, device=DEVICE)
+        base = AdamW([{"params": held[:2]}, {"params": held[2:], "lr": rate}], lr=0.01, fused=True)
         results.append((held, GradGuide(base, magnitude=None, backend=backend)))
         run(*results[-1], range(2))
     assert fused_steps == []
