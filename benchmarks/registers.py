@@ -141,7 +141,7 @@ def decisions() -> dict[str, Rules]:
         alignment = Alignment([source] * count, on=on, weight=1.0) if count else None
         return Rules(Direction(), alignment, magnitude)
 
-    everything = Magnitude(adaptive=True, max_update=None, coherence=1.0)
+    everything = Magnitude(adaptive=True, max_update=None)
     return {f"decisions, K={k}": rules(k, "update", Magnitude()) for k in (0, 1, 4, 16)} | {
         f"decisions on the gradient, K={k}": rules(k, "gradient", everything) for k in (1, 16)
     }
@@ -149,15 +149,14 @@ def decisions() -> dict[str, Rules]:
 
 def decision_calls(rules: Rules) -> list[Call]:
     """The launches of a step's two decisions."""
-    step, update = 2 + rules.sources, rules.first_source + rules.update_sources
+    step, update = SOURCES + rules.sources, SOURCES + rules.update_sources
     spans = [Span(torch.ones(1, size, size, dtype=torch.float64)) for size in (step, update)]
     one = torch.ones(1, dtype=torch.float64)
     with recorded() as calls:
         places, totals = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
-        made = deciding.decide(spans[0], rules, one.new_ones(1, len(STATISTICS)), places, totals)
-        deciding.limit(spans[1], rules, made.scale, one)
-        products = one.new_ones(1, 2 + update - rules.first_source)
-        deciding.limit_unmade(spans[0], products, rules, made.scale, one)
+        deciding.decide(spans[0], rules, one.new_ones(1, len(STATISTICS)), places, totals)
+        deciding.limit(spans[1], rules, one)
+        deciding.limit_unmade(spans[0], one.new_ones(1, update), rules, one)
     return calls
 
 

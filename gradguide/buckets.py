@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradguide.naming import module_of
 from gradguide.ops.tensors import Tensors
 from gradguide.sharding import layout_of, local, unsupported
 
-__all__ = ["Bucket", "Label", "Labeller", "Scope", "gather", "labeller"]
+__all__ = ["Bucket", "Label", "Labeller", "Scope", "gather", "labeller", "signs_of"]
 
 Label: TypeAlias = Hashable
 Scope: TypeAlias = str | Mapping[Tensor, str] | Mapping[nn.Parameter, str]
@@ -24,13 +25,14 @@ Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters with gradients, of one device and precision, all or none of them contiguous and known to the sources.
+    """Parameters with gradients, of one device, precision and sign, all or none contiguous and known to the sources.
 
     Lists are aligned, and the parameters of a scope follow one another: ``sizes`` says of each of S scopes how many
     they are, and ``elements`` how many numbers those have, whole. ``names`` is empty where the sources know nothing. Of
     a DTensor, ``values`` and ``gradients`` are this rank's part, and ``summed`` are the process groups that products
     are to be summed over. ``groups`` are the numbers of the param groups, ``places`` those of the parameters, counted
-    through all groups.
+    through all groups. ``sign`` is -1 where the param groups maximize, else 1: ``sign`` times the gradient is the
+    gradient of what the step descends.
     """
 
     summed: tuple[Any, ...] = ()
@@ -42,6 +44,13 @@ class Bucket:
     names: list[str] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    sign: int = 1
+
+
+def signs_of(base: Optimizer) -> list[int]:
+    """Return the sign of each param group: -1 where it maximizes, else 1."""
+    default = getattr(base, "maximize", False)
+    return [-1 if group.get("maximize", default) else 1 for group in base.param_groups]
 
 
 def labeller(scope: Scope, names: Mapping[Tensor, str]) -> Labeller:
@@ -79,6 +88,7 @@ def gather(
     names: Mapping[Tensor, str],
     covered: Container[str],
     labels: dict[Label, int],
+    signs: Sequence[int],
     *,
     sharded: bool = False,
 ) -> list[Bucket]:
@@ -90,6 +100,7 @@ def gather(
         names: the names of parameters.
         covered: the names that the sources know.
         labels: numbers of the scopes that are known before; those that are met first here are added.
+        signs: of each group, from :func:`signs_of`.
         sharded: whether any parameter is a DTensor.
 
     Raises:
@@ -112,10 +123,10 @@ def gather(
             name = name if name is not None and name in covered else None
             # What no kernel reads in place is not to take the rest with it to the portable backend.
             plain = gradient.is_contiguous() and parameter.is_contiguous()
-            key = (summed, gradient.device, gradient.dtype, parameter.dtype, name is not None, plain)
+            key = (summed, signs[index], gradient.device, gradient.dtype, parameter.dtype, name is not None, plain)
             called = _Called(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
             found.setdefault(key, []).append(called)
-    return [_bucket(key[0], called, len(labels), sharded) for key, called in found.items()]
+    return [_bucket(key[0], signs[called[0].group], called, len(labels), sharded) for key, called in found.items()]
 
 
 class _Called(NamedTuple):
@@ -129,8 +140,8 @@ class _Called(NamedTuple):
     place: int
 
 
-def _bucket(summed: Any, called: list[_Called], scopes: int, sharded: bool) -> Bucket:
-    bucket = Bucket(summed, [0] * scopes, [0] * scopes)
+def _bucket(summed: Any, sign: int, called: list[_Called], scopes: int, sharded: bool) -> Bucket:
+    bucket = Bucket(summed, [0] * scopes, [0] * scopes, sign=sign)
     for scope, parameter, gradient, name, group, place in sorted(called, key=itemgetter(0)):
         bucket.sizes[scope] += 1
         bucket.elements[scope] += parameter.numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["check_choice", "check_flag", "check_range", "check_steps"]
+__all__ = ["check_choice", "check_flag", "check_kind", "check_range", "check_steps"]
 
 
 def check_range(
@@ -35,6 +35,13 @@ def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, found {value!r}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless ``value`` is a ``kind`` or None."""
+    if value is not None and not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__} or None, found {value!r}")
 
 
 def check_steps(name: str, value: object) -> None:

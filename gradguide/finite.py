@@ -12,7 +12,7 @@ from gradguide.guidance import Measured
 
 __all__ = ["POLICIES", "step", "stops"]
 
-POLICIES = ("skip", "raise", "propagate")
+POLICIES = ("skip", "raise")
 
 
 def stops(measured: Measured, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
@@ -21,7 +21,7 @@ def stops(measured: Measured, base: Optimizer, policy: str, names: Mapping[Tenso
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".
     """
-    if policy == "propagate" or _left_to_base(measured, base, policy) or bool(measured.finite):
+    if _left_to_base(measured, base, policy) or bool(measured.finite):
         return False
     if policy == "raise":
         raise FloatingPointError(f"{_where(measured, names)} NaN or Inf; nothing was changed")

@@ -45,6 +45,7 @@ class Part:
     rows: R rows over these parameters.
     direction: the running direction, where the step writes it.
     moments, groups, columns: see ``gradguide.ops.triton.adam``.
+    signs: from ``Survey.signs``, of the rows in the gradient's pass.
     """
 
     rows: Stack
@@ -52,6 +53,11 @@ class Part:
     moments: Any
     groups: Any
     columns: Any
+    signs: Tensor | None
+
+    def own(self, coefficients: Tensor) -> Tensor:
+        """Return the coefficients [S, R] of this part's rows."""
+        return coefficients if self.signs is None else coefficients * self.signs
 
 
 def parts_of(
@@ -59,6 +65,7 @@ def parts_of(
     survey: Survey,
     rows: Sequence[Stack],
     directions: Sequence[Sequence[Tensor] | None],
+    signs: Sequence[Tensor | None],
 ) -> list[Part] | None:
     """The launches of a fused step, or None where the base has to step by itself.
 
@@ -71,6 +78,7 @@ def parts_of(
         survey: of parameters that lie over no ranks.
         rows: those of the step, for each bucket.
         directions: for each bucket the running direction that the step writes, or None.
+        signs: for each bucket the signs of its rows, or None.
     """
     if not _plain(base) or not all(map(_simple, base.param_groups)):
         return None
@@ -82,7 +90,7 @@ def parts_of(
     from gradguide.ops.triton.adam import plan_adam
 
     parts = []
-    for bucket, these, into in zip(survey.buckets, rows, directions, strict=True):
+    for bucket, these, into, sign in zip(survey.buckets, rows, directions, signs, strict=True):
         groups = _groups(base, bucket)
         if groups is None:
             return None
@@ -94,7 +102,7 @@ def parts_of(
         columns = plan_adam(these, write, moments)
         if columns is None:
             return None
-        parts.append(Part(these, into, moments, groups, columns))
+        parts.append(Part(these, into, moments, groups, columns, sign))
     return parts
 
 
@@ -160,7 +168,8 @@ def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) 
     from gradguide.ops.triton.adam import launch_probe
 
     sums = (
-        launch_probe(part.columns, part.rows, gradient, part.moments, part.groups, first, sources) for part in parts
+        launch_probe(part.columns, part.rows, part.own(gradient), part.moments, part.groups, first, sources)
+        for part in parts
     )
     return reduce(torch.add, sums)
 
@@ -184,9 +193,9 @@ def step(
 
     squares = []
     for part in parts:
-        write = None if part.direction is None else Write(into=part.direction, coefficients=direction)
+        write = None if part.direction is None else Write(into=part.direction, coefficients=part.own(direction))
         squares.append(
-            launch_adam(part.columns, part.rows, gradient, write, part.moments, part.groups, scale, pulls, go)
+            launch_adam(part.columns, part.rows, part.own(gradient), write, part.moments, part.groups, scale, pulls, go)
         )
         launch_count(part.columns, part.moments, go)
     return squares

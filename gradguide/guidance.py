@@ -21,7 +21,7 @@ from gradguide.ops.row import scopes_of
 from gradguide.ops.tensors import Interned, Tensors
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
-from gradguide.rules.decision import DIRECTION, SOURCES, UPDATE, Decision, Rules
+from gradguide.rules.decision import DIRECTION, SOURCES, Decision, Limit, Rules
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span
@@ -44,6 +44,7 @@ class Measured:
     regularized: whether the last row is to be added to the gradient.
     found_finite (Tensor | None): what ``finite`` found, once it was asked.
     decision: what was decided on it, once it was.
+    limit: what the rules left of the base's update, once it was measured.
     """
 
     survey: Survey
@@ -53,6 +54,7 @@ class Measured:
     regularized: bool
     found_finite: Tensor | None = None
     decision: Decision | None = None
+    limit: Limit | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -66,12 +68,6 @@ class Measured:
         """The decision, which must have been made."""
         assert self.decision is not None
         return self.decision
-
-    @property
-    def record(self) -> Record | None:
-        """What metrics are read from; None before a decision."""
-        made = self.decision
-        return None if made is None else Record(self.span, made.guided, made.norm, made.factor, made.coherence)
 
 
 class Guidance:
@@ -105,7 +101,7 @@ class Guidance:
     @property
     def acts_on_update(self) -> bool:
         """Whether a rule changes the update that the base optimizer makes."""
-        return self.rules.limit_update or self.rules.power > 0
+        return self.rules.limit_update
 
     @torch.no_grad()
     def measure(self, base: Optimizer, added: Mapping[Tensor, Tensor] | None = None) -> Measured | None:
@@ -123,17 +119,22 @@ class Guidance:
             own = [Row(offset=bucket.gradients), self.direction_row(base, bucket, survey.interned)]
             more = [] if added is None else [Row(offset=[added[p] for p in bucket.parameters])]
             rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more], bucket.sizes))
-        span = survey.gram(rows, SOURCES + len(sources) + (added is not None))
+        span = survey.gram(rows, SOURCES + len(sources) + (added is not None), self.signed(len(sources)))
         positions = self.scopes.locate(survey.labels, span.gram.device)
         return Measured(survey, rows, span, positions, added is not None)
 
+    def signed(self, sources: int) -> slice:
+        """Return which rows of the gradient's pass have the sign of their bucket: so many sources, and the direction
+        where it is the base's own momentum, an average of the gradients that it descends."""
+        shared = self.rules.direction is not None and self.rules.direction.share_momentum
+        return slice(DIRECTION if shared else SOURCES, SOURCES + sources)
+
     @torch.no_grad()
-    def guide(self, measured: Measured, base: Optimizer, totals: Tensor, *, propagate: bool) -> None:
-        """Decide: the guided gradient, the new running direction and statistics, and how far to scale the update.
+    def guide(self, measured: Measured, base: Optimizer, totals: Tensor) -> None:
+        """Decide: the guided gradient, the new running direction and statistics.
 
         Args:
             totals (Tensor): shape [2], steps made and steps left out, counted in place.
-            propagate: whether the step is made whatever was measured; else one that is not finite changes nothing.
         """
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
         measured.decision = self._rules_of(measured.survey).decide(
@@ -143,7 +144,6 @@ class Guidance:
             measured.positions,
             totals,
             finite=measured.found_finite,
-            propagate=propagate,
             regularized=measured.regularized,
             rates=self._rates(measured, base) if shared else None,
         )
@@ -157,7 +157,7 @@ class Guidance:
         for bucket, kept in zip(measured.survey.buckets, self._directions_written(measured), strict=True):
             written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
             writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
-        measured.survey.combine_(measured.rows, writes)
+        measured.survey.combine_(measured.rows, writes, self.signed(self.rules.sources))
 
     @torch.no_grad()
     def step_fused(self, measured: Measured, base: Optimizer) -> bool:
@@ -170,14 +170,16 @@ class Guidance:
         count = self.rules.update_sources
         if count > fused.MOST_SOURCES or survey.sharded:
             return False
-        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured))
+        signs = survey.signs(measured.span.gram.shape[1], self.signed(self.rules.sources))
+        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured), signs)
         if parts is None:
             return False
-        scale, pulls = decided.scale, None
+        scale, pulls = None, None
         if self.rules.limit_update:
             products = fused.products(parts, decided.gradient, SOURCES, count)
-            rules = self._rules_of(survey)
-            scale, pulls = rules.limit_unmade(measured.span, products, self.rules, scale, survey.numbers())
+            limit = self._rules_of(survey).limit_unmade(measured.span, products, self.rules, survey.numbers())
+            measured.limit, scale, pulls = limit, limit.scale, limit.coefficients
+        scale = torch.ones_like(decided.norm) if scale is None else scale
         self.before.know(fused.step(parts, decided.gradient, decided.direction, scale, pulls, decided.go))
         return True
 
@@ -185,24 +187,38 @@ class Guidance:
     def correct(self, measured: Measured) -> None:
         """Measure, decide and combine once more, on the update that the base made since ``before`` was kept."""
         survey = measured.survey
+        if not self.rules.limit_update and not survey.sharded:
+            return  # the update is measured when metrics are read
         sources = survey.sources[: self.rules.update_sources]
         rows: Rows = []
         for bucket in survey.buckets:
             before = self.before.of(bucket)
-            start = [Row(offset=before)] if self.rules.bounds_update else []
-            own = [Row(at=bucket.values, anchor=before), *start]
+            own = [Row(at=bucket.values, anchor=before), Row(offset=before)]
             rows.append(Stack([*own, *source_rows(sources, bucket, before)], bucket.sizes))
-        # Scaling alone needs no products.
-        needed = self.rules.limit_update or survey.sharded
-        zeros = Span(torch.zeros_like(measured.span.gram[:, :1, :1]))
-        span = survey.gram(rows, self.rules.first_source + len(sources)) if needed else zeros
-        wanted = self._rules_of(survey).limit(span, self.rules, measured.decided.scale, survey.numbers())
+        span = survey.gram(rows, SOURCES + len(sources))
+        limit = self._rules_of(survey).limit(span, self.rules, survey.numbers())
+        measured.limit = limit
         if survey.sharded:
             # Only a collective could measure it later, and metrics may be read on one rank alone.
-            self.before.know([span.norm(wanted).square()])
-        change = wanted - span.row(UPDATE)
-        writes = [[Write(into=bucket.values, coefficients=change, accumulate=True)] for bucket in survey.buckets]
-        survey.combine_(rows, writes)
+            self.before.know([limit.norm.square()])
+        if not self.rules.limit_update:
+            return
+        assert limit.coefficients is not None
+        after: Rows = [
+            Stack([Row(offset=bucket.values), *these[1:]], bucket.sizes)
+            for bucket, these in zip(survey.buckets, rows, strict=True)
+        ]
+        writes = [[Write(into=bucket.values, coefficients=limit.coefficients)] for bucket in survey.buckets]
+        survey.combine_(after, writes)
+
+    def record(self, measured: Measured) -> Record | None:
+        """Return what metrics are read from; None before a decision."""
+        made, bounded = measured.decision, self.rules.max_update is not None
+        if made is None:
+            return None
+        return Record(
+            measured.span, made.guided, made.norm, made.factor, made.coherence, made.damping, measured.limit, bounded
+        )
 
     @staticmethod
     def _rules_of(survey: Survey) -> ModuleType:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradguide.rules.alignment import conflicts
+from gradguide.rules.decision import Limit
 from gradguide.rules.span import Span, divide
 
 __all__ = ["Record", "read"]
@@ -21,7 +22,9 @@ class Record:
     span: rows of gradient, direction and sources, [S, R, R].
     guided (Tensor): coordinates [S, R] of the guided gradient before clipping.
     guided_norm, clip_factor (Tensor): shape [S].
-    coherence (Tensor | None): shape [S], None without a direction.
+    coherence, damping (Tensor | None): shape [S], None without a direction.
+    limit: what the rules left of the update, None where it was not measured.
+    bounded (bool): whether the update is bounded.
     """
 
     span: Span
@@ -29,6 +32,9 @@ class Record:
     guided_norm: Tensor
     clip_factor: Tensor
     coherence: Tensor | None
+    damping: Tensor | None
+    limit: Limit | None
+    bounded: bool
 
 
 @torch.no_grad()
@@ -42,11 +48,15 @@ def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Se
         sources: their names.
 
     Returns:
-        Floats by name; NaN for what was not measured. Norms and cosines are those of all scopes together, coherence is
-        their mean, and there is a conflict where any scope has one. With several sources, ``source_cosine`` is the
-        lowest and ``conflict`` any, and each has its own, ``source_cosine/NAME``.
+        Floats by name; NaN for what was not measured. Norms and cosines are those of all scopes together. Factors are
+        the length of all scopes together after clipping, or bounding, over that before. Coherence and damping are means
+        over scopes. There is a conflict where any scope has one. With several sources, ``source_cosine`` is the lowest
+        and ``conflict`` any, and each has its own, ``source_cosine/NAME``.
     """
-    keys = ["grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "update_norm"]
+    keys = [
+        "grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "damping", "update_norm",
+        "update_factor",
+    ]  # fmt: skip
     per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict") for k in sources]
     if record is None:
         values = [float("nan")] * (len(keys) + len(per_source)) + totals.tolist()
@@ -79,7 +89,21 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         nan if record.coherence is None else cosines[1],
         # A scope that never had a gradient has no coherence.
         nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
+        nan if record.damping is None else _mean(record.damping, gram[:, 0, 0] > 0),
         update_norm.to(gram),
+        nan if record.limit is None or not record.bounded else _update_factor(record.limit),
     ]
     conflicting = conflicts(per_scope[:, 2 : 2 + sources]).any(dim=0).to(gram.dtype)
     return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting])
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of ``values`` [S] over the scopes that are ``counted``, 0 where none is: Tensor []."""
+    return divide(torch.where(counted, values, 0.0).sum(), counted.sum().to(values))
+
+
+def _update_factor(limit: Limit) -> Tensor:
+    """Length of all scopes' updates after the bound over that before it, 0 if that is not finite: Tensor []."""
+    made = limit.length.square().sum().sqrt()
+    left = torch.where(limit.factor > 0, limit.factor * limit.length, 0.0).square().sum().sqrt()
+    return torch.where(made.isfinite(), torch.where(made > 0, divide(left, made), 1.0), 0.0)

@@ -36,12 +36,18 @@ class Slope:
     rows: for each bucket gradient, direction, the regularizer's sources, and the parameters themselves.
     span: Gram matrices of the rows, [S, R, R].
     v (Tensor): coordinates [S, R] of dR/dg.
+    signed: rows with the sign of their bucket, see ``Survey.signs``.
+
+    In a group that maximizes, R is a function of the negative gradient. With v in coordinates of the gradient as
+    received, the gradient of R is ``H v`` either way, and the step descends it: the gradient as received becomes
+    ``g + sign * H v``.
     """
 
     survey: Survey
     rows: Rows
     span: Span
     v: Tensor
+    signed: slice
 
 
 def evaluate(
@@ -54,7 +60,7 @@ def evaluate(
         steps (Tensor): 0-d, steps made before this one.
 
     Returns:
-        What the closure returned at first, and ``H v`` by parameter (this rank's part of it).
+        What the closure returned at first, and ``sign * H v`` by parameter (this rank's part of it).
 
     Raises:
         RuntimeError: there is no closure, or it does not do what ``Regularizer.hessian`` asks. Parameters, buffers and
@@ -113,7 +119,7 @@ def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) ->
         changed = lay_out(before)
         torch._foreach_copy_(changed, [old if p.grad is None else local(p.grad) for p, old in pairs])
         torch._foreach_sub_(changed, before)
-        torch._foreach_mul_(changed, inverse)
+        torch._foreach_mul_(changed, inverse * bucket.sign)
         found.update(zip(bucket.parameters, changed, strict=True))
     return found
 
@@ -146,6 +152,7 @@ def _exact(
         if slope is None:
             return loss.detach(), {}
         toward = _vector(slope)
+        signs = {p: bucket.sign for bucket in slope.survey.buckets for p in bucket.parameters}
         curved = [
             (g, toward[p])
             for p, g in zip(parameters, gradients, strict=True)
@@ -160,7 +167,7 @@ def _exact(
             parameter.grad = old
         raise
     return loss.detach(), {
-        p: torch.zeros_like(toward[p]) if product is None else product.contiguous()
+        p: torch.zeros_like(toward[p]) if product is None else product.contiguous() * signs[p]
         for p, product in zip(parameters, products, strict=True)
         if p in toward
     }
@@ -204,9 +211,10 @@ def _slope(base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: 
         )
         for bucket in survey.buckets
     ]
-    span = survey.gram(rows, SOURCES + len(sources) + 1)
+    signed = guidance.signed(len(sources))
+    span = survey.gram(rows, SOURCES + len(sources) + 1, signed)
     v = slope(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
-    return Slope(survey, rows, span, v * rise.to(v))
+    return Slope(survey, rows, span, v * rise.to(v), signed)
 
 
 @torch.no_grad()
@@ -224,7 +232,7 @@ def _move(slope: Slope) -> Tensor:
     epsilon = max((torch.finfo(v.dtype).eps for bucket in survey.buckets for v in bucket.values), default=0.0) ** 0.5
     step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(slope.span.norm(slope.v)))
     moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in survey.buckets]
-    survey.combine_(slope.rows, moves)
+    survey.combine_(slope.rows, moves, slope.signed)
     return divide(torch.ones_like(step), step)
 
 
@@ -233,6 +241,6 @@ def _vector(slope: Slope) -> dict[Tensor, Tensor]:
     """v itself, by parameter."""
     made = [lay_out(bucket.gradients) for bucket in slope.survey.buckets]
     writes = [[Write(into=into, coefficients=slope.v)] for into in made]
-    slope.survey.combine_(slope.rows, writes)
+    slope.survey.combine_(slope.rows, writes, slope.signed)
     pairs = zip(slope.survey.buckets, made, strict=True)
     return {p: tensor for bucket, into in pairs for p, tensor in zip(bucket.parameters, into, strict=True)}

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradguide import checkpoint, finite
 from gradguide.bases import NO_GRADIENTS, check_base, check_hooks
 from gradguide.buckets import Scope, labeller
-from gradguide.checks import check_choice
+from gradguide.checks import check_choice, check_kind
 from gradguide.finite import POLICIES
 from gradguide.guidance import Guidance
 from gradguide.history import History
@@ -42,7 +42,7 @@ class GradGuide(Wrapper):
     One step is three moves. *Measure*: one read of the gradient g, the running direction d and the source gradients s_k
     gives their Gram matrix. *Decide*: the rules work on that small matrix (direction, alignment on the gradient,
     magnitude). *Combine*: g and d are written, in place. Then the base steps, and what acts on the update (alignment on
-    "update", magnitude's bound and coherence) does the same three moves on it.
+    "update", magnitude's bound) does the same three moves on it.
 
     It is an optimizer like any other: ``param_groups``, ``state`` and ``defaults`` *are* the base's; schedulers,
     GradScaler, Accelerate and the state dict work as with the base alone. With every rule off each step is the base's,
@@ -72,9 +72,8 @@ class GradGuide(Wrapper):
             source speaks of; others are guided without it. Not needed if the base was given named parameters. Names and
             scopes may be taken before ``fully_shard`` or after it.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
-            ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. "propagate": the base
-            takes the gradient as it is; direction and statistics stay as they were. Without a host sync on CUDA
-            where the base is fused or with "propagate"; else one flag is read per step.
+            ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. The host reads one flag
+            per step, except with "skip" on CUDA where the base is fused.
         backend: "auto" takes fused kernels (Triton) on CUDA and compiled passes on the CPU where they can be had, and
             the portable backend elsewhere; "foreach" is the portable one, "triton" the fused kernels or an error.
 
@@ -106,12 +105,9 @@ class GradGuide(Wrapper):
             ("magnitude", magnitude, Magnitude),
             ("regularizer", regularizer, Regularizer),
         ):
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{option} must be a {kind.__name__} or None, found {value!r}")
+            check_kind(option, value, kind)
         check_choice("nonfinite", nonfinite, POLICIES)
         check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
-        if magnitude is not None and magnitude.coherence > 0 and direction is None:
-            raise ValueError(f"Magnitude(coherence={magnitude.coherence}) needs a direction, found direction=None")
         if regularizer is not None and regularizer.direction > 0 and direction is None:
             raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
         if direction is not None and direction.share_momentum:
@@ -187,7 +183,7 @@ class GradGuide(Wrapper):
         if finite.stops(measured, self.base, self._nonfinite, guidance.surveyor.names):
             self._totals[1] += 1
         else:
-            guidance.guide(measured, self.base, self._totals, propagate=self._nonfinite == "propagate")
+            guidance.guide(measured, self.base, self._totals)
             if not guidance.step_fused(measured, self.base):
                 guidance.combine(measured)
                 if guidance.acts_on_update or self._history is not None:
@@ -196,7 +192,7 @@ class GradGuide(Wrapper):
                     guidance.correct(measured)
                 else:
                     finite.step(measured, self.base, self._nonfinite)
-        self._last = measured.record
+        self._last = guidance.record(measured)
         if self._history is not None:
             self._history.append(self.metrics())
         return loss
@@ -251,8 +247,7 @@ class GradGuide(Wrapper):
         Raises:
             TypeError, ValueError: as when a GradGuide is made. Nothing is changed.
         """
-        if alignment is not None and not isinstance(alignment, Alignment):
-            raise TypeError(f"alignment must be a Alignment or None, found {alignment!r}")
+        check_kind("alignment", alignment, Alignment)
         guidance = self._guidance
         sources = _sources(alignment, self._regularizer)
         if sources:

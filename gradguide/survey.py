@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide import ops
 from gradguide.agreement import describe, is_plain
-from gradguide.buckets import Bucket, Label, Scope, gather, labeller
+from gradguide.buckets import Bucket, Label, Scope, gather, labeller, signs_of
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.tensors import Interned
 from gradguide.ranks import Ranks
@@ -22,7 +22,10 @@ from gradguide.sources.source import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.zero import check_zero
 
-__all__ = ["Rows", "Survey", "Surveyor", "source_rows", "trained_by"]
+__all__ = ["UNSIGNED", "Rows", "Survey", "Surveyor", "source_rows", "trained_by"]
+
+UNSIGNED = slice(0, 0)
+"""No row has a sign: for rows of the update, which is what the base really did."""
 
 Rows = list[Stack]
 """For each bucket its R rows."""
@@ -51,11 +54,29 @@ class Survey:
         """Whether any parameter lies over ranks."""
         return self.ranks.sharded
 
-    def gram(self, rows: Rows, size: int) -> Span:
-        """Gram matrices [S, size, size] of the scopes, summed over buckets, and of shards over ranks."""
+    def signs(self, size: int, signed: slice) -> list[Tensor | None]:
+        """Return for each bucket the signs of its rows: Tensor [size], -1 at ``signed``; None where all are 1.
+
+        Gradients and running directions are kept as received. In a group that maximizes, the step descends along the
+        negative gradient. There the rows ``signed``, which are those of what is descended (sources, the base's own
+        momentum), count with the opposite sign, so that all rows of a scope belong to one descent.
+        """
+        if all(bucket.sign > 0 for bucket in self.buckets):
+            return [None] * len(self.buckets)
+        signs = torch.ones(size, dtype=self._wide, device=self.device)
+        signs[signed] = -1.0
+        return [None if bucket.sign > 0 else signs for bucket in self.buckets]
+
+    def gram(self, rows: Rows, size: int, signed: slice = UNSIGNED) -> Span:
+        """Return Gram matrices [S, size, size] of the scopes, summed over buckets, and of shards over ranks.
+
+        Args:
+            signed: rows with the sign of their bucket, see :meth:`signs`.
+        """
         parts: dict[tuple[Any, ...], Tensor] = {}
-        for bucket, these in zip(self.buckets, rows, strict=True):
+        for bucket, these, signs in zip(self.buckets, rows, self.signs(size, signed), strict=True):
             part = self.ops(bucket).gram(these).to(self.device)
+            part = part if signs is None else part * signs.outer(signs)
             parts[bucket.summed] = parts[bucket.summed] + part if bucket.summed in parts else part
         shape = len(self.labels), size, size
         whole = {
@@ -64,10 +85,13 @@ class Survey:
         }
         return Span(self.ranks.add_up(whole))
 
-    def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]]) -> None:
-        """For each bucket, write combinations of its rows."""
-        for bucket, these, wanted in zip(self.buckets, rows, writes, strict=True):
+    def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = UNSIGNED) -> None:
+        """For each bucket, write combinations of its rows, of which ``signed`` are those in :meth:`gram`."""
+        size = max((write.coefficients.shape[1] for each in writes for write in each), default=0)
+        for bucket, these, wanted, signs in zip(self.buckets, rows, writes, self.signs(size, signed), strict=True):
             device = bucket.gradients[0].device
+            if signs is not None:
+                wanted = [replace(write, coefficients=write.coefficients * signs) for write in wanted]
             if device != self.device:
                 wanted = [replace(write, coefficients=write.coefficients.to(device)) for write in wanted]
             self.ops(bucket).combine_(these, wanted)
@@ -121,7 +145,8 @@ class Surveyor:
         self.options = dict(options)
         self._backend = backend
         self._places: dict[tuple[int, int], Tensor] = {}
-        self._last: tuple[Roll, Survey] | None = None  # the survey without its buckets, which the roll calls
+        # The signs of the groups, and the survey without its buckets, which the roll calls.
+        self._last: tuple[Roll, list[int], Survey] | None = None
         self.ask(sources)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,8 +169,9 @@ class Surveyor:
         Raises:
             ValueError: a gradient cannot be guided, or ranks disagree.
         """
-        if self._last is not None:
-            roll, before = self._last
+        signs = signs_of(base)
+        if self._last is not None and self._last[1] == signs:
+            roll, _, before = self._last
             called = roll.call(base.param_groups)
             if called is not None:
                 return replace(before, buckets=called)
@@ -157,12 +183,12 @@ class Surveyor:
             # Ranks may lack different gradients; what they add up has the same scopes on all of them.
             everywhere = self.labels(base)
             labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
-        buckets = gather(base.param_groups, label, self.names, self._covered, labels, sharded=ranks.sharded)
+        buckets = gather(base.param_groups, label, self.names, self._covered, labels, signs, sharded=ranks.sharded)
         if not buckets and not ranks.sharded:
             return None
         sources = ranks.parts_of(self.sources, trained, self.names)
         made = Survey(buckets, list(labels), sources, trained[0].device, ranks, Interned(), self._backend)
-        self._last = Roll(base.param_groups, buckets), replace(made, buckets=[])
+        self._last = Roll(base.param_groups, buckets), signs, replace(made, buckets=[])
         return made
 
     def check_ranks(self, base: Optimizer) -> list[Tensor]:

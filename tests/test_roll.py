@@ -41,7 +41,7 @@ def called() -> tuple[Groups, list[nn.Parameter], Roll]:
 
 
 def gathered(groups: Groups) -> list[Bucket]:
-    return gather(groups, labeller("group", {}), {}, frozenset(), {})
+    return gather(groups, labeller("group", {}), {}, frozenset(), {}, [1] * len(groups))
 
 
 def test_a_bucket_called_again_is_as_gathered_anew() -> None:

@@ -29,7 +29,6 @@ class Oracle:
     on: str
     max_norm: float
     largest: float
-    power: float
     s0: Tensor
     fisher: Tensor
     anchor: Tensor
@@ -55,9 +54,7 @@ class Oracle:
         guided = guided * min(1.0, self.max_norm / norm)
         self.d = self.decay * self.d + (1 - self.decay) * g / g.norm()
         self.history.append(1.0)
-        mass = 1 - self.decay ** len(self.history)
-        coherence = min(1.0, float(self.d.norm()) / mass)
-        update = -self.lr * guided * coherence**self.power
+        update = -self.lr * guided
         length = max(float(self.theta.norm()), 0.01 * math.sqrt(SIZE))
         update = update * min(1.0, self.largest * length / float(update.norm()))
         if self.on == "update":
@@ -98,7 +95,6 @@ def source_of(s0: Tensor, fisher: Tensor, anchor: Tensor) -> SourceGradient:
     on=st.sampled_from(["update", "gradient"]),
     max_norm=st.sampled_from([0.1, 1.0, math.inf]),
     largest=st.sampled_from([0.02, 0.1, 1e9]),
-    power=st.sampled_from([0.0, 0.5, 2.0]),
     backend=st.sampled_from(["auto", "foreach"]),
 )
 def test_steps_are_the_methods(
@@ -109,7 +105,6 @@ def test_steps_are_the_methods(
     on: str,
     max_norm: float,
     largest: float,
-    power: float,
     backend: str,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -118,13 +113,13 @@ def test_steps_are_the_methods(
         return torch.randn(SIZE, generator=generator, dtype=torch.float64)
 
     theta, s0, fisher, anchor, shared = draw(), draw(), draw().abs(), draw(), draw()
-    oracle = Oracle(theta, 0.1, decay, damping, weight, on, max_norm, largest, power, s0, fisher, anchor)
+    oracle = Oracle(theta, 0.1, decay, damping, weight, on, max_norm, largest, s0, fisher, anchor)
     trained = parameters(theta)
     optimizer = GradGuide(
         torch.optim.SGD(trained, lr=0.1),
         direction=Direction(decay=decay, damping=damping),
         alignment=Alignment(source_of(s0, fisher, anchor), on=on, weight=weight),
-        magnitude=Magnitude(max_norm=max_norm, max_update=largest, coherence=power),
+        magnitude=Magnitude(max_norm=max_norm, max_update=largest),
         names=[(f"p{i}", p) for i, p in enumerate(trained)],
         backend=backend,
     )

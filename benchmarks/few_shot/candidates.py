@@ -216,8 +216,8 @@ def _in_weight_space(alpha: float) -> Method:
     return method
 
 
-def _magnitude(max_update: float | None, coherence: float = 0.0) -> Magnitude:
-    return Magnitude(max_update=max_update, coherence=coherence)
+def _magnitude(max_update: float | None) -> Magnitude:
+    return Magnitude(max_update=max_update)
 
 
 CANDIDATES: dict[str, Method] = {
@@ -229,17 +229,12 @@ CANDIDATES: dict[str, Method] = {
     "root F 0.3": _plain(Variant(alignment=_scaled(0.3, 0.5))),
     "root F 1": _plain(Variant(alignment=_scaled(1.0, 0.5))),
     "all alike 0.1": _plain(Variant(alignment=_scaled(0.1, 1.0, 1.0))),
-    "coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 1.0))),
-    "coherence 2": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(None, 2.0))),
     "agreement 0.5": _around(
         partial(Agreement, power=0.5, prior=0.1), Variant(alignment=_ALIGNED, magnitude=_magnitude(None))
     ),
-    "radial 0.02": _around(partial(Budget, nats=0.02, how="radial"), Variant(magnitude=_magnitude(None, 1.0))),
-    "prox 0.02": _around(partial(Budget, nats=0.02, how="prox"), Variant(magnitude=_magnitude(None, 1.0))),
     "weight 100": _plain(Variant(alignment=_weight(100.0))),
     "bound 0.02": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.02))),
     "bound 0.1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.1))),
-    "bound 0.05, coherence 1": _plain(Variant(alignment=_ALIGNED, magnitude=_magnitude(0.05, 1.0))),
     "tighter bound": _plain(Variant(alignment=guided.anchored, magnitude=_magnitude(0.02))),
     "by module": _plain(Variant(alignment=guided.anchored, scope="module")),
     "seeded direction": _seeded,

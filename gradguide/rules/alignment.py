@@ -139,7 +139,7 @@ def project(span: Span, vector: Tensor, first: int, end: int | None = None) -> T
     """
     inner = (span.gram[:, first:end, :] @ vector.unsqueeze(2)).squeeze(2)
     projected = vector.clone()
-    projected[:, first:end] += multipliers(span.gram[:, first:end, first:end], inner, span.norm(vector))
+    projected[:, first:end] += multipliers(span.gram[:, first:end, first:end], inner, span.reach(vector))
     return projected
 
 

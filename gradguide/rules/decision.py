@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ __all__ = [
     "BEFORE",
     "DIRECTION",
     "GRADIENT",
+    "LEAST_FACTOR",
     "SOURCES",
     "STATISTICS",
     "UPDATE",
     "Decision",
+    "Limit",
     "Rules",
     "decide",
     "limit",
@@ -31,8 +33,11 @@ __all__ = [
 
 # Rows of the step's span: gradient, running direction, sources, and last what a regularizer adds to the gradient.
 GRADIENT, DIRECTION, SOURCES = 0, 1, 2
-# Rows of the update's span: the update, the parameters before it where it is bounded, then the sources.
+# Rows of the update's span: the update, the parameters before it, sources. The sources have the same place in both.
 UPDATE, BEFORE = 0, 1
+
+LEAST_FACTOR = float(torch.finfo(torch.float32).tiny)
+"""A factor of the update below this counts as 0: float32 holds smaller ones with few digits."""
 
 STATISTICS = ("mass", "square", "log_weight", "log_mean", "log_spread")
 """What is remembered of a scope between steps: see ``Average`` and ``LogNorms``."""
@@ -52,19 +57,9 @@ class Rules:
         return 0 if self.alignment is None else len(self.alignment.sources)
 
     @property
-    def power(self) -> float:
-        """The power of the coherence by which updates are multiplied."""
-        return 0.0 if self.magnitude is None else self.magnitude.coherence
-
-    @property
     def max_update(self) -> float | None:
         """The bound of the update."""
         return None if self.magnitude is None else self.magnitude.max_update
-
-    @property
-    def bounds_update(self) -> bool:
-        """Whether the update is bounded: then the parameters before it are a row of its span."""
-        return self.max_update is not None
 
     @property
     def gradient_sources(self) -> int:
@@ -79,12 +74,7 @@ class Rules:
     @property
     def limit_update(self) -> bool:
         """Whether the update has to be measured, since a rule acts on it."""
-        return self.update_sources > 0 or self.bounds_update
-
-    @property
-    def first_source(self) -> int:
-        """The first source's row in the update's span."""
-        return BEFORE + self.bounds_update
+        return self.update_sources > 0 or self.max_update is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +84,8 @@ class Decision:
     gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and of the new direction.
     guided (Tensor): shape [S, R], of the guided gradient before clipping.
     norm, factor (Tensor): shape [S], its length, and what clipping multiplied it by.
-    coherence (Tensor | None): shape [S], None without a direction.
-    scale (Tensor): shape [S], what the update is multiplied by.
+    coherence, damping (Tensor | None): shape [S], None without a direction. ``damping`` is the share of the part
+        orthogonal to the direction that was removed.
     go (Tensor): 0-d float32, 1 if the step is to be made, else 0.
     """
 
@@ -105,8 +95,27 @@ class Decision:
     norm: Tensor
     factor: Tensor
     coherence: Tensor | None
-    scale: Tensor
+    damping: Tensor | None
     go: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What the rules leave of the base's own update, over S scopes.
+
+    scale (Tensor): shape [S], what the update is multiplied by.
+    coefficients (Tensor | None): of an update that was made, shape [S, 2 + K]: the new parameters as a combination of
+        the parameters after the base's step, those before it, and the sources. Of one that was not made yet, shape
+        [S, R]: what is added to the update, as a combination of the step's rows; None where nothing ever is.
+    factor (Tensor): shape [S], what the bound multiplied the update by; 1 where there is no bound.
+    length, norm (Tensor): shape [S], the length of the base's update, and of what is left of it.
+    """
+
+    scale: Tensor
+    coefficients: Tensor | None
+    factor: Tensor
+    length: Tensor
+    norm: Tensor
 
 
 def decide(
@@ -117,11 +126,10 @@ def decide(
     totals: Tensor,
     *,
     finite: Tensor | None = None,
-    propagate: bool = False,
     regularized: bool = False,
     rates: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
-    """The guided gradient, the new running direction and statistics, and how far to scale the update.
+    """Return the guided gradient and the new running direction, and update statistics and totals.
 
     Args:
         span: rows of gradient, direction and sources.
@@ -130,7 +138,6 @@ def decide(
             zero, as a checkpoint loader makes to allocate state, is none.
         finite (Tensor | None): 0-d bool, whether all products are finite, if that is known. If they are not, direction
             and statistics stay as they were, and the gradient as received.
-        propagate: whether the step is made nevertheless.
         regularized: whether the last row is to be added to the gradient.
         rates: decay and gain of the base's momentum per scope, each a Tensor [S], where the direction is that.
     """
@@ -138,19 +145,20 @@ def decide(
     known = statistics[positions]
     average, norms = Average(*known[:, :2].unbind(1)), LogNorms(*known[:, 2:].unbind(1))
     gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
-    received, length = span.norm(gradient), span.norm(direction)
+    received, length = span.lengths[:, GRADIENT], span.lengths[:, DIRECTION]
 
-    guided = gradient if not regularized else gradient + span.row(-1)
-    if rules.direction is not None and rules.direction.damping > 0:
-        strength = rules.direction.damping * directing.evidence(length, average)
-        guided = directing.damp(span, guided, direction, strength)
+    guided, damping = gradient if not regularized else gradient + span.row(-1), None
+    if rules.direction is not None:
+        damping = rules.direction.damping * directing.evidence(length, average)
+        if rules.direction.damping > 0:
+            guided = directing.damp(span, guided, direction, damping)
     if rules.alignment is not None:
         if any(rules.alignment.weights):
             guided = aligning.pull(guided, received, SOURCES, rules.alignment.weights)
         if rules.gradient_sources:
             guided = aligning.project(span, guided, SOURCES, SOURCES + rules.gradient_sources)
 
-    norm = span.norm(guided)
+    guided, norm, ceiling = span.extent(guided)
     factor = torch.ones_like(norm)
     new_norms = norms
     if rules.magnitude is not None:
@@ -158,10 +166,10 @@ def decide(
         if rules.magnitude.adaptive:
             bound = torch.minimum(bound, bounding.threshold(norms))
             new_norms = bounding.observe(norms, norm)
-        factor = bounding.clip(norm, bound)
+        factor = bounding.clip(ceiling, bound)
     final = guided * factor.unsqueeze(1)
 
-    moved, new_average, coherence, scale = direction, average, None, torch.ones_like(norm)
+    moved, new_average, coherence = direction, average, None
     if rules.direction is not None:
         if rates is not None:
             # The base adds the guided gradient itself; only the statistics are ours.
@@ -173,14 +181,10 @@ def decide(
             ahead, new_average = directing.accumulate(direction, term, unit, average, decay, 1.0 - decay)
             moved = ahead
         coherence = directing.coherence(span.norm(ahead), new_average)
-        if rules.power > 0:
-            agreed = torch.where(new_average.mass > 0, coherence, 1.0)
-            scale = torch.where(finite, agreed**rules.power, 1.0)
     remembered = torch.stack([*new_average, *new_norms], dim=1)
     statistics[positions] = torch.where(finite, remembered, known)
-    go = torch.ones_like(finite) if propagate else finite
     any_moved = (span.gram[:, GRADIENT, GRADIENT] != 0).any()
-    totals += torch.stack([any_moved & go, ~go])
+    totals += torch.stack([any_moved & finite, ~finite])
     return Decision(
         gradient=torch.where(finite, final, gradient),
         direction=torch.where(finite, moved, direction),
@@ -188,60 +192,63 @@ def decide(
         norm=norm,
         factor=factor,
         coherence=coherence,
-        scale=scale,
-        go=go.to(torch.float32),
+        damping=damping,
+        go=finite.to(torch.float32),
     )
 
 
-def limit(span: Span, rules: Rules, scale: Tensor, numbers: Tensor) -> Tensor:
-    """What the rules leave of the base's own update.
+def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
+    """Return what the rules leave of an update that the base made.
+
+    The new parameters are ``scale * after + (1 - scale) * before`` plus multiples of the sources. So nothing cancels,
+    however far the base's update went, and a scale of 1 leaves every bit as the base wrote it.
+
+    A scope whose update cannot be measured, because it holds Inf or NaN or its square overflows, goes back to the
+    parameters before the step where the update is bounded. Without a bound it keeps the base's update.
 
     Args:
-        span: rows of the update, of the parameters before it where it is bounded, and of the sources where it is
-            aligned.
-        scale (Tensor): shape [S], what it is multiplied by first.
+        span: rows of the update, of the parameters before it, and of the sources.
         numbers (Tensor): shape [S], how many numbers each scope has.
-
-    Returns:
-        Coordinates [S, R]; the update itself where anything is not finite.
     """
     update = span.row(UPDATE)
-    wanted = update * scale.unsqueeze(1)
+    length, before = span.lengths[:, UPDATE], span.lengths[:, BEFORE]
+    # A step raises the source loss where it goes along the source gradient.
+    wanted = -aligning.project(span, -update, first=SOURCES) if rules.update_sources else update
+    wanted, norm, ceiling = span.extent(wanted)
+    factor = torch.ones_like(norm)
     if rules.max_update is not None:
-        lengths = span.norm(wanted), span.norm(span.row(BEFORE))
-        wanted = wanted * bounding.shrink(*lengths, numbers, rules.max_update).unsqueeze(1)
-    if rules.update_sources:
-        # A step raises the source loss where it goes along the source gradient.
-        wanted = -aligning.project(span, -wanted, first=rules.first_source)
-    return torch.where(span.gram.isfinite().all(), wanted, update)
+        factor = bounding.shrink(torch.maximum(length, ceiling), before, numbers, rules.max_update)
+        factor = torch.where(factor < LEAST_FACTOR, 0.0, factor)
+    known = span.gram.isfinite().all(dim=2).all(dim=1)
+    bounded = rules.max_update is not None
+    factor = torch.where(known, factor, 0.0 if bounded else 1.0)
+    wanted = torch.where(known.unsqueeze(1), wanted, update) * factor.unsqueeze(1)
+    norm = torch.where(known | bounded, norm.nan_to_num() * factor, torch.nan)
+    scale = wanted[:, UPDATE].clone()
+    wanted[:, BEFORE] = 1.0 - scale
+    return Limit(scale, wanted, factor, length, norm)
 
 
-def limit_unmade(
-    step: Span, products: Tensor, rules: Rules, scale: Tensor, numbers: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The same for an update that was not made yet, whose products with the rows of the step are known.
+def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
+    """Return the same for an update that was not made yet, whose products with the rows of the step are known.
 
     Args:
-        step: span of the step, whose sources are where the update begins.
+        step: span of the step, whose sources are those at the parameters where the update begins.
         products (Tensor): shape [S, 2 + K], of the update and of the parameters with themselves, and of the update
             with each source where it is aligned.
-        scale, numbers (Tensor): as in :func:`limit`.
-
-    Returns:
-        What the update is to be multiplied by, Tensor [S], and in coordinates of the step's span what is to be added to
-        it, Tensor [S, R], or None where nothing ever is.
+        numbers (Tensor): as in :func:`limit`.
     """
     count = rules.update_sources
-    first, sources = rules.first_source, slice(SOURCES, SOURCES + count)
-    gram = products.new_zeros(len(products), first + count, first + count)
+    sources = slice(SOURCES, SOURCES + count)
+    gram = products.new_zeros(len(products), SOURCES + count, SOURCES + count)
     gram[:, UPDATE, UPDATE] = products[:, 0]
-    if rules.bounds_update:
-        gram[:, BEFORE, BEFORE] = products[:, 1]
-    gram[:, UPDATE, first:] = gram[:, first:, UPDATE] = products[:, 2:]
-    gram[:, first:, first:] = step.gram[:, sources, sources]
-    wanted = limit(Span(gram), rules, scale, numbers)
+    gram[:, BEFORE, BEFORE] = products[:, 1]
+    gram[:, UPDATE, sources] = gram[:, sources, UPDATE] = products[:, 2:]
+    gram[:, sources, sources] = step.gram[:, sources, sources]
+    made = limit(Span(gram), rules, numbers)
     if not count:
-        return wanted[:, UPDATE], None
+        return replace(made, coefficients=None)
+    assert made.coefficients is not None
     pulls = torch.zeros_like(step.gram[:, 0])
-    pulls[:, sources] = wanted[:, first:]
-    return wanted[:, UPDATE], pulls
+    pulls[:, sources] = made.coefficients[:, sources]
+    return replace(made, coefficients=pulls)

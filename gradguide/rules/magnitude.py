@@ -1,4 +1,4 @@
-"""Magnitude control: bounded gradients, bounded updates, and smaller ones while gradients disagree."""
+"""Magnitude control: bounded gradients and bounded updates."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ class Magnitude:
             means something from step 2 on; the first norm has nothing to be compared with.
         max_update (float | None): largest length of an update, per scope, relative to that of the scope's parameters,
             above 0; parameters shorter than 0.01 in root mean square count as that long. None is no bound. It keeps
-            one copy of the parameters during the step.
-        coherence (float): p >= 0; the update is multiplied by coherence^p, in [0, 1]. Above 0 it needs ``direction``,
-            and keeps a copy of the parameters too. It acts as a lower learning rate that adapts; 0 is off.
+            one copy of the parameters during the step. A scope whose update cannot be measured (Inf or NaN, as
+            float16 overflow gives) goes back to its parameters before the step.
 
     Raises:
         ValueError, TypeError: an option is out of range.
@@ -55,7 +54,6 @@ class Magnitude:
     max_norm: float | None = None
     adaptive: bool = False
     max_update: float | None = 0.05
-    coherence: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
@@ -63,7 +61,6 @@ class Magnitude:
         check_flag("adaptive", self.adaptive)
         if self.max_update is not None:
             check_range("max_update", self.max_update, 0, math.inf, open_low=True, open_high=True)
-        check_range("coherence", self.coherence, 0, math.inf, open_high=True)
 
     @property
     def bound(self) -> float:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Span"]
+__all__ = ["ROUNDING", "Extent", "Span", "divide"]
+
+ROUNDING = 4e-6
+"""Largest error of a product of two rows, relative to the product of their lengths.
+
+Backends multiply in float32 and add some hundred products before they change to float64. The error found is at most
+2e-7 for random rows and 1e-6 for rows whose numbers are all alike, where every addition rounds the same way.
+"""
 
 
-@dataclass(frozen=True, slots=True)
+class Extent(NamedTuple):
+    """A combination of rows and its length, over S scopes.
+
+    vector (Tensor): coordinates [S, R]; zeros where the rows cancel to rounding.
+    norm (Tensor): shape [S], the length; 0 where the rows cancel to rounding.
+    ceiling (Tensor): shape [S], at least the true length; 0 where the rows cancel to rounding.
+    """
+
+    vector: Tensor
+    norm: Tensor
+    ceiling: Tensor
+
+
+@dataclass(frozen=True)
 class Span:
     """The span of R rows, in S scopes at once.
 
@@ -20,25 +42,48 @@ class Span:
 
     gram: Tensor
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The lengths of the rows: Tensor [S, R]."""
+        return self.gram.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
+
     def row(self, index: int) -> Tensor:
-        """Coordinates of row ``index``: Tensor [S, R]."""
+        """Return the coordinates of row ``index``: Tensor [S, R]."""
         coordinates = self.gram.new_zeros(self.gram.shape[:2])
         coordinates[:, index] = 1.0
         return coordinates
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner product of the vectors with coordinates ``a`` and ``b`` [S, R]: Tensor [S]."""
+        """Return the inner product of the vectors with coordinates ``a`` and ``b`` [S, R]: Tensor [S]."""
         return (a.unsqueeze(1) @ self.gram @ b.unsqueeze(2)).squeeze(2).squeeze(1)
 
-    def norm(self, a: Tensor) -> Tensor:
-        """Length of the vector with coordinates ``a`` [S, R]: Tensor [S]; rounding below zero counts as zero."""
-        return self.inner(a, a).clamp(min=0.0).sqrt()
+    def reach(self, a: Tensor) -> Tensor:
+        """Return the sum of the lengths of the terms of ``a`` [S, R]: Tensor [S], the length if nothing cancels."""
+        return (a.abs() * self.lengths).sum(dim=1)
 
-    def cosine(self, a: Tensor, b: Tensor) -> Tensor:
-        """Cosine of the angle between two vectors [S, R], in [-1, 1], and 0 where one of them is zero: Tensor [S]."""
-        return divide(self.inner(a, b), self.norm(a) * self.norm(b)).clamp(-1.0, 1.0)
+    def norm(self, a: Tensor) -> Tensor:
+        """Return the length of the vector with coordinates ``a`` [S, R]: Tensor [S], see :meth:`extent`."""
+        return self.extent(a).norm
+
+    def extent(self, a: Tensor) -> Extent:
+        """Return the combination ``a`` [S, R], its length and an upper bound of its length.
+
+        The squared length is ``a' G a``. Its terms may cancel, and then the errors of G are what is left: an error of
+        at most ``ROUNDING * reach(a)^2``. A squared length below that is zero, and the vector with it. Otherwise the
+        true squared length is at most ``a' G a + ROUNDING * (reach(a)^2 - a' G a)``, which ends at ``a' G a`` where
+        nothing cancels. The rounding of the vector itself, when it is written in float32, is far smaller.
+        """
+        square, longest = self.inner(a, a).clamp(min=0.0), self.reach(a).square()
+        floor = ROUNDING * longest
+        lost = (square <= floor) & (floor > 0) & floor.isfinite()
+        ceiling = (square + ROUNDING * (longest - square)).sqrt()
+        return Extent(
+            torch.where(lost.unsqueeze(1), 0.0, a),
+            torch.where(lost, 0.0, square.sqrt()),
+            torch.where(lost, 0.0, ceiling),
+        )
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0 where ``b`` is 0: a vector of no length is evidence of nothing."""
+    """Return ``a / b``, and 0 where ``b`` is 0: a vector of no length is evidence of nothing."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)

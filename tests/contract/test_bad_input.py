@@ -26,7 +26,6 @@ OPTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     *[(lambda v=v: Direction(decay=v), ValueError, rf"decay.*\[0, 1\).*{v}") for v in (1.0, -0.1, 2, nan, inf)],
     *[(lambda v=v: Direction(damping=v), ValueError, rf"damping.*\[0, 1\].*{v}") for v in (1.5, -1e-3, nan)],
     *[(lambda v=v: Magnitude(max_norm=v), ValueError, rf"max_norm.*{v}") for v in (0, -1.0, nan)],
-    *[(lambda v=v: Magnitude(coherence=v), ValueError, rf"coherence.*{v}") for v in (-0.5, inf, nan)],
     *[(lambda v=v: Alignment(source(), weight=v), ValueError, rf"weight.*{v}") for v in (-1, inf, nan)],
     (lambda: Direction(decay="0.9"), TypeError, "decay must be a number, found '0.9'"),  # type: ignore[arg-type]
     (lambda: Direction(damping=True), TypeError, "damping must be a number, found True"),
@@ -57,13 +56,8 @@ WRAPPER: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "nonfinite": ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of 'skip', 'raise', .*found 'ignore'"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of .*found 'cuda'"),
     "direction": ({"direction": 0.9}, TypeError, "direction must be a Direction or None, found 0.9"),
-    "alignment": ({"alignment": "source"}, TypeError, "alignment must be a Alignment or None|an Alignment"),
+    "alignment": ({"alignment": "source"}, TypeError, "alignment must be an Alignment or None, found 'source'"),
     "magnitude": ({"magnitude": Direction()}, TypeError, "magnitude must be a Magnitude or None, found Direction"),
-    "coherence": (
-        {"direction": None, "magnitude": Magnitude(coherence=2.0)},
-        ValueError,
-        r"coherence=2.0.*needs a direction",
-    ),
     "names": ({"names": ["0.weight"]}, TypeError, "names must pair.*'0.weight'"),
     "unknown": ({"clip": 1.0}, TypeError, "clip"),
 }

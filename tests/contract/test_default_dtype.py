@@ -30,7 +30,7 @@ def outcome(dtype: torch.dtype, on: str, backend: str, scope: str) -> tuple[obje
             model, kit.adamw, scope=scope, backend=backend, names=model.named_parameters(),
             direction=Direction(decay=0.9, damping=0.7),
             alignment=Alignment([source, source.anchored()], on=on, weight=0.3, project=True),
-            magnitude=Magnitude(max_norm=0.3, adaptive=True, max_update=1e-3, coherence=0.7),
+            magnitude=Magnitude(max_norm=0.3, adaptive=True, max_update=1e-3),
         )  # fmt: skip
     metrics = []
     for step in range(5):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -68,41 +67,6 @@ def test_i19_raise_names_the_parameter_and_changes_nothing(kind: str, value: flo
     kit.assert_same(kit.snapshot(model, optimizer), before)
     kit.train(model, optimizer, range(3, 5))
     assert optimizer.metrics()["steps"] == 5
-
-
-@pytest.mark.parametrize(("value", "backend"), PAIRS)
-@pytest.mark.parametrize("kind", kit.KINDS)
-def test_i19_propagate_gives_the_base_what_came_and_remembers_nothing(kind: str, value: float, backend: str) -> None:
-    model, optimizer = trained(kind, nonfinite="propagate", backend=backend)
-    own = {k: v for k, v in own_of(optimizer).items() if not k.endswith("counters")}
-    statistics = {k: v[3:] for k, v in own_of(optimizer).items() if k.endswith("counters")}
-    twin = kit.net()
-    twin.load_state_dict(model.state_dict())
-    parameters = list(twin.parameters())
-    bare = kit.adamw([{"params": parameters[:1]}, {"params": parameters[1:]}])
-    bare.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))  # torch shares what it loads
-
-    spoil(model, value)
-    spoil(twin, value)
-    received = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    optimizer.step()
-    bare.step()
-    kit.assert_same([p.grad for p in model.parameters()], received)
-    kit.assert_same(kit.parameters_of(model), kit.parameters_of(twin))
-    kit.assert_same(optimizer.base.state_dict(), bare.state_dict())
-    after = own_of(optimizer)
-    kit.assert_same({k: v for k, v in after.items() if not k.endswith("counters")}, own)
-    kit.assert_same({k: v[3:] for k, v in after.items() if k.endswith("counters")}, statistics)
-    assert optimizer.metrics()["skipped"] == 0
-
-
-def own_of(optimizer: GradGuide) -> dict[str, torch.Tensor]:
-    return {
-        f"{index}/{key}": value.clone()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-        if key.startswith("gradguide.")
-    }
 
 
 def test_i19_huge_but_finite_gradients_are_no_fault() -> None:

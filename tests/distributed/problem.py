@@ -95,7 +95,7 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
             return GradGuide(base, alignment=Alignment(source(1), weight=0.1), regularizer=terms, names=names)
         case "module" | "tensor":
             return GradGuide(base, scope=kind, names=model.named_parameters())
-    return GradGuide(base, magnitude=Magnitude(coherence=0.5))
+    return GradGuide(base)
 
 
 def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int, world: int) -> GradGuide:

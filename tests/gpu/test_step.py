@@ -8,9 +8,10 @@ import torch
 from gradguide.ops import Row, Write, foreach
 from gradguide.ops import triton as ops
 from tests.contract import kit
-from tests.gpu.training import KINDS, Training, no_waiting, train
+from tests.gpu.training import KINDS, WITHOUT_WAITING, Training, no_waiting, train
 
 KIND = pytest.mark.parametrize("kind", KINDS)
+UNREAD = pytest.mark.parametrize("kind", WITHOUT_WAITING)
 
 
 @KIND
@@ -29,7 +30,7 @@ def test_the_same_run_gives_the_same_bits(kind: str) -> None:
     kit.assert_same(first.optimizer.state_dict(), second.optimizer.state_dict())
 
 
-@KIND
+@UNREAD
 def test_the_host_does_not_wait(kind: str) -> None:
     training = train(Training(kind), 2)  # which fills tables and states, and compiles
     training.fill(2)
@@ -44,7 +45,7 @@ def test_waiting_would_be_noticed() -> None:
         float(torch.ones((), device="cuda"))
 
 
-@KIND
+@UNREAD
 def test_a_whole_training_step_is_captured_in_a_graph(kind: str) -> None:
     """Gradients are made anew within the capture, so that their addresses are the graph's own."""
     training, eager = Training(kind), train(Training(kind), 8)

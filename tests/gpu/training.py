@@ -13,9 +13,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
-__all__ = ["KINDS", "Training", "no_waiting", "train"]
+__all__ = ["KINDS", "WITHOUT_WAITING", "Training", "no_waiting", "train"]
 
 KINDS = ("defaults", "fused", "shared momentum", "moving source", "on update", "not fused", "by module")
+WITHOUT_WAITING = tuple(kind for kind in KINDS if kind != "not fused")
+"""Of a base that is not fused the host reads one flag per step."""
 
 
 class Training:
@@ -39,9 +41,6 @@ class Training:
             options["magnitude"] = Magnitude(max_update=None)
         if kind == "by module":
             options["scope"] = "module"
-        # Else one flag is read by the host per step, which is how a base that is not fused leaves a step out.
-        if kind == "not fused":
-            options["nonfinite"] = "propagate"
         self.optimizer = GradGuide(base, **options)
         self.x = torch.empty(16, 67, device="cuda", dtype=dtype)
         self.y = torch.empty(16, dtype=torch.long, device="cuda")

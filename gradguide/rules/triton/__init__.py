@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from gradguide.ops.triton.launch import FUSION, numbers_of, on
-from gradguide.rules.decision import Decision, Rules
+from gradguide.rules.decision import SOURCES, Decision, Limit, Rules
 from gradguide.rules.span import Span
 from gradguide.rules.triton.kernels.decision import decide as decide_kernel
 from gradguide.rules.triton.kernels.decision import limit as limit_kernel
@@ -31,7 +31,6 @@ def decide(
     totals: Tensor,
     *,
     finite: Tensor | None = None,
-    propagate: bool = False,
     regularized: bool = False,
     rates: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
@@ -44,26 +43,24 @@ def decide(
         0.0 if direction is None else direction.damping,
         0.0 if direction is None else direction.decay,
         0.0 if magnitude is None else magnitude.bound,
-        rules.power,
         *weights,
     ])  # fmt: skip
     gradient, turned, guided = (torch.empty_like(gram[:, 0]) for _ in range(3))
     numbers = torch.empty(4, scopes, dtype=gram.dtype, device=gram.device)
     go = torch.empty((), dtype=torch.float32, device=gram.device)
     decays, gains = (gram, gram) if rates is None else rates
-    scaled = direction is not None and rules.power > 0
     with on(gram.device):
         decide_kernel[(scopes,)](
             gram, statistics, positions, totals, settings, decays, gains, gradient, turned, guided, numbers, go, scopes,
-            PROPAGATE=propagate, BLOCK=BLOCK, ROWS=rows, SIZE=triton.next_power_of_2(rows),
+            BLOCK=BLOCK, ROWS=rows, SIZE=triton.next_power_of_2(rows),
             SOURCE_COUNT=rules.sources, REGULARIZED=regularized,
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
             PROJECTED=rules.gradient_sources,
-            CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive, SCALED=scaled,
+            CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive,
             num_warps=WARPS, **FUSION,
         )  # fmt: skip
-    norm, factor, coherence, scale = numbers
+    norm, factor, coherence, damping = numbers
     return Decision(
         gradient=gradient,
         direction=turned,
@@ -71,45 +68,48 @@ def decide(
         norm=norm,
         factor=factor,
         coherence=None if direction is None else coherence,
-        scale=scale,
+        damping=None if direction is None else damping,
         go=go,
     )
 
 
-def limit(span: Span, rules: Rules, scale: Tensor, numbers: Tensor) -> Tensor:
-    """The update of ``gradguide.rules.decision.limit``, to rounding."""
+def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
+    """The limit of ``gradguide.rules.decision.limit``, to rounding."""
     gram = span.gram.contiguous()
-    wanted = torch.empty_like(gram[:, 0])
+    coefficients, found = torch.empty_like(gram[:, 0]), _numbers(gram)
     with on(gram.device):
         limit_kernel[(len(gram),)](
-            gram, scale, numbers, _bound(gram, rules), wanted, len(gram), **_layout(rules, gram.shape[1])
+            gram, numbers, _bound(gram, rules), coefficients, found, len(gram), **_layout(rules)
         )  # fmt: skip
-    return wanted
+    scale, factor, length, norm = found
+    return Limit(scale, coefficients, factor, length, norm)
 
 
-def limit_unmade(
-    step: Span, products: Tensor, rules: Rules, scale: Tensor, numbers: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """What ``gradguide.rules.decision.limit_unmade`` gives, to rounding."""
+def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
+    """The limit of ``gradguide.rules.decision.limit_unmade``, to rounding."""
     gram, products = step.gram.contiguous(), products.contiguous()
-    factor, pulls = torch.empty_like(gram[:, 0, 0]), torch.empty_like(gram[:, 0])
-    rows = rules.first_source + rules.update_sources
+    pulls, found = torch.empty_like(gram[:, 0]), _numbers(gram)
     with on(gram.device):
         limit_unmade_kernel[(len(gram),)](
-            gram, products, scale, numbers, _bound(gram, rules), factor, pulls, len(gram), STEP_ROWS=gram.shape[1],
-            **_layout(rules, rows),
+            gram, products, numbers, _bound(gram, rules), pulls, found, len(gram), STEP_ROWS=gram.shape[1],
+            **_layout(rules),
         )  # fmt: skip
-    return factor, pulls if rules.update_sources else None
+    scale, factor, length, norm = found
+    return Limit(scale, pulls if rules.update_sources else None, factor, length, norm)
+
+
+def _numbers(gram: Tensor) -> Tensor:
+    return torch.empty(4, len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def _bound(gram: Tensor, rules: Rules) -> Tensor:
     return numbers_of(gram.device, [0.0 if rules.max_update is None else rules.max_update])
 
 
-def _layout(rules: Rules, rows: int) -> dict[str, Any]:
-    """What kernels that limit an update with so many rows in its span are specialised on."""
+def _layout(rules: Rules) -> dict[str, Any]:
+    """What kernels that limit an update are specialised on."""
+    rows = SOURCES + rules.update_sources
     return {
-        "ROWS": rows, "SIZE": max(triton.next_power_of_2(rows), 2),
-        "SOURCE_COUNT": rules.update_sources, "BOUNDED": rules.bounds_update, "BLOCK": BLOCK,
-        "num_warps": WARPS, **FUSION,
+        "ROWS": rows, "SIZE": triton.next_power_of_2(rows), "SOURCE_COUNT": rules.update_sources,
+        "BOUNDED": rules.max_update is not None, "num_warps": WARPS, **FUSION,
     }  # fmt: skip

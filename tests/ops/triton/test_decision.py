@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.rules import decision, triton
-from gradguide.rules.decision import Rules
+from gradguide.rules.decision import BEFORE, UPDATE, Limit, Rules
 from gradguide.rules.span import Span
 from tests.ops.triton.problems import DEVICE
 from tests.strategies import rows, span_of
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 DIRECTIONS = st.sampled_from([None, Direction(), Direction(damping=0.0), Direction(decay=0.5, damping=1.0)])
 MAGNITUDES = st.sampled_from([
     None, Magnitude(), Magnitude(max_norm=0.1, max_update=None), Magnitude(adaptive=True, max_update=1e-3),
-    Magnitude(coherence=0.5),
 ])  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def test_a_step(data: st.DataObject) -> None:
     count, regularized = data.draw(st.integers(0, 3)), data.draw(st.booleans())
     vectors = data.draw(rows(2 + count + regularized))
     direction = data.draw(DIRECTIONS)
-    magnitude = data.draw(MAGNITUDES.filter(lambda m: direction is not None or m is None or m.coherence == 0))
+    magnitude = data.draw(MAGNITUDES)
     on, weight = data.draw(st.sampled_from(["gradient", "update"])), data.draw(st.sampled_from([0.0, 0.3]))
     anchored = data.draw(st.integers(0, count))
     given = [source()] * (count - anchored) + [anchor()] * anchored
@@ -79,7 +78,7 @@ def test_a_step(data: st.DataObject) -> None:
     rates = None
     if direction is not None and data.draw(st.booleans()):
         rates = torch.tensor([0.9, 0.5], dtype=torch.float64), torch.tensor([0.1, 1.0], dtype=torch.float64)
-    options: dict[str, Any] = {"regularized": regularized, "propagate": data.draw(st.booleans())}
+    options: dict[str, Any] = {"regularized": regularized}
     span = span_of(vectors)
     if not data.draw(st.sampled_from([True, True, False])):
         span.gram[0, 0, 0] = data.draw(st.sampled_from([torch.nan, torch.inf]))
@@ -105,13 +104,22 @@ def test_a_step(data: st.DataObject) -> None:
     close(vectors_of(found.gradient, vectors), vectors_of(wanted.gradient, vectors), scale=size)
     close(vectors_of(found.direction, vectors), vectors_of(wanted.direction, vectors), scale=size)
     close(found.norm, wanted.norm, scale=size.squeeze(1))
-    assert (found.coherence is None) == (wanted.coherence is None)
     left = wanted.norm > 1e-6 * size.squeeze(1)
     close(mine.cpu()[positions][left], known[positions][left], scale=1e-6)
     close(found.factor.cpu()[left], wanted.factor[left], scale=0.0)
-    close(found.scale.cpu()[left], wanted.scale[left], scale=1e-6)
-    if found.coherence is not None and wanted.coherence is not None:
-        close(found.coherence.cpu()[left], wanted.coherence[left], scale=1e-6)
+    for name in ("coherence", "damping"):
+        mine, theirs = getattr(found, name), getattr(wanted, name)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            close(mine.cpu()[left], theirs[left], scale=1e-6)
+
+
+def assert_limits_agree(found: Limit, wanted: Limit, size: Tensor) -> None:
+    assert torch.equal(found.factor.cpu() == 0.0, wanted.factor == 0.0)
+    left = wanted.norm > 1e-2 * size  # of what is left beside rounding
+    close(found.factor.cpu()[left], wanted.factor[left], scale=0.0)
+    close(found.length.cpu(), wanted.length, scale=size)
+    close(found.norm.cpu(), wanted.norm, scale=size, tolerance=1e-5)
 
 
 @SEARCH
@@ -123,28 +131,39 @@ def test_an_update(data: st.DataObject) -> None:
     update, before, sources = vectors[:, :1], vectors[:, 1:2], vectors[:, 2:]
     alignment = Alignment([source()] * count) if count else None
     rules = Rules(None, alignment, Magnitude(max_update=0.05 if bounded else None))
-    scale = data.draw(st.sampled_from([torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 0.25]).double()]))
     numbers = torch.tensor([12.0, 0.0], dtype=torch.float64)
-    there = scale.to(DEVICE), numbers.to(DEVICE)
+    size = update.norm(dim=2)
 
-    made = torch.cat([update, *([before] if bounded else []), sources], dim=1)
-    wanted = vectors_of(decision.limit(span_of(made), rules, scale, numbers), made)
-    found = vectors_of(triton.limit(on_device(span_of(made)), rules, *there), made)
-    close(found, wanted, scale=update.norm(dim=2))
+    wanted = decision.limit(span_of(vectors), rules, numbers)
+    found = triton.limit(on_device(span_of(vectors)), rules, numbers.to(DEVICE))
+    assert_limits_agree(found, wanted, size.squeeze(1))
+    moved = [change_of(limit.coefficients, vectors) for limit in (wanted, found)]
+    close(moved[1], moved[0], scale=size)
 
     # Gradient and direction come first in the step's span, and perhaps what a regularizer adds comes last.
     step = torch.cat([torch.ones_like(vectors[:, :2]), sources, torch.ones_like(vectors[:, :extra])], dim=1)
     alone = [(a * b).sum(dim=2) for a, b in ((update, update), (before, before), (update, sources))]
     products = torch.cat(alone, dim=1)
     for kind, where, known, rest in (
-        (decision, span_of(step), products, (scale, numbers)),
-        (triton, on_device(span_of(step)), products.to(DEVICE), there),
+        (decision, span_of(step), products, numbers),
+        (triton, on_device(span_of(step)), products.to(DEVICE), numbers.to(DEVICE)),
     ):
-        factor, pulls = kind.limit_unmade(where, known, rules, *rest)
-        assert (pulls is None) == (count == 0)
-        found = factor.cpu().unsqueeze(1) * update.squeeze(1)
-        found = found if pulls is None else found + vectors_of(pulls, step)
-        close(found, wanted, scale=update.norm(dim=2))
+        limit = kind.limit_unmade(where, known, rules, rest)
+        assert (limit.coefficients is None) == (count == 0)
+        assert_limits_agree(limit, wanted, size.squeeze(1))
+        change = limit.scale.cpu().unsqueeze(1) * update.squeeze(1)
+        change = change if limit.coefficients is None else change + vectors_of(limit.coefficients, step)
+        close(change, moved[0], scale=size)
+
+
+def change_of(coefficients: Tensor | None, vectors: Tensor) -> Tensor:
+    """How far parameters move that become this combination of those after, those before and sources, when the rows
+    [S, 2 + K, n] are the update, the parameters before it and sources."""
+    assert coefficients is not None
+    found = coefficients.cpu().clone()
+    assert torch.equal(found[:, BEFORE], 1.0 - found[:, UPDATE])
+    found[:, BEFORE] = 0.0
+    return vectors_of(found, vectors)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -164,15 +183,18 @@ def test_sixteen_sources(seed: int) -> None:
                 for kind, device in ((triton, DEVICE), (decision, torch.device("cpu")))
             )  # fmt: skip
         else:
-            wanted = decision.limit(span, rules, ones, ones)
-            found = triton.limit(on_device(span), rules, ones.to(DEVICE), ones.to(DEVICE))
+            found, wanted = (
+                kind.limit(where, rules, ones.to(where.gram.device)).coefficients
+                for kind, where in ((triton, on_device(span)), (decision, span))
+            )
+            assert found is not None and wanted is not None
         close(vectors_of(found, vectors), vectors_of(wanted, vectors), scale=vectors[:, :1].norm(dim=2))
 
 
 def test_what_is_not_finite_leaves_everything_as_it_was() -> None:
     gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     gram[1, 0, 0] = torch.nan
-    rules = Rules(Direction(), Alignment(source()), Magnitude(adaptive=True, coherence=1.0))
+    rules = Rules(Direction(), Alignment(source()), Magnitude(adaptive=True))
     known = statistics(2, 0)
     there, totals = known.to(DEVICE, copy=True), torch.zeros(2, dtype=torch.float64, device=DEVICE)
     found = triton.decide(on_device(Span(gram)), rules, there, torch.arange(2, device=DEVICE), totals)
@@ -181,10 +203,26 @@ def test_what_is_not_finite_leaves_everything_as_it_was() -> None:
     assert float(found.go) == 0.0
     assert found.gradient.tolist() == [[1.0, 0.0, 0.0]] * 2
     assert found.direction.tolist() == [[0.0, 1.0, 0.0]] * 2
-    assert found.scale.tolist() == [1.0, 1.0]
     assert bool(found.norm[1].isnan()), "metrics say so"
-    ones = torch.ones(2, dtype=torch.float64, device=DEVICE)
-    assert triton.limit(on_device(Span(gram)), rules, ones, ones).tolist() == [[1.0, 0.0, 0.0]] * 2
-    factor, pulls = triton.limit_unmade(on_device(Span(gram)), ones.new_ones(2, 3), rules, ones, ones)
-    assert factor.tolist() == [1.0, 1.0]
-    assert pulls is not None and not pulls.any()
+
+
+@pytest.mark.parametrize("largest", [None, 0.05])
+def test_a_scope_whose_update_is_not_finite_goes_back_if_it_is_bounded(largest: float | None) -> None:
+    gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    gram[1, 0, 2] = gram[1, 2, 0] = torch.inf
+    gram[0] *= 1e-8
+    rules, ones = Rules(None, Alignment(source()), Magnitude(max_update=largest)), torch.ones(2, dtype=torch.float64)
+    products = torch.stack([gram[:, 0, 0], gram[:, 1, 1], gram[:, 0, 2]], dim=1)
+    for kind, device in ((decision, torch.device("cpu")), (triton, DEVICE)):
+        span, there = Span(gram.to(device)), ones.to(device)
+        for limit in (
+            kind.limit(span, rules, there), kind.limit_unmade(span, products.to(device), rules, there)
+        ):  # fmt: skip
+            left = 1.0 if largest is None else 0.0
+            assert limit.scale.tolist() == [1.0, left]
+            assert limit.factor.tolist() == [1.0, left]
+            assert limit.norm[0].item() == pytest.approx(1e-4)
+            assert limit.norm[1].isnan() if largest is None else limit.norm[1] == 0.0
+        made = kind.limit(span, rules, there).coefficients
+        assert made is not None
+        assert made.tolist() == [[1.0, 0.0, 0.0], [left, 1.0 - left, 0.0]]

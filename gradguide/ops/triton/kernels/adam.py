@@ -137,7 +137,8 @@ def block(
     rows = form_rows(columns, ROWS)
     before = columns[P]
     m, v, update = stepped(columns, weighted(gradient, rows), settings, corrections, P, M, V, DECOUPLED, MAXIMIZE)
-    p = before + scale * update
+    # A scale of 0 drops an update that may hold anything.
+    p = before + tl.where(scale == 0.0, 0.0, scale * update)
     if PULLED:
         p += weighted(pulling, rows)
     p = p.to(DTYPES[P]).to(tl.float32)

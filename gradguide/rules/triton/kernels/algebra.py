@@ -5,7 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["at", "atmost", "clip", "inner", "load_gram", "norm", "positive", "ratio", "unit"]
+from gradguide.rules.span import ROUNDING
+
+__all__ = ["at", "atmost", "clip", "extent", "inner", "lengths", "load_gram", "norm", "positive", "ratio", "unit"]
+
+SMALLEST: tl.constexpr = tl.constexpr(ROUNDING)
 
 
 @triton.jit
@@ -39,9 +43,29 @@ def inner(gram, a, b):
 
 
 @triton.jit
-def norm(gram, a):
+def lengths(gram):
+    """The lengths of the rows."""
+    lanes = tl.arange(0, gram.shape[0])
+    return tl.sqrt(positive(tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0.0), axis=1)))
+
+
+@triton.jit
+def extent(gram, of_rows, a):
+    """The combination ``a`` of rows with lengths ``of_rows``, its length, and an upper bound of its length; all zeros
+    where the rows cancel to rounding."""
+    reach = tl.sum(tl.abs(a) * of_rows, axis=0)
+    square, longest = positive(inner(gram, a, a)), reach * reach
+    floor = SMALLEST * longest
+    kept = 1.0 - tl.where((square <= floor) & (floor > 0) & (floor < float("inf")), 1.0, 0.0)
+    ceiling = tl.sqrt(square + SMALLEST * (longest - square))
+    return tl.where(kept != 0.0, a, 0.0), kept * tl.sqrt(square), kept * ceiling
+
+
+@triton.jit
+def norm(gram, of_rows, a):
     """Length of the vector with coordinates ``a``."""
-    return tl.sqrt(positive(inner(gram, a, a)))
+    _, length, _ = extent(gram, of_rows, a)
+    return length
 
 
 @triton.jit

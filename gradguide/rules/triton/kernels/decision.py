@@ -8,9 +8,12 @@ import triton.language as tl
 from gradguide.rules import decision as rules
 from gradguide.rules.magnitude import DECAY, DEVIATIONS, LEAST_LENGTH, PRIOR_COUNT, PRIOR_DEVIATION
 from gradguide.rules.triton.kernels.algebra import (
+    at,
     atmost,
     clip,
+    extent,
     inner,
+    lengths,
     load_gram,
     norm,
     positive,
@@ -33,6 +36,7 @@ MARGIN: tl.constexpr = tl.constexpr(DEVIATIONS)
 PRIOR: tl.constexpr = tl.constexpr(PRIOR_COUNT)
 PRIOR_SPREAD: tl.constexpr = tl.constexpr(PRIOR_COUNT * PRIOR_DEVIATION**2)
 LEAST: tl.constexpr = tl.constexpr(LEAST_LENGTH)
+FACTOR: tl.constexpr = tl.constexpr(rules.LEAST_FACTOR)
 
 
 @triton.jit
@@ -76,10 +80,10 @@ def any_moved(gram, scopes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["scopes"])
 def decide(
     gram, statistics, positions, totals, settings, decays, gains, gradients, directions, guideds, numbers, go, scopes,
-    PROPAGATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
     SOURCE_COUNT: tl.constexpr, REGULARIZED: tl.constexpr,
     DIRECTED: tl.constexpr, DAMPED: tl.constexpr, SHARED: tl.constexpr, PULLED: tl.constexpr,
-    PROJECTED: tl.constexpr, CLIPPED: tl.constexpr, ADAPTIVE: tl.constexpr, SCALED: tl.constexpr,
+    PROJECTED: tl.constexpr, CLIPPED: tl.constexpr, ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
     """One scope's decision.
 
@@ -87,11 +91,10 @@ def decide(
         gram: float64 [scopes, ROWS, ROWS].
         statistics: float64 [.., KEPT], changed in place at this scope's of ``positions``, int64 [scopes].
         totals: float64 [2], steps made and steps left out, which the first program counts.
-        settings: float64: damping, decay of the direction, bound of the gradient, power of the coherence, then the
-            weight of each source.
+        settings: float64: damping, decay of the direction, bound of the gradient, then the weight of each source.
         decays, gains: float64 [scopes], of the momentum that is the direction, with SHARED.
         gradients, directions, guideds: float64 [scopes, ROWS], coordinates: guided and clipped, new direction, guided.
-        numbers: float64 [4, scopes]: norm, factor of clipping, coherence, scale of the update.
+        numbers: float64 [4, scopes]: norm, factor of clipping, coherence, damping.
         go: float32, where it goes whether the step is to be made: 1 or 0.
         PROJECTED: of how many sources, the first ones, the gradient is freed.
     """
@@ -101,7 +104,7 @@ def decide(
     # Each program finds it out for all scopes: there are few numbers, and no other launch to ask.
     keep = is_finite(gram, scopes * ROWS * ROWS, BLOCK)
     if scope == 0:
-        made = tl.full([], 1.0, tl.float32) if PROPAGATE else tl.where(keep, 1.0, 0.0)
+        made = tl.where(keep, 1.0, 0.0)
         moved = any_moved(gram, scopes, ROWS, BLOCK) != 0
         tl.store(go, made)
         tl.store(totals, tl.load(totals) + tl.where(moved & (made != 0), 1.0, 0.0))
@@ -113,23 +116,25 @@ def decide(
     one = tl.full([SIZE], 1.0, tl.float64)
     gradient = tl.where(lanes == GRADIENT, one, 0.0)
     direction = tl.where(lanes == DIRECTION, one, 0.0)
-    received, length = norm(g, gradient), norm(g, direction)
+    of_rows = lengths(g)
+    received, length = at(of_rows, lanes, GRADIENT), at(of_rows, lanes, DIRECTION)
 
     guided = gradient
     if REGULARIZED:
         guided = guided + tl.where(lanes == ROWS - 1, one, 0.0)
+    strength = tl.full([], 0.0, tl.float64)
     if DAMPED:
         along = ratio(positive(inner(g, guided, direction)), length * length)
         strength = tl.where(length > 0, tl.load(settings) * evidence(length, mass, square), 0.0)
         guided = (1.0 - strength) * guided + strength * along * direction
     if PULLED:
         is_source = (lanes >= SOURCES) & (lanes < SOURCES + SOURCE_COUNT)
-        weights = tl.load(settings + 4 + lanes - SOURCES, mask=is_source, other=0.0)
+        weights = tl.load(settings + 3 + lanes - SOURCES, mask=is_source, other=0.0)
         guided = guided + tl.where(received > 0, weights, 0.0)
     if PROJECTED > 0:
-        guided = projected(g, guided, SOURCES, PROJECTED, SIZE)
+        guided = projected(g, of_rows, guided, SOURCES, PROJECTED, SIZE)
 
-    guided_norm = norm(g, guided)
+    guided, guided_norm, ceiling = extent(g, of_rows, guided)
     factor = tl.full([], 1.0, tl.float64)
     new_weight, new_mean, new_spread = weight, mean, spread
     if CLIPPED:
@@ -144,13 +149,12 @@ def decide(
             new_weight = tl.where(counted > 0, seen, weight)
             new_mean = tl.where(counted > 0, middle, mean)
             new_spread = tl.where(counted > 0, LOG_DECAY * spread + (value - mean) * (value - middle), spread)
-        factor = clip(guided_norm, bound)
+        factor = clip(ceiling, bound)
     final = guided * factor
 
     turned = direction
     new_mass, new_square = mass, square
     coherence = tl.full([], 0.0, tl.float64)
-    scale = tl.full([], 1.0, tl.float64)
     if DIRECTED:
         if SHARED:
             decay, gain = tl.load(decays + scope), tl.load(gains + scope)
@@ -165,10 +169,7 @@ def decide(
         new_square = tl.where(moves, decay * decay * square + gain * gain * term_length * term_length, square)
         if not SHARED:
             turned = ahead
-        coherence = unit(ratio(norm(g, ahead), new_mass))
-        if SCALED:
-            agreed = tl.where(new_mass > 0, coherence, 1.0)
-            scale = tl.where(keep, tl.exp(tl.load(settings + 3) * tl.log(agreed)), 1.0)
+        coherence = unit(ratio(norm(g, of_rows, ahead), new_mass))
 
     inside = lanes < ROWS
     row = scope * ROWS + lanes
@@ -178,7 +179,7 @@ def decide(
     tl.store(numbers + scope, guided_norm)
     tl.store(numbers + scopes + scope, factor)
     tl.store(numbers + 2 * scopes + scope, coherence)
-    tl.store(numbers + 3 * scopes + scope, scale)
+    tl.store(numbers + 3 * scopes + scope, strength)
     tl.store(known, tl.where(keep, new_mass, mass))
     tl.store(known + 1, tl.where(keep, new_square, square))
     tl.store(known + 2, tl.where(keep, new_weight, weight))
@@ -188,51 +189,70 @@ def decide(
 
 @triton.jit
 def limited(
-    g, update, factor, counts, settings, scope, ROWS: tl.constexpr, SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr,
+    g, known, counts, settings, numbers, scope, scopes, SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates of what the rules leave of ``factor`` times the update."""
+    """What the rules leave of one scope's update: its coordinates, of which the first is its scale. The other numbers
+    of the scope are stored."""
     lanes = tl.arange(0, SIZE)
-    wanted = update * factor
-    if BOUNDED:
-        length = norm(g, tl.where(lanes == BEFORE, 1.0, 0.0).to(tl.float64))
-        least = LEAST * tl.sqrt(tl.load(counts + scope))
-        bound = tl.load(settings) * tl.where(length < least, least, length)
-        wanted = wanted * clip(norm(g, wanted), bound)
+    of_rows = lengths(g)
+    length, before = at(of_rows, lanes, UPDATE), at(of_rows, lanes, BEFORE)
+    update = tl.where(lanes == UPDATE, 1.0, 0.0).to(tl.float64)
+    wanted = update
     if SOURCE_COUNT > 0:
-        wanted = -projected(g, -wanted, ROWS - SOURCE_COUNT, SOURCE_COUNT, SIZE)
-    return wanted
+        wanted = -projected(g, of_rows, -wanted, SOURCES, SOURCE_COUNT, SIZE)
+    wanted, left, ceiling = extent(g, of_rows, wanted)
+    factor = tl.full([], 1.0, tl.float64)
+    if BOUNDED:
+        least = LEAST * tl.sqrt(tl.load(counts + scope))
+        bound = tl.load(settings) * tl.where(before < least, least, before)
+        factor = clip(tl.where(length > ceiling, length, ceiling), bound)
+        factor = tl.where(known & (factor >= FACTOR), factor, 0.0)
+    left = tl.where(known, left * factor, 0.0 if BOUNDED else float("nan"))
+    tl.store(numbers + scopes + scope, factor)
+    tl.store(numbers + 2 * scopes + scope, length)
+    tl.store(numbers + 3 * scopes + scope, left)
+    return tl.where(known, wanted, update) * factor
 
 
-# What the update is multiplied by may begin anywhere; that must not be a reason to compile anew.
-@triton.jit(do_not_specialize=["scopes"], do_not_specialize_on_alignment=["scales"])
+@triton.jit
+def scope_is_finite(values, SIZE: tl.constexpr):
+    """Whether all of ``values`` [SIZE, SIZE] are finite."""
+    wrong = tl.where((values == values) & (tl.abs(values) != float("inf")), 0, 1)
+    return tl.sum(tl.sum(wrong, axis=1), axis=0) == 0
+
+
+@triton.jit(do_not_specialize=["scopes"])
 def limit(
-    gram, scales, counts, settings, wanteds, scopes, ROWS: tl.constexpr, SIZE: tl.constexpr,
-    SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    gram, counts, settings, coefficients, numbers, scopes, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """What the rules leave of one scope's update.
 
     Args:
         gram: float64 [scopes, ROWS, ROWS], of the update's span.
-        scales: float64 [scopes], what the update is multiplied by first.
         counts: float64 [scopes], how many numbers there are.
         settings: float64, the bound relative to the parameters' length, with BOUNDED.
-        wanteds: float64 [scopes, ROWS], coordinates.
+        coefficients: float64 [scopes, ROWS], of the parameters after the base's step, those before it, and sources.
+        numbers: float64 [4, scopes]: scale of the update, factor of the bound, length of the update, and what is left
+            of it.
         SOURCE_COUNT: how many rows at the end are sources that the update must not conflict with.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
-    update = tl.where(lanes == UPDATE, 1.0, 0.0).to(tl.float64)
-    wanted = limited(g, update, tl.load(scales + scope), counts, settings, scope, ROWS, SIZE, SOURCE_COUNT, BOUNDED)
-    wanted = tl.where(is_finite(gram, scopes * ROWS * ROWS, BLOCK), wanted, update)
-    tl.store(wanteds + scope * ROWS + lanes, wanted, mask=lanes < ROWS)
+    known = scope_is_finite(g, SIZE)
+    wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
+    scale = at(wanted, lanes, UPDATE)
+    tl.store(numbers + scope, scale)
+    wanted = tl.where(lanes == BEFORE, 1.0 - scale, wanted)
+    tl.store(coefficients + scope * ROWS + lanes, wanted, mask=lanes < ROWS)
 
 
-@triton.jit(do_not_specialize=["scopes"], do_not_specialize_on_alignment=["scales"])
+@triton.jit(do_not_specialize=["scopes"])
 def limit_unmade(
-    step, products, scales, counts, settings, factors, pulls, scopes, STEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
-    SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    step, products, counts, settings, pulls, numbers, scopes, STEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """The same for an update that was not made yet.
 
@@ -240,40 +260,30 @@ def limit_unmade(
         step: float64 [scopes, STEP_ROWS, STEP_ROWS], of the step's span.
         products: float64 [scopes, 2 + SOURCE_COUNT], of the update and of the parameters with themselves, and of the
             update with each source.
-        factors: float64 [scopes], what the update is to be multiplied by.
-        pulls: float64 [scopes, STEP_ROWS], in the step's span what is to be added to it, with sources.
+        pulls: float64 [scopes, STEP_ROWS], in the step's span what is to be added to the update, with sources.
         ROWS: of the update's span.
 
     The others are those of ``limit``.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
-    first: tl.constexpr = ROWS - SOURCE_COUNT
     i, j = lanes[:, None], lanes[None, :]
-    known = products + scope * (2 + SOURCE_COUNT)
+    own = products + scope * (2 + SOURCE_COUNT)
     # With the update stands each source's product, and beside the sources what the step has of them.
     row, column = tl.minimum(i, j), tl.maximum(i, j)
-    crossed = (row == UPDATE) & (column >= first) & (column < ROWS)
-    g = tl.load(known + 2 + column - first, mask=crossed, other=0.0)
-    g += tl.where((i == UPDATE) & (j == UPDATE), tl.load(known), 0.0)
-    if BOUNDED:
-        g += tl.where((i == BEFORE) & (j == BEFORE), tl.load(known + 1), 0.0)
-    sources = (row >= first) & (column < ROWS)
-    entry = scope * STEP_ROWS * STEP_ROWS + (i - first + SOURCES) * STEP_ROWS + j - first + SOURCES
-    g += tl.load(step + entry, mask=sources, other=0.0)
+    crossed = (row == UPDATE) & (column >= SOURCES) & (column < ROWS)
+    g = tl.load(own + column, mask=crossed, other=0.0)
+    g += tl.where((i == UPDATE) & (j == UPDATE), tl.load(own), 0.0)
+    g += tl.where((i == BEFORE) & (j == BEFORE), tl.load(own + 1), 0.0)
+    sources = (row >= SOURCES) & (column < ROWS)
+    g += tl.load(step + scope * STEP_ROWS * STEP_ROWS + i * STEP_ROWS + j, mask=sources, other=0.0)
 
-    update = tl.where(lanes == UPDATE, 1.0, 0.0).to(tl.float64)
-    wanted = limited(g, update, tl.load(scales + scope), counts, settings, scope, ROWS, SIZE, SOURCE_COUNT, BOUNDED)
-    keep = is_finite(products, scopes * (2 + SOURCE_COUNT), BLOCK)
+    known = scope_is_finite(g, SIZE)
+    wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
+    tl.store(numbers + scope, at(wanted, lanes, UPDATE))
     if SOURCE_COUNT > 0:
-        keep = keep & is_finite(step, scopes * STEP_ROWS * STEP_ROWS, BLOCK)
-    wanted = tl.where(keep, wanted, update)
-    tl.store(factors + scope + 0 * lanes, wanted, mask=lanes == UPDATE)
-    if SOURCE_COUNT > 0:
-        place = lanes - first + SOURCES
-        is_source = (lanes >= first) & (lanes < ROWS)
         row_of = pulls + scope * STEP_ROWS
-        tl.store(row_of + place, wanted, mask=is_source)
+        tl.store(row_of + lanes, wanted, mask=(lanes >= SOURCES) & (lanes < ROWS))
         # Rows of the step that are no sources: those before them, and what a regularizer adds.
         for other in tl.static_range(STEP_ROWS):
             if other < SOURCES or other >= SOURCES + SOURCE_COUNT:
