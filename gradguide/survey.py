@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide import ops
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller
+from gradguide.naming import Names
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.fixed import FixedProducts
 from gradguide.ops.tensors import Interned
@@ -102,16 +103,14 @@ class Surveyor:
 
     Args:
         scope: see :class:`gradguide.GradGuide`.
-        names: parameter to name.
+        names: of the base's parameters.
         sources: all that are asked anything.
         told: options that must be the same on all ranks.
         backend: see :class:`gradguide.GradGuide`.
     """
 
-    def __init__(
-        self, scope: Scope, names: Mapping[Tensor, str], sources: Sequence[Source], told: object, backend: str
-    ) -> None:
-        self.names = dict(names)
+    def __init__(self, scope: Scope, names: Names, sources: Sequence[Source], told: object, backend: str) -> None:
+        self.known = names
         self._scope = dict(scope.items()) if isinstance(scope, Mapping) else scope
         self._told = told
         self._backend = backend
@@ -123,6 +122,11 @@ class Surveyor:
         # A copy has parameters of its own, and looks at everything anew.
         return {**vars(self), "_last": None}
 
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Parameter to name, as far as names were looked up."""
+        return self.known.found
+
     def ask(self, sources: Sequence[Source]) -> None:
         """Ask these sources from now on, which match the parameters that have names."""
         self.sources = sources
@@ -133,6 +137,11 @@ class Surveyor:
         self._ranks = Ranks()
         self._products = FixedProducts()
         self._last = None
+
+    def rename(self, names: Names, base: Optimizer) -> None:
+        """Use these names from now on; sources that match them must be asked next."""
+        self.known = names
+        self.follow(base)
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -190,6 +199,7 @@ class Surveyor:
 
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; the name stays with the place."""
+        self.known.of(p for group in base.param_groups for p in group["params"])
         if not self.names:
             return
         for index, group in enumerate(base.param_groups):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.naming import named
+from gradguide.naming import Names, NamesLike, model_names
 from gradguide.sharding import check_divided, layout_of, local, several_ranks, spread
 from gradguide.sources.gradients import plain_gradients, sharded_gradients
 
@@ -29,15 +29,17 @@ _STORAGE = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Batch], loss: Loss, curvature: bool | Loss, dtype: torch.dtype
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    curvature: bool | Loss,
+    dtype: torch.dtype,
+    names: NamesLike | None = None,
 ) -> tuple[Table, Table | None, Table | None, dict[str, Any]]:
     """Mean gradient, Fisher information and anchor by name, and metadata; see ``SourceGradient.capture``."""
     if dtype not in _STORAGE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _STORAGE))}, found {dtype}")
-    trained = named((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    parameters = {name: p for p, name in trained.items()}
-    if not parameters:
-        raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
+    parameters = _captured(model, names)
     check_divided(parameters.values())
     total = _Total(list(parameters.values()), square=curvature is not False)
     sharded = any(layout_of(p) is not None for p in total.parameters)
@@ -63,6 +65,22 @@ def measure(
     table = dict(zip(parameters, (g.to(dtype) for g in gradient), strict=True))
     _warn_of_zero(table)
     return table, fisher, anchor, _metadata(model, total, curvature)
+
+
+def _captured(model: nn.Module, names: NamesLike | None) -> Table:
+    """Return the trained parameters by name, in the model's order; only those in ``names`` if it is given."""
+    trained = {name: p for name, p in model_names(model).items() if p.requires_grad}
+    if not trained:
+        raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
+    if names is None:
+        return trained
+    chosen = {name: p for p, name in Names(names).of(trained.values()).items()}
+    if not chosen:
+        raise ValueError(
+            f"names hold none of the {len(trained)} parameters of the model that require a gradient (such as "
+            f"{next(iter(trained))}): give names of this model, as lora_parameters(model) or model.named_parameters()"
+        )
+    return chosen
 
 
 class _Total:

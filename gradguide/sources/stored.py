@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradguide.naming import NamesLike
 from gradguide.ops.codes import GROUP, decode, encode
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
@@ -98,6 +100,7 @@ class SourceGradient:
         *,
         curvature: bool | Callable[[nn.Module, Any], Tensor] = True,
         dtype: torch.dtype | None = None,
+        names: NamesLike | None = None,
     ) -> SourceGradient:
         """Capture the mean gradient over source data at the model's present parameters.
 
@@ -105,7 +108,7 @@ class SourceGradient:
         were. Under ``torch.distributed`` every rank gives its share of the data and gets the same answer.
 
         Args:
-            model: only parameters with ``requires_grad`` are captured.
+            model: only parameters with ``requires_grad`` are captured, and of these only those in ``names``.
             batches: tensors, mappings or sequences of tensors; the first tensor's first dimension counts examples.
                 Curvature wants small batches (1 to 16): a batch's gradient says the less of F the larger the batch.
             loss: ``loss(model, batch)``, the mean over the batch's examples, a scalar.
@@ -115,6 +118,9 @@ class SourceGradient:
                 False keeps s0 alone.
             dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64; of s0 alone, with
                 ``curvature=False``, also torch.int8 (see :meth:`quantized`).
+            names: what to capture, in any form that :class:`gradguide.GradGuide` takes; None captures every trained
+                parameter. Give the same to both, as ``names=lora_parameters(model)``, which leaves out the head that
+                PEFT trains beside an adapter.
 
         Returns:
             The captured source.
@@ -130,7 +136,7 @@ class SourceGradient:
         if dtype == torch.int8 and curvature is not False:
             raise ValueError("dtype=torch.int8 keeps s0 alone; give curvature=False, or dtype=torch.bfloat16")
         stored = torch.float32 if dtype in (None, torch.int8) else dtype
-        gradient, fisher, anchor, metadata = measure(model, batches, loss, curvature, stored)
+        gradient, fisher, anchor, metadata = measure(model, batches, loss, curvature, stored, names)
         source = cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
         return source.quantized() if dtype == torch.int8 else source
 
@@ -189,6 +195,20 @@ class SourceGradient:
         anchor = self._tables["anchor"]
         held = stiffness(self._tables["fisher"], anchor)
         return self._kept_alike(SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata))
+
+    def renamed(self, names: Mapping[str, str]) -> SourceGradient:
+        """Return the same source under other names, with the same tensors.
+
+        Args:
+            names: present name to new name; names outside it stay.
+        """
+        source = copy.copy(self)
+        source._tables = {
+            label: {names.get(name, name): tensor for name, tensor in table.items()}
+            for label, table in self._tables.items()
+        }
+        source._lists = {}
+        return source
 
     def quantized(self) -> SourceGradient:
         """The same source in 8 bits, with a float32 scale for every 128 numbers: 1.03 bytes per number.
