@@ -178,13 +178,19 @@ def test_what_is_no_collection(wrong: object) -> None:
 def test_a_model_is_read_when_a_parameter_is_new() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     names = Names(model)
-    first = model[0].weight
+    first: Tensor = model.get_parameter("0.weight")
     assert names.found == {}
     assert names.of([first]) == {first: "0.weight"}
     model.append(nn.Linear(2, 1, bias=False))
-    model[0].weight = nn.Parameter(torch.ones(2, 2))
-    assert names.of(model.parameters()) == {model[0].weight: "0.weight", model[1].weight: "1.weight"}
-    assert names.reachable() == {"0.weight": model[0].weight, "1.weight": model[1].weight}
+    model.get_submodule("0").weight = nn.Parameter(torch.ones(2, 2))
+    assert names.of(model.parameters()) == {
+        model.get_parameter("0.weight"): "0.weight",
+        model.get_parameter("1.weight"): "1.weight",
+    }
+    assert names.reachable() == {
+        "0.weight": model.get_parameter("0.weight"),
+        "1.weight": model.get_parameter("1.weight"),
+    }
 
 
 def test_a_parameter_that_is_in_no_model_is_looked_up_once() -> None:
@@ -214,10 +220,10 @@ def test_a_model_is_neither_kept_alive_nor_copied() -> None:
 
 def test_some_of_a_model_s_parameters_are_found_again_and_no_others() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
-    some = NamedParameters([("0.weight", model[0].weight)], model)
+    some = NamedParameters([("0.weight", model.get_parameter("0.weight"))], model)
     names = Names(some)
-    model[0].weight = nn.Parameter(torch.ones(2, 2))  # as fully_shard does it
-    assert names.of(model.parameters()) == {model[0].weight: "0.weight"}
+    model.get_submodule("0").weight = nn.Parameter(torch.ones(2, 2))  # as fully_shard does it
+    assert names.of(model.parameters()) == {model.get_parameter("0.weight"): "0.weight"}
     assert set(names.reachable()) == {"0.weight", "1.weight"}
     for plain in (copy.deepcopy(some), pickle.loads(pickle.dumps(some))):
         assert type(plain) is list
@@ -226,7 +232,7 @@ def test_some_of_a_model_s_parameters_are_found_again_and_no_others() -> None:
 
 def test_names_given_later_are_added_and_come_first() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
-    a, b = model[0].weight, model[1].weight
+    a, b = model.parameters()
     names = Names([("a", a)])
     assert names.merged({"b": b}).of([a, b]) == {a: "a", b: "b"}
     assert names.merged([("c", a)]).of([a, b]) == {a: "c"}

@@ -160,7 +160,8 @@ class WithModule(nn.Module):
         self.module = nn.Linear(3, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.module(x)
+        result: Tensor = x @ self.weight.T + self.module(x)
+        return result
 
 
 def test_a_submodule_called_module_keeps_its_name_also_under_ddp() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 
 from gradguide import Alignment, GradGuide, SourceGradient
@@ -42,7 +42,7 @@ def guide(parameters: Any, **options: Any) -> GradGuide:
     return GradGuide(SGD(parameters, lr=0.1), direction=None, magnitude=None, **options)
 
 
-def pulled(optimizer: GradGuide, source: SourceGradient, names: dict[Tensor, str]) -> None:
+def pulled(optimizer: GradGuide, source: SourceGradient, names: Mapping[nn.Parameter, str]) -> None:
     """Take a step, and check that each named parameter is pulled by its own entry, and others by nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
@@ -79,8 +79,10 @@ def test_capture_takes_what_names_hold_and_what_is_trained() -> None:
         return SourceGradient.capture(model, batches, lambda m, b: m(b).sum(), curvature=False, names=names).names()
 
     assert capture(None) == ["0.weight", "2.weight"]
-    assert capture({"2.weight": model[2].weight, "1.weight": model[1].weight}) == ["2.weight"]
-    assert capture([("mine", model[2].weight), ("other", nn.Parameter(torch.ones(1)))]) == ["mine"]
+    assert capture({"2.weight": model.get_parameter("2.weight"), "1.weight": model.get_parameter("1.weight")}) == [
+        "2.weight"
+    ]
+    assert capture([("mine", model.get_parameter("2.weight")), ("other", nn.Parameter(torch.ones(1)))]) == ["mine"]
     with pytest.raises(ValueError, match=r"names hold none of the 2 parameters .*such as 0\.weight"):
         capture(model_of(3))
     with pytest.raises(ValueError, match="names hold none of the 2 parameters"):
@@ -94,13 +96,13 @@ def test_capture_of_some_leaves_the_gradients_of_all() -> None:
     held = [torch.full((3, 3), 7.0), torch.full((3, 3), 8.0)]
     for p, g in zip(model.parameters(), held, strict=True):
         p.grad = g
-    names = [("1.weight", model[1].weight)]
+    names = [("1.weight", model.get_parameter("1.weight"))]
     source = SourceGradient.capture(
         model, [torch.ones(2, 3)], lambda m, b: m(b).sum() / 2, curvature=False, names=names
     )
-    wanted = torch.outer(torch.ones(3), model[0].weight.detach() @ torch.ones(3))
+    wanted = torch.outer(torch.ones(3), model.get_parameter("0.weight").detach() @ torch.ones(3))
     torch.testing.assert_close(
-        source.row(["1.weight"], [model[1].weight.detach()]).value(0, torch.float32), wanted.view(-1)
+        source.row(["1.weight"], [model.get_parameter("1.weight").detach()]).value(0, torch.float32), wanted.view(-1)
     )
     for p, g in zip(model.parameters(), held, strict=True):
         assert p.grad is g
@@ -122,8 +124,8 @@ def test_i35_a_group_added_later_has_the_names_of_the_model() -> None:
     model = model_of(3)
     source = source_of(model)
     optimizer = guide(model[0].parameters(), names=model)
-    optimizer.add_param_group({"params": [model[1].weight]})
-    optimizer.add_param_group({"params": model[2].weight})
+    optimizer.add_param_group({"params": [model.get_parameter("1.weight")]})
+    optimizer.add_param_group({"params": model.get_parameter("2.weight")})
     optimizer.set_alignment(pull(source))
     pulled(optimizer, source, {p: name for name, p in model.named_parameters()})
 
@@ -133,7 +135,7 @@ def test_i35_a_layer_added_to_the_model_later_has_a_name() -> None:
     optimizer = guide(model.parameters(), names=model)
     model.append(nn.Linear(3, 3, bias=False))
     source = source_of(model)
-    optimizer.add_param_group({"params": [model[1].weight]})
+    optimizer.add_param_group({"params": [model.get_parameter("1.weight")]})
     optimizer.set_alignment(pull(source))
     pulled(optimizer, source, {p: name for name, p in model.named_parameters()})
 
@@ -142,9 +144,9 @@ def test_a_group_that_a_source_lacks_is_refused_with_nothing_changed() -> None:
     model = model_of(2)
     optimizer = guide(model[0].parameters(), names=model, alignment=pull(source_of(model[:1])))
     with pytest.raises(ValueError, match=r"1 missing from the source \(1\.weight\).*not n\.startswith\('1\.'\)"):
-        optimizer.add_param_group({"params": [model[1].weight]})
+        optimizer.add_param_group({"params": [model.get_parameter("1.weight")]})
     assert len(optimizer.param_groups) == 1
-    pulled(optimizer, source_of(model[:1]), {model[0].weight: "0.weight"})
+    pulled(optimizer, source_of(model[:1]), {model.get_parameter("0.weight"): "0.weight"})
 
 
 def test_i35_parameters_that_were_replaced_are_found_by_the_model() -> None:
@@ -154,7 +156,7 @@ def test_i35_parameters_that_were_replaced_are_found_by_the_model() -> None:
 
     def replaced() -> list[nn.Parameter]:
         for layer in model:
-            layer.weight = nn.Parameter(layer.weight.detach().clone())
+            layer.weight = nn.Parameter(layer.get_parameter("weight").detach().clone())
         return list(model.parameters())
 
     optimizer = guide(replaced(), alignment=pull(source), names=model)
