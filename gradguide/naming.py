@@ -1,66 +1,216 @@
-"""Parameter names, the same with and without the prefixes that wrappers put before them."""
+"""Parameter names: what may be given as ``names``, and one name for a parameter under all wrappers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import weakref
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["NamesLike", "canonical", "carried", "module_of", "named"]
+__all__ = [
+    "NamedParameters",
+    "Names",
+    "NamesLike",
+    "adapter_of",
+    "canonical_names",
+    "carried",
+    "model_names",
+    "module_of",
+    "named",
+    "without_adapter",
+]
 
 NamesLike: TypeAlias = (
-    Mapping[Tensor, str] | Mapping[nn.Parameter, str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+    nn.Module
+    | Mapping[Tensor, str]
+    | Mapping[nn.Parameter, str]
+    | Mapping[str, Tensor]
+    | Mapping[str, nn.Parameter]
+    | Iterable[tuple[str, Tensor]]
+    | Iterable[tuple[str, nn.Parameter]]
 )
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_DDP = "module."
+# PEFT puts the adapter's name behind one of these.
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_\w+|ia3_l|modules_to_save|trainable_tokens_delta)\.([^.]+)(?=\.|$)")
 
 
-def canonical(name: str) -> str:
-    """The name without what DDP, FSDP, activation checkpointing and torch.compile add to it."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
+def canonical_names(names: Sequence[str], taken: Container[str] = ()) -> list[str]:
+    """Return the names without what DDP, FSDP, activation checkpointing and torch.compile add to them.
+
+    DDP puts ``module.`` before every name. So it is removed where all names begin with it, and kept otherwise: then a
+    submodule has that name. It is kept too where a name without it would be in ``taken``.
+    """
+    found = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    while found and all(name.startswith(_DDP) for name in found):
+        shorter = [name.removeprefix(_DDP) for name in found]
+        if any(name in taken for name in shorter):
+            break
+        found = shorter
+    return found
 
 
 def module_of(name: str) -> str:
-    """The module a parameter belongs to; the parts of one layer's LoRA adapter belong to that layer together."""
+    """Return the module that a parameter belongs to; all parts of one layer's LoRA adapter belong to that layer."""
     before, found, _ = name.partition(".lora_")
     return before if found else name.rpartition(".")[0]
 
 
-def named(names: NamesLike) -> dict[Tensor, str]:
-    """Parameter to canonical name, from (name, parameter) pairs or a mapping either way round.
+def adapter_of(name: str) -> str | None:
+    """Return the name of the PEFT adapter that a parameter belongs to, or None if it belongs to none."""
+    found = _ADAPTER.search(name)
+    return found[1] if found else None
+
+
+def without_adapter(name: str) -> str:
+    """Return the name without its adapter's name and without a leading ``module.``, to compare names of two models."""
+    while name.startswith(_DDP):
+        name = name.removeprefix(_DDP)
+    found = _ADAPTER.search(name)
+    return name if found is None else name[: found.start(1) - 1] + name[found.end(1) :]
+
+
+class NamedParameters(list[tuple[str, nn.Parameter]]):
+    """Pairs of some of a model's parameters, with a weak reference to the model.
+
+    By the model, parameters that replace these are found under the same names, and so are the frozen weights that
+    identify the base model. A copy or a pickle is a plain list.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, nn.Parameter]], model: nn.Module) -> None:
+        super().__init__(pairs)
+        self.model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+class Names:
+    """Names of an optimizer's parameters.
+
+    Pairs are kept as given. A model is read when names are needed, so that parameters which replaced others after it
+    was given (``fully_shard``, a new adapter) have names too. It is referenced weakly, so that the optimizer neither
+    keeps its frozen weights alive nor copies them: a copy or a pickle has the names that were found by then.
+
+    Attributes:
+        found: parameter to canonical name, for all pairs given and all parameters that were looked up in a model.
+    """
+
+    def __init__(self, given: NamesLike | None = None) -> None:
+        self.found: dict[Tensor, str] = {}
+        # Each model, with the names that count (None: all of them).
+        self._models: list[tuple[weakref.ref[nn.Module], frozenset[str] | None]] = []
+        self._absent: set[Tensor] = set()  # looked up, and in no model; with a new Names they are looked up again
+        self._add(given)
+
+    def merged(self, given: NamesLike | None) -> Names:
+        """Return these names and those of ``given`` together; a parameter in both has the name of ``given``.
+
+        Raises:
+            TypeError, ValueError: see ``named``. These names stay as they are.
+        """
+        result = Names()
+        result.found = dict(self.found)
+        result._models = list(self._models)
+        result._add(given)
+        return result
+
+    def of(self, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
+        """Return the names of those of the parameters that have one; models are read if a parameter is new here."""
+        wanted = list(parameters)
+        unknown = {p for p in wanted if p not in self.found and p not in self._absent}
+        if unknown:
+            for model, names in self._read():
+                chosen = {p: name for name, p in model.items() if p in unknown and (names is None or name in names)}
+                self.found.update(chosen)
+                unknown -= chosen.keys()
+            self._absent |= unknown
+        return {p: self.found[p] for p in wanted if p in self.found}
+
+    def reachable(self) -> dict[str, Tensor]:
+        """Return every parameter that can be found by name, frozen ones and those outside the names included."""
+        result = {name: p for p, name in self.found.items()}
+        for model, _ in self._read():
+            result |= model
+        return result
+
+    def _add(self, given: NamesLike | None) -> None:
+        if given is None:
+            return
+        if isinstance(given, nn.Module):
+            self._models.insert(0, (weakref.ref(given), None))
+            self.found.update({p: name for name, p in model_names(given).items() if p in self.found})
+            return
+        pairs = named(given, self.found)
+        if isinstance(given, NamedParameters):
+            self._models.insert(0, (given.model, frozenset(pairs.values())))
+        self.found.update(pairs)
+
+    def _read(self) -> list[tuple[dict[str, Tensor], frozenset[str] | None]]:
+        models = [(model(), names) for model, names in self._models]
+        return [(model_names(model), names) for model, names in models if model is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"found": self.found, "_models": [], "_absent": set()}
+
+
+def model_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model by canonical name, in its order; a shared one under its first name."""
+    pairs = list(model.named_parameters())
+    return dict(zip(canonical_names([name for name, _ in pairs]), (p for _, p in pairs), strict=True))
+
+
+def named(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
+    """Return parameter to canonical name, from a model, (name, parameter) pairs, or a mapping either way round.
+
+    Args:
+        names: read once.
+        others: names that other parameters have; see ``taken`` of ``canonical_names``.
 
     Raises:
         TypeError: an entry is not a parameter and its name.
         ValueError: one name for two parameters.
     """
-    pairs: Iterable[object] = names.items() if isinstance(names, Mapping) else names
-    result: dict[Tensor, str] = {}
-    taken: dict[str, Tensor] = {}
-    for pair in pairs:
-        match pair:
+    if isinstance(names, nn.Module):
+        return {p: name for name, p in model_names(names).items()}
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names must be a model, pairs as of model.named_parameters(), or a mapping, found {names!r}")
+    entries: Iterable[object] = names.items() if isinstance(names, Mapping) else names
+    pairs: list[tuple[str, Tensor]] = []
+    for entry in entries:
+        match entry:
             case (str() as name, Tensor() as parameter) | (Tensor() as parameter, str() as name):
-                name = canonical(name)
+                pairs.append((name, parameter))
             case _:
                 raise TypeError(
-                    f"names must pair parameters with their names, as model.named_parameters() does, found {pair!r}"
+                    f"names must pair parameters with their names, as model.named_parameters() does, found {entry!r}"
                 )
-        if taken.setdefault(name, parameter) is not parameter:
-            raise ValueError(f"names must be unique, found {name!r} for two parameters")
-        result.setdefault(parameter, name)
-    return result
+    given = [name for name, _ in pairs]
+    parameters = [p for _, p in pairs]
+    present = set(parameters)
+    if not isinstance(names, NamedParameters):  # those are canonical within their model
+        given = canonical_names(given, {name for p, name in (others or {}).items() if p not in present})
+    return _unique(given, parameters)
 
 
-def carried(groups: Iterable[dict[str, Any]]) -> dict[Tensor, str]:
-    """Names that param groups carry themselves: torch keeps them when an optimizer is given named parameters."""
-    known: dict[Tensor, str] = {}
+def carried(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """Return the pairs that param groups hold: torch keeps names when an optimizer is given named parameters."""
+    known: list[tuple[str, Tensor]] = []
     for group in groups:
         parameters = group["params"]
         pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
-        for pair in pairs:
-            if isinstance(pair, tuple):
-                known[pair[1]] = canonical(pair[0])
+        known += [pair for pair in pairs if isinstance(pair, tuple)]
     return known
+
+
+def _unique(names: Iterable[str], parameters: Iterable[Tensor]) -> dict[Tensor, str]:
+    result: dict[Tensor, str] = {}
+    owners: dict[str, Tensor] = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        if owners.setdefault(name, parameter) is not parameter:
+            raise ValueError(f"names must be unique, found {name!r} for two parameters")
+        result.setdefault(parameter, name)
+    return result

@@ -20,7 +20,7 @@ from gradguide.guidance import Guidance
 from gradguide.history import History
 from gradguide.metrics import Record, read
 from gradguide.momentum import check_momentum
-from gradguide.naming import NamesLike, carried, named
+from gradguide.naming import Names, NamesLike, carried
 from gradguide.objective import evaluate
 from gradguide.ops import check_backend
 from gradguide.resharded import find_sharded
@@ -28,7 +28,7 @@ from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.objective import Regularizer
-from gradguide.sources.match import check_match
+from gradguide.sources.match import match_sources
 from gradguide.sources.source import Source
 from gradguide.survey import Surveyor
 from gradguide.wrapper import Wrapper
@@ -68,9 +68,11 @@ class GradGuide(Wrapper):
             ``gradguide.integrations.peft.lora_scopes`` gives; it is read once.
         regularizer: terms on the gradient, added to the loss exactly and not to first order, or None; needs
             ``step(closure)``.
-        names: ``model.named_parameters()``, or a mapping between parameters and names, for the parameters that the
-            source speaks of; others are guided without it. Not needed if the base was given named parameters. Names and
-            scopes may be taken before ``fully_shard`` or after it.
+        names: the parameters that the source is for; others are guided without it. A model, pairs such as
+            ``model.named_parameters()`` or ``gradguide.integrations.peft.lora_parameters(model)``, or a mapping between
+            parameters and names. A model is referenced weakly, and read again when parameters are unknown (after
+            ``fully_shard``, or when a group is added). Not needed if the base was given named parameters.
+            Pairs and scopes may be taken before ``fully_shard`` or after it.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
             ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. The host reads one flag
             per step, except with "skip" on CUDA where the base is fused.
@@ -112,15 +114,14 @@ class GradGuide(Wrapper):
             raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
         if direction is not None and direction.share_momentum:
             check_momentum(base, base.param_groups)
-        known = named(names) if names is not None else carried(base.param_groups)
-        labeller(scope, known)
-        replaced = find_sharded([*known, *(scope if isinstance(scope, Mapping) else ())], base.param_groups)
-        known = {replaced.get(p, p): name for p, name in known.items()}
+        known = Names(names if names is not None else carried(base.param_groups))
+        known.of(p for group in base.param_groups for p in group["params"])
+        replaced = find_sharded([*known.found, *(scope if isinstance(scope, Mapping) else ())], base.param_groups)
+        known.found = {replaced.get(p, p): name for p, name in known.found.items()}
         if isinstance(scope, Mapping):
             scope = {replaced.get(p, p): label for p, label in scope.items()}
-        sources = _sources(alignment, regularizer)
-        if sources:
-            check_match(sources, base.param_groups, known)
+        labeller(scope, known.found)
+        sources = match_sources(_sources(alignment, regularizer), base.param_groups, known)
         super().__init__(base)
         self._nonfinite = nonfinite
         self._regularizer = regularizer
@@ -212,7 +213,10 @@ class GradGuide(Wrapper):
             warnings.warn(message, stacklevel=stacklevel)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base. Parameters whose names are not known are guided without the source.
+        """Add a group to the base. Parameters without a name are guided without the source.
+
+        A parameter has a name if the group pairs it with one, or if it is among the ``names`` given before (of a model:
+        among its parameters by now). :meth:`set_alignment` gives names later.
 
         Raises:
             TypeError: it is no dict, or its parameters are a set.
@@ -229,29 +233,35 @@ class GradGuide(Wrapper):
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
         surveyor = guidance.surveyor
-        known = surveyor.names | carried([param_group])
-        if surveyor.sources:
-            bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
-            check_match(surveyor.sources, [*self.param_groups, {"params": bare}], known)
-        self.base.add_param_group(param_group)
-        surveyor.names = known
-        surveyor.ask(surveyor.sources)
         surveyor.follow(self.base)
+        known = surveyor.known.merged(carried([param_group]))
+        bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
+        asked = _sources(guidance.rules.alignment, self._regularizer)
+        sources = match_sources(asked, [*self.param_groups, {"params": bare}], known)
+        self.base.add_param_group(param_group)
+        surveyor.rename(known, self.base)
+        surveyor.ask(sources)
 
-    def set_alignment(self, alignment: Alignment | None) -> None:
+    def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
         """From the next step on align with other sources, or none. Direction, statistics and the base stay as they are.
 
-        Checkpoints know nothing of sources, so one made before goes on with those that are there when it is loaded.
-        Where parameters lie over ranks, every rank must call it.
+        A checkpoint holds no sources: after loading one, the sources are those of this optimizer. Where parameters lie
+        over ranks, every rank must call it.
+
+        Args:
+            alignment: the options from now on, or None for off.
+            names: as when a GradGuide is made, added to the names that it has. A parameter that has a name already
+                takes the new one.
 
         Raises:
             TypeError, ValueError: as when a GradGuide is made. Nothing is changed.
         """
         check_kind("alignment", alignment, Alignment)
         guidance = self._guidance
-        sources = _sources(alignment, self._regularizer)
-        if sources:
-            check_match(sources, self.param_groups, guidance.surveyor.names)
+        guidance.surveyor.follow(self.base)
+        known = guidance.surveyor.known.merged(names)
+        sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
+        guidance.surveyor.rename(known, self.base)
         guidance.align(alignment, sources)
         self._last = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gradguide.ops.pack import lay_out
 from gradguide.sharding import local
 
-__all__ = ["Randomness", "buffers_kept", "gradients_kept"]
+__all__ = ["Randomness", "buffers_kept", "check_hooks", "gradients_kept", "leaves"]
 
 
 class Randomness:
@@ -77,3 +78,41 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor
         if there:
             with torch.no_grad():
                 torch._foreach_copy_([value for _, _, value in there], copies)
+
+
+def leaves(value: Tensor) -> list[Tensor]:
+    """Return the tensors that ``value.backward()`` would accumulate gradients in, as far as its graph shows them."""
+    if value.grad_fn is None:
+        return [value]
+    found: list[Tensor] = []
+    seen: set[Any] = {value.grad_fn}
+    waiting: list[Any] = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        following = [after for after, _ in node.next_functions if after is not None and after not in seen]
+        seen.update(following)
+        waiting += following
+    return found
+
+
+def check_hooks(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> None:
+    """Raise if a parameter has a hook that another backward pass would set off.
+
+    Such hooks step an optimizer, move gradients elsewhere, or count accumulations.
+
+    Args:
+        parameters: those that the pass may reach.
+        names: of the parameters, as far as they have one; for the message.
+
+    Raises:
+        RuntimeError: one is there.
+    """
+    for parameter in parameters:
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"{names.get(parameter, 'a parameter')} has a hook that runs in backward, after its gradient is "
+                "accumulated (an optimizer that steps in backward, or offloading). The backward pass of a source would "
+                "set it off: remove the hooks before, and register them again after it"
+            )

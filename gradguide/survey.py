@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradguide import ops
 from gradguide.agreement import describe, is_plain
 from gradguide.buckets import Bucket, Label, Scope, gather, labeller, signs_of
+from gradguide.naming import Names
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.tensors import Interned
 from gradguide.ranks import Ranks
@@ -126,21 +127,16 @@ class Surveyor:
 
     Args:
         scope: see :class:`gradguide.GradGuide`.
-        names: parameter to name.
+        names: of the base's parameters.
         sources: all that are asked anything.
         options: all that must be the same on every rank, by name; who changes one calls :meth:`ask`.
         backend: see :class:`gradguide.GradGuide`.
     """
 
     def __init__(
-        self,
-        scope: Scope,
-        names: Mapping[Tensor, str],
-        sources: Sequence[Source],
-        options: Mapping[str, object],
-        backend: str,
+        self, scope: Scope, names: Names, sources: Sequence[Source], options: Mapping[str, object], backend: str
     ) -> None:
-        self.names = dict(names)
+        self.known = names
         self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
         self.options = dict(options)
         self._backend = backend
@@ -153,6 +149,11 @@ class Surveyor:
         # A copy has parameters of its own, and looks at everything anew.
         return {**vars(self), "_last": None}
 
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Parameter to name, as far as names were looked up."""
+        return self.known.found
+
     def ask(self, sources: Sequence[Source]) -> None:
         """Ask these sources from now on, which match the parameters that have names."""
         self.sources = sources
@@ -162,6 +163,11 @@ class Surveyor:
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
         self._last = None
+
+    def rename(self, names: Names, base: Optimizer) -> None:
+        """Use these names from now on; sources that match them must be asked next."""
+        self.known = names
+        self.follow(base)
 
     def survey(self, base: Optimizer) -> Survey | None:
         """The parameters of this step, or None if none has a gradient.
@@ -248,6 +254,7 @@ class Surveyor:
 
     def follow(self, base: Optimizer) -> None:
         """FSDP2 and loaders put other tensors in a parameter's place; name and scope stay with the place."""
+        self.known.of(p for group in base.param_groups for p in group["params"])
         tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
         if not tables:
             return

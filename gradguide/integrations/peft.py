@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gradguide.naming import canonical, module_of
+from gradguide.naming import NamedParameters, model_names, module_of
 
 __all__ = ["lora_parameters", "lora_scopes"]
 
 
-def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every trainable LoRA parameter, in the model's order; fit for ``GradGuide(..., names=...)``.
+def lora_parameters(model: nn.Module) -> NamedParameters:
+    """Return (name, parameter) of every trainable LoRA parameter, in the model's order.
+
+    It is a list for ``names=`` of :class:`gradguide.GradGuide` and of :meth:`gradguide.SourceGradient.capture`. Heads
+    that PEFT trains beside the adapter (``modules_to_save``) are not in it. The list refers to the model, so that a
+    source can compare its base model with this one.
 
     Adapters that are frozen or not active take no part; call it again after adding or unfreezing one.
 
     Raises:
         ValueError: there is none.
     """
-    found = [(canonical(name), p) for name, p in model.named_parameters() if "lora_" in name and p.requires_grad]
+    found = [
+        (name, p)
+        for name, p in model_names(model).items()
+        if isinstance(p, nn.Parameter) and p.requires_grad and any(part.startswith("lora_") for part in name.split("."))
+    ]
     if not found:
         raise ValueError(
             "the model has no trainable LoRA parameter: add an adapter with peft.get_peft_model, or unfreeze one with "
             "model.set_adapter(name)"
         )
-    return found
+    return NamedParameters(found, model)
 
 
 def lora_scopes(model: nn.Module) -> dict[Tensor, str]:
-    """Label of every trainable LoRA parameter: A and B of one layer share one. For ``GradGuide(..., scope=...)``.
+    """Return the label of every trainable LoRA parameter: A and B of one layer share one.
+
+    It is a mapping for ``scope=`` of :class:`gradguide.GradGuide`.
 
     Raises:
         ValueError: there is none.

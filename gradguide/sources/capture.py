@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
@@ -15,9 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.naming import named
+from gradguide.checks import check_choice
+from gradguide.naming import Names, NamesLike, model_names
+from gradguide.second import check_hooks
 from gradguide.sharding import check_divided, layout_of, local, several_ranks, spread
-from gradguide.sources.gradients import plain_gradients, sharded_gradients
+from gradguide.sources.examples import Examples
+from gradguide.sources.gradients import BatchGradient, batch_gradient
+from gradguide.sources.undisturbed import MODES, undisturbed
 
 __all__ = ["Batch", "Loss", "measure"]
 
@@ -29,30 +32,45 @@ _STORAGE = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Batch], loss: Loss, curvature: bool | Loss, dtype: torch.dtype
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    *,
+    curvature: bool | Loss,
+    dtype: torch.dtype,
+    names: NamesLike | None,
+    mode: str,
+    examples: Callable[[Batch], int] | None,
 ) -> tuple[Table, Table | None, Table | None, dict[str, Any]]:
-    """Mean gradient, Fisher information and anchor by name, and metadata; see ``SourceGradient.capture``."""
+    """Return mean gradient, Fisher information and anchor by name, and metadata; see ``SourceGradient.capture``."""
     if dtype not in _STORAGE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _STORAGE))}, found {dtype}")
-    trained = named((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    parameters = {name: p for p, name in trained.items()}
-    if not parameters:
-        raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
+    check_choice("mode", mode, MODES)
+    counted = Examples(examples)
+    parameters = _captured(model, names)
     check_divided(parameters.values())
+    everything = {p: name for name, p in model_names(model).items()}
+    trained = [p for p in everything if p.requires_grad]
+    check_hooks(trained, everything)
     total = _Total(list(parameters.values()), square=curvature is not False)
-    sharded = any(layout_of(p) is not None for p in total.parameters)
-    gradients_of = sharded_gradients if sharded else plain_gradients
-    with _undisturbed(model, parameters.values()):
+
+    def gradient_of(chosen: Loss, batch: Batch, *, index: int, count: int) -> BatchGradient:
+        return batch_gradient(chosen, model, batch, total.parameters, trained, index=index, count=count)
+
+    with undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
-            found = gradients_of(loss, model, batch, total.parameters, index)
+            count = counted.of(batch, index)
+            found = gradient_of(loss, batch, index=index, count=count)
             squared = found
             if callable(curvature):
-                squared = gradients_of(curvature, model, batch, total.parameters, index)
-            total.add(found.examples, found.loss, found.gradients, squared.gradients)
-    if not sharded:  # else each batch was one of all ranks together
+                squared = gradient_of(curvature, batch, index=index, count=count)
+            total.add(found, squared)
+    if not any(layout_of(p) is not None for p in total.parameters):  # else each batch was one of all ranks together
         total.reduce()
     if total.examples == 0:
         raise ValueError("batches must hold at least one example, found none; a generator can be read only once")
+    unreached = [name for name, reached in zip(parameters, total.reached, strict=True) if not reached]
+    _check_reached(unreached, len(parameters))
 
     gradient = total.whole(total.mean())
     fisher = anchor = None
@@ -61,8 +79,24 @@ def measure(
         fisher = dict(zip(parameters, (f.to(dtype) for f in squares), strict=True))
         anchor = dict(zip(parameters, total.whole([local(p.detach()).clone() for p in total.parameters]), strict=True))
     table = dict(zip(parameters, (g.to(dtype) for g in gradient), strict=True))
-    _warn_of_zero(table)
+    _warn_of_zero({name: g for name, g in table.items() if name not in unreached})
     return table, fisher, anchor, _metadata(model, total, curvature)
+
+
+def _captured(model: nn.Module, names: NamesLike | None) -> Table:
+    """Return the trained parameters by name, in the model's order; only those in ``names`` if it is given."""
+    trained = {name: p for name, p in model_names(model).items() if p.requires_grad}
+    if not trained:
+        raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
+    if names is None:
+        return trained
+    chosen = {name: p for p, name in Names(names).of(trained.values()).items()}
+    if not chosen:
+        raise ValueError(
+            f"names hold none of the {len(trained)} parameters of the model that require a gradient (such as "
+            f"{next(iter(trained))}): give names of this model, as lora_parameters(model) or model.named_parameters()"
+        )
+    return chosen
 
 
 class _Total:
@@ -72,18 +106,23 @@ class _Total:
         self.parameters = parameters
         self.examples = 0
         self.loss = 0.0
+        self.reached = [False] * len(parameters)  # by a gradient from autograd in at least one batch
         self._pairs = 0
         self._sums = [torch.zeros_like(local(p), dtype=_wide(p), requires_grad=False) for p in parameters]
         self._squares = [torch.zeros_like(s) for s in self._sums] if square else []
 
-    def add(self, count: int, loss: float, gradients: Sequence[Tensor], squared: Sequence[Tensor]) -> None:
+    def add(self, batch: BatchGradient, squared: BatchGradient) -> None:
+        """Add a batch's mean gradient, and the square of ``squared``, the gradient that counts for the curvature."""
+        count = batch.examples
         self.examples += count
-        self.loss += count * loss
+        self.loss += count * batch.loss
         self._pairs += count * (count - 1)
-        for total, gradient in zip(self._sums, gradients, strict=True):
+        both = zip(self.reached, batch.reached, squared.reached, strict=True)
+        self.reached = [before or (now and too) for before, now, too in both]
+        for total, gradient in zip(self._sums, batch.gradients, strict=True):
             total.add_(gradient.to(total.dtype), alpha=count)
         if self._squares:
-            for total, gradient in zip(self._squares, squared, strict=True):
+            for total, gradient in zip(self._squares, squared.gradients, strict=True):
                 total.addcmul_(gradient.to(total.dtype), gradient.to(total.dtype), value=count**2)
 
     def reduce(self) -> None:
@@ -91,11 +130,12 @@ class _Total:
         if not several_ranks():
             return
         scalars = torch.tensor(
-            [self.examples, self.loss, self._pairs], dtype=torch.float64, device=self._sums[0].device
+            [self.examples, self.loss, self._pairs, *self.reached], dtype=torch.float64, device=self._sums[0].device
         )
         for tensor in (scalars, *self._sums, *self._squares):
             dist.all_reduce(tensor)
-        examples, self.loss, pairs = scalars.tolist()
+        examples, self.loss, pairs, *reached = scalars.tolist()
+        self.reached = [ranks > 0 for ranks in reached]
         self.examples, self._pairs = round(examples), round(pairs)
 
     def whole(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -133,18 +173,22 @@ def _wide(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-@contextmanager
-def _undisturbed(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Eval mode and a private random state inside; each module's own mode and the random state as before after it."""
-    modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _check_reached(unreached: list[str], count: int) -> None:
+    if not unreached:
+        return
+    which = f"{', '.join(unreached[:5])}{' and others' if len(unreached) > 5 else ''}"
+    causes = (
+        "The loss does not use them, or they are inside a reentrant checkpoint whose inputs require no gradient (then "
+        "use use_reentrant=False, or model.enable_input_require_grads())"
+    )
+    if len(unreached) == count:
+        raise ValueError(f"no batch reached any of the {count} captured parameters ({which}). {causes}")
+    warnings.warn(
+        f"no batch reached {len(unreached)} of the {count} captured parameters ({which}): autograd gave them no "
+        f"gradient. They are stored as zero, so the source does not act on them. {causes}. Leave them out with names=",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_of_zero(gradient: Table) -> None:

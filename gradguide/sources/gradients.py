@@ -1,76 +1,124 @@
-"""The gradient of one batch, without touching the gradients that the parameters hold."""
+"""The gradient of one batch, with the gradients that tensors hold left as they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradguide.second import leaves
 from gradguide.sharding import layout_of, local
 
-__all__ = ["Found", "plain_gradients", "sharded_gradients"]
+__all__ = ["BatchGradient", "batch_gradient"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-class Found(NamedTuple):
-    """Number of examples, their mean loss in nats, and the mean gradient for each parameter (of a shard: its part)."""
+class BatchGradient(NamedTuple):
+    """The mean gradient of a batch.
+
+    Attributes:
+        examples: how many the batch has; of shards, the batches of all ranks together.
+        loss: their mean loss, in nats.
+        gradients: one for each parameter, in its shape (of a shard: this rank's part).
+        reached: whether autograd gave that gradient; if not, it is zero.
+    """
 
     examples: int
     loss: float
     gradients: list[Tensor]
+    reached: list[bool]
 
 
-def plain_gradients(loss: Loss, model: nn.Module, batch: Any, parameters: list[Tensor], index: int) -> Found:
-    """Of this process's batch.
+def batch_gradient(
+    loss: Loss,
+    model: nn.Module,
+    batch: Any,
+    parameters: Sequence[Tensor],
+    trained: Sequence[Tensor],
+    *,
+    index: int,
+    count: int,
+) -> BatchGradient:
+    """Return the mean gradient of a batch of ``count`` examples.
+
+    It comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs the hooks
+    by which FSDP2 gathers parameters. FSDP2 averages over ranks. So there the loss is multiplied by the batch's size
+    before, and the average is undone after.
+
+    Args:
+        loss: ``loss(model, batch)``.
+        model: handed to the loss.
+        batch: handed to the loss.
+        parameters: those whose gradients are wanted.
+        trained: all that require a gradient. They hold the same gradients after the call as before. FSDP2 puts other
+            tensors in their place between forward and backward, so they cannot be read from the model here.
+        index: of the batch, for messages.
+        count: how many examples the batch has.
 
     Raises:
         ValueError: the loss is no scalar, has no gradient, or something is not finite.
-        TypeError: the batch's examples cannot be counted.
     """
-    count = _examples(batch)
     value = _checked(loss(model, batch), index)
-    # autograd.grad, not backward: the gradients that the parameters hold stay as they are.
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
+    with _gradients_aside([*trained, *leaves(value)]):
+        (value if mesh is None else value * count).backward()
+        found = [p.grad for p in parameters]
+    reached = [g is not None for g in found]
+    gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
+    if mesh is not None:
+        return _over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
     finite = torch.stack([g.isfinite().all() for g in gradients]).all()
     _check_finite(float(value.detach()), bool(finite), index)
-    return Found(count, float(value.detach()), gradients)
+    return BatchGradient(count, float(value.detach()), gradients, reached)
 
 
-def sharded_gradients(loss: Loss, model: nn.Module, batch: Any, parameters: list[Tensor], index: int) -> Found:
-    """Of the batches of all ranks together, for models whose parameters are sharded by FSDP2.
-
-    FSDP2 gathers parameters and scatters gradients in hooks of ``backward``, and averages over ranks: so the loss is
-    weighted by the batch's size before, and the average undone after.
-    """
-    count = _examples(batch)
-    value = _checked(loss(model, batch), index)
-    mesh = next(layout.mesh for p in parameters if (layout := layout_of(p)) is not None)
-    groups = mesh.get_all_groups()
-    held = [p.grad for p in parameters]
+@contextmanager
+def _gradients_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Without gradients inside; afterwards each tensor has the very gradient that it had before."""
+    held = {tensor: tensor.grad for tensor in tensors if tensor.requires_grad}
     try:
-        for p in parameters:
-            p.grad = None
-        (value * count).backward()
-        gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad).detach() for p in parameters]
+        for tensor in held:
+            tensor.grad = None
+        yield
     finally:
-        for p, gradient in zip(parameters, held, strict=True):
-            p.grad = gradient
-    gradients = [
+        for tensor, gradient in held.items():
+            tensor.grad = gradient
+
+
+def _dense(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(local(parameter), requires_grad=False)
+    gradient = local(gradient).detach()
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def _over_ranks(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    reached: list[bool],
+    mesh: Any,
+    count: int,
+    loss: float,
+    index: int,
+) -> BatchGradient:
+    """Return the mean over the batches of all ranks, from sums that are averaged already where parameters lie apart."""
+    groups = mesh.get_all_groups()
+    sums = [
         g * mesh.size() if layout_of(p) is not None else _summed(g.clone(), groups)
         for p, g in zip(parameters, gradients, strict=True)
     ]
-    wrong = sum(int(not bool(g.isfinite().all())) for g in gradients)
-    told = [count, count * float(value.detach()), wrong]
-    numbers = torch.tensor(told, dtype=torch.float64, device=gradients[0].device)
-    examples, total, bad = _summed(numbers, groups).tolist()
+    wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
+    numbers = torch.tensor([count, count * loss, wrong, *reached], dtype=torch.float64, device=sums[0].device)
+    examples, total, bad, *times = _summed(numbers, groups).tolist()
     _check_finite(total / examples, bad == 0, index)
-    return Found(round(examples), total / examples, [g / examples for g in gradients])
+    mean = [g / examples for g in sums]
+    return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
 
 
 def _summed(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
@@ -84,7 +132,10 @@ def _checked(value: object, index: int) -> Tensor:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")
     if not value.requires_grad:
-        raise ValueError(f"the loss of batch {index} has no gradient: it was detached, or made under no_grad")
+        raise ValueError(
+            f"the loss of batch {index} has no gradient: it was detached, or made under no_grad, or all that is "
+            "trained is inside a reentrant checkpoint whose inputs require no gradient"
+        )
     return value.reshape(())
 
 
@@ -94,23 +145,3 @@ def _check_finite(loss: float, finite: bool, index: int) -> None:
             f"batch {index} has a loss of {loss} and gradients that are {'' if finite else 'not '}finite; "
             "nothing was captured"
         )
-
-
-def _examples(batch: Any) -> int:
-    """Number of examples: the first dimension of the first tensor found."""
-    if isinstance(batch, Tensor) and batch.dim() > 0:
-        return batch.shape[0]
-    if isinstance(batch, Mapping):
-        return _first(batch.values(), batch)
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return _first(batch, batch)
-    raise TypeError(f"a batch must be a tensor, or a mapping or sequence of tensors, found {type(batch).__name__}")
-
-
-def _first(items: Iterable[object], batch: object) -> int:
-    for item in items:
-        if isinstance(item, Tensor) and item.dim() > 0:
-            return item.shape[0]
-    raise TypeError(
-        f"a batch must hold a tensor whose first dimension counts examples, found {type(batch).__name__} without"
-    )

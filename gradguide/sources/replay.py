@@ -12,7 +12,7 @@ from torch import Tensor
 from gradguide.checks import check_steps
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
-from gradguide.second import Randomness, buffers_kept, gradients_kept
+from gradguide.second import Randomness, buffers_kept, check_hooks, gradients_kept, leaves
 from gradguide.sharding import Layout, layout_of, local, several_ranks
 
 __all__ = ["ReplaySource"]
@@ -24,7 +24,8 @@ class ReplaySource:
     It costs one more forward and backward pass every ``every`` steps, and two rows of memory. Between them the last
     answer stands. Given to :class:`gradguide.Alignment`, alone or beside stored sources.
 
-    The passes leave gradients, buffers (batch statistics) and torch's random state as they were. Under
+    The passes leave gradients, buffers (batch statistics) and torch's random state as they were, also the gradients of
+    parameters that another optimizer trains. Under
     ``torch.distributed`` every rank gives batches of its own, and the answer is the mean over ranks, whether the loss
     goes through a wrapped model or not.
 
@@ -85,6 +86,7 @@ class ReplaySource:
         Raises:
             ValueError: there is no batch (any more), or its loss is no scalar with a graph, or reaches none of the
                 parameters. Gradients are as before.
+            RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
         due = self._steps % self._every == 0 or parameters.keys() != self._rows.keys()
         if due and parameters:
@@ -105,6 +107,7 @@ class ReplaySource:
     def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         batch = self._next()
         state = Randomness(trained)
+        kept = set(trained)
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         try:
             with gradients_kept(trained), buffers_kept(), torch.enable_grad():
@@ -113,7 +116,11 @@ class ReplaySource:
                     raise ValueError(
                         f"the loss of a replayed batch must be a scalar with its graph, found {loss!r:.80}"
                     )
-                (loss * scale).backward()
+                names = {p: name for name, p in parameters.items()}
+                others = [leaf for leaf in leaves(loss) if leaf not in kept]
+                check_hooks([*trained, *others], names)
+                with gradients_kept(others):
+                    (loss * scale).backward()
                 found = {name: p.grad for name, p in parameters.items()}
                 if all(gradient is None for gradient in found.values()):
                     raise ValueError("the loss of a replayed batch reaches none of the guided parameters")

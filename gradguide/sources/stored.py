@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradguide.naming import NamesLike
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.ops.tensors import Tensors
@@ -88,36 +90,61 @@ class SourceGradient:
         *,
         curvature: bool | Callable[[nn.Module, Any], Tensor] = True,
         dtype: torch.dtype | None = None,
+        names: NamesLike | None = None,
+        mode: str = "eval",
+        examples: Callable[[Any], int] | None = None,
     ) -> SourceGradient:
         """Capture the mean gradient over source data at the model's present parameters.
 
-        The model runs in eval mode; its modes, gradients, parameters and torch's random state are afterwards as they
-        were. Under ``torch.distributed`` every rank gives its share of the data and gets the same answer.
+        Modes, buffers (BatchNorm's statistics), gradients, parameters and torch's random state are afterwards as they
+        were. Under ``torch.distributed`` every rank gives its share of the data and gets the same answer. Reentrant
+        and other activation checkpointing, DDP, FSDP2 and compiled models are captured as they are trained.
+
+        A parameter that no batch reaches (a layer that the loss does not use, an expert without tokens) is stored as
+        zero with a warning, so that the source does not act on it.
 
         Args:
-            model: only parameters with ``requires_grad`` are captured.
-            batches: tensors, mappings or sequences of tensors; the first tensor's first dimension counts examples.
-                Curvature wants small batches (1 to 16): a batch's gradient says the less of F the larger the batch.
+            model: only parameters with ``requires_grad`` are captured, and of these only those in ``names``.
+            batches: tensors, mappings or sequences of tensors; with ``examples``, anything. Curvature wants small
+                batches (1 to 16): a batch's gradient says the less of F the larger the batch.
             loss: ``loss(model, batch)``, the mean over the batch's examples, a scalar.
             curvature: True estimates the empirical Fisher information, the mean square of per-example gradients,
                 without bias from the batches' gradients. A callable is a second loss, of the same kind, under labels
                 drawn from the model; it gives the true Fisher information, at one more backward pass per batch.
                 False keeps s0 alone.
             dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64.
+            names: what to capture, in any form that :class:`gradguide.GradGuide` takes; None captures every trained
+                parameter. Give the same to both, as ``names=lora_parameters(model)``, which leaves out the head that
+                PEFT trains beside an adapter.
+            mode: "eval" (the default), "train" (for a loss that exists in that mode only; dropout is on), or "keep",
+                each module's own mode.
+            examples: ``examples(batch)``, how many the batch holds. By default the first dimension of its first tensor
+                counts them, which is wrong for packed sequences and graphs.
 
         Returns:
             The captured source.
 
         Raises:
-            ValueError: no trainable parameter, no batch, a loss that is no finite scalar or has no gradient, a single
-                batch of several examples with ``curvature=True``, a dtype that cannot hold the rows.
+            ValueError: no trainable parameter, none of them in ``names``, no batch, a loss that is no finite scalar or
+                reaches none of the parameters, a single batch of several examples with ``curvature=True``, a mode that
+                there is not, a dtype that cannot hold the rows.
             TypeError: a batch whose examples cannot be counted.
+            RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
 
         Warns:
-            UserWarning: the gradient of LoRA's A matrices is zero, because B is still zero.
+            UserWarning: no batch reached some parameters; the gradient of LoRA's A matrices is zero, because B is
+                still zero; tensors of a batch differ in their first dimension.
         """
-        stored = torch.float32 if dtype is None else dtype
-        gradient, fisher, anchor, metadata = measure(model, batches, loss, curvature, stored)
+        gradient, fisher, anchor, metadata = measure(
+            model,
+            batches,
+            loss,
+            curvature=curvature,
+            dtype=torch.float32 if dtype is None else dtype,
+            names=names,
+            mode=mode,
+            examples=examples,
+        )
         return cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
 
     @property
@@ -175,6 +202,20 @@ class SourceGradient:
         anchor = self._tables["anchor"]
         held = stiffness(self._tables["fisher"], anchor)
         return SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata)
+
+    def renamed(self, names: Mapping[str, str]) -> SourceGradient:
+        """Return the same source under other names, with the same tensors.
+
+        Args:
+            names: present name to new name; names outside it stay.
+        """
+        source = copy.copy(self)
+        source._tables = {
+            label: {names.get(name, name): tensor for name, tensor in table.items()}
+            for label, table in self._tables.items()
+        }
+        source._lists = {}
+        return source
 
     @staticmethod
     def merge(sources: Sequence[SourceGradient], weights: Sequence[float] | None = None) -> SourceGradient:

@@ -21,11 +21,24 @@ def main(rank: int, world: int, folder: Path) -> None:
     model = nn.Linear(3, 3, dtype=torch.float64)
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     batches = list(zip(share["x"].split(share["sizes"]), share["y"].split(share["sizes"]), strict=True))
-    for name, module in (("plain", model), ("ddp", DistributedDataParallel(model))):
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    F.cross_entropy(ddp(share["x"]), share["y"]).backward()
+    held = {p: (p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None}
+    for name, module in (("plain", model), ("ddp", ddp)):
         source = SourceGradient.capture(
             module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]), dtype=torch.float64
         )
         source.save(folder / f"{name}{rank}.safetensors")
+        assert len(held) == 2
+        for p, (gradient, value) in held.items():
+            assert p.grad is gradient
+            assert torch.equal(gradient, value)
+    # DDP averages over ranks again, as before the capture.
+    ddp.zero_grad()
+    F.cross_entropy(ddp(share["x"]), share["y"]).backward()
+    for p, (_, value) in held.items():
+        assert p.grad is not None
+        assert torch.equal(p.grad, value)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
 from gradguide import SourceGradient
+from gradguide.sources import capture
 
 from .problems import Table, answer, close, cross_entropy, fisher, per_example, softmax_problem, split
 
@@ -52,15 +55,28 @@ def test_only_trainable_parameters_in_model_order() -> None:
     assert source.shapes()["2.weight"] == torch.Size([2, 4])
 
 
-def test_unused_parameter_has_zero_gradient() -> None:
+@pytest.mark.parametrize("curvature", [False, True])
+def test_i31_unused_parameters_are_stored_as_zero_and_named(curvature: bool) -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)}).double()
-    x = torch.ones(3, 2, dtype=torch.float64)
-    source = SourceGradient.capture(
-        model, [x], lambda m, b: m.get_submodule("used")(b).mean(), curvature=False, dtype=torch.float64
-    )
-    found = answer(source)
+    batches = [torch.ones(3, 2, dtype=torch.float64)] * 2
+    with pytest.warns(UserWarning, match=r"reached 2 of the 4 .* \(idle\.weight, idle\.bias\)") as caught:
+        source = SourceGradient.capture(
+            model, batches, lambda m, b: m.get_submodule("used")(b).mean(), curvature=curvature, dtype=torch.float64
+        )
+    assert caught[0].filename == __file__
+    found = answer(source, {name: p.detach() + 1.0 for name, p in model.named_parameters()} if curvature else None)
     assert torch.equal(found["idle.weight"], torch.zeros(1, 2, dtype=torch.float64))
-    assert torch.equal(found["used.weight"], torch.ones(1, 2, dtype=torch.float64))
+    assert torch.equal(answer(source, dict(model.named_parameters()))["used.weight"], torch.ones(1, 2).double())
+
+
+def test_i31_a_parameter_that_one_batch_reaches_is_not_named() -> None:
+    """An expert without tokens in the other batch."""
+    experts = nn.ModuleList([nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)]).double()
+    batches = [torch.full((2, 2), float(which), dtype=torch.float64) for which in range(2)]
+    source = SourceGradient.capture(
+        experts, batches, lambda m, b: m.get_submodule(str(int(b[0, 0])))(b + 1.0).mean(), curvature=False
+    )
+    close(answer(source), {"0.weight": torch.full((1, 2), 0.5), "1.weight": torch.full((1, 2), 1.0)})
 
 
 def test_shared_parameter_counts_once_with_both_uses() -> None:
@@ -169,7 +185,9 @@ def test_metadata_is_json() -> None:
     assert set(source.metadata["versions"]) == {"gradguide", "torch", "peft", "transformers"}
 
 
-def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # tqdm reads TQDM_DISABLE when it is imported, so an environment that sets it would else hide the bar.
+    monkeypatch.setattr(capture, "tqdm", functools.partial(tqdm, disable=False))
     model, x, y = softmax_problem(6)
     SourceGradient.capture(model, split(x, y, [2, 2, 2]), cross_entropy, curvature=False)
     captured = capsys.readouterr()

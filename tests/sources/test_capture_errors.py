@@ -70,11 +70,31 @@ def test_detached_loss() -> None:
         )
 
 
-def test_loss_that_depends_on_no_parameter() -> None:
+def test_i31_loss_that_depends_on_no_parameter() -> None:
     unrelated = torch.ones((), requires_grad=True)
-    source = SourceGradient.capture(nn.Linear(2, 1), batches(), lambda m, b: unrelated * 2.0, curvature=False)
-    row = source.row(source.names(), [torch.zeros(s) for s in source.shapes().values()])
-    assert not any(t.any() for t in row.tensors)
+    with pytest.raises(ValueError, match=r"no batch reached any of the 2 captured parameters \(weight, bias\)"):
+        SourceGradient.capture(nn.Linear(2, 1), batches(), lambda m, b: unrelated * 2.0, curvature=False)
+    assert unrelated.grad is None
+
+
+@pytest.mark.parametrize("mode", ["training", None, True])
+def test_a_mode_that_there_is_not(mode: Any) -> None:
+    with pytest.raises(ValueError, match=f"mode must be one of 'eval', 'train', 'keep', found {mode!r}"):
+        SourceGradient.capture(nn.Linear(2, 1), batches(), mean, mode=mode)
+
+
+def test_i25_hooks_that_would_step_in_backward_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = model.bias.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+    before = model.bias.detach().clone()
+    with pytest.raises(RuntimeError, match=r"bias has a hook that runs in backward.*remove the hooks"):
+        SourceGradient.capture(model, batches(), mean)
+    with pytest.raises(RuntimeError, match="bias has a hook"):  # it is not captured, but its hook would run
+        SourceGradient.capture(model, batches(), mean, names=[("weight", model.weight)])
+    assert torch.equal(model.bias, before)
+    handle.remove()
+    SourceGradient.capture(model, batches(), mean)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

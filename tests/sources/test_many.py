@@ -86,7 +86,7 @@ def test_a_set_that_does_not_fit_changes_nothing() -> None:
     optimizer, plain = guide(model, Alignment(source(1))), guide(twin, Alignment(source(1)))
     with pytest.raises(ValueError, match="does not match the optimizer's named parameters"):
         optimizer.set_alignment(Alignment(SourceGradient({"w": torch.ones(2)})))
-    with pytest.raises(TypeError, match="alignment must be a Alignment or None"):
+    with pytest.raises(TypeError, match="alignment must be an Alignment or None"):
         optimizer.set_alignment([source(1)])  # type: ignore[arg-type]
     kit.train(model, optimizer, range(3))
     kit.train(twin, plain, range(3))

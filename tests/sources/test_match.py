@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, GradGuide, SourceGradient
-from gradguide.sources.match import check_match
+from gradguide.naming import Names
+from gradguide.sources.match import match_sources
 
 
 def source_of(*names: str, shape: tuple[int, ...] = (2,)) -> SourceGradient:
@@ -21,18 +22,18 @@ def parameters(*names: str, shape: tuple[int, ...] = (2,)) -> dict[Tensor, str]:
 
 def error(sources: list[SourceGradient], names: dict[Tensor, str]) -> str:
     with pytest.raises(ValueError) as caught:
-        check_match(sources, [{"params": list(names)}], names)
+        match_sources(sources, [{"params": list(names)}], Names(names))
     return str(caught.value)
 
 
 def test_exact_match_in_any_order_and_over_groups() -> None:
     names = parameters("a", "b", "c")
     a, b, c = names
-    check_match([source_of("c", "a", "b")], [{"params": [a]}, {"params": [b, c]}], names)
+    match_sources([source_of("c", "a", "b")], [{"params": [a]}, {"params": [b, c]}], Names(names))
 
 
 def test_no_names() -> None:
-    assert "pass names=model.named_parameters()" in error([source_of("a")], {})
+    assert "pass names=model" in error([source_of("a")], {})
 
 
 def test_missing() -> None:
@@ -88,12 +89,12 @@ def test_several_sources_say_which() -> None:
 def test_parameters_outside_names_are_left_alone() -> None:
     names = parameters("a")
     head = nn.Parameter(torch.zeros(7))
-    check_match([source_of("a")], [{"params": [*names, head]}], names)
+    match_sources([source_of("a")], [{"params": [*names, head]}], Names(names))
 
 
 def test_named_parameter_outside_the_optimizer_is_not_asked_for() -> None:
     names = parameters("a", "b")
-    check_match([source_of("a")], [{"params": [next(iter(names))]}], names)
+    match_sources([source_of("a")], [{"params": [next(iter(names))]}], Names(names))
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -150,16 +151,31 @@ def test_a_child_called_module_matches_under_ddp() -> None:
     GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=wrapped.named_parameters())
 
 
-def test_capture_refuses_names_that_collide() -> None:
-    model = nn.Module()
-    model.register_parameter("weight", nn.Parameter(torch.ones(1, 2)))
-    model.register_module("module", nn.Linear(2, 1, bias=False))
+class WithModule(nn.Module):
+    """Has a submodule that is really called ``module``, and parameters of the same names outside it."""
 
-    def both(m: nn.Module, batch: Tensor) -> Tensor:
-        return torch.stack([p.sum() for p in m.parameters()]).sum()
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, 3), 2.0))
+        self.module = nn.Linear(3, 1, bias=False)
 
-    with pytest.raises(ValueError, match="weight"):
-        SourceGradient.capture(model, [torch.ones(1, 2)], both, curvature=False)
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x @ self.weight.T + self.module(x)
+        return result
+
+
+def test_a_submodule_called_module_keeps_its_name_also_under_ddp() -> None:
+    model = WithModule()
+    for wrapped in (model, Wrapped(model, "module"), Wrapped(Wrapped(model, "module"), "_orig_mod")):
+        source = SourceGradient.capture(wrapped, [torch.ones(2, 3)], loss, curvature=False)
+        assert source.names() == ["weight", "module.weight"]
+        for names in (wrapped, wrapped.named_parameters()):
+            GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=names)
+    part = SourceGradient({"module.weight": torch.ones(1, 3)})
+    inner = list(model.module.parameters())
+    GradGuide(AdamW(inner), alignment=Alignment(part), names=model)
+    # Pairs of this submodule alone are taken for those of DDP, and match all the same.
+    GradGuide(AdamW(inner), alignment=Alignment(part), names={"module.weight": inner[0]})
 
 
 def test_constructor_refuses_before_anything_changes() -> None:

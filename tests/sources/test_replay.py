@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gradguide import Alignment, Direction, GradGuide, ReplaySource
 from tests.contract import kit
@@ -221,3 +222,43 @@ def test_it_needs_names() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="keyed by parameter names, found none"):
         GradGuide(kit.sgd(model.parameters()), alignment=Alignment(replay_of(model)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_parameters_of_another_optimizer_keep_their_gradients(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    body, head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def loss(x: Tensor) -> Tensor:
+        inner = checkpoint(body, x, use_reentrant=True) if reentrant else body(x)
+        value: Tensor = head(inner).square().mean()
+        return value
+
+    batch = torch.randn(3, 4, requires_grad=True)
+    optimizer = GradGuide(
+        torch.optim.SGD(body.parameters(), lr=0.1), alignment=Alignment(ReplaySource([batch], loss)), names=body
+    )
+    loss(torch.ones(2, 4, requires_grad=True)).backward()
+    held = {p: (p.grad, p.grad.clone()) for p in head.parameters() if p.grad is not None}
+    optimizer.step()
+    assert len(held) == 2
+    for p, (gradient, value) in held.items():
+        assert p.grad is gradient
+        assert torch.equal(gradient, value)
+    assert batch.grad is None
+    assert optimizer.metrics()["source_cosine"] == optimizer.metrics()["source_cosine"]  # measured, not NaN
+
+
+def test_i25_hooks_that_a_replay_would_set_off_are_refused() -> None:
+    model = kit.net()
+    optimizer = guide(model, replay_of(model))
+    kit.loss_of(model, kit.batch(0)).backward()
+    calls: list[Tensor] = []
+    handle = next(model.parameters()).register_post_accumulate_grad_hook(calls.append)
+    before = kit.snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"0\.weight has a hook that runs in backward"):
+        optimizer.step()
+    kit.assert_same(kit.snapshot(model, optimizer), before)
+    assert calls == []
+    handle.remove()
+    optimizer.step()

@@ -1,0 +1,132 @@
+"""Why a source and an optimizer do not match, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradguide.naming import adapter_of, module_of, without_adapter
+
+__all__ = ["explain"]
+
+SHOWN = 5
+Shapes = Mapping[str, tuple[torch.Size, torch.Size]]
+
+
+def explain(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    other: Shapes,
+    *,
+    matched: Collection[str],
+    reachable: Mapping[str, Tensor],
+) -> str:
+    """Return a message that lists what does not match, and says the likely cause and the way out.
+
+    Args:
+        missing: trained names that the source lacks.
+        unexpected: names of the source that the optimizer lacks.
+        other: names whose shape in the source (first) is another than that of the parameter (second).
+        matched: the optimizer's names that the source has.
+        reachable: every parameter that is known by name, also those that are not in the optimizer.
+    """
+    parts = [
+        _part("missing from the source", missing),
+        _part("unexpected in the source", unexpected),
+        _part("of another shape", [f"{n} {tuple(ours)} for {tuple(theirs)}" for n, (ours, theirs) in other.items()]),
+    ]
+    cause = _cause(missing, unexpected, other, matched, reachable)
+    return f"does not match the optimizer's named parameters: {'; '.join(filter(None, parts))}. {cause}"
+
+
+def _cause(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    other: Shapes,
+    matched: Collection[str],
+    reachable: Mapping[str, Tensor],
+) -> str:
+    lora = _is_lora(matched)
+    if other:
+        ranks = {_rank(name, ours): _rank(name, theirs) for name, (ours, theirs) in other.items()}
+        if None not in ranks and len(ranks) == 1:
+            ((theirs, ours),) = ranks.items()
+            return (
+                f"The source is of an adapter of rank {theirs}, found one of rank {ours}: make the adapter with "
+                f"LoraConfig(r={theirs}), or capture a source with this one"
+            )
+        return "The source is of a model of another size: load that model, or capture a source with this one"
+    if missing and unexpected:
+        return _both(missing, unexpected, matched)
+    if missing:
+        return (
+            "`names` holds parameters that were not captured (a new head, an adapter added since?): leave those out of "
+            f"`names`, and they are guided without the source: names={_names_without(missing, lora)}"
+        )
+    inside = [name for name in unexpected if name in reachable]
+    why = "`names` or the optimizer leaves them out" if inside else "this model has no such parameters"
+    same = "lora_parameters(model)" if lora and not _is_lora(unexpected) else "..."
+    also = "; or guide them too, with names=model" if inside else ""
+    return (
+        f"They were captured, and {why} (an old head?): capture only what is to be guided, with "
+        f"SourceGradient.capture(model, batches, loss, names={same}), with the same names here{also}"
+    )
+
+
+def _both(missing: Sequence[str], unexpected: Sequence[str], matched: Collection[str]) -> str:
+    ours, theirs = ({without_adapter(name) for name in names} for names in (missing, unexpected))
+    here, there = (sorted({adapter_of(name) or "" for name in names} - {""}) for names in (missing, unexpected))
+    if theirs <= ours and here and there:
+        return (
+            f"The source has adapter {_list(there)}, the optimizer {_list(here)}, so which one it is for is open. Give "
+            f"`names` of one of them: names=[(n, p) for n, p in lora_parameters(model) if '.{here[0]}.' in n]"
+        )
+    if _is_lora(missing) and _is_lora(unexpected):
+        targets = sorted({module_of(name).rpartition(".")[2] for name in [*matched, *unexpected] if "lora_" in name})
+        return (
+            f"The adapter adapts other layers than that of the source: make it with target_modules={targets}, or "
+            "capture a source with this one"
+        )
+    return (
+        f"The source has for instance {unexpected[0]}, the optimizer {missing[0]}: they are of different models or "
+        "adapters. Load the model that the source was captured from, or capture a source with this one. If a new head "
+        f"is all that differs, leave it out on both sides: names={_names_without(missing, _is_lora(matched))}, here "
+        "and in SourceGradient.capture(...)"
+    )
+
+
+def _names_without(missing: Sequence[str], lora: bool) -> str:
+    """Return an expression for ``names`` that leaves these out."""
+    if lora and not _is_lora(missing):
+        return "lora_parameters(model)"
+    prefixes = sorted({f"{module_of(name)}." if module_of(name) else name for name in missing})
+    given = repr(prefixes[0]) if len(prefixes) == 1 else f"({', '.join(map(repr, prefixes[:SHOWN]))})"
+    more = "" if len(prefixes) <= SHOWN else " and so on"
+    return f"[(n, p) for n, p in model.named_parameters() if not n.startswith({given})]{more}"
+
+
+def _is_lora(names: Collection[str]) -> bool:
+    """Whether there are names, and all are of LoRA parameters."""
+    return bool(names) and all(".lora_" in f".{name}" for name in names)
+
+
+def _rank(name: str, shape: torch.Size) -> int | None:
+    """Return the rank of the adapter that a LoRA matrix of this shape belongs to."""
+    if ".lora_A." in f".{name}" or ".lora_embedding_A." in f".{name}":
+        return shape[0]
+    if ".lora_B." in f".{name}" or ".lora_embedding_B." in f".{name}":
+        return shape[1] if len(shape) > 1 else None
+    return None
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))
+
+
+def _part(label: str, entries: Sequence[str]) -> str:
+    if not entries:
+        return ""
+    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return f"{len(entries)} {label} ({', '.join(entries[:SHOWN])}{more})"
