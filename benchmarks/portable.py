@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from benchmarks.harness import Case, Result, save, summarise, time_side_by_side,
 from benchmarks.sets import SETS
 from benchmarks.step import Option, Problem, Provider, base
 from gradguide import Alignment, GradGuide
-from gradguide.ops import Row, Stack, Write, cpu, foreach
+from gradguide.ops import Ops, Row, Stack, Write, cpu, foreach
 from gradguide.ops.pack import lay_out
 
 RESULTS = Path(__file__).parent / "results" / "portable.csv"
@@ -37,7 +38,7 @@ def steps(rounds: int) -> list[Result]:
     results = []
     for label, source in (("defaults, no source", False), ("defaults, anchored source", True)):
         made = [
-            Provider(name, problem, Option(lambda n, b=b, s=source: guided(n, b, source=s), 0), clip=False)  # type: ignore[misc]
+            Provider(name, problem, Option(partial(guided, backend=b, source=source), 0), clip=False)
             for name, b in backends.items()
         ]
         results += compared(f"step, {label}", [provider.case for provider in made], COMPILED, rounds)
@@ -71,14 +72,16 @@ def passes(rounds: int) -> list[Result]:
             d.mul_(0.95).add_(g, alpha=0.05)
             g.copy_(result)
 
-    def cases(runs: dict[str, Callable[[], object]]) -> list[Case]:
-        return [Case(name=name, prepare=prepare, run=lambda run=run: run() and None) for name, run in runs.items()]  # type: ignore[misc]
+    def cases(runs: dict[str, Callable[[], None]]) -> list[Case]:
+        return [Case(name=name, prepare=prepare, run=run) for name, run in runs.items()]
 
-    measure = {
-        COMPILED: lambda: cpu.gram(Stack(rows, [len(parameters)])),
-        PORTABLE: lambda: foreach.gram(Stack(rows, [len(parameters)])),
-        PLAIN: plain_measure,
-    }
+    def gram(ops: Ops) -> Callable[[], None]:
+        def run() -> None:
+            ops.gram(Stack(rows, [len(parameters)]))
+
+        return run
+
+    measure = {COMPILED: gram(cpu), PORTABLE: gram(foreach), PLAIN: plain_measure}
     combine = {
         COMPILED: lambda: cpu.combine_(Stack(rows, [len(parameters)]), writes),
         PORTABLE: lambda: foreach.combine_(Stack(rows, [len(parameters)]), writes),

@@ -129,8 +129,8 @@ def _combine_on_cpu(rows: Sequence[Row | None], writes: Sequence[Write]) -> None
         list[tuple[Write, dict[int, float]]]
     ] = []  # for each scope its writes, with coefficients that are not 0
     for each in zip(*(write.coefficients.tolist() for write in writes), strict=True):
-        terms = [{index: numbers[index] for index in present if numbers[index] != 0.0} for numbers in each]
-        plans.append([(w, t) for w, t in zip(writes, terms, strict=True) if not _trivial(w, t, rows)])
+        used = [{index: numbers[index] for index in present if numbers[index] != 0.0} for numbers in each]
+        plans.append([(w, terms) for w, terms in zip(writes, used, strict=True) if not _trivial(w, terms, rows)])
     narrow = compute_dtype(rows)
     for piece in pieces(rows, writes, together=LARGE):
         plan = plans[piece.scope]
