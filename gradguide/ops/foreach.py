@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
+from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,39 +125,67 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
         _combine_on_device(rows, writes)
 
 
+class _Planned(NamedTuple):
+    """A write to be made in one scope.
+
+    terms: coefficients that are not 0, by row.
+    own: the rows that are the written tensors themselves.
+    """
+
+    write: Write
+    terms: dict[int, float]
+    own: set[int]
+
+
 def _combine_on_cpu(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
-    present = [index for index, row in enumerate(rows) if row is not None]
-    plans: list[
-        list[tuple[Write, dict[int, float]]]
-    ] = []  # for each scope its writes, with coefficients that are not 0
-    for each in zip(*(write.coefficients.tolist() for write in writes), strict=True):
-        used = [{index: numbers[index] for index in present if numbers[index] != 0.0} for numbers in each]
-        plans.append([(w, terms) for w, terms in zip(writes, used, strict=True) if not _trivial(w, terms, rows)])
+    plans = _plans(rows, writes)
+    if not any(plans):
+        return
     narrow = compute_dtype(rows)
     for piece in pieces(rows, writes, together=LARGE):
         plan = plans[piece.scope]
         if not plan:
             continue
-        largest = max((abs(c) for _, terms in plan for c in terms.values()), default=0.0)
+        largest = max((abs(c) for planned in plan for c in planned.terms.values()), default=0.0)
         dtype = torch.float64 if largest > WIDEST else narrow
-        wanted = dict.fromkeys(index for _, terms in plan for index in terms)
+        wanted = dict.fromkeys(index for planned in plan for index in planned.terms)
         values = {index: row_tensors(row, piece, dtype) for index in wanted if (row := rows[index]) is not None}
-        results = [_combined(write, terms, values, piece, dtype) for write, terms in plan[:-1]]
+        results = [_combined(planned, values, piece, dtype) for planned in plan[:-1]]
         # Nothing reads the rows after the last write, so it may be made in their memory.
-        write, terms = plan[-1]
-        if not _combined_in_place(write, terms, rows, values, piece, dtype):
-            results.append(_combined(write, terms, values, piece, dtype))
-        for (write, _), result in zip(plan, results, strict=False):
-            torch._foreach_copy_(tensors_of(write.into, piece), result)
+        if not _combined_in_place(plan[-1], values, piece, dtype):
+            results.append(_combined(plan[-1], values, piece, dtype))
+        for planned, result in zip(plan, results, strict=False):
+            torch._foreach_copy_(tensors_of(planned.write.into, piece), result)
 
 
-def _combined(
-    write: Write, terms: Mapping[int, float], values: Values, piece: Piece, dtype: torch.dtype
-) -> list[Tensor]:
+def _plans(rows: Sequence[Row | None], writes: Sequence[Write]) -> list[list[_Planned]]:
+    """Return the writes of each scope, without those that leave everything as it is."""
+    present = [index for index, row in enumerate(rows) if row is not None]
+    own = [{index for index in present if _is_plainly(rows[index], write.into)} for write in writes]
+    plans = []
+    for each in zip(*(write.coefficients.tolist() for write in writes), strict=True):
+        plan = []
+        for write, numbers, theirs in zip(writes, each, own, strict=True):
+            terms = {index: numbers[index] for index in present if numbers[index] != 0.0}
+            unchanged = not terms if write.accumulate else len(terms) == 1 and any(terms.get(i) == 1.0 for i in theirs)
+            if not unchanged:
+                plan.append(_Planned(write, terms, theirs))
+        plans.append(plan)
+    return plans
+
+
+def _is_plainly(row: Row | None, tensors: Sequence[Tensor]) -> bool:
+    """Whether a row is these tensors themselves."""
+    if row is None or row.at is not None or row.offset is None:
+        return False
+    return row.offset is tensors or all(map(is_, row.offset, tensors))
+
+
+def _combined(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtype) -> list[Tensor]:
     """Return what a write leaves in a piece: tensors of ``dtype``, new memory."""
-    into = tensors_of(write.into, piece)
-    total = [tensor.to(dtype, copy=True) for tensor in into] if write.accumulate else None
-    for index, coefficient in terms.items():
+    into = tensors_of(planned.write.into, piece)
+    total = [tensor.to(dtype, copy=True) for tensor in into] if planned.write.accumulate else None
+    for index, coefficient in planned.terms.items():
         if total is None:
             total = list(torch._foreach_mul(values[index], coefficient))
         else:
@@ -163,43 +193,24 @@ def _combined(
     return [torch.zeros_like(tensor) for tensor in into] if total is None else total
 
 
-def _combined_in_place(
-    write: Write,
-    terms: Mapping[int, float],
-    rows: Sequence[Row | None],
-    values: Values,
-    piece: Piece,
-    dtype: torch.dtype,
-) -> bool:
+def _combined_in_place(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtype) -> bool:
     """Make a write in the memory of its target, where that is one of the rows or is added to, and has ``dtype``.
 
     Returns:
         Whether it was made.
     """
-    own = [index for index in terms if _is_plainly(rows[index], write.into)]
-    into = tensors_of(write.into, piece)
-    if into[0].dtype != dtype or not (own or write.accumulate):
+    accumulate, terms = planned.write.accumulate, planned.terms
+    own = planned.own & terms.keys()
+    into = tensors_of(planned.write.into, piece)
+    if into[0].dtype != dtype or not (own or accumulate):
         return False
-    factor = float(write.accumulate) + sum(terms[index] for index in own)
+    factor = float(accumulate) + sum(terms[index] for index in own)
     if factor != 1.0:
         torch._foreach_mul_(into, factor)
     for index, coefficient in terms.items():
         if index not in own:
             torch._foreach_add_(into, values[index], alpha=coefficient)
     return True
-
-
-def _is_plainly(row: Row | None, tensors: Sequence[Tensor]) -> bool:
-    """Whether a row is these tensors themselves."""
-    return row is not None and row.at is None and row.offset is tensors
-
-
-def _trivial(write: Write, terms: Mapping[int, float], rows: Sequence[Row | None]) -> bool:
-    """Whether the write leaves everything as it is."""
-    if write.accumulate or len(terms) != 1:
-        return write.accumulate and not terms
-    ((index, coefficient),) = terms.items()
-    return coefficient == 1.0 and _is_plainly(rows[index], write.into)
 
 
 def _combine_on_device(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
