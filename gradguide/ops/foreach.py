@@ -1,96 +1,237 @@
-"""The portable backend: a bounded block of all rows at a time, coefficients on the device, no read by the host."""
+"""The portable backend: torch operations on one piece at a time, on any device and in any precision.
+
+Working memory is that of one piece. On a CPU the host reads the coefficients. On other devices they stay there, and the
+host never waits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradguide.ops.pack import pack, pack_list
-from gradguide.ops.pieces import Piece, blocks, target
-from gradguide.ops.row import Row, Write, check_writes, compute_dtype, scopes_of
+from gradguide.ops.pieces import LARGE, Piece, pieces, row_tensors, row_vector, store, tensors_of, vector
+from gradguide.ops.row import Row, Write, check_shapes, check_writes, compute_dtype, sizes_of
 
 __all__ = ["combine_", "gram"]
 
-BLOCK = 1 << 22
-"""Elements per block and row: 16 MiB in float32, which bounds the working memory whatever the model's size."""
+SMALL = 1 << 12
+"""On a CPU, tensors of at most so many elements are measured together, scope by scope, in float64."""
 
-CPU_BLOCK = 1 << 17
-"""The same on a CPU, where a block should stay in cache."""
+SOUND = (1e-24, 1e30)
+"""Squared lengths between which float32 products have neither overflowed nor lost digits to underflow."""
+
+WIDEST = 1e30
+"""Largest coefficient of a combination in float32. A larger one may overflow, so a CPU takes it in float64."""
+
+Pairs = Sequence[tuple[int, int]]
+Values = Mapping[int, list[Tensor]]
 
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrices of the rows [S, R, R]: products of rows scaled to at most 1, sums in float64 where the device has
-    it."""
-    grams = [_gram(rows, scope) for scope in scopes_of(rows)]
-    return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)
+    """Return the Gram matrices of the rows: Tensor [S, R, R], summed in float64 where the device has it.
 
+    On a CPU, products within a tensor of more than ``SMALL`` elements are float32 where they are in its range. All
+    others are float64.
 
-def _gram(rows: Sequence[Row | None], scope: range) -> Tensor:
+    Raises:
+        ValueError: rows differ in the shapes of their tensors.
+        OverflowError: squares of finite float64 rows overflow.
+    """
+    check_shapes(rows)
     device = _device(rows)
     wide = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
-    for block in blocks(rows, scope, _block(device)):
-        values = _pack(rows, block)
-        largest = values.abs().amax(dim=1).to(wide)
-        # Scaled by its own largest element, no row's products overflow or vanish. A row of zeros stays one; one that
-        # holds Inf or NaN gives NaN.
-        scale = torch.where(largest > 0, largest, 1.0)
-        # In two factors, because the inverse of a denormal number overflows.
-        root = scale.sqrt().to(values.dtype).unsqueeze(1)
-        unit = values / root / root
-        products = torch.stack([(unit * row).sum(dim=1, dtype=wide) for row in unit])
-        total += products * scale.outer(scale)
-    return total
+    present = [index for index, row in enumerate(rows) if row is not None]
+    pairs = list(combinations_with_replacement(present, 2))
+    result = torch.zeros(len(sizes_of(rows)), len(rows), len(rows), dtype=wide, device=device)
+    found = list(pieces(rows, together=SMALL))
+    if not found:
+        return result
+    narrow = compute_dtype(rows) if device.type == "cpu" else wide
+    products = torch.stack([p for piece in found for p in _products(rows, piece, pairs, narrow, wide)])
+    products = products.to(wide).view(len(found), len(pairs))
+    if device.type == "cpu":
+        _mend(products, rows, found, pairs)
+    sums = _summed(products, [piece.scope for piece in found], len(result))
+    for place, (first, second) in enumerate(pairs):
+        result[:, first, second] = result[:, second, first] = sums[:, place]
+    return result
+
+
+def _products(
+    rows: Sequence[Row | None], piece: Piece, pairs: Pairs, narrow: torch.dtype, wide: torch.dtype
+) -> list[Tensor]:
+    """Return the product of each pair of rows over a piece: 0-d tensors, of dtype ``wide`` for small tensors."""
+    vectors: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        if row is not None:
+            small = len(piece.tensors) > 1 or row.tensors[piece.tensors.start].numel() <= SMALL
+            vectors[index] = row_vector(row, piece, wide if small else narrow)
+    return [torch.dot(vectors[first], vectors[second]) for first, second in pairs]
+
+
+def _mend(products: Tensor, rows: Sequence[Row | None], found: Sequence[Piece], pairs: Pairs) -> None:
+    """Replace products [pieces, pairs] that left the range of float32 by those in float64, in place.
+
+    Raises:
+        OverflowError: squares of finite float64 rows overflow.
+    """
+    squares = products[:, [place for place, (first, second) in enumerate(pairs) if first == second]]
+    sound = ((squares > SOUND[0]) & (squares < SOUND[1])).all(dim=1)
+    for place in (~sound).nonzero().flatten().tolist():
+        exact = torch.stack(_products(rows, found[place], pairs, torch.float64, torch.float64))
+        products[place] = exact
+        if compute_dtype(rows) == torch.float64 and not exact.isfinite().all():
+            vectors = (row_vector(row, found[place], torch.float64) for row in rows if row is not None)
+            largest = torch.stack([vector.abs().max() for vector in vectors]).max()
+            if largest.isfinite():
+                raise OverflowError(
+                    f"a float64 gradient, direction or source has elements of {float(largest):.1e}, whose squares "
+                    "overflow; scale the loss down"
+                )
+
+
+def _summed(products: Tensor, scopes: list[int], count: int) -> Tensor:
+    """Return the sum over each scope's pieces: Tensor [count, pairs], of ``products`` [pieces, pairs]."""
+    if count == 1:
+        return products.sum(dim=0, keepdim=True)
+    index = torch.tensor(scopes)
+    if products.device.type == "cuda":
+        index = index.pin_memory()
+    index = index.to(products.device, non_blocking=True)
+    return products.new_zeros(count, products.shape[1]).index_add_(0, index, products)
 
 
 @torch.no_grad()
 def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     """Write linear combinations of the rows, all of them computed from the rows as they were before.
 
-    A coefficient of 0 drops its row whatever that holds, NaN included.
+    A coefficient of 0 drops its row whatever that holds, NaN included. On a CPU a write that changes nothing is not
+    made.
+
+    Raises:
+        ValueError: rows or writes differ in the shapes of their tensors, or in the number of coefficients.
     """
     check_writes(rows, writes)
-    wide = torch.float64 if _device(rows).type != "mps" else torch.float32
-    coefficients = [write.coefficients.to(wide) for write in writes]
-    for number, scope in enumerate(scopes_of(rows)):
-        _combine_(rows, scope, writes, [each[number] for each in coefficients])
+    check_shapes(rows, writes)
+    if _device(rows).type == "cpu":
+        _combine_on_cpu(rows, writes)
+    else:
+        _combine_on_device(rows, writes)
 
 
-def _combine_(
-    rows: Sequence[Row | None], scope: range, writes: Sequence[Write], coefficients: Sequence[Tensor]
-) -> None:
-    for block in blocks(rows, scope, _block(_device(rows)), writes):
-        values = _pack(rows, block)
-        results = []
-        for write, c in zip(writes, coefficients, strict=True):
-            bound = torch.finfo(values.dtype).max
-            column = c.clamp(-bound, bound).to(values.dtype).unsqueeze(1)
-            result = torch.where(column == 0, 0.0, values * column).sum(dim=0)
-            if write.accumulate:
-                result += pack_list(write.into, block, values.dtype)
-            results.append(result)
-        for write, result in zip(writes, results, strict=True):
-            targets = [target(write.into, piece) for piece in block]
-            parts = torch.split(result, [target.numel() for target in targets])
-            torch._foreach_copy_(
-                targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)]
-            )
+class _Planned(NamedTuple):
+    """A write to be made in one scope.
+
+    terms: coefficients that are not 0, by row.
+    own: the rows that are the written tensors themselves.
+    """
+
+    write: Write
+    terms: dict[int, float]
+    own: set[int]
 
 
-def _pack(rows: Sequence[Row | None], block: list[Piece]) -> Tensor:
-    """The rows' elements in the block, as one tensor [R, elements]."""
+def _combine_on_cpu(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
+    plans = _plans(rows, writes)
+    if not any(plans):
+        return
+    narrow = compute_dtype(rows)
+    for piece in pieces(rows, writes, together=LARGE):
+        plan = plans[piece.scope]
+        if not plan:
+            continue
+        largest = max((abs(c) for planned in plan for c in planned.terms.values()), default=0.0)
+        dtype = torch.float64 if largest > WIDEST else narrow
+        wanted = dict.fromkeys(index for planned in plan for index in planned.terms)
+        values = {index: row_tensors(row, piece, dtype) for index in wanted if (row := rows[index]) is not None}
+        results = [_combined(planned, values, piece, dtype) for planned in plan[:-1]]
+        # Nothing reads the rows after the last write, so it may be made in their memory.
+        if not _combined_in_place(plan[-1], values, piece, dtype):
+            results.append(_combined(plan[-1], values, piece, dtype))
+        for planned, result in zip(plan, results, strict=False):
+            torch._foreach_copy_(tensors_of(planned.write.into, piece), result)
+
+
+def _plans(rows: Sequence[Row | None], writes: Sequence[Write]) -> list[list[_Planned]]:
+    """Return the writes of each scope, without those that leave everything as it is."""
+    present = [index for index, row in enumerate(rows) if row is not None]
+    own = [{index for index in present if _is_plainly(rows[index], write.into)} for write in writes]
+    plans = []
+    for each in zip(*(write.coefficients.tolist() for write in writes), strict=True):
+        plan = []
+        for write, numbers, theirs in zip(writes, each, own, strict=True):
+            terms = {index: numbers[index] for index in present if numbers[index] != 0.0}
+            unchanged = not terms if write.accumulate else len(terms) == 1 and any(terms.get(i) == 1.0 for i in theirs)
+            if not unchanged:
+                plan.append(_Planned(write, terms, theirs))
+        plans.append(plan)
+    return plans
+
+
+def _is_plainly(row: Row | None, tensors: Sequence[Tensor]) -> bool:
+    """Whether a row is these tensors themselves."""
+    if row is None or row.at is not None or row.offset is None:
+        return False
+    return row.offset is tensors or all(map(is_, row.offset, tensors))
+
+
+def _combined(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtype) -> list[Tensor]:
+    """Return what a write leaves in a piece: tensors of ``dtype``, new memory."""
+    into = tensors_of(planned.write.into, piece)
+    total = [tensor.to(dtype, copy=True) for tensor in into] if planned.write.accumulate else None
+    for index, coefficient in planned.terms.items():
+        if total is None:
+            total = list(torch._foreach_mul(values[index], coefficient))
+        else:
+            torch._foreach_add_(total, values[index], alpha=coefficient)
+    return [torch.zeros_like(tensor) for tensor in into] if total is None else total
+
+
+def _combined_in_place(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtype) -> bool:
+    """Make a write in the memory of its target, where that is one of the rows or is added to, and has ``dtype``.
+
+    Returns:
+        Whether it was made.
+    """
+    accumulate, terms = planned.write.accumulate, planned.terms
+    own = planned.own & terms.keys()
+    into = tensors_of(planned.write.into, piece)
+    if into[0].dtype != dtype or not (own or accumulate):
+        return False
+    factor = float(accumulate) + sum(terms[index] for index in own)
+    if factor != 1.0:
+        torch._foreach_mul_(into, factor)
+    for index, coefficient in terms.items():
+        if index not in own:
+            torch._foreach_add_(into, values[index], alpha=coefficient)
+    return True
+
+
+def _combine_on_device(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     dtype = compute_dtype(rows)
-    packed = [None if row is None else pack(row, block, dtype) for row in rows]
-    example = next(row for row in packed if row is not None)
-    return torch.stack([torch.zeros_like(example) if row is None else row for row in packed])
+    bound = torch.finfo(dtype).max
+    coefficients = [write.coefficients.clamp(-bound, bound).to(dtype) for write in writes]
+    dropped = [each == 0 for each in coefficients]
+    for piece in pieces(rows, writes, together=LARGE):
+        vectors = [None if row is None else row_vector(row, piece, dtype) for row in rows]
+        results = []
+        for write, each, zero in zip(writes, coefficients, dropped, strict=True):
+            total = vector(write.into, piece, dtype) if write.accumulate else None
+            for index, values in enumerate(vectors):
+                if values is not None:
+                    term = torch.where(zero[piece.scope, index], 0.0, values * each[piece.scope, index])
+                    total = term if total is None else total + term
+            results.append(total)
+        for write, result in zip(writes, results, strict=True):
+            if result is not None:
+                store(write.into, piece, result)
 
 
 def _device(rows: Sequence[Row | None]) -> torch.device:
     return next(row for row in rows if row is not None).tensors[0].device
-
-
-def _block(device: torch.device) -> int:
-    return CPU_BLOCK if device.type == "cpu" else BLOCK

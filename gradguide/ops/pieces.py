@@ -1,62 +1,124 @@
-"""Cutting a bucket's tensors into blocks of bounded size, so that a pass over them needs bounded memory."""
+"""Cuts a bucket's tensors into pieces of bounded size, and reads and writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from gradguide.ops.row import Row, Write
+from gradguide.ops.row import Row, Write, scopes_of
 
-__all__ = ["Piece", "blocks", "flat", "target"]
+__all__ = ["LARGE", "Piece", "pieces", "row_tensors", "row_vector", "store", "tensors_of", "vector"]
+
+LARGE = 1 << 17
+"""Most elements of a piece on a CPU: 512 KiB in float32, so that a piece stays in cache while it is worked on."""
+
+DEVICE_LARGE = 1 << 22
+"""The same on other devices, where each call costs a launch."""
 
 
 class Piece(NamedTuple):
-    """Elements ``start:stop`` of the bucket's tensor ``tensor``, in flat order; ``stop`` is None for all of it."""
+    """Part of a scope: several whole tensors, or elements ``start:stop`` of one.
 
-    tensor: int
-    start: int
-    stop: int | None
-
-
-def blocks(rows: Sequence[Row | None], scope: range, size: int, writes: Sequence[Write] = ()) -> Iterator[list[Piece]]:
-    """Pieces of a scope's tensors, gathered into blocks of at most ``size`` elements, in order.
-
-    Large tensors are cut; one with a part that is not contiguous stays whole, whatever its size. Empty tensors give
-    no piece.
+    ``stop`` is None for whole tensors.
     """
-    lists: list[Sequence[Tensor]] = [part for row in rows if row is not None for part in row.parts]
-    lists.extend(write.into for write in writes)
-    block: list[Piece] = []
-    filled = 0
-    for index in scope:
-        length = lists[0][index].numel()
-        if length == 0:
-            continue
-        if length <= size or not all(part[index].is_contiguous() for part in lists):
-            found = [(Piece(index, 0, None), length)]
-        else:
-            cuts = [*range(0, length, size), length]
-            found = [(Piece(index, a, b), b - a) for a, b in pairwise(cuts)]
-        for piece, count in found:
-            if block and filled + count > size:
-                yield block
-                block, filled = [], 0
-            block.append(piece)
-            filled += count
-    if block:
-        yield block
+
+    scope: int
+    tensors: range
+    start: int = 0
+    stop: int | None = None
 
 
-def flat(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    """The elements of a piece, 1-D, for reading only: a view if the tensor is contiguous, else a copy."""
-    tensor = tensors[piece.tensor].reshape(-1)
-    return tensor if piece.stop is None else tensor[piece.start : piece.stop]
+def pieces(rows: Sequence[Row | None], writes: Sequence[Write] = (), *, together: int) -> Iterator[Piece]:
+    """Yield the pieces of all scopes, in order.
+
+    Args:
+        rows, writes: what is read and written. A tensor that is not contiguous in some list stays whole.
+        together: on a CPU, tensors of at most so many elements share a piece. Elsewhere all do.
+    """
+    lists = [part for row in rows if row is not None for part in row.parts]
+    lists += [write.into for write in writes]
+    if not lists[0]:
+        return
+    large = LARGE
+    if lists[0][0].device.type != "cpu":
+        together = large = DEVICE_LARGE
+    lengths = list(map(Tensor.numel, lists[0]))
+    for scope, tensors in enumerate(scopes_of(rows)):
+        first, filled = tensors.start, 0
+        for index in tensors:
+            length = lengths[index]
+            if length > together or filled + length > large:
+                if filled:
+                    yield Piece(scope, range(first, index))
+                first, filled = index, 0
+            if length <= together:
+                filled += length
+                continue
+            first = index + 1
+            if length <= large or not all(part[index].is_contiguous() for part in lists):
+                yield Piece(scope, range(index, first))
+                continue
+            for start in range(0, length, large):
+                yield Piece(scope, range(index, first), start, min(start + large, length))
+        if filled:
+            yield Piece(scope, range(first, tensors.stop))
 
 
-def target(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    """The elements of a piece, for writing: 1-D, or the whole tensor in its own shape."""
-    tensor = tensors[piece.tensor]
-    return tensor if piece.stop is None else tensor.view(-1)[piece.start : piece.stop]
+def tensors_of(part: Sequence[Tensor], piece: Piece) -> list[Tensor]:
+    """Return the tensors of a piece, or a flat view of part of one."""
+    first = piece.tensors.start
+    if piece.stop is not None:
+        return [part[first].view(-1)[piece.start : piece.stop]]
+    return list(part[first : piece.tensors.stop])
+
+
+def row_tensors(row: Row, piece: Piece, dtype: torch.dtype) -> list[Tensor]:
+    """Return the row in a piece: tensors of ``dtype``, for reading. They may be those of the row."""
+
+    def taken(part: Sequence[Tensor]) -> list[Tensor]:
+        found = tensors_of(part, piece)
+        return found if found[0].dtype == dtype else [tensor.to(dtype) for tensor in found]
+
+    if row.at is None or row.anchor is None:
+        assert row.offset is not None
+        return taken(row.offset)
+    result = list(torch._foreach_sub(taken(row.at), taken(row.anchor)))
+    if row.scale is not None:
+        torch._foreach_mul_(result, taken(row.scale))
+    if row.offset is not None:
+        torch._foreach_add_(result, taken(row.offset))
+    return result
+
+
+def vector(part: Sequence[Tensor], piece: Piece, dtype: torch.dtype) -> Tensor:
+    """Return the elements of a piece: Tensor [elements] of ``dtype``. It may be a view of the tensor's own memory."""
+    if len(piece.tensors) > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors_of(part, piece)])
+    else:
+        flat = part[piece.tensors.start].reshape(-1)
+        if piece.stop is not None:
+            flat = flat[piece.start : piece.stop]
+    return flat if flat.dtype == dtype else flat.to(dtype)
+
+
+def row_vector(row: Row, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """Return the row's elements in a piece: Tensor [elements] of ``dtype``, for reading."""
+    if row.at is None or row.anchor is None:
+        assert row.offset is not None
+        return vector(row.offset, piece, dtype)
+    result = vector(row.at, piece, dtype) - vector(row.anchor, piece, dtype)
+    if row.scale is not None:
+        result.mul_(vector(row.scale, piece, dtype))
+    if row.offset is not None:
+        result.add_(vector(row.offset, piece, dtype))
+    return result
+
+
+def store(into: Sequence[Tensor], piece: Piece, result: Tensor) -> None:
+    """Write a vector [elements] into a piece."""
+    targets = tensors_of(into, piece)
+    parts = result.split([target.numel() for target in targets])
+    torch._foreach_copy_(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-__all__ = ["Row", "Stack", "Write", "check_writes", "compute_dtype", "scopes_of", "sizes_of"]
+__all__ = ["Row", "Stack", "Write", "check_shapes", "check_writes", "compute_dtype", "scopes_of", "sizes_of"]
+
+_SHAPE = attrgetter("shape")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,23 @@ def check_writes(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
                 f"a write has one coefficient for each of {wanted[0]} scopes and {wanted[1]} rows, found shape "
                 f"{tuple(write.coefficients.shape)}"
             )
+
+
+def check_shapes(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> None:
+    """Raise ValueError unless all lists have tensors of the same shapes: others might broadcast."""
+    lists = [part for row in rows if row is not None for part in row.parts]
+    lists += [write.into for write in writes]
+    wanted = list(map(_SHAPE, lists[0]))
+    for part in {id(part): part for part in lists[1:]}.values():
+        for index, shape in enumerate(map(_SHAPE, part)):
+            if index >= len(wanted) or shape != wanted[index]:
+                expected = tuple(wanted[index]) if index < len(wanted) else "no tensor"
+                raise ValueError(
+                    f"the tensors of a row, or of what is written, differ in size from those of the first row: tensor "
+                    f"{index} has shape {tuple(shape)}, expected {expected}"
+                )
+        if len(part) != len(wanted):
+            raise ValueError(f"a row, or what is written, has {len(part)} tensors, expected {len(wanted)}")
 
 
 def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:

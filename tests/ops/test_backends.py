@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradguide.ops import Row, Stack, Write, cpu, foreach, reference
+from gradguide.ops import Row, Stack, Write, cpu, foreach, pieces, reference
 
 BACKENDS = pytest.mark.parametrize("backend", [cpu, foreach], ids=["cpu", "foreach"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -100,7 +100,8 @@ def test_gram_of_tiny_and_huge_rows(backend: ModuleType, scale: float) -> None:
 
 @BACKENDS
 def test_long_rows_are_cut_into_pieces(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "CPU_BLOCK", 1000)
+    monkeypatch.setattr(foreach, "SMALL", 10)
+    monkeypatch.setattr(pieces, "LARGE", 1000)
     shapes = [(1999,), (37, 100), (5,), (1000,), (0,)]
     rows = some_rows(0, shapes, [torch.float32])
     assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-2)
@@ -114,7 +115,8 @@ def test_long_rows_are_cut_into_pieces(backend: ModuleType, monkeypatch: pytest.
 
 @BACKENDS
 def test_tensors_that_are_not_contiguous(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "CPU_BLOCK", 10)
+    monkeypatch.setattr(foreach, "SMALL", 10)
+    monkeypatch.setattr(pieces, "LARGE", 20)
     a, b = torch.randn(2, 7, 11)
     rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
     assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-5)
