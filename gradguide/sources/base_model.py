@@ -36,7 +36,9 @@ def identity(model: nn.Module) -> str:
         name = getattr(config, "_name_or_path", None) or getattr(config, "model_type", None)
         if isinstance(name, str):
             return f"{name} ({size})"
-    return f"{type(model).__name__} ({size})"
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner  # of torch.compile and DDP
+    return f"{type(model).__name__.removeprefix('FSDP')} ({size})"
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> N
     if not bases:
         return
     present = {_base_name(name): p for name, p in names.reachable().items() if _counts(name, p)}
-    here = next(iter(map(identity, names.models())), "unknown")
+    here = next((f" ({identity(model)})" for model in names.models()), "")
     for base in bases:
         stored: Mapping[str, list[float]] = base["weights"]
         found = {name: (stored[name], _numbers(present[name])) for name in stored if name in present}
@@ -99,7 +101,7 @@ def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> N
         if len(other) > 1 or (other and len(other) == len(found)):
             shown = ", ".join(f"{n}: {found[n][0][0]:.6g} there, {found[n][1][0]:.6g} here" for n in other[:SHOWN])
             raise ValueError(
-                f"{which}is of base model {base['id']}, found another one ({here}): {len(other)} of {len(found)} "
+                f"{which}is of base model {base['id']}, found another one{here}: {len(other)} of {len(found)} "
                 f"frozen weights that were compared differ ({shown}). Load the base model that the source was captured "
                 "from, or capture a source with this one. If the difference is intended, remove the entry 'base' from "
                 "source.metadata"

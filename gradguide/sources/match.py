@@ -41,10 +41,11 @@ def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], n
         return ()
     listed = [p for group in groups for p in group["params"]]
     parameters = _by_name(names.of(listed))
-    return tuple(
-        _matched(source, parameters, names, f"source {index} " if len(sources) > 1 else "the source ")
-        for index, source in enumerate(sources)
-    )
+    matched = []
+    for index, source in enumerate(sources):
+        which = f"source {index} " if len(sources) > 1 else "the source "
+        matched.append(_matched(source, parameters, names, which))
+    return tuple(matched)
 
 
 def _by_name(names: Mapping[Tensor, str]) -> dict[str, Tensor]:
