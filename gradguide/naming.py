@@ -137,6 +137,10 @@ class Names:
             result |= model
         return result
 
+    def models(self) -> list[nn.Module]:
+        """Return the models that are still there, the one given last first."""
+        return [model for ref, _ in self._models if (model := ref()) is not None]
+
     def _add(self, given: NamesLike | None) -> None:
         if given is None:
             return

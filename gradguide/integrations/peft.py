@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gradguide.naming import NamedParameters, model_names, module_of
+from gradguide.naming import NamedParameters, adapter_of, model_names, module_of
 
 __all__ = ["lora_parameters", "lora_scopes"]
 
 
-def lora_parameters(model: nn.Module) -> NamedParameters:
+def lora_parameters(model: nn.Module, adapter: str | None = None) -> NamedParameters:
     """Return (name, parameter) of every trainable LoRA parameter, in the model's order.
 
     It is a list for ``names=`` of :class:`gradguide.GradGuide` and of :meth:`gradguide.SourceGradient.capture`. Heads
@@ -18,17 +18,23 @@ def lora_parameters(model: nn.Module) -> NamedParameters:
 
     Adapters that are frozen or not active take no part; call it again after adding or unfreezing one.
 
+    Args:
+        model: a PEFT model, or a module that holds one.
+        adapter: only parameters of the adapter of this name; None takes all.
+
     Raises:
         ValueError: there is none.
     """
+    trained = {name: p for name, p in model_names(model).items() if isinstance(p, nn.Parameter) and p.requires_grad}
     found = [
         (name, p)
-        for name, p in model_names(model).items()
-        if isinstance(p, nn.Parameter) and p.requires_grad and any(part.startswith("lora_") for part in name.split("."))
+        for name, p in trained.items()
+        if any(part.startswith("lora_") for part in name.split(".")) and adapter in (None, adapter_of(name))
     ]
     if not found:
+        which = "LoRA parameter" if adapter is None else f"LoRA parameter of adapter {adapter!r}"
         raise ValueError(
-            "the model has no trainable LoRA parameter: add an adapter with peft.get_peft_model, or unfreeze one with "
+            f"the model has no trainable {which}: add an adapter with peft.get_peft_model, or unfreeze one with "
             "model.set_adapter(name)"
         )
     return NamedParameters(found, model)

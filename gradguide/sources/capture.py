@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +17,7 @@ from gradguide.second import check_hooks
 from gradguide.sharding import check_divided, layout_of, local, several_ranks, spread
 from gradguide.sources.examples import Examples
 from gradguide.sources.gradients import BatchGradient, batch_gradient
+from gradguide.sources.metadata import metadata_of
 from gradguide.sources.undisturbed import MODES, undisturbed
 
 __all__ = ["Batch", "Loss", "measure"]
@@ -80,7 +78,9 @@ def measure(
         anchor = dict(zip(parameters, total.whole([local(p.detach()).clone() for p in total.parameters]), strict=True))
     table = dict(zip(parameters, (g.to(dtype) for g in gradient), strict=True))
     _warn_of_zero({name: g for name, g in table.items() if name not in unreached})
-    return table, fisher, anchor, _metadata(model, total, curvature)
+    kind = "true" if callable(curvature) else "empirical" if curvature else None
+    metadata = metadata_of(model, examples=total.examples, loss=total.loss / total.examples, curvature=kind)
+    return table, fisher, anchor, metadata
 
 
 def _captured(model: nn.Module, names: NamesLike | None) -> Table:
@@ -202,41 +202,3 @@ def _warn_of_zero(gradient: Table) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-def _metadata(model: nn.Module, total: _Total, curvature: bool | Loss) -> dict[str, Any]:
-    return {
-        "examples": total.examples,
-        "loss": total.loss / total.examples,
-        "curvature": "true" if callable(curvature) else "empirical" if curvature else None,
-        "adapter": _fingerprint(model),
-        "versions": {name: _version(name) for name in ("gradguide", "torch", "peft", "transformers")},
-    }
-
-
-def _fingerprint(model: nn.Module) -> str | None:
-    """Digest of the model's PEFT configuration, without what says only where it came from."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping):
-        return None
-    told = {
-        name: {
-            k: v
-            for k, v in config.to_dict().items()
-            if k not in ("base_model_name_or_path", "revision", "inference_mode")
-        }
-        for name, config in configs.items()
-    }
-    text = json.dumps(
-        told,
-        sort_keys=True,
-        default=lambda value: sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value),
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

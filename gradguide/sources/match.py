@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradguide.naming import Names, without_adapter
+from gradguide.sources.base_model import check_base_model
 from gradguide.sources.mismatch import explain
 from gradguide.sources.source import Source
 from gradguide.sources.stored import SourceGradient
@@ -33,16 +34,18 @@ def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], n
 
     Raises:
         ValueError: there are no names, two parameters of the optimizer have one name, or a source does not match. The
-            message lists what is missing, unexpected, or of another shape, and names the likely cause.
+            message lists what is missing, unexpected, or of another shape, and names the likely cause. Or a source is
+            of another base model; see ``check_base_model``.
     """
     if not sources:
         return ()
     listed = [p for group in groups for p in group["params"]]
     parameters = _by_name(names.of(listed))
-    return tuple(
-        _matched(source, parameters, names, f"source {index} " if len(sources) > 1 else "the source ")
-        for index, source in enumerate(sources)
-    )
+    matched = []
+    for index, source in enumerate(sources):
+        which = f"source {index} " if len(sources) > 1 else "the source "
+        matched.append(_matched(source, parameters, names, which))
+    return tuple(matched)
 
 
 def _by_name(names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -71,6 +74,8 @@ def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, whi
     other = {n: (found[name], shapes[n]) for name, n in pairs.items() if n in shapes and found[name] != shapes[n]}
     if missing or unexpected or other:
         raise ValueError(which + explain(missing, unexpected, other, matched=taken, reachable=names.reachable()))
+    if isinstance(source, SourceGradient):
+        check_base_model(source.metadata, names, which)
     renamed = any(name != n for name, n in pairs.items())
     return source.renamed(pairs) if renamed and isinstance(source, SourceGradient) else source
 

@@ -51,8 +51,8 @@ def _cause(
     lora = _is_lora(matched)
     if other:
         ranks = {_rank(name, ours): _rank(name, theirs) for name, (ours, theirs) in other.items()}
-        if None not in ranks and len(ranks) == 1:
-            ((theirs, ours),) = ranks.items()
+        ((theirs, ours), *more) = ranks.items()
+        if theirs is not None and theirs != ours and not more:
             return (
                 f"The source is of an adapter of rank {theirs}, found one of rank {ours}: make the adapter with "
                 f"LoraConfig(r={theirs}), or capture a source with this one"
@@ -60,6 +60,13 @@ def _cause(
         return "The source is of a model of another size: load that model, or capture a source with this one"
     if missing and unexpected:
         return _both(missing, unexpected, matched)
+    same_layers = {without_adapter(name) for name in missing} <= {without_adapter(name) for name in matched}
+    if missing and same_layers and adapter_of(missing[0]):
+        here, there = adapter_of(missing[0]), next(iter(filter(None, map(adapter_of, matched))), None)
+        return (
+            f"The source is of adapter {there!r}, which the optimizer has too, beside {here!r}. To use it for one of "
+            f"them, give names of that one: names=lora_parameters(model, {here!r})"
+        )
     if missing:
         return (
             "`names` holds parameters that were not captured (a new head, an adapter added since?): leave those out of "
@@ -81,7 +88,7 @@ def _both(missing: Sequence[str], unexpected: Sequence[str], matched: Collection
     if theirs <= ours and here and there:
         return (
             f"The source has adapter {_list(there)}, the optimizer {_list(here)}, so which one it is for is open. Give "
-            f"`names` of one of them: names=[(n, p) for n, p in lora_parameters(model) if '.{here[0]}.' in n]"
+            f"`names` of one of them: names=lora_parameters(model, {here[0]!r})"
         )
     if _is_lora(missing) and _is_lora(unexpected):
         targets = sorted({module_of(name).rpartition(".")[2] for name in [*matched, *unexpected] if "lora_" in name})

@@ -20,6 +20,7 @@ from gradguide.sources import file
 from gradguide.sources.anchoring import stiffness
 from gradguide.sources.capture import Batch, Loss, measure
 from gradguide.sources.merging import merged_tables
+from gradguide.sources.metadata import check_metadata
 
 __all__ = ["SourceGradient"]
 
@@ -80,6 +81,7 @@ class SourceGradient:
                 table[name] = place.copy_(tensor.detach())
         self._lists: dict[tuple[str, str], tuple[list[str], Tensors]] = {}
         self.metadata: dict[str, Any] = dict(metadata or {})
+        check_metadata(self.metadata)
 
     @classmethod
     def capture(
@@ -99,6 +101,12 @@ class SourceGradient:
         Modes, buffers (BatchNorm's statistics), gradients, parameters and torch's random state are afterwards as they
         were. Under ``torch.distributed`` every rank gives its share of the data and gets the same answer. Reentrant
         and other activation checkpointing, DDP, FSDP2 and compiled models are captured as they are trained.
+
+        The source remembers its base model by an id and a few frozen weights. An optimizer whose ``names`` reach frozen
+        weights of other values refuses it; float32 and 16-bit storage of one model count as the same. Without frozen
+        weights (full fine-tuning) the id is kept and nothing is compared: the anchor is where training starts, and a
+        large distance from it is normal later. To use a source with another base model on purpose, remove the entry
+        "base" from its ``metadata``.
 
         A parameter that no batch reaches (a layer that the loss does not use, an expert without tokens) is stored as
         zero with a warning, so that the source does not act on it.

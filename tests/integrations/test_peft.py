@@ -128,7 +128,7 @@ def test_adapter_added_later_is_guided_without_the_source() -> None:
         direction=None,
         alignment=Alignment(source, weight=weight, project=False),
         magnitude=None,
-        names=first.items(),
+        names=lora_parameters(model),
     )
     cross_entropy(model, examples(2)[0]).backward()
     optimizer.step()

@@ -72,3 +72,11 @@ def close(found: Table, wanted: Table, rtol: float = 1e-12, atol: float = 1e-14)
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=rtol, atol=atol)
+
+
+def frozen_body(seed: int) -> nn.Sequential:
+    """Three frozen layers of sizes that two ranks cannot divide evenly, and a head that is trained."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 9), nn.Linear(9, 3), nn.Linear(3, 1))
+    model[:3].requires_grad_(False)
+    return model

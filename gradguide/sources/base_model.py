@@ -1,0 +1,167 @@
+"""Which base model a source belongs to: its name, and a few of its frozen weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradguide.naming import Names, adapter_of, model_names
+from gradguide.sharding import Layout, layout_of, local
+
+__all__ = ["base_of", "check_base_model", "identity"]
+
+MAX_WEIGHTS = 8
+# Flat positions. They do not depend on a weight's size, so that an embedding with rows added matches.
+POSITIONS = (3, 31, 127, 511, 2047, 8191, 32767, 131071)
+# Covers the rounding from float32 to bfloat16 (2^-8, relative) and to float16's smallest numbers (2^-25).
+RELATIVE = 2.0**-7
+ABSOLUTE = 2.0**-24
+SHOWN = 3
+
+
+def identity(model: nn.Module) -> str:
+    """Return what a model calls itself: where it was loaded from, else its type, else its class, and its size.
+
+    A PEFT or other wrapper is looked through to the first module with a ``config``.
+    """
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        name = getattr(config, "_name_or_path", None) or getattr(config, "model_type", None)
+        if isinstance(name, str):
+            return f"{name} ({size})"
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner  # of torch.compile and DDP
+    return f"{type(model).__name__.removeprefix('FSDP')} ({size})"
+
+
+def base_of(model: nn.Module) -> dict[str, Any]:
+    """Return the metadata by which a base model is recognised.
+
+    Up to 8 frozen weights, spread over the model, with a few numbers of each. Left out are adapters, heads that PEFT
+    trains copies of, quantised weights, and those on the meta device. In a PEFT model only weights inside the adapted
+    model count, not a head around it. Where weights are sharded, every rank must call this.
+
+    Returns:
+        JSON types: ``id``, and ``weights``: lists of numbers by name, empty if nothing is frozen.
+    """
+    frozen = {_base_name(name): p for name, p in model_names(model).items() if _counts(name, p)}
+    adapted = {name: p for name, p in frozen.items() if "base_model.model." in name} or frozen
+    matrices = {name: p for name, p in adapted.items() if p.dim() > 1} or adapted
+    names = list(matrices)
+    count = min(MAX_WEIGHTS, len(names))
+    chosen = [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)]
+    numbers = {name: _numbers(matrices[name]) for name in chosen}
+    return {
+        "id": identity(model),
+        "weights": {name: found for name, found in numbers.items() if found and all(map(math.isfinite, found))},
+    }
+
+
+def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> None:
+    """Raise if a source was captured from another base model than that of the parameters that names reach.
+
+    Weights are compared that are frozen now. A single one that differs among several is taken for a layer that is
+    initialised anew at each loading, as a pooler. Quantised and meta weights are left out. Where weights are sharded,
+    every rank must call this; each takes part in the sum of a few numbers.
+
+    Args:
+        metadata: of the source.
+        names: of the optimizer.
+        which: how messages name the source.
+
+    Raises:
+        ValueError: at least two weights differ, or all.
+
+    Warns:
+        UserWarning: no weight could be compared, because names reach none of them.
+    """
+    bases = [base for base in _bases(metadata) if base["weights"]]
+    if not bases:
+        return
+    present = {_base_name(name): p for name, p in names.reachable().items() if _counts(name, p)}
+    here = next((f" ({identity(model)})" for model in names.models()), "")
+    for base in bases:
+        stored: Mapping[str, list[float]] = base["weights"]
+        found = {name: (stored[name], _numbers(present[name])) for name in stored if name in present}
+        if not found:
+            warnings.warn(
+                f"{which}is of base model {base['id']}, which could not be compared with this one: names reach none of "
+                "the frozen weights that its file holds. Pass names=model, or names=lora_parameters(model)",
+                UserWarning,
+                stacklevel=5,
+            )
+        other = [name for name, (there, now) in found.items() if not _alike(there, now)]
+        if len(other) > 1 or (other and len(other) == len(found)):
+            shown = ", ".join(f"{n}: {found[n][0][0]:.6g} there, {found[n][1][0]:.6g} here" for n in other[:SHOWN])
+            raise ValueError(
+                f"{which}is of base model {base['id']}, found another one{here}: {len(other)} of {len(found)} "
+                f"frozen weights that were compared differ ({shown}). Load the base model that the source was captured "
+                "from, or capture a source with this one. If the difference is intended, remove the entry 'base' from "
+                "source.metadata"
+            )
+
+
+def _bases(metadata: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if "base" in metadata:
+        yield metadata["base"]
+    for merged in metadata.get("merged", ()):
+        yield from _bases(merged)
+
+
+def _base_name(name: str) -> str:
+    """Return the name of a weight as it is without an adapter on its layer."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _counts(name: str, weight: Tensor) -> bool:
+    plain = type(weight) in (Tensor, nn.Parameter) or layout_of(weight) is not None
+    of_base = adapter_of(name) is None and "original_module" not in name.split(".")
+    numbers = weight.is_floating_point() and weight.element_size() > 1 and weight.numel() > POSITIONS[0]
+    return plain and of_base and numbers and not weight.requires_grad and not weight.is_meta
+
+
+def _alike(there: list[float], here: list[float]) -> bool:
+    if len(here) < len(there):
+        return False
+    return all(
+        abs(a - b) <= RELATIVE * max(abs(a), abs(b)) + ABSOLUTE for a, b in zip(there, here[: len(there)], strict=True)
+    )
+
+
+@torch.no_grad()
+def _numbers(weight: Tensor) -> list[float]:
+    """Return the numbers at ``POSITIONS``, as far as the weight goes; of a sharded one by a sum over ranks."""
+    positions = [position for position in POSITIONS if position < weight.numel()]
+    layout = layout_of(weight)
+    if layout is None:
+        index = torch.tensor(positions, device=weight.device)
+        taken: list[float] = torch.take(weight.detach(), index).double().tolist()
+        return taken
+    return _numbers_over_ranks(weight, layout, positions)
+
+
+def _numbers_over_ranks(weight: Tensor, layout: Layout, positions: list[int]) -> list[float]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    part = local(weight)
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, layout.mesh, layout.placements)
+    numbers = torch.zeros(len(positions), dtype=torch.float64, device=part.device)
+    for row, position in enumerate(positions):
+        place = []
+        for size, first in zip(reversed(weight.shape), reversed(offset), strict=True):
+            position, index = divmod(position, size)
+            place.append(index - first)
+        place.reverse()
+        if all(0 <= index < size for index, size in zip(place, shape, strict=True)):
+            numbers[row] = part[tuple(place)]
+    for group in layout.summed:
+        dist.all_reduce(numbers, group=group)
+    found: list[float] = numbers.tolist()
+    return found
