@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copyreg
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any, ParamSpec, cast
+from weakref import WeakValueDictionary
 
 from torch.optim import Optimizer
 
@@ -12,15 +15,18 @@ from gradguide.optimizer import GradGuide
 __all__ = ["guided", "unwrap"]
 
 
-def guided(base: Callable[..., Optimizer], **guide_options: Any) -> Callable[..., GradGuide]:
-    """A class ``(params, **base_options)`` for places that want an optimizer class, as HF Trainer's
-    ``optimizer_cls_and_kwargs=(guided(AdamW, direction=Direction()), {"lr": 1e-3})``.
+_P = ParamSpec("_P")
 
-    It is a subclass of GradGuide, because such places check for an optimizer class; what it makes is a plain GradGuide,
-    which can be copied and pickled.
+
+def guided(base: Callable[_P, Optimizer], **guide_options: Any) -> Callable[_P, GradGuide]:
+    """Return a subclass of GradGuide whose instances are made as those of ``base``: ``(params, lr, ...)``.
+
+    It serves places that want an optimizer class, as Trainer's
+    ``optimizer_cls_and_kwargs=(guided(AdamW, direction=Direction()), {"lr": 1e-3})``. The class can be subclassed and
+    pickled. Equal arguments give the same class.
 
     Args:
-        base: an optimizer class, or what makes one.
+        base: an optimizer class, or a function that makes an optimizer.
         guide_options: keyword arguments of :class:`gradguide.GradGuide`.
 
     Raises:
@@ -30,13 +36,58 @@ def guided(base: Callable[..., Optimizer], **guide_options: Any) -> Callable[...
         raise TypeError(
             f"guided() takes an optimizer class, found {type(base).__name__}; wrap an instance with GradGuide(...)"
         )
+    key = (base, frozenset(guide_options.items())) if _hashable(base, *guide_options.values()) else None
+    made = _classes.get(key)
+    if made is None:
+        made = _guided_class(base, guide_options)
+        if key is not None:
+            _classes[key] = made
+    return cast("Callable[_P, GradGuide]", made)
+
+
+class _GuidedType(type):
+    """The class of guided classes: pickle asks it how to make one again."""
+
+    _recipe: tuple[Callable[..., Optimizer], dict[str, Any]]
+
+
+# One class per recipe, as long as it is in use.
+_classes: WeakValueDictionary[Hashable, type[GradGuide]] = WeakValueDictionary()
+
+
+def _guided_class(base: Callable[..., Optimizer], options: dict[str, Any]) -> type[GradGuide]:
+    def __init__(self: GradGuide, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        GradGuide.__init__(self, base(*args, **kwargs), **options)
+
+    try:
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        like = inspect.signature(base)
+        __init__.__signature__ = like.replace(parameters=[own, *like.parameters.values()])  # type: ignore[attr-defined]
+    except (TypeError, ValueError):  # compiled functions may have none
+        pass
     name = f"Guided{getattr(base, '__name__', type(base).__name__)}"
+    members = {"__init__": __init__, "__doc__": f"GradGuide around {base!r}.", "_recipe": (base, options)}
+    return cast("type[GradGuide]", _GuidedType(name, (GradGuide,), members))
 
-    def make(cls: type, params: Any, **base_options: Any) -> GradGuide:
-        return GradGuide(base(params, **base_options), **guide_options)
 
-    # What is made is no instance of the new class, so Python does not call __init__ on it a second time.
-    return type(name, (GradGuide,), {"__new__": make, "__doc__": f"GradGuide around {base!r}."})
+def _reduce(made: _GuidedType) -> str | tuple[Any, ...]:
+    # A class that inherits from a guided one is found under its own name.
+    return (_again, vars(made)["_recipe"]) if "_recipe" in vars(made) else made.__qualname__
+
+
+def _again(base: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., GradGuide]:
+    return guided(base, **options)
+
+
+copyreg.pickle(_GuidedType, _reduce)
+
+
+def _hashable(*values: object) -> bool:
+    try:
+        hash(values)
+    except TypeError:
+        return False
+    return True
 
 
 def unwrap(optimizer: object) -> GradGuide | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import gradguide
 from gradguide import Direction, GradGuide, History, Magnitude, guided, unwrap
@@ -83,6 +88,98 @@ def test_guided_looks_like_a_class() -> None:
         return SGD(params, lr=lr)  # type: ignore[arg-type]
 
     assert guided(factory)(nn.Linear(1, 1).parameters()).defaults["lr"] == 0.5
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"direction": Direction(decay=0.5), "nonfinite": "raise"},
+    {"direction": None, "magnitude": Magnitude(max_norm=3.0)},
+]
+
+
+class Own(guided(AdamW, nonfinite="raise")):  # type: ignore[misc]
+    """A subclass as people write them, found by its own name."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("base", [AdamW, SGD, Adagrad])
+def test_a_guided_class_is_a_class_and_the_same_for_equal_options(base: Any, options: dict[str, Any]) -> None:
+    made: Any = guided(base, **options)
+    assert isinstance(made, type)
+    assert issubclass(made, GradGuide)
+    assert issubclass(made, Optimizer)
+    assert guided(base, **dict(reversed(copy.deepcopy(options).items()))) is made
+    assert guided(base, nonfinite="skip", scope="tensor") is not made
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(made, protocol)) is made
+    assert copy.deepcopy(made) is made
+    assert inspect.signature(made) == inspect.signature(base)
+
+
+def test_a_guided_class_can_be_unpickled_in_another_process() -> None:
+    pickled = pickle.dumps(guided(AdamW, magnitude=Magnitude(max_norm=3.0)))
+    code = (
+        "import pickle, sys; from gradguide import Magnitude, guided; from torch.optim import AdamW; "
+        "assert pickle.loads(sys.stdin.buffer.read()) is guided(AdamW, magnitude=Magnitude(max_norm=3.0))"
+    )
+    root = Path(gradguide.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", code], input=pickled, env=environment, timeout=120, check=True)
+
+
+def test_a_guided_class_whose_options_have_no_hash_is_made_anew() -> None:
+    model = nn.Linear(2, 1)
+    scope = dict.fromkeys(model.parameters(), "all")
+    made: Any = guided(SGD, scope=scope)
+    assert guided(SGD, scope=scope) is not made
+    assert made(model.parameters(), lr=0.1).defaults["lr"] == 0.1
+
+
+@pytest.mark.parametrize("arguments", [((1e-3,), {}), ((1e-3, 0.9), {"weight_decay": 0.1}), ((), {"lr": 1e-3})])
+def test_arguments_are_those_of_the_base_by_position_and_by_name(arguments: tuple[Any, dict[str, Any]]) -> None:
+    positional, named = arguments
+    model = nn.Linear(2, 1)
+    made: Any = guided(SGD)
+    assert (
+        made(model.parameters(), *positional, **named).defaults
+        == SGD(model.parameters(), *positional, **named).defaults
+    )
+    assert made(params=model.parameters(), lr=0.5).defaults["lr"] == 0.5
+    with pytest.raises(TypeError, match="rate"):
+        made(model.parameters(), rate=0.5)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("kind", [guided(AdamW, direction=Direction(decay=0.5)), Own], ids=["guided", "subclass"])
+def test_instances_are_of_the_class_and_copies_go_on_as_they_would(kind: Any, way: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer: GradGuide = kind(model.parameters())
+    assert type(optimizer) is kind
+    found = unwrap(optimizer)
+    assert found is optimizer
+
+    def step(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        model(torch.full((4, 3), float(seed))).square().sum().backward()
+        optimizer.step()
+
+    step(model, optimizer, 1)
+    twin, other = way((model, optimizer))
+    assert type(other) is kind
+    step(model, optimizer, 2)
+    step(twin, other, 2)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert other.metrics()["steps"] == 2
+
+
+def test_a_subclass_of_a_guided_class_has_its_own_name_and_signature() -> None:
+    assert pickle.loads(pickle.dumps(Own)) is Own
+    assert list(inspect.signature(Own).parameters) == ["params"]
+    assert Own(nn.Linear(2, 1).parameters()).defaults["lr"] == 0.5
 
 
 def test_guided_with_wrong_options() -> None:

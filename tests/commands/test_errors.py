@@ -216,7 +216,13 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def started(tmp_path: Path, *argv: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gradguide", *argv]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True)
+
+    def listen() -> None:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a test run in the background ignores it, and so would its children
+
+    return subprocess.Popen(command, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
 
 
 # Takes the place of torch, whose import takes seconds, and waits to be interrupted.
