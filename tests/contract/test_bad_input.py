@@ -120,7 +120,7 @@ def test_i25_optimizers_that_run_in_backward_are_refused_with_the_reason(name: s
 
 def test_source_without_names_is_refused() -> None:
     model = kit.net()
-    with pytest.raises(ValueError, match=r"names=model\.named_parameters\(\)"):
+    with pytest.raises(ValueError, match="pass names=model"):
         GradGuide(kit.sgd(model.parameters()), alignment=Alignment(kit.source_of(model)))
     GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(kit.source_of(model)))
 
