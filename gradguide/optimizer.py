@@ -77,8 +77,8 @@ class GradGuide(Wrapper):
             ``metrics()["skipped"]`` counts it; a UserWarning follows five skipped steps in a row. "raise":
             FloatingPointError, nothing changed. The host reads one flag per step, except with "skip" on CUDA where the
             base is fused; there it does not warn.
-        backend: "auto" takes fused kernels (Triton) on CUDA and compiled passes on the CPU where they can be had, and
-            the portable backend elsewhere; "foreach" is the portable one, "triton" the fused kernels or an error.
+        backend: "auto" takes the fused kernels (Triton) on CUDA where they can run, and the portable backend elsewhere;
+            "foreach" is the portable one, "triton" the fused kernels or an error.
 
     Raises:
         TypeError, ValueError: the base cannot be guided, an option is out of range, a source comes without names or

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradguide.checks import check_choice
-from gradguide.ops import cpu, foreach
+from gradguide.ops import foreach
 from gradguide.ops.available import lacks_triton
 from gradguide.ops.row import Row, Stack, Write
 
@@ -50,8 +50,8 @@ def is_fused(backend: str, device: torch.device) -> bool:
 def select(backend: str, device: torch.device) -> Ops:
     """The backend for tensors on ``device``.
 
-    "auto" takes fused kernels on CUDA and compiled passes on the CPU where they are to be had, and the portable
-    backend elsewhere; "foreach" is the portable one, "triton" the fused kernels.
+    "auto" takes the fused kernels on CUDA where they can run, and the portable backend elsewhere. "foreach" is the
+    portable one, "triton" the fused kernels.
 
     Raises:
         RuntimeError: backend "triton" cannot be had for ``device``.
@@ -61,4 +61,4 @@ def select(backend: str, device: torch.device) -> Ops:
         from gradguide.ops import triton
 
         return triton
-    return cpu if backend == "auto" and device.type == "cpu" else foreach
+    return foreach

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradguide import GradGuide, Magnitude
-from gradguide.ops import cpu, foreach
+from gradguide import GradGuide
 from tests.conformance.bases import BASES, net_for
 from tests.contract import kit
 
@@ -114,27 +113,3 @@ def test_scopes_whose_parameters_alternate_are_each_by_itself(kind: str, backend
     even, odd = (list(half.parameters())[side::2] for side, half in enumerate(halves))
     found = list(whole.parameters())
     torch.testing.assert_close([*found[::2], *found[1::2]], [*even, *odd], rtol=1e-5, atol=1e-6)
-
-
-def test_one_gradient_that_is_not_contiguous_leaves_the_others_to_the_compiled_passes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if cpu._cpu is None:
-        pytest.skip("the extension is not built")
-    taken: list[int] = []
-
-    original = foreach.gram
-
-    def portable(rows: Any) -> torch.Tensor:
-        taken.append(len(rows[0].tensors))
-        return original(rows)
-
-    monkeypatch.setattr(foreach, "gram", portable)
-    model = kit.net()
-    optimizer = kit.guide(model, kit.sgd, scope="tensor", magnitude=Magnitude(max_update=None))
-    kit.give_gradients(model, 0)
-    weight = next(model.parameters())
-    assert weight.grad is not None
-    weight.grad = weight.grad.t().contiguous().t()
-    optimizer.step()
-    assert taken == [1]

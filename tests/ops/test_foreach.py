@@ -1,9 +1,8 @@
-"""Every backend against the float64 oracle."""
+"""The portable backend against the float64 oracle."""
 
 from __future__ import annotations
 
 from itertools import chain
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradguide.ops import Row, Stack, Write, cpu, foreach, pieces, reference
+from gradguide.ops import Row, Stack, Write, foreach, pieces, reference
 
-BACKENDS = pytest.mark.parametrize("backend", [cpu, foreach], ids=["cpu", "foreach"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((), (0,), (1,), (3, 5), (7, 0, 2), (64, 33), (300, 301))
 SCOPES = st.lists(st.lists(st.sampled_from(SHAPES), max_size=3), min_size=1, max_size=3).filter(any)
@@ -35,19 +33,16 @@ def some_rows(
     return Stack([Row(offset=g), Row(offset=d), None, moving, Row(at=now, anchor=before)], sizes)
 
 
-@BACKENDS
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     scopes=SCOPES,
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4),
 )
-def test_gram_is_the_oracles(
-    backend: ModuleType, seed: int, scopes: list[list[tuple[int, ...]]], dtypes: list[torch.dtype]
-) -> None:
+def test_gram_is_the_oracles(seed: int, scopes: list[list[tuple[int, ...]]], dtypes: list[torch.dtype]) -> None:
     rows = some_rows(seed, [*chain(*scopes)], dtypes, [*map(len, scopes)])
     expected = reference.gram(rows)
-    found = backend.gram(rows)
+    found = foreach.gram(rows)
     assert found.dtype == torch.float64
     assert found.shape == (len(scopes), 5, 5)
     assert torch.equal(found, found.mT)
@@ -55,7 +50,6 @@ def test_gram_is_the_oracles(
     assert ((found - expected).abs() <= 1e-5 * lengths.unsqueeze(1) * lengths.unsqueeze(2) + 1e-12).all()
 
 
-@BACKENDS
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
@@ -65,7 +59,6 @@ def test_gram_is_the_oracles(
     coefficients=st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=30, max_size=30),
 )
 def test_combine_is_the_oracles(
-    backend: ModuleType,
     seed: int,
     scopes: list[list[tuple[int, ...]]],
     dtypes: list[torch.dtype],
@@ -74,7 +67,7 @@ def test_combine_is_the_oracles(
 ) -> None:
     results = []
     own, other = torch.tensor(coefficients, dtype=torch.float64).view(2, 3, 5)[:, : len(scopes)]
-    for ops in (reference, backend):
+    for ops in (reference, foreach):
         rows = some_rows(seed, [*chain(*scopes)], dtypes, [*map(len, scopes)])
         first, second = rows[0], rows[1]
         assert first is not None and first.offset is not None and second is not None and second.offset is not None
@@ -90,83 +83,76 @@ def test_combine_is_the_oracles(
         assert torch.allclose(found.double(), expected.double(), rtol=max(tolerance, 1e-5), atol=max(tolerance, 2e-5))
 
 
-@BACKENDS
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1.0, 1e18, 1e30, 1e38])
-def test_gram_of_tiny_and_huge_rows(backend: ModuleType, scale: float) -> None:
+def test_gram_of_tiny_and_huge_rows(scale: float) -> None:
     rows: list[Row | None] = [Row(offset=[torch.tensor([scale, 0.0, -scale])]), Row(offset=[torch.ones(3)])]
-    found, expected = backend.gram(rows), reference.gram(rows)
+    found, expected = foreach.gram(rows), reference.gram(rows)
     assert torch.allclose(found, expected, rtol=1e-5, atol=0.0)
 
 
-@BACKENDS
-def test_long_rows_are_cut_into_pieces(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "SMALL", 10)
     monkeypatch.setattr(pieces, "LARGE", 1000)
     shapes = [(1999,), (37, 100), (5,), (1000,), (0,)]
     rows = some_rows(0, shapes, [torch.float32])
-    assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-2)
+    assert torch.allclose(foreach.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-2)
     target, expected = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
     coefficients = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    backend.combine_(rows, [Write(into=target, coefficients=coefficients)])
+    foreach.combine_(rows, [Write(into=target, coefficients=coefficients)])
     reference.combine_(rows, [Write(into=expected, coefficients=coefficients)])
     for found, wanted in zip(target, expected, strict=True):
         assert torch.allclose(found, wanted, atol=1e-4)
 
 
-@BACKENDS
-def test_tensors_that_are_not_contiguous(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "SMALL", 10)
     monkeypatch.setattr(pieces, "LARGE", 20)
     a, b = torch.randn(2, 7, 11)
     rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
-    assert torch.allclose(backend.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(foreach.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-5)
     expected = 2.0 * a + 0.5 * b
-    backend.combine_(rows, [Write(into=[a.T], coefficients=torch.tensor([[2.0, 0.5]]))])
+    foreach.combine_(rows, [Write(into=[a.T], coefficients=torch.tensor([[2.0, 0.5]]))])
     assert torch.allclose(a, expected, atol=1e-6)
 
 
-@BACKENDS
-def test_a_zero_coefficient_drops_its_row_whatever_it_holds(backend: ModuleType) -> None:
+def test_a_zero_coefficient_drops_its_row_whatever_it_holds() -> None:
     bad, good = torch.full((4,), float("nan")), torch.arange(4.0)
     rows: list[Row | None] = [Row(offset=[bad]), Row(offset=[good])]
-    backend.combine_(rows, [Write(into=[good], coefficients=torch.tensor([[0.0, 2.0]]))])
+    foreach.combine_(rows, [Write(into=[good], coefficients=torch.tensor([[0.0, 2.0]]))])
     assert torch.equal(good, 2 * torch.arange(4.0))
 
 
-@BACKENDS
-def test_writing_a_row_back_changes_no_bit(backend: ModuleType) -> None:
+def test_writing_a_row_back_changes_no_bit() -> None:
     g = [torch.tensor([1e-45, -0.5, 3e38, 0.1])]
     before = [t.clone() for t in g]
     rows: list[Row | None] = [Row(offset=g), Row(offset=[torch.full((4,), 7.0)])]
-    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([[1.0, 0.0]]))])
-    backend.combine_(rows, [Write(into=g, coefficients=torch.tensor([[0.0, 0.0]]), accumulate=True)])
+    foreach.combine_(rows, [Write(into=g, coefficients=torch.tensor([[1.0, 0.0]]))])
+    foreach.combine_(rows, [Write(into=g, coefficients=torch.tensor([[0.0, 0.0]]), accumulate=True)])
     assert torch.equal(g[0], before[0])
 
 
-@BACKENDS
-def test_nan_and_inf_show_in_the_gram_matrix(backend: ModuleType) -> None:
+def test_nan_and_inf_show_in_the_gram_matrix() -> None:
     for bad in (float("nan"), float("inf")):
         rows: list[Row | None] = [Row(offset=[torch.tensor([1.0, bad])]), Row(offset=[torch.ones(2)])]
-        found = backend.gram(rows)[0]
+        found = foreach.gram(rows)[0]
         assert not found[0].isfinite().any()
         assert found[1, 1] == 2.0
 
 
 def test_a_coefficient_beyond_float32_still_gives_the_right_result_on_cpu() -> None:
     g, s = [torch.tensor([1.0, 2.0])], [torch.tensor([1e-40, 0.0])]
-    cpu.combine_(
+    foreach.combine_(
         [Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([[1.0, 1e40]], dtype=torch.float64))]
     )
     assert torch.allclose(g[0], torch.tensor([2.0, 2.0]), rtol=1e-4)
 
 
-@BACKENDS
 @pytest.mark.parametrize("shape", [(2,), (1, 3), (2, 2)])
-def test_a_write_has_a_coefficient_for_every_scope_and_row(backend: ModuleType, shape: tuple[int, ...]) -> None:
+def test_a_write_has_a_coefficient_for_every_scope_and_row(shape: tuple[int, ...]) -> None:
     g = [torch.ones(2), torch.ones(3)]
     rows = Stack([Row(offset=g), Row(offset=g)], [2])
     with pytest.raises(ValueError, match=r"each of 1 scopes and 2 rows, found shape \(" + str(shape[0])):
-        backend.combine_(rows, [Write(into=g, coefficients=torch.full(shape, 2.0))])
+        foreach.combine_(rows, [Write(into=g, coefficients=torch.full(shape, 2.0))])
     assert [t.tolist() for t in g] == [[1.0] * 2, [1.0] * 3]
 
 
