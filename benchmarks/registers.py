@@ -125,7 +125,9 @@ def configurations() -> dict[str, list[Row | None]]:
         found[f"{name}, K=1 moving"] = [*own, moving(bf16, now, anchor)]
         found[f"{name}, K=1 anchored"] = [*own, Row(scale=some(bf16), at=now, anchor=anchor)]
         found[f"{name}, K=4 moving"] = [*own, *(moving(bf16, now, anchor) for _ in range(4))]
-        found[f"{name}, update, K=1 moving"] = [Row(at=now, anchor=some(dtype)), moving(bf16, now, anchor)]
+        before = some(dtype)
+        own = [Row(at=now, anchor=before), Row(offset=before)]
+        found[f"{name}, update, K=1 moving"] = [*own, moving(bf16, before, anchor)]
     now, anchor = some(f32), some(f32)
     own = [Row(offset=some(f32)), Row(offset=some(f32))]
     found["fp32, K=16"] = [*own, *(Row(offset=some(f32)) for _ in range(16))]
@@ -161,18 +163,19 @@ def decision_calls(rules: Rules) -> list[Call]:
 
 
 def calls_of(rows: list[Row | None]) -> list[Call]:
-    """The launches of a step over ``rows``: measuring them, writing the first two (an update grows), AdamW's step."""
+    """The launches of a step over ``rows``: measuring them, writing the first two, AdamW's step; or of an update."""
     first, *others = [row for row in rows if row is not None]
     coefficients = torch.ones(1, len(rows), dtype=torch.float64)
     if first.offset is None:
         assert first.at is not None
-        writes = [Write(into=first.at, coefficients=coefficients, accumulate=True)]
+        writes = [Write(into=first.at, coefficients=coefficients)]
     else:
         targets = [row.offset for row in (first, *others[:1]) if row.offset is not None]
         writes = [Write(into=target, coefficients=coefficients) for target in targets]
     with recorded() as calls:
         ops.gram(rows)
-        ops.combine_(rows, writes)
+        # An update is written as a combination of the parameters after and before it.
+        ops.combine_(rows if first.at is None else [Row(offset=first.at), *others], writes)
         # The update is that of a base which has stepped.
         if first.offset is not None:
             adamw(rows, first.offset)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch.optim import LBFGS, Optimizer
 
 from gradguide.sharding import check_divided
 from gradguide.zero import check_zero
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_hooks"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_hooks", "evaluates_closures"]
 
 # Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
 _EATERS = {
@@ -48,6 +50,8 @@ def check_base(base: object) -> None:
             "LBFGS evaluates the closure several times within one step and searches along its own direction, which a "
             "guided gradient would contradict; use a first-order optimizer"
         )
+    if _needs_closure(base):
+        raise TypeError(evaluates_closures(base))
     parameters = [p for group in base.param_groups for p in group["params"]]
     if not parameters:
         raise ValueError("the base optimizer has no parameters; pass it those to train")
@@ -58,6 +62,25 @@ def check_base(base: object) -> None:
         )
     check_divided(parameters)
     check_zero(base.param_groups)
+
+
+def evaluates_closures(base: Optimizer) -> str:
+    """Return why a base that evaluates the closure within its own step is refused, and the way out."""
+    kind = type(base).__name__
+    return (
+        f"{kind} evaluates the closure within its own step, where GradGuide cannot guide the gradient. Guide the "
+        f"optimizer that makes the final step instead: {kind}(parameters, gradguide.guided(AdamW), ...) where {kind} "
+        "takes an optimizer class, or GradGuide(optimizer) as the optimizer that it wraps"
+    )
+
+
+def _needs_closure(base: Optimizer) -> bool:
+    """Whether ``base.step()`` cannot be called without a closure: it takes one by its signature, or steps twice as the
+    sharpness-aware optimizers do, whose ``step`` is ``first_step``, the closure, ``second_step``."""
+    if hasattr(base, "first_step") and hasattr(base, "second_step"):
+        return True
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def check_hooks(base: Optimizer) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradguide.bases import evaluates_closures
 from gradguide.guidance import Measured
 
-__all__ = ["POLICIES", "step", "stops"]
+__all__ = ["POLICIES", "TROUBLE", "step", "stops", "warn"]
 
 POLICIES = ("skip", "raise")
+
+TROUBLE = 5
+"""Skipped steps in a row that call for a warning: fewer happen in a run that is well."""
 
 
 def stops(measured: Measured, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
@@ -28,17 +34,39 @@ def stops(measured: Measured, base: Optimizer, policy: str, names: Mapping[Tenso
     return True
 
 
+def warn(measured: Measured, skipped: int, names: Mapping[Tensor, str]) -> None:
+    """Warn that so many steps in a row were skipped.
+
+    Warns:
+        UserWarning: it names the first parameter whose gradient is not finite.
+    """
+    warnings.warn(
+        f"the last {skipped} steps were skipped: {_where(measured, names)} NaN or Inf. Nothing was trained in them; "
+        'metrics()["skipped"] counts them, and nonfinite="raise" makes them an error',
+        UserWarning,
+        stacklevel=6,  # the caller of GradGuide.step, which torch wraps three times
+    )
+
+
 def step(measured: Measured, base: Optimizer, policy: str) -> None:
-    """Step the base, which leaves its step out where that was left to it."""
-    if not _left_to_base(measured, base, policy):
-        base.step()
-        return
+    """Step the base, which leaves its step out where that was left to it.
+
+    Raises:
+        TypeError: the base's step fails because it evaluates the closure itself.
+    """
     flagged: Any = base
-    flagged.found_inf = 1.0 - measured.decided.go
+    left = _left_to_base(measured, base, policy)
+    if left:
+        flagged.found_inf = 1.0 - measured.decided.go
     try:
         base.step()
+    except Exception as error:
+        if "closure" in str(error):
+            raise TypeError(evaluates_closures(base)) from error
+        raise
     finally:
-        del flagged.found_inf
+        if left:
+            del flagged.found_inf
 
 
 def _left_to_base(measured: Measured, base: Optimizer, policy: str) -> bool:
@@ -52,13 +80,14 @@ def _left_to_base(measured: Measured, base: Optimizer, policy: str) -> bool:
 
 def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
     bad = [
-        p
+        (place, p)
         for bucket in measured.survey.buckets
-        for p, g in zip(bucket.parameters, bucket.gradients, strict=True)
+        for place, p, g in zip(bucket.places, bucket.parameters, bucket.gradients, strict=True)
         if not g.isfinite().all()
     ]
     if not bad:
         other = "the gradient on another rank, or " if measured.survey.sharded else ""
         return f"{other}the source gradient at the present parameters has"
-    which = names.get(bad[0]) or f"a parameter of shape {tuple(bad[0].shape)}"
+    _, first = min(bad, key=itemgetter(0))
+    which = names.get(first) or f"a parameter of shape {tuple(first.shape)}"
     return f"the gradient of {which}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} has"

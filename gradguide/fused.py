@@ -175,14 +175,14 @@ def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) 
 
 
 def step(
-    parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tensor, pulls: Tensor | None, go: Tensor
+    parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tensor | None, pulls: Tensor | None, go: Tensor
 ) -> list[Tensor]:
     """Make the step.
 
     Args:
         parts: from :func:`parts_of`.
         gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and the new direction.
-        scale (Tensor): shape [S], float64, what the update is multiplied by.
+        scale (Tensor | None): shape [S], float64, what the update is multiplied by; None is 1.
         pulls (Tensor | None): shape [S, R], coordinates of what is then added to it.
         go (Tensor): 0-d float32, 1; or 0 to leave everything as it is.
 
@@ -190,7 +190,9 @@ def step(
         Squared lengths of the update, each a Tensor [chunks]: their sum is that of the whole update.
     """
     from gradguide.ops.triton.adam import launch_adam, launch_count
+    from gradguide.ops.triton.launch import numbers_of
 
+    scale = numbers_of(gradient.device, [1.0] * len(gradient)) if scale is None else scale
     squares = []
     for part in parts:
         write = None if part.direction is None else Write(into=part.direction, coefficients=part.own(direction))

@@ -179,7 +179,6 @@ class Guidance:
             products = fused.products(parts, decided.gradient, SOURCES, count)
             limit = self._rules_of(survey).limit_unmade(measured.span, products, self.rules, survey.numbers())
             measured.limit, scale, pulls = limit, limit.scale, limit.coefficients
-        scale = torch.ones_like(decided.norm) if scale is None else scale
         self.before.know(fused.step(parts, decided.gradient, decided.direction, scale, pulls, decided.go))
         return True
 

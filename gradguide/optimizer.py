@@ -74,8 +74,9 @@ class GradGuide(Wrapper):
             ``fully_shard``, or when a group is added). Not needed if the base was given named parameters.
             Pairs and scopes may be taken before ``fully_shard`` or after it.
         nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
-            ``metrics()["skipped"]`` counts it. "raise": FloatingPointError, nothing changed. The host reads one flag
-            per step, except with "skip" on CUDA where the base is fused.
+            ``metrics()["skipped"]`` counts it; a UserWarning follows five skipped steps in a row. "raise":
+            FloatingPointError, nothing changed. The host reads one flag per step, except with "skip" on CUDA where the
+            base is fused; there it does not warn.
         backend: "auto" takes fused kernels (Triton) on CUDA and compiled passes on the CPU where they can be had, and
             the portable backend elsewhere; "foreach" is the portable one, "triton" the fused kernels or an error.
 
@@ -136,6 +137,7 @@ class GradGuide(Wrapper):
         surveyor.follow(base)
         self._guidance = Guidance(direction, alignment, magnitude, surveyor)
         self._totals = torch.zeros(2, dtype=torch.float64)
+        self._skipped_in_row = 0
         self._last: Record | None = None
         self._history: History | None = None
         self._warned: set[str] = set()
@@ -151,7 +153,9 @@ class GradGuide(Wrapper):
                 :class:`gradguide.Regularizer`.
 
         Returns:
-            What the closure returned, or None.
+            What the closure returned, or None. ``p.grad`` is then the gradient that the base received, guided and
+            clipped. It is as received from backward after a skipped step, with every rule off, and where the base's
+            step is fused into the combining pass (see above), which never stores the guided gradient.
 
         Raises:
             RuntimeError: DeepSpeed ZeRO divides the parameters; hooks consume the gradients during backward; or, with
@@ -160,7 +164,8 @@ class GradGuide(Wrapper):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
-            UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes.
+            UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes. Or five
+                steps in a row were skipped, once for each such run of steps.
         """
         guidance = self._guidance
         if not guidance.active and self._regularizer is None:
@@ -183,7 +188,11 @@ class GradGuide(Wrapper):
         self._totals = self._totals.to(measured.span.gram.device)
         if finite.stops(measured, self.base, self._nonfinite, guidance.surveyor.names):
             self._totals[1] += 1
+            self._skipped_in_row += 1
+            if self._skipped_in_row == finite.TROUBLE:
+                finite.warn(measured, finite.TROUBLE, guidance.surveyor.names)
         else:
+            self._skipped_in_row = 0
             guidance.guide(measured, self.base, self._totals)
             if not guidance.step_fused(measured, self.base):
                 guidance.combine(measured)
@@ -266,17 +275,31 @@ class GradGuide(Wrapper):
         self._last = None
 
     def metrics(self) -> dict[str, float]:
-        """What the last step measured, read from the device at once; NaN where nothing was measured, or
-        the step was skipped.
+        """Return what the last step measured, read from the device at once.
+
+        Values of several scopes are of all of them together: norms and cosines of all parameters, lengths after a bound
+        over lengths before it, means of ``coherence`` and ``damping`` over the scopes that have a gradient.
 
         Returns:
-            ``grad_norm`` (as received), ``guided_norm`` (before clipping), ``clip_factor`` (0..1), ``direction_cosine``
-            (of the gradient received with the direction before it), ``coherence`` (0..1), ``source_cosine``,
-            ``conflict`` (0 or 1), ``update_norm`` (where a rule acts on the update or a history is recorded; from the
-            parameters as they are now, so read it before anything else changes them), ``skipped`` and ``steps``
-            (counts; a step whose gradients were all zero is none). With several
-            sources, also ``source_cosine/NAME`` and ``conflict/NAME``, by number where they have no names; the plain
-            keys are the worst.
+            Floats by name. NaN where nothing was measured, where the rule is off, or where the step was skipped.
+
+            - ``grad_norm``: length of the gradient as received.
+            - ``guided_norm``: length of the guided gradient before clipping.
+            - ``clip_factor``: what clipping multiplied it by, in [0, 1].
+            - ``direction_cosine``: of the gradient as received with the running direction before it.
+            - ``coherence``: how far the recent gradients agree, in [0, 1].
+            - ``damping``: share of the part orthogonal to the direction that was removed, in [0, 1].
+            - ``source_cosine``: of the gradient as received with the source gradient. In a group with
+              ``maximize=True`` both count as the loss that the step makes smaller has them.
+            - ``conflict``: 1 if that cosine is negative beyond rounding in any scope, else 0.
+            - ``update_norm``: length of the update, where a rule acts on it or a history is recorded. It is taken from
+              the parameters as they are now, so read it before anything else changes them.
+            - ``update_factor``: what the bound multiplied the base's update by, in [0, 1]: 1 where it did not act, 0
+              where an update that is not finite was undone.
+            - ``skipped``, ``steps``: counts. A step whose gradients were all zero is none.
+
+            With several sources also ``source_cosine/NAME`` and ``conflict/NAME``, by number where they have no names;
+            the plain keys are the worst.
         """
         guidance = self._guidance
         sources = () if guidance.rules.alignment is None else guidance.rules.alignment.names
@@ -316,7 +339,10 @@ class GradGuide(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
-        kept = ("base", "_nonfinite", "_guidance", "_regularizer", "_totals", "_last", "_history", "_warned")
+        kept = (
+            "base", "_nonfinite", "_guidance", "_regularizer", "_totals", "_skipped_in_row", "_last", "_history",
+            "_warned",
+        )  # fmt: skip
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -127,7 +127,9 @@ def test_values_over_steps() -> None:
                 "coherence": coherence,
                 "source_cosine": cosine(g, s),
                 "conflict": float(conflict),
+                "damping": 0.0,
                 "update_norm": float(moved.norm()),
+                "update_factor": 1.0,
                 "steps": step,
                 "skipped": 0,
             },
@@ -145,7 +147,7 @@ def test_guided_norm_with_damping() -> None:
     d, mass, square = torch.zeros(10, dtype=torch.float64), 0.0, 0.0
     shrunk = 0
     for g in vectors(8, seed=3, drift=1.0):
-        guided = g
+        guided, k = g, 0.0
         if mass > 0:
             r2, chance = (float(d.norm()) / mass) ** 2, square / mass**2
             evidence = math.sqrt(max(r2 - chance, 0) / (1 - chance)) if chance < 1 - 1e-9 else 0.0
@@ -154,8 +156,8 @@ def test_guided_norm_with_damping() -> None:
         set_gradient(known, g)
         optimizer.step()
         found = optimizer.metrics()
-        same(found, {"grad_norm": float(g.norm()), "guided_norm": float(guided.norm()), "clip_factor": 1.0})
-        assert math.isnan(found["update_norm"])
+        lengths = {"grad_norm": float(g.norm()), "guided_norm": float(guided.norm()), "clip_factor": 1.0}
+        same(found, lengths | {"damping": k, "update_norm": math.nan, "update_factor": math.nan})
         shrunk += float(guided.norm()) < 0.98 * float(g.norm())
         d = DECAY * d + (1 - DECAY) * g / g.norm()
         mass, square = DECAY * mass + 1 - DECAY, DECAY**2 * square + (1 - DECAY) ** 2
@@ -171,7 +173,10 @@ def test_what_is_off_is_nan() -> None:
     set_gradient(known, g)
     optimizer.step()
     norm = float(g.norm())
-    off = dict.fromkeys(("direction_cosine", "coherence", "source_cosine", "conflict", "update_norm"), math.nan)
+    names = (
+        "direction_cosine", "coherence", "damping", "source_cosine", "conflict", "update_norm", "update_factor",
+    )  # fmt: skip
+    off = dict.fromkeys(names, math.nan)
     found = optimizer.metrics()
     assert found.keys() == KEYS
     same(found, {"grad_norm": norm, "guided_norm": norm, "clip_factor": 0.5 / norm, "steps": 1, "skipped": 0, **off})
@@ -291,5 +296,15 @@ def test_zero_gradient() -> None:
     optimizer = GradGuide(SGD(known.values(), lr=0.1))
     set_gradient(known, torch.zeros(10, dtype=torch.float64))
     optimizer.step()
-    wanted = dict.fromkeys(("grad_norm", "guided_norm", "direction_cosine", "coherence", "update_norm"), 0.0)
-    same(optimizer.metrics(), {**wanted, "clip_factor": 1, "steps": 0})
+    names = ("grad_norm", "guided_norm", "direction_cosine", "coherence", "damping", "update_norm")
+    same(optimizer.metrics(), {**dict.fromkeys(names, 0.0), "clip_factor": 1, "update_factor": 1, "steps": 0})
+
+
+def test_damping_is_the_mean_over_scopes_that_have_a_gradient() -> None:
+    """Of two scopes one never has one."""
+    known = parameters()
+    optimizer = GradGuide(SGD(known.values(), lr=0.1), direction=Direction(decay=DECAY, damping=0.5), scope="tensor")
+    for step in range(30):
+        set_gradient(known, torch.cat([torch.ones(6), torch.zeros(4)]).double())
+        optimizer.step()
+        assert optimizer.metrics()["damping"] == pytest.approx(0.5 if step > 0 else 0.0, abs=1e-5)

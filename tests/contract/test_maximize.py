@@ -125,8 +125,8 @@ def test_i28_maximize_is_the_same_problem_stated_as_descent(base: str, rules: st
     rtol, atol = (1e-2, 3e-4) if "quotient" in rules else (1e-4, 1e-5)
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
-    for mine, other in zip(metrics, expected, strict=True):
-        assert mine == pytest.approx(other, rel=10 * rtol, abs=10 * atol, nan_ok=True)
+    for measured, stated in zip(metrics, expected, strict=True):
+        assert measured == pytest.approx(stated, rel=10 * rtol, abs=10 * atol, nan_ok=True)
 
 
 @pytest.mark.parametrize("rules", [rules for rules in RULES if "quotient" not in rules])

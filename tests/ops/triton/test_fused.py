@@ -246,10 +246,11 @@ def test_i28_groups_that_maximize_are_descent(up: tuple[bool, bool], rules: str,
     for stated in (False, True):
         signs = [-1.0 if climbs and not stated else 1.0 for climbs in up for _ in range(2)]
 
-        def make(groups: list[dict[str, Any]], stated: bool = stated) -> Optimizer:
-            for group, climbs in zip(groups, up, strict=True):
-                group["maximize"] = climbs and not stated
-            return AdamW(groups, lr=0.01, fused=True)
+        def make(groups: Any, stated: bool = stated) -> Optimizer:
+            signed: list[dict[str, Any]] = [
+                {**group, "maximize": climbs and not stated} for group, climbs in zip(groups, up, strict=True)
+            ]
+            return AdamW(signed, lr=0.01, fused=True)
 
         held, optimizer = guided("foreach" if stated else "triton", make, **RULES[rules])
         for step in range(3):
@@ -270,7 +271,8 @@ def test_groups_that_differ_in_kind_are_the_bases(fused_steps: list[int]) -> Non
     for backend in ("triton", "foreach"):
         held = parameters()
         rate = torch.tensor(0.01, device=DEVICE)
-        base = AdamW([{"params": held[:2]}, {"params": held[2:], "lr": rate}], lr=0.01, fused=True)
+        groups: list[dict[str, Any]] = [{"params": held[:2]}, {"params": held[2:], "lr": rate}]
+        base = AdamW(groups, lr=0.01, fused=True)
         results.append((held, GradGuide(base, magnitude=None, backend=backend)))
         run(*results[-1], range(2))
     assert fused_steps == []

@@ -138,13 +138,29 @@ def test_a_zero_coefficient_drops_its_row_whatever_it_holds(shape: tuple[int, ..
 
 
 def test_writing_a_row_back_changes_no_bit() -> None:
-    g = [torch.tensor([1e-45, -0.5, 3e38, 0.1], device=DEVICE), torch.randn(1024).to(DEVICE, BF16).float()]
+    g = [torch.tensor([1e-45, -0.5, 3e38, -0.0], device=DEVICE), torch.randn(1024).to(DEVICE, BF16).float()]
     before = [t.clone() for t in g]
     rows: list[Row | None] = [Row(offset=g), Row(offset=[torch.full_like(t, 7.0) for t in g])]
     ops.combine_(rows, [Write(into=g, coefficients=torch.tensor([[1.0, 0.0]], device=DEVICE))])
     ops.combine_(rows, [Write(into=g, coefficients=torch.zeros(1, 2, device=DEVICE), accumulate=True)])
     for found, wanted in zip(g, before, strict=True):
         assert torch.equal(found, wanted)
+        assert torch.equal(found.signbit(), wanted.signbit())
+
+
+def test_scopes_in_which_nothing_is_written_are_left_alone() -> None:
+    g = [torch.tensor([-0.0, 2.0], device=DEVICE), torch.tensor([-0.0, 2.0], device=DEVICE)]
+    rows = Stack([Row(offset=g), Row(offset=[torch.ones_like(t) for t in g])], [1, 1])
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64, device=DEVICE)
+    ops.combine_(rows, [Write(into=g, coefficients=weights)])
+    assert g[0].signbit().tolist() == [True, False]
+    assert [t.tolist() for t in g] == [[0.0, 2.0], [0.5, 1.5]]
+
+
+def test_zeros_are_written_where_no_row_has_a_coefficient() -> None:
+    g = [torch.tensor([-3.0, float("nan")], device=DEVICE)]
+    ops.combine_([Row(offset=g)], [Write(into=g, coefficients=torch.zeros(1, 1, device=DEVICE))])
+    assert g[0].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

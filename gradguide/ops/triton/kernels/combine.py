@@ -18,7 +18,7 @@ from gradguide.ops.triton.kernels.access import (
     vector_end,
 )
 
-__all__ = ["any_nonzero", "combine", "is_read", "load_coefficients", "weighted"]
+__all__ = ["combine", "is_read", "load_coefficients", "weighted"]
 
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
@@ -27,6 +27,12 @@ LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 def grows(writes, column):
     """Whether a write adds to this column."""
     return (column, True) in writes
+
+
+@triton.constexpr_function
+def own_row(rows, column):
+    """The first row that is this column alone; -1 where there is none."""
+    return next((row for row, parts in enumerate(rows) if tuple(parts) == (column, -1, -1, -1)), -1)
 
 
 @triton.jit
@@ -40,11 +46,15 @@ def load_coefficients(coefficients, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def any_nonzero(coefficients):
-    """Whether a combination with these coefficients is more than zeros: int32, 1 or 0."""
-    found = 0
+def has_effect(coefficients, ROWS: tl.constexpr, COLUMN: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Whether a write into this column with these coefficients changes anything: int32, 1 or 0.
+
+    Adding zeros does not, nor does a combination that is the column itself.
+    """
+    own: tl.constexpr = -1 if ACCUMULATE else own_row(ROWS, COLUMN)
+    found = 0 if ACCUMULATE or own >= 0 else 1
     for row in tl.static_range(len(coefficients)):
-        found = found | tl.where(coefficients[row] != 0.0, 1, 0)
+        found = found | tl.where(coefficients[row] != (1.0 if row == own else 0.0), 1, 0)
     return found
 
 
@@ -77,12 +87,12 @@ def prepare(
     changes = ()
     for write in tl.static_range(len(WRITES)):
         weights = weights + (load_coefficients(coefficients[write], SLOTS),)
-        changes = changes + (any_nonzero(weights[write]) if item(WRITES, write, 1) else 1,)
+        changes = changes + (has_effect(weights[write], ROWS, item(WRITES, write, 0), item(WRITES, write, 1)),)
     reads = ()
     for column in tl.static_range(COLUMNS):
         read = 0
         for write in tl.static_range(len(WRITES)):
-            read = read | is_read(weights[write], column, ROWS)
+            read = read | (is_read(weights[write], column, ROWS) & changes[write])
             if item(WRITES, write, 1) and item(WRITES, write, 0) == column:
                 read = read | changes[write]
         reads = reads + (read,)
@@ -140,8 +150,8 @@ def combine(
         coefficients: for each write a float tensor [scopes, slots], that of ROWS[i] at SLOTS[i].
         tensors, slots: how many.
         ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
-        WRITES: for each write its column, and whether it adds to what is there (then nothing is written where all
-            coefficients are 0).
+        WRITES: for each write its column, and whether it adds to what is there. A write that would change nothing is
+            not made.
         RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)

@@ -1,0 +1,60 @@
+"""The bound on the update in the kernels, of a base that steps by itself and of a fused one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from tests.ops.triton.problems import DEVICE
+
+# The interpreter computes with numpy, which says so where a number is not finite.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", ["SGD", "AdamW", "fused AdamW"])
+@pytest.mark.parametrize(("gradient", "rate"), [(1e-3, 1e4), (1e12, 1.0), (1e12, 1e30)])
+@pytest.mark.parametrize("sources", [0, 2])
+def test_the_bound_holds(gradient: float, rate: float, base: str, dtype: torch.dtype, sources: int) -> None:
+    if dtype == torch.float16 and rate > 1e4:
+        pytest.skip("torch refuses a rate that the precision does not hold")
+    generator = torch.Generator().manual_seed(0)
+    held = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in ((5, 7), (3,))]
+    named = {f"p{i}": p for i, p in enumerate(held)}
+    given = [
+        SourceGradient({n: torch.randn(p.shape, generator=generator).to(DEVICE) for n, p in named.items()})
+        for _ in range(sources)
+    ]
+    made = SGD(held, lr=rate) if base == "SGD" else AdamW(held, lr=rate, weight_decay=0.0, fused="fused" in base)
+    optimizer = GradGuide(
+        made, direction=None, alignment=Alignment(given) if given else None, magnitude=Magnitude(max_norm=math.inf),
+        names=named, backend="triton",
+    )  # fmt: skip
+    before = torch.cat([p.detach().double().reshape(-1) for p in held])
+    for parameter in held:
+        drawn = torch.randn(parameter.shape, generator=generator) * gradient
+        parameter.grad = drawn.clamp(-6e4, 6e4).to(DEVICE, dtype) if dtype == torch.float16 else drawn.to(DEVICE, dtype)
+    optimizer.step()
+    after = torch.cat([p.detach().double().reshape(-1) for p in held])
+    assert after.isfinite().all()
+    largest = 0.05 * float(before.norm()) * (1 + 1e-4) + torch.finfo(dtype).eps * float(before.norm())
+    assert float((after - before).norm()) <= largest
+    assert 0.0 <= optimizer.metrics()["update_factor"] <= 1.0
+
+
+def test_an_update_within_the_bound_keeps_every_bit() -> None:
+    runs = []
+    for largest in (None, 1e3):
+        held = [nn.Parameter(torch.linspace(-1.0, 1.0, 9, device=DEVICE))]
+        magnitude = Magnitude(max_norm=math.inf, max_update=largest)
+        optimizer = GradGuide(AdamW(held, lr=0.01), direction=None, magnitude=magnitude, backend="triton")
+        for _ in range(3):
+            held[0].grad = torch.ones(9, device=DEVICE)
+            optimizer.step()
+        runs.append(held[0].detach())
+    assert torch.equal(*runs)

@@ -1,0 +1,154 @@
+"""The bound on the update holds for what is written, whatever the gradient, the rate, the precision and the rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+
+SHAPES = ((3, 4), (1,), (7,))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCALES = st.floats(-20, 30).map(lambda power: 10.0**power)
+
+
+def draw(seed: int, scale: float, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    largest = torch.finfo(dtype).max / 8
+    return [(torch.randn(s, generator=generator).double() * scale).clamp(-largest, largest).to(dtype) for s in SHAPES]
+
+
+def guided(
+    held: Sequence[nn.Parameter], base: Optimizer, sources: int, scope: str, largest: float, **options: Any
+) -> GradGuide:
+    named = {f"p{i}": p for i, p in enumerate(held)}
+    if sources:
+        given = [SourceGradient(dict(zip(named, draw(9 + k, 1.0, torch.float32), strict=True))) for k in range(sources)]
+        options |= {"alignment": Alignment(given), "names": named}
+    magnitude = Magnitude(max_norm=math.inf, max_update=largest)
+    return GradGuide(base, magnitude=magnitude, scope=scope, **options)
+
+
+def excess(before: Sequence[Tensor], after: Sequence[Tensor], scope: str, largest: float) -> float:
+    """How far the update is beyond the bound and rounding, over the bound: at most 0 where it holds."""
+    groups = [[i] for i in range(len(before))] if scope == "tensor" else [list(range(len(before)))]
+    worst = -math.inf
+    for group in groups:
+        old, new = (torch.cat([side[i].double().reshape(-1) for i in group]) for side in (before, after))
+        bound = largest * max(float(old.norm()), 0.01 * math.sqrt(len(old)))
+        about = torch.finfo(before[0].dtype)
+        # Coefficients and sums are in float32, and what is written is rounded to a multiple of the precision's steps.
+        rounding = (about.eps + 4 * 2**-23) * float(new.abs().maximum(old.abs()).norm())
+        rounding += about.smallest_normal * about.eps * math.sqrt(len(old))
+        worst = max(worst, (float((new - old).norm()) - rounding) / bound - 1 - 1e-5)
+    return worst
+
+
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    gradient=SCALES,
+    rate=SCALES,
+    length=st.sampled_from([0.0, 1e-8, 1e-3, 1.0, 1e3]),
+    dtype=st.sampled_from(DTYPES),
+    base=st.sampled_from(["SGD", "AdamW"]),
+    sources=st.sampled_from([0, 1, 3]),
+    scope=st.sampled_from(["global", "tensor"]),
+    backend=st.sampled_from(["auto", "foreach"]),
+    seed=st.integers(0, 99),
+)
+def test_the_bound_holds(
+    gradient: float, rate: float, length: float, dtype: torch.dtype, base: str, sources: int, scope: str,
+    backend: str, seed: int,
+) -> None:  # fmt: skip
+    held = [nn.Parameter(t) for t in draw(seed, length, dtype)]
+    largest = 1e4 if dtype == torch.float16 else 1e30  # torch refuses a rate that the precision does not hold
+    made = {"SGD": SGD, "AdamW": AdamW}[base](held, lr=min(rate, largest))
+    optimizer = guided(held, made, sources, scope, 0.05, direction=None, backend=backend)
+    for step in range(2):
+        before = [p.detach().clone() for p in held]
+        for parameter, value in zip(held, draw(seed + 100 + step, gradient, dtype), strict=True):
+            parameter.grad = value
+        optimizer.step()
+        after = [p.detach() for p in held]
+        assert all(t.isfinite().all() for t in after)
+        assert excess(before, after, scope, 0.05) <= 0.0
+        assert 0.0 <= optimizer.metrics()["update_factor"] <= 1.0
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_an_update_within_the_bound_keeps_every_bit(scope: str, dtype: torch.dtype, backend: str) -> None:
+    runs = []
+    for bounded in (False, True):
+        held = [nn.Parameter(t) for t in draw(0, 1.0, dtype)]
+        base = AdamW(held, lr=0.01)
+        optimizer = guided(held, base, 0, scope, 1e3, direction=None, backend=backend) if bounded else base
+        for step in range(5):
+            for parameter, value in zip(held, draw(10 + step, 1.0, dtype), strict=True):
+                parameter.grad = value
+            optimizer.step()
+        runs.append(held)
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("gradient", [1e4, 1e9, 1e20, 1e30])
+def test_what_was_before_is_not_lost_in_a_huge_update(gradient: float, backend: str) -> None:
+    parameter = nn.Parameter(torch.full((4,), 0.5))
+    optimizer = GradGuide(SGD([parameter], lr=0.1), magnitude=Magnitude(adaptive=True), backend=backend)
+    parameter.grad = torch.full((4,), gradient)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.475), rtol=1e-6, atol=0)
+    assert optimizer.metrics()["update_factor"] == pytest.approx(0.25 / gradient, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+def test_a_scope_whose_update_overflows_goes_back_and_the_others_step(backend: str) -> None:
+    held = [nn.Parameter(torch.ones(3, dtype=torch.float16)) for _ in range(2)]
+    optimizer = guided(held, SGD(held, lr=1e4), 0, "tensor", 0.05, direction=None, backend=backend)
+    held[0].grad, held[1].grad = (torch.full((3,), value, dtype=torch.float16) for value in (100.0, 1e-6))
+    optimizer.step()
+    assert held[0].tolist() == [1.0] * 3
+    assert held[1].tolist() == pytest.approx([1.0 - 1e-2] * 3, rel=0.1)
+    assert optimizer.metrics()["update_factor"] == 0.0
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_bounded_update_is_the_bases_and_its_factor_is_reported(scope: str, backend: str) -> None:
+    held = [nn.Parameter(t) for t in draw(0, 1.0, torch.float32)]
+    optimizer = guided(held, SGD(held, lr=1.0), 0, scope, 0.05, direction=Direction(), backend=backend)
+    gradients = draw(1, 1.0, torch.float32)
+    before = [p.detach().clone() for p in held]
+    for parameter, value in zip(held, gradients, strict=True):
+        parameter.grad = value.clone()
+    optimizer.step()
+    groups = [[0, 1, 2]] if scope == "global" else [[0], [1], [2]]
+    left = 0.0
+    for group in groups:
+        old, g = (torch.cat([side[i].reshape(-1) for i in group]) for side in (before, gradients))
+        factor = min(1.0, 0.05 * float(old.norm() / g.norm()))
+        left += (factor * float(g.norm())) ** 2
+        for i in group:
+            torch.testing.assert_close(held[i].detach(), before[i] - factor * gradients[i], rtol=1e-5, atol=1e-7)
+    whole = float(torch.cat([g.reshape(-1) for g in gradients]).norm())
+    assert optimizer.metrics()["update_factor"] == pytest.approx(math.sqrt(left) / whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [None, Magnitude(max_update=None)])
+def test_without_a_bound_there_is_no_factor(magnitude: Magnitude | None) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    alignment = Alignment(SourceGradient({"p": torch.ones(2)}))
+    optimizer = GradGuide(SGD([parameter], lr=0.1), alignment=alignment, magnitude=magnitude, names={"p": parameter})
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert math.isnan(optimizer.metrics()["update_factor"])
