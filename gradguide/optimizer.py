@@ -164,8 +164,8 @@ class GradGuide(Wrapper):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
-            UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes. Or
-                five steps in a row were skipped; once for each such run of steps.
+            UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes.
+                Or five steps in a row were skipped; once for each such run of steps.
         """
         guidance = self._guidance
         if not guidance.active and self._regularizer is None:
