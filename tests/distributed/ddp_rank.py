@@ -9,7 +9,7 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from gradguide import GradGuide
+from gradguide import GradGuide, guided
 from tests.distributed import problem
 from tests.distributed.counting import counted
 from tests.distributed.launch import join
@@ -59,9 +59,22 @@ def zero(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def inside_zero() -> str | None:
+    """The error of GradGuides that are made within a base that divides the parameters, each rank its own."""
+    model = problem.net()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), guided(torch.optim.AdamW), lr=0.02)
+    problem.loss_of(wrapped, *problem.batch(0)).backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     found = {kind: run(kind, rank, world) for kind in problem.KINDS}
-    torch.save({**found, "zero": zero(rank, world)}, folder / f"rank{rank}.pt")
+    torch.save({**found, "zero": zero(rank, world), "inside zero": inside_zero()}, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,9 @@ CASES: dict[str, Make] = {
     "set_alignment": aligned_later,
     "add_param_group": added,
 }
+DDP_CASES = ("direction.decay", "alignment.weight", "magnitude", "nonfinite", "number of parameters", "set_alignment")
+"""Cases for DistributedDataParallel, where only the search for the process group is another."""
+
 AGREEING: dict[str, Make] = {
     "nothing": lambda model, odd: guide(model),
     "nothing, of other objects": lambda model, odd: guide(
@@ -200,7 +203,8 @@ def closure_of(trained: nn.Module, optimizer: GradGuide) -> Callable[[], Tensor]
 
 
 def main(rank: int, world: int, folder: Path, how: str) -> None:
-    found = {case: error_of(make, how, rank, world) for case, make in (CASES | AGREEING).items()}
+    odd = CASES if how == "fsdp" else {case: CASES[case] for case in DDP_CASES}
+    found = {case: error_of(make, how, rank, world) for case, make in (odd | AGREEING).items()}
     torch.save(found, folder / f"rank{rank}.pt")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from gradguide.agreement import describe
-from tests.distributed.disagree_rank import AGREEING, CASES, ODD, USUAL
+from tests.distributed.disagree_rank import AGREEING, CASES, DDP_CASES, ODD, USUAL
 from tests.distributed.launch import ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -34,30 +34,35 @@ NAMED = {
 }
 
 
-@pytest.fixture(scope="module", params=["fsdp", "ddp"])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    ranks("disagree_rank.py", folder, 2, request.param)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str | None]]]:
+    """What each rank was given as an error, under FSDP2 and under DDP."""
+    return {how: messages(tmp_path_factory.mktemp(how), how) for how in ("fsdp", "ddp")}
+
+
+def messages(folder: Path, how: str) -> list[dict[str, str | None]]:
+    ranks("disagree_rank.py", folder, 2, how)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("how", "case"), [*(("fsdp", c) for c in CASES), *(("ddp", c) for c in DDP_CASES)])
 def test_i32_an_option_that_differs_is_refused_by_name_on_every_rank(
-    found: list[dict[str, str | None]], case: str
+    found: dict[str, list[dict[str, str | None]]], how: str, case: str
 ) -> None:
-    messages = [rank[case] for rank in found]
-    for message in messages:
+    told = [rank[case] for rank in found[how]]
+    for message in told:
         assert message is not None, "not refused"
         assert message.startswith("the ranks differ in ")
         assert NAMED.get(case, case) in message
         assert "on rank 0" in message
         assert "on rank 1" in message
-    assert messages[0] == messages[1]
+    assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
 @pytest.mark.parametrize("case", AGREEING)
-def test_i32_ranks_that_agree_step(found: list[dict[str, str | None]], case: str) -> None:
-    assert [rank[case] for rank in found] == [None, None]
+def test_i32_ranks_that_agree_step(found: dict[str, list[dict[str, str | None]]], how: str, case: str) -> None:
+    assert [rank[case] for rank in found[how]] == [None, None]
 
 
 def test_i32_every_option_of_every_rule_is_tried() -> None:
