@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradguide.atomic import replacing
+from gradguide.sources.metadata import check_depth
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -45,7 +46,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], di
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, not safetensors, no source file, or of a newer format.
+        ValueError: it is truncated, not safetensors, no source file, damaged, or of a newer format.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no source file at {os.fspath(path)!r}")
@@ -56,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], di
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 table, _, name = key.partition("/")
                 tables.setdefault(table, {})[name] = file.get_tensor(key)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is not a readable safetensors file ({error}): it is truncated or of another kind; "
             "save it again with SourceGradient.save"
@@ -76,9 +77,9 @@ def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str,
     try:
         metadata = json.loads(header[_KEY])
         version = metadata["format"]
-        if type(version) is not int or version < 1:
+        if type(version) is not int or not 1 <= version < 2**31:
             raise ValueError(f"format {version!r}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} holds tensors but no source gradient (found metadata {sorted(header)}); "
             "source files are written by SourceGradient.save"
@@ -88,4 +89,8 @@ def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str,
             f"{os.fspath(path)!r} has format {version}, this version of gradguide reads up to {FORMAT}: "
             "upgrade gradguide"
         )
+    try:
+        check_depth(metadata)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
     return dict(metadata)

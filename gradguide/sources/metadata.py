@@ -13,7 +13,7 @@ from torch import nn
 
 from gradguide.sources.base_model import base_of
 
-__all__ = ["MAX_DEPTH", "check_metadata", "metadata_of"]
+__all__ = ["MAX_DEPTH", "check_depth", "check_metadata", "metadata_of"]
 
 MAX_DEPTH = 64
 
@@ -43,7 +43,7 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an entry is of another type, or nested deeper than ``MAX_DEPTH``.
     """
-    _check_depth(metadata)
+    check_depth(metadata)
     _check(metadata)
 
 
@@ -76,8 +76,12 @@ def _check_base(base: object) -> None:
         raise ValueError(f"metadata 'base' must have an id and lists of weights by name, found {_short(base)}")
 
 
-def _check_depth(metadata: object) -> None:
-    """Level by level: a recursion would end in an error of its own on what it is to refuse."""
+def check_depth(metadata: object) -> None:
+    """Raise unless a value of JSON types is nested at most ``MAX_DEPTH`` deep; code that recurses can read it then.
+
+    Raises:
+        ValueError: it is deeper.
+    """
     level: list[Any] = [metadata]
     for _ in range(MAX_DEPTH):
         level = [
@@ -92,7 +96,12 @@ def _check_depth(metadata: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _short(value: object) -> str:

@@ -25,6 +25,7 @@ from gradguide.sources.metadata import check_metadata
 __all__ = ["SourceGradient"]
 
 ANCHORED_WEIGHT = 1.0
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ({"gradient"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
 
 
@@ -56,8 +57,8 @@ class SourceGradient:
 
         Raises:
             ValueError: no tensor, only one of fisher and anchor, names or shapes that differ, or a number that is not
-                finite, or negative in fisher.
-            TypeError: a tensor is not of floating numbers.
+                finite, or negative in fisher; metadata of other types than the library writes.
+            TypeError: a tensor is not of floating numbers of 16, 32 or 64 bits.
         """
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
@@ -69,7 +70,7 @@ class SourceGradient:
             if {name: tensor.shape for name, tensor in table.items()} != self.shapes():
                 raise ValueError(f"{label} must have the names and shapes of the other tables")
             for name, tensor in table.items():
-                if not tensor.is_floating_point():
+                if tensor.dtype not in _FLOATING:
                     raise TypeError(f"{label} must hold floating numbers, found {tensor.dtype} for {name}")
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(f"{label} must be finite, found NaN or Inf for {name}")
@@ -243,7 +244,8 @@ class SourceGradient:
             ValueError: the sources or the weights do not fit together.
         """
         tables = merged_tables([source._tables for source in sources], weights)
-        return SourceGradient._of(tables, {"merged": [source.metadata for source in sources]})
+        merged = [m for source in sources for m in source.metadata.get("merged", [source.metadata])]
+        return SourceGradient._of(tables, {"merged": merged})
 
     def fingerprint(self) -> str:
         """Digest of names, shapes and numbers."""
@@ -275,7 +277,13 @@ class SourceGradient:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears whole or not at all."""
+        """Write a safetensors file; it appears whole or not at all.
+
+        Raises:
+            ValueError: an entry of ``metadata`` that the library reads is of another type than it writes.
+            OSError: the file cannot be written.
+        """
+        check_metadata(self.metadata)
         file.write(path, self._tables, {"names": self.names(), **self.metadata})
 
     @classmethod
@@ -284,7 +292,7 @@ class SourceGradient:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is truncated, not safetensors, no source file, or of a newer format.
+            ValueError: it is truncated, not safetensors, no source file, damaged, or of a newer format.
         """
         tables, metadata = file.read(path)
         order = metadata.pop("names", None)

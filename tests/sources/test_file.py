@@ -195,6 +195,13 @@ def test_newer_format(tmp_path: Path) -> None:
         SourceGradient.load(path)
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 ONE = torch.ones(2)
 DAMAGES: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "name without tensor": ({"gradient/w": ONE}, {"names": ["w", "v"]}),
@@ -213,6 +220,30 @@ DAMAGES: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     ),
     "anchor alone": ({"anchor/w": ONE}, {"names": ["w"]}),
     "no table": ({"w": ONE}, {"names": ["w"]}),
+    "no tensors": ({}, {"names": ["w"]}),
+    "nothing at all": ({}, {"names": []}),
+    "a name twice": ({"gradient/w": ONE}, {"names": ["w", "w"]}),
+    "not a number": ({"gradient/w": ONE * torch.nan}, {"names": ["w"]}),
+    "infinite fisher": ({"fisher/w": ONE * torch.inf, "anchor/w": ONE.clone()}, {"names": ["w"]}),
+    "integers": ({"gradient/w": ONE.int()}, {"names": ["w"]}),
+    "numbers of 8 bits": ({"gradient/w": ONE.to(torch.float8_e4m3fn)}, {"names": ["w"]}),
+    "versions that are a list": ({"gradient/w": ONE}, {"names": ["w"], "versions": ["2.13"]}),
+    "a version that is a number": ({"gradient/w": ONE}, {"names": ["w"], "versions": {"torch": 2}}),
+    "examples that are text": ({"gradient/w": ONE}, {"names": ["w"], "examples": "three"}),
+    "a loss that is no number": ({"gradient/w": ONE}, {"names": ["w"], "loss": float("nan")}),
+    "a loss beyond every float": ({"gradient/w": ONE}, {"names": ["w"], "loss": 10**400}),
+    "an adapter that is a list": ({"gradient/w": ONE}, {"names": ["w"], "adapter": []}),
+    "a base that is text": ({"gradient/w": ONE}, {"names": ["w"], "base": "llama"}),
+    "a base without an id": ({"gradient/w": ONE}, {"names": ["w"], "base": {"weights": {}}}),
+    "a base whose weights are text": (
+        {"gradient/w": ONE},
+        {"names": ["w"], "base": {"id": "", "weights": {"v": ["1"]}}},
+    ),
+    "a base without numbers": ({"gradient/w": ONE}, {"names": ["w"], "base": {"id": "", "weights": {"v": []}}}),
+    "merged from text": ({"gradient/w": ONE}, {"names": ["w"], "merged": ["other"]}),
+    "merged from what is damaged": ({"gradient/w": ONE}, {"names": ["w"], "merged": [{"versions": 1}]}),
+    "nested too deep": ({"gradient/w": ONE}, {"names": ["w"], "free": nested(100)}),
+    "names nested too deep": ({"gradient/w": ONE}, {"names": nested(100)}),
 }
 
 
@@ -222,3 +253,46 @@ def test_damaged(tmp_path: Path, damage: str) -> None:
     path = damaged(tmp_path / "s.safetensors", tensors, {"format": 1, **metadata})
     with pytest.raises(ValueError, match=r"s\.safetensors.*(damaged|no gradient)"):
         SourceGradient.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"merged":[' * 100_000 + "]}" * 100_000])
+def test_metadata_nested_without_end(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "s.safetensors"
+    header = {"gradguide": '{"format": 1, "names": ["w"], "free": ' + text + "}"}
+    safetensors.torch.save_file({"gradient/w": ONE}, path, metadata=header)
+    with pytest.raises(ValueError, match=r"s\.safetensors"):
+        SourceGradient.load(path)
+
+
+def test_one_flipped_bit_in_the_header(tmp_path: Path) -> None:
+    """Each file loads or is refused with ``ValueError``: no other error, whatever the bit is part of."""
+    model, x, y = softmax_problem(4)
+    SourceGradient.capture(model, split(x, y, [2, 2]), cross_entropy).save(tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    path = tmp_path / "flipped.safetensors"
+    random = torch.Generator().manual_seed(0)
+    outcomes = {"loaded": 0, "refused": 0}
+    for bit in torch.randperm(8 * length, generator=random)[:700].tolist():
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            SourceGradient.load(path)
+            outcomes["loaded"] += 1
+        except ValueError as error:
+            assert "flipped.safetensors" in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 400
+    assert sum(outcomes.values()) == 700
+
+
+@pytest.mark.parametrize("metadata", [{"examples": "3"}, {"versions": []}, {"free": nested(70)}, {3: "x"}])
+def test_what_would_not_load_is_not_made_or_saved(tmp_path: Path, metadata: dict[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="metadata"):
+        SourceGradient({"w": ONE}, metadata=metadata)
+    source = SourceGradient({"w": ONE})
+    source.metadata.update(metadata)
+    with pytest.raises(ValueError, match="metadata"):
+        source.save(tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
