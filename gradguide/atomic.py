@@ -78,9 +78,10 @@ def scratch_beside(target: Path) -> Iterator[Scratch]:
 
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove the folders that killed processes left; without locks, those that are older than a day."""
-    for folder in parent.iterdir():
-        if not folder.name.startswith(prefix):
-            continue
+    folders: list[Path] = []
+    with suppress(OSError):  # a folder may be written and not listed
+        folders = [entry for entry in parent.iterdir() if entry.name.startswith(prefix)]
+    for folder in folders:
         locked = None
         with suppress(OSError), (folder / _LOCK).open("rb+") as file:
             locked = _lock(file)

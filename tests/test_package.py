@@ -8,8 +8,10 @@ import importlib
 import inspect
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,20 @@ def test_core_imports_optional_packages_only_where_used() -> None:
                 else []
             )
             assert not {m.partition(".")[0] for m in modules} & set(OPTIONAL), path
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_all_that_its_tests_need(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        pytest.skip("pyproject.toml asks for setuptools 77")
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__", "*.so")
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
+    wanted = {path.relative_to(tmp_path / "tree") for path in (tmp_path / "tree").rglob("*") if path.is_file()}
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, timeout=120, check=True)
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
+        found = {Path(*Path(member.name).parts[1:]) for member in archive.getmembers()}
+    assert {path.parts[0] for path in wanted} >= {"gradguide", "tests", "benchmarks", "README.md", "LICENSE"}
+    assert wanted <= found, sorted(map(str, wanted - found))

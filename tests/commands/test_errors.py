@@ -218,9 +218,7 @@ def started(tmp_path: Path, *argv: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
 
     def listen() -> None:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # a test run in the background ignores it, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # children of a background job would ignore it
 
     return subprocess.Popen(command, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
 
