@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.harness import versions
 from gradguide import Alignment, GradGuide, SourceGradient
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 RESULTS = Path(__file__).parent / "results" / "communication.csv"
 SIZES = {"1e5": 224, "1e7": 2236}  # width of two square layers

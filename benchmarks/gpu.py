@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 BUDGET = 570.0
 """Seconds for all parts."""

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 import gradguide
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 __all__ = [
     "BASELINE",

@@ -19,7 +19,8 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.harness import BASELINE, Case, Result, save, summarise, time_side_by_side, versions
 from benchmarks.registers import recorded
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient, finite
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide.step import nonfinite as finite
 
 RESULTS = Path(__file__).parent / "results" / "host.csv"
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 PICTURE = Path(__file__).parent / "results" / "guidance.png"
 COLOURS = {"before": "#9aa0a6", "after": "#1a73e8", "reference": "#e8710a"}

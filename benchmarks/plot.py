@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 
 def draw(rows: list[dict[str, str]], unit: str) -> Figure:

@@ -29,15 +29,15 @@ from triton.compiler import ASTSource
 
 from benchmarks.harness import versions
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
-from gradguide.atomic import replacing
-from gradguide.fused import MOST_SETTINGS, MOST_SOURCES
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
 from gradguide.ops.triton import adam as fused
 from gradguide.ops.triton import launch
 from gradguide.rules import triton as deciding
-from gradguide.rules.decision import SOURCES, STATISTICS, Rules
+from gradguide.rules.decide import SOURCES, STATISTICS, Rules
 from gradguide.rules.span import Span
+from gradguide.step.fused_adam import MOST_SETTINGS, MOST_SOURCES
+from gradguide.utils.atomic import replacing
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)

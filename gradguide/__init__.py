@@ -21,13 +21,13 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from gradguide.factory import guided, unwrap
-    from gradguide.history import History
-    from gradguide.loss import guided_loss
     from gradguide.optimizer import GradGuide
+    from gradguide.recording.history import History
+    from gradguide.regularizer.loss import guided_loss
+    from gradguide.regularizer.options import Regularizer
     from gradguide.rules.alignment import Alignment
     from gradguide.rules.direction import Direction
     from gradguide.rules.magnitude import Magnitude
-    from gradguide.rules.objective import Regularizer
     from gradguide.sources.replay import ReplaySource
     from gradguide.sources.stored import SourceGradient
 
@@ -49,13 +49,13 @@ _MODULES = {
     "Alignment": "rules.alignment",
     "Direction": "rules.direction",
     "GradGuide": "optimizer",
-    "History": "history",
+    "History": "recording.history",
     "Magnitude": "rules.magnitude",
-    "Regularizer": "rules.objective",
+    "Regularizer": "regularizer.options",
     "ReplaySource": "sources.replay",
     "SourceGradient": "sources.stored",
     "guided": "factory",
-    "guided_loss": "loss",
+    "guided_loss": "regularizer.loss",
     "unwrap": "factory",
 }
 

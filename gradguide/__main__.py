@@ -1,5 +1,5 @@
 """``python -m gradguide``: the command line."""
 
-from gradguide.cli import run
+from gradguide.cli.main import run
 
 run()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from gradguide.atomic import replacing
 from gradguide.drawing import curve, figure_for
-from gradguide.history import History
+from gradguide.recording.history import History
+from gradguide.utils.atomic import replacing
 
 __all__ = ["draw"]
 

@@ -11,26 +11,27 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 from torch.optim import Optimizer
 
-from gradguide import checkpoint, finite
-from gradguide.bases import NO_GRADIENTS, check_base, check_hooks
-from gradguide.buckets import Scope, labeller
-from gradguide.checks import check_choice, check_kind
-from gradguide.finite import POLICIES
-from gradguide.guidance import Guidance
-from gradguide.history import History
-from gradguide.metrics import Record, read
-from gradguide.momentum import check_momentum
-from gradguide.naming import Names, NamesLike, carried
-from gradguide.objective import evaluate
+from gradguide.base_checks import NO_GRADIENTS, check_base, check_hooks
+from gradguide.checkpoint import state_dict as checkpoint
+from gradguide.distributed.resharded import find_sharded
 from gradguide.ops import check_backend
-from gradguide.resharded import find_sharded
+from gradguide.recording.history import History
+from gradguide.regularizer.evaluation import evaluate
+from gradguide.regularizer.options import Regularizer
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
-from gradguide.rules.objective import Regularizer
-from gradguide.sources.match import match_sources
-from gradguide.sources.source import Source
-from gradguide.survey import Surveyor
+from gradguide.sources.protocol import Source
+from gradguide.sources.validation import match_sources
+from gradguide.step import nonfinite as finite
+from gradguide.step.buckets import Scope, labeller
+from gradguide.step.engine import Guidance
+from gradguide.step.metrics import Record, read
+from gradguide.step.momentum import check_momentum
+from gradguide.step.nonfinite import POLICIES
+from gradguide.step.plan import Surveyor
+from gradguide.utils.checks import check_choice, check_kind
+from gradguide.utils.names import Names, NamesLike, carried
 from gradguide.wrapper import Wrapper
 
 __all__ = ["GradGuide"]
@@ -51,7 +52,7 @@ class GradGuide(Wrapper):
 
     Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and at most four sources project the update, the
     base's step is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see
-    :mod:`gradguide.fused`).
+    :mod:`gradguide.step.fused_adam`).
 
     Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
     parameters where a rule acts on the update and the base steps by itself.

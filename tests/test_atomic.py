@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradguide import History, SourceGradient, atomic
-from gradguide.atomic import replacing
+from gradguide import History, SourceGradient
+from gradguide.utils import atomic
+from gradguide.utils.atomic import replacing
 
 
 @pytest.fixture

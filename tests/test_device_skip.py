@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from gradguide import GradGuide, finite
+from gradguide import GradGuide
+from gradguide.step import nonfinite as finite
 
 
 @pytest.mark.parametrize("kind", [AdamW, Adam, SGD])

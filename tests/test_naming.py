@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradguide.naming import (
+from gradguide.utils.names import (
     NamedParameters,
     Names,
     adapter_of,

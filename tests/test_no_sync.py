@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient, finite
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide.step import nonfinite as finite
 
 
 class HostReads(TorchDispatchMode):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
-from gradguide.buckets import Bucket, gather, labeller
 from gradguide.ops.tensors import Interned, Tensors, located
-from gradguide.roll import Roll
+from gradguide.step.buckets import Bucket, gather, labeller
+from gradguide.step.roll import Roll
 
 
 def parameters() -> list[nn.Parameter]:
@@ -123,7 +123,7 @@ def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_ref
 def test_nothing_is_taken_over_where_a_parameter_lies_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks may have gradients of different parameters, but must look at them together."""
     groups, held, roll = called()
-    monkeypatch.setattr("gradguide.roll.layout_of", lambda p: object() if p is held[2] else None)
+    monkeypatch.setattr("gradguide.step.roll.layout_of", lambda p: object() if p is held[2] else None)
     other = Roll(groups, gathered(groups))
     assert roll.call(groups) is not None
     assert other.call(groups) is None

@@ -17,7 +17,7 @@ from benchmarks.few_shot.measures import Stability, Update, pool_gradient
 from benchmarks.few_shot.methods import Method
 from benchmarks.few_shot.problem import Problem
 from benchmarks.harness import held_bytes
-from gradguide.second import Randomness
+from gradguide.sources.side_effects import Randomness
 
 __all__ = ["Evaluation", "Trained", "train"]
 

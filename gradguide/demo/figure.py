@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 from .adapt import Outcome
 

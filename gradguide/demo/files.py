@@ -1,4 +1,4 @@
-"""A folder appears under its name only when it is complete; ``gradguide.atomic`` does the same for files."""
+"""A folder appears under its name only when it is complete; ``gradguide.utils.atomic`` does the same for files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradguide.atomic import scratch_beside
+from gradguide.utils.atomic import scratch_beside
 
 __all__ = ["replacing_folder"]
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 from .adapt import Outcome
 from .figure import draw_figure

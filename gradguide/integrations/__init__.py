@@ -1,0 +1,1 @@
+"""Other libraries: ``peft`` (LoRA parameters by name), ``transformers`` (metrics in Trainer's logs)."""

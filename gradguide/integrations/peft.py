@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gradguide.naming import NamedParameters, adapter_of, model_names, module_of
+from gradguide.utils.names import NamedParameters, adapter_of, model_names, module_of
 
 __all__ = ["lora_parameters", "lora_scopes"]
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradguide.checks import check_choice
 from gradguide.ops import foreach
 from gradguide.ops.available import lacks_triton
 from gradguide.ops.row import Row, Stack, Write
+from gradguide.utils.checks import check_choice
 
 __all__ = ["Ops", "Row", "Stack", "Write", "check_backend", "is_fused", "select"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gradguide.checks import check_choice, check_flag, check_range
-from gradguide.rules.cone import TOLERANCE, multipliers
+from gradguide.rules.projection import TOLERANCE, multipliers
 from gradguide.rules.span import Span
-from gradguide.sources.source import Source, sources_of
+from gradguide.sources.protocol import Source, sources_of
+from gradguide.utils.checks import check_choice, check_flag, check_range
 
 __all__ = ["Alignment", "conflicts", "project", "pull"]
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradguide.checks import check_flag, check_range
 from gradguide.rules.span import Span, divide
+from gradguide.utils.checks import check_flag, check_range
 
 __all__ = ["Average", "Direction", "accumulate", "coherence", "damp", "evidence"]
 

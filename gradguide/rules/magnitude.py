@@ -9,13 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradguide.checks import check_flag, check_range
+from gradguide.utils.checks import check_flag, check_range
+from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["LogNorms", "Magnitude", "clip", "observe", "shrink", "threshold"]
 
-LEAST_LENGTH = 0.01
-"""Root mean square below which parameters count as this long: those that start at zero, as LoRA's B, must be free to
-leave it. It is about what torch draws for a layer of 3,000 inputs."""
 DECAY = 0.95
 PRIOR_DEVIATION = 0.5
 PRIOR_COUNT = 4.0

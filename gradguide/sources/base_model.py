@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradguide.naming import Names, adapter_of, model_names
-from gradguide.sharding import Layout, layout_of, local
+from gradguide.distributed.layouts import Layout, layout_of, local
+from gradguide.utils.names import Names, adapter_of, model_names
 
 __all__ = ["base_of", "check_base_model", "identity"]
 

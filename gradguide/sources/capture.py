@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.checks import check_choice
-from gradguide.naming import Names, NamesLike, model_names
-from gradguide.second import check_hooks
-from gradguide.sharding import check_divided, layout_of, local, several_ranks, spread
+from gradguide.distributed.layouts import check_divided, layout_of, local, several_ranks, spread
+from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
-from gradguide.sources.gradients import BatchGradient, batch_gradient
 from gradguide.sources.metadata import metadata_of
+from gradguide.sources.side_effects import check_hooks
 from gradguide.sources.undisturbed import MODES, undisturbed
+from gradguide.utils.checks import check_choice
+from gradguide.utils.names import Names, NamesLike, model_names
 
 __all__ = ["Batch", "Loss", "measure"]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradguide.naming import adapter_of, module_of, without_adapter
+from gradguide.utils.names import adapter_of, module_of, without_adapter
 
 __all__ = ["explain"]
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.checks import check_steps
+from gradguide.distributed.layouts import Layout, layout_of, local, several_ranks
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
-from gradguide.second import Randomness, buffers_kept, check_hooks, gradients_kept, leaves
-from gradguide.sharding import Layout, layout_of, local, several_ranks
+from gradguide.sources.side_effects import Randomness, buffers_kept, check_hooks, gradients_kept, leaves
+from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradguide.naming import NamesLike
+from gradguide.distributed.layouts import Layout, shard
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.ops.tensors import Tensors
-from gradguide.sharding import Layout, shard
-from gradguide.sources import file
-from gradguide.sources.anchoring import stiffness
+from gradguide.sources import files as file
+from gradguide.sources.anchor_weights import stiffness
 from gradguide.sources.capture import Batch, Loss, measure
-from gradguide.sources.merging import merged_tables
+from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
+from gradguide.utils.names import NamesLike
 
 __all__ = ["SourceGradient"]
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import gradguide
 from gradguide import History, SourceGradient
-from gradguide.cli import main
+from gradguide.cli.main import main
 
 ROOT = Path(gradguide.__file__).parents[1]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
@@ -173,7 +173,7 @@ def test_an_unforeseen_error_says_its_kind_and_place(
     def broken(path: Path) -> None:
         raise KeyError("names\nand more")
 
-    monkeypatch.setattr("gradguide.description.describe", broken)
+    monkeypatch.setattr("gradguide.cli.inspect.describe", broken)
     assert "KeyError: 'names\\nand more' (test_errors.py, line " in refused(capsys, "inspect", str(file))
 
 

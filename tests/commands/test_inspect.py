@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from gradguide import SourceGradient
-from gradguide.cli import main
-from gradguide.description import compare, describe, drift
+from gradguide.cli.inspect import compare, describe, drift
+from gradguide.cli.main import main
 
 NAMES = [
     "model.base_model.layer.0.query.lora_A.default.weight",

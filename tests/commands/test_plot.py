@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradguide import History
-from gradguide.cli import main
+from gradguide.cli.main import main
 
 
 def history(path: Path, *, steps: int = 5) -> Path:

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.ops import Row, Write
-from gradguide.survey import Survey
+from gradguide.step.plan import Survey
 
 
 class OneDevice:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradguide import Direction, GradGuide, Magnitude, checkpoint
-from gradguide.saved_state import COUNTERS
+from gradguide import Direction, GradGuide, Magnitude
+from gradguide.checkpoint import state_dict as checkpoint
+from gradguide.checkpoint.validation import COUNTERS
 from tests.contract import kit
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradguide import finite
+from gradguide.step import nonfinite as finite
 from tests.contract import kit
 
 

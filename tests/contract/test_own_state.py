@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from gradguide import Direction, GradGuide
-from gradguide.saved_state import COUNTERS, DIRECTION
+from gradguide.checkpoint.validation import COUNTERS, DIRECTION
 from tests.conformance.bases import BASES, net_for
 from tests.contract import kit
 from tests.contract.shaped import SHAPED

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradguide.cli import main, run
+from gradguide.cli.main import main, run
 
 TINY = ["--shots", "2", "--seeds", "2", "--steps", "2", "--batch", "4"]
 

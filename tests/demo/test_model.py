@@ -120,7 +120,7 @@ def test_encode_cuts_and_numbers(tiny_model: Path) -> None:
 def test_importing_the_demo_imports_no_extra() -> None:
     import subprocess
 
-    code = "import gradguide.cli, gradguide.demo.run, sys; print([n for n in %r if n in sys.modules])"
+    code = "import gradguide.cli.main, gradguide.demo.run, sys; print([n for n in %r if n in sys.modules])"
     extras = ["transformers", "peft", "matplotlib", "rich"]
     done = subprocess.run([sys.executable, "-c", code % extras], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from gradguide import SourceGradient, sharding
+from gradguide import SourceGradient
+from gradguide.distributed import layouts as sharding
 from tests.distributed import problem
 from tests.distributed.counting import all_reduce, counted
 from tests.distributed.launch import join

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gradguide.agreement import describe
+from gradguide.distributed.agreement import describe
 from tests.distributed.disagree_rank import AGREEING, CASES, DDP_CASES, ODD, USUAL
 from tests.distributed.launch import ranks
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.sharding import Layout, add_up_, unsupported
+from gradguide.distributed.layouts import Layout, add_up_, unsupported
 from tests.distributed.launch import ranks
 from tests.distributed.mesh_rank import net, train
 

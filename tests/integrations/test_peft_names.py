@@ -22,7 +22,7 @@ from transformers import (
 
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters, lora_scopes
-from gradguide.naming import adapter_of
+from gradguide.utils.names import adapter_of
 
 from .lora import QUIET, SIZES, move
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradguide.rules.alignment import project
-from gradguide.rules.cone import multipliers
+from gradguide.rules.projection import multipliers
 from tests.strategies import EXTREMES, rows, span_of
 
 

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 from gradguide.rules.alignment import project
-from gradguide.rules.cone import RIDGE
+from gradguide.rules.projection import RIDGE
 from gradguide.rules.span import ROUNDING, Span
 from tests.strategies import span_of
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 from gradguide import Alignment, GradGuide, SourceGradient
-from gradguide.naming import NamedParameters
+from gradguide.utils.names import NamedParameters
 from tests.distributed.launch import join
 from tests.sources.problems import frozen_body
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, GradGuide, SourceGradient
-from gradguide.naming import Names
-from gradguide.sources.match import match_sources
+from gradguide.sources.validation import match_sources
+from gradguide.utils.names import Names
 
 
 def source_of(*names: str, shape: tuple[int, ...] = (2,)) -> SourceGradient:

@@ -10,7 +10,7 @@ import torch
 
 from gradguide import SourceGradient
 from gradguide.ops import Row
-from gradguide.sources import file
+from gradguide.sources import files as file
 from tests.contract import kit
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradguide import Alignment, SourceGradient
-from gradguide.sources.source import Source
+from gradguide.sources.protocol import Source
 
 
 def table(*shapes: tuple[int, ...], fill: float = 1.0) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from gradguide.ops.triton.launch import FUSION, numbers_of, on
-from gradguide.rules.decision import SOURCES, Decision, Limit, Rules
+from gradguide.rules.decide import SOURCES, Decision, Limit, Rules
 from gradguide.rules.span import Span
 from gradguide.rules.triton.kernels.decision import decide as decide_kernel
 from gradguide.rules.triton.kernels.decision import limit as limit_kernel
@@ -34,7 +34,7 @@ def decide(
     regularized: bool = False,
     rates: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
-    """The decision of ``gradguide.rules.decision.decide``, to rounding; ``finite`` is found out anew."""
+    """The decision of ``gradguide.rules.decide.decide``, to rounding; ``finite`` is found out anew."""
     gram = span.gram.contiguous()
     scopes, rows, _ = gram.shape
     direction, alignment, magnitude = rules.direction, rules.alignment, rules.magnitude
@@ -74,7 +74,7 @@ def decide(
 
 
 def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
-    """The limit of ``gradguide.rules.decision.limit``, to rounding."""
+    """The limit of ``gradguide.rules.decide.limit``, to rounding."""
     gram = span.gram.contiguous()
     coefficients, found = torch.empty_like(gram[:, 0]), _numbers(gram)
     with on(gram.device):
@@ -86,7 +86,7 @@ def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
 
 
 def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
-    """The limit of ``gradguide.rules.decision.limit_unmade``, to rounding."""
+    """The limit of ``gradguide.rules.decide.limit_unmade``, to rounding."""
     gram, products = step.gram.contiguous(), products.contiguous()
     pulls, found = torch.empty_like(gram[:, 0]), _numbers(gram)
     with on(gram.device):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.registers import ARCHITECTURES, RESULTS, configurations, decisions
-from gradguide.fused import MOST_SETTINGS
+from gradguide.step.fused_adam import MOST_SETTINGS
 
 NAMES = ("fp32, K=1 moving", "bf16, K=1")
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
-from gradguide.rules import decision, triton
-from gradguide.rules.decision import BEFORE, UPDATE, Limit, Rules
+from gradguide.rules import decide as decision
+from gradguide.rules import triton
+from gradguide.rules.decide import BEFORE, UPDATE, Limit, Rules
 from gradguide.rules.span import Span
 from tests.ops.triton.problems import DEVICE
 from tests.strategies import rows, span_of

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from gradguide import Alignment, Direction, GradGuide, History, Magnitude, SourceGradient, finite, fused
+from gradguide import Alignment, Direction, GradGuide, History, Magnitude, SourceGradient
+from gradguide.step import fused_adam as fused
+from gradguide.step import nonfinite as finite
 from tests.contract import kit
 from tests.ops.triton.problems import DEVICE
 

@@ -11,7 +11,8 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.registers import recorded
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient, finite
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide.step import nonfinite as finite
 from tests.ops.triton.problems import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted on the CPU, which needs Triton's interpreter")

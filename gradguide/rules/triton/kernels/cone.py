@@ -1,11 +1,11 @@
-"""The projection onto the cone of vectors that conflict with no source, on the device: see ``gradguide.rules.cone``."""
+"""Project onto the cone of vectors that conflict with no source: ``gradguide.rules.projection`` on the device."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradguide.rules.cone import RIDGE, TOLERANCE
+from gradguide.rules.projection import RIDGE, TOLERANCE
 from gradguide.rules.triton.kernels.algebra import at, positive, ratio
 
 __all__ = ["projected"]
@@ -40,7 +40,7 @@ def solve_active(a, right, chosen, lanes, SIZE: tl.constexpr):
 
 @triton.jit
 def nonnegative(a, b, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """``min 1/2 m' a m + b' m`` over m >= 0, by the active-set method of ``gradguide.rules.cone``.
+    """``min 1/2 m' a m + b' m`` over m >= 0, by the active-set method of ``gradguide.rules.projection``.
 
     Rows beyond COUNT are zeros, violate nothing, and so never join.
     """

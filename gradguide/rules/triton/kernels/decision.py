@@ -1,12 +1,12 @@
-"""Both decisions of a step, on the device: see ``gradguide.rules.decision``."""
+"""Both decisions of a step, on the device: see ``gradguide.rules.decide``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradguide.rules import decision as rules
-from gradguide.rules.magnitude import DECAY, DEVIATIONS, LEAST_LENGTH, PRIOR_COUNT, PRIOR_DEVIATION
+from gradguide.rules import decide as rules
+from gradguide.rules.magnitude import DECAY, DEVIATIONS, PRIOR_COUNT, PRIOR_DEVIATION
 from gradguide.rules.triton.kernels.algebra import (
     at,
     atmost,
@@ -21,6 +21,7 @@ from gradguide.rules.triton.kernels.algebra import (
     unit,
 )
 from gradguide.rules.triton.kernels.cone import projected
+from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["decide", "limit", "limit_unmade"]
 

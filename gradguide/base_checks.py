@@ -1,0 +1,96 @@
+"""Which optimizers can be wrapped, and why not the others."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch.optim import LBFGS, Optimizer
+
+from gradguide.distributed.deepspeed import check_zero
+from gradguide.distributed.layouts import check_divided
+
+__all__ = ["NO_GRADIENTS", "check_base", "check_hooks", "evaluates_closures"]
+
+# Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
+_EATERS = {
+    "OptimizerInBackwardWrapper": "runs inside backward",
+    "LOMO": "runs inside backward",
+    "AdaLomo": "runs inside backward",
+    "CPUOffloadOptimizer": "moves gradients off the device during backward",
+    "GaLoreLayerWise": "runs inside backward",
+    "LayerWiseDummyOptimizer": "is a stand-in for optimizers that run inside backward",
+    "DeepSpeedZeroOptimizer": "keeps gradients in partitions of its own",
+    "DeepSpeedZeroOptimizer_Stage3": "keeps gradients in partitions of its own",
+    "DeepSpeedOptimizerWrapper": "keeps gradients in partitions of its own",
+}
+
+NO_GRADIENTS = (
+    "no parameter has a gradient, so this step changes nothing: call loss.backward() before step(), and zero_grad() "
+    "after it. This is as it should be where no batch reached these parameters; further such steps give no warning"
+)
+
+
+def check_base(base: object) -> None:
+    """Raise unless GradGuide can guide the gradients that ``base`` reads.
+
+    Raises:
+        TypeError: it is no optimizer, or one whose steps cannot be guided.
+        ValueError: it has no parameter that takes a gradient, or FSDP1 holds those that it has.
+        RuntimeError: DeepSpeed ZeRO holds its parameters.
+    """
+    kind = type(base).__name__
+    if kind in _EATERS:
+        raise TypeError(f"{kind} {_EATERS[kind]}, so at step() no gradient is left to guide; use a plain optimizer")
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base must be a torch.optim.Optimizer, found {kind}; write GradGuide(AdamW(parameters, lr=...))"
+        )
+    if isinstance(base, LBFGS):
+        raise TypeError(
+            "LBFGS evaluates the closure several times within one step and searches along its own direction, which a "
+            "guided gradient would contradict; use a first-order optimizer"
+        )
+    if _needs_closure(base):
+        raise TypeError(evaluates_closures(base))
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if not parameters:
+        raise ValueError("the base optimizer has no parameters; pass it those to train")
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"none of the {len(parameters)} parameters of the base optimizer requires a gradient; unfreeze the adapter "
+            "first, or pass the optimizer the parameters that are trained"
+        )
+    check_divided(parameters)
+    check_zero(base.param_groups)
+
+
+def evaluates_closures(base: Optimizer) -> str:
+    """Return why a base that evaluates the closure within its own step is refused, and the way out."""
+    kind = type(base).__name__
+    return (
+        f"{kind} evaluates the closure within its own step, where GradGuide cannot guide the gradient. Guide the "
+        f"optimizer that makes the final step instead: {kind}(parameters, gradguide.guided(AdamW), ...) where {kind} "
+        "takes an optimizer class, or GradGuide(optimizer) as the optimizer that it wraps"
+    )
+
+
+def _needs_closure(base: Optimizer) -> bool:
+    """Whether ``base.step()`` cannot be called without a closure: it takes one by its signature, or steps twice as the
+    sharpness-aware optimizers do, whose ``step`` is ``first_step``, the closure, ``second_step``."""
+    if hasattr(base, "first_step") and hasattr(base, "second_step"):
+        return True
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def check_hooks(base: Optimizer) -> None:
+    """Raise if hooks on the parameters run during backward, where no parameter has a gradient after it.
+
+    Raises:
+        RuntimeError: such hooks have consumed the gradients.
+    """
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for group in base.param_groups for p in group["params"]):
+        raise RuntimeError(
+            "no parameter has a gradient: hooks on the parameters consume them during backward (layer-wise or "
+            "offloading training), so at step() nothing is left to guide. Switch that mode off"
+        )

@@ -1,0 +1,199 @@
+"""Checks of a state dict before anything is loaded.
+
+GradGuide's own entries are checked fully. Of the base's entries only those are checked that torch's own optimizers are
+known to keep in the shape of the parameter: other optimizers use the same names for tensors of other shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradguide.distributed.layouts import local
+from gradguide.rules.decide import STATISTICS
+
+__all__ = [
+    "COUNTERS",
+    "DIRECTION",
+    "FORMAT",
+    "HEAD",
+    "PREFIX",
+    "check_base_entry",
+    "check_direction",
+    "check_groups",
+    "check_own_keys",
+    "checked_counters",
+]
+
+FORMAT = 1
+PREFIX = "gradguide."
+DIRECTION = "gradguide.direction"
+COUNTERS = "gradguide.counters"
+# A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope].
+HEAD = 3
+_SIGNED = frozenset({"log_mean"})
+# The square of a long gradient can overflow; then it counts as noise.
+_UNBOUNDED = frozenset({"square"})
+
+# Torch's loader does not compare shapes: the error would come in a later step.
+_ELEMENTWISE = frozenset(
+    {
+        "acc_delta",
+        "ax",
+        "exp_avg",
+        "exp_avg_sq",
+        "exp_inf",
+        "grad_avg",
+        "max_exp_avg_sq",
+        "momentum_buffer",
+        "prev",
+        "square_avg",
+        "step_size",
+        "sum",
+    }
+)
+
+
+def check_groups(state: object, base: Optimizer) -> None:
+    """Raise ValueError unless ``state`` has the form of a state dict, with the param groups of ``base``."""
+    try:
+        saved = [list(group["params"]) for group in state["param_groups"]]  # type: ignore[index]
+        hash(tuple(key for keys in saved for key in keys))
+        state["state"].items()  # type: ignore[index]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the state dict of an optimizer: {error!r}") from error
+    present = [len(group["params"]) for group in base.param_groups]
+    if len(saved) != len(present):
+        raise ValueError(
+            f"the state has {len(saved)} param groups, the optimizer has {len(present)}: build it with the same groups "
+            "as when the state was saved"
+        )
+    for index, (before, now) in enumerate(zip(map(len, saved), present, strict=True)):
+        if before != now:
+            raise ValueError(
+                f"param group {index} has {before} parameters in the state and {now} in the optimizer: parameters were "
+                "frozen, or adapters added, since it was saved"
+            )
+
+
+def check_base_entry(base: Optimizer, entry: Mapping[Any, Any], parameter: Tensor, which: str) -> None:
+    """Raise ValueError if ``base`` is torch's own and an entry that follows the parameter has another shape."""
+    if not f"{type(base).__module__}.".startswith("torch.optim."):
+        return
+    for name in sorted(_ELEMENTWISE & entry.keys()):
+        if entry[name] is not None:  # SGD has no momentum before its first step
+            _check_shape(name, entry[name], parameter, which)
+
+
+def check_own_keys(names: set[Any], which: str | None) -> None:
+    """Raise ValueError unless these own keys of one entry are known and complete; ``which`` names its parameter."""
+    if not names:
+        return
+    if which is None:
+        raise ValueError(f"the saved {min(names)} belongs to no parameter of the param groups: the state is damaged")
+    unknown = names - {DIRECTION, COUNTERS}
+    if unknown:
+        raise ValueError(
+            f"the saved {min(unknown)} of {which} is unknown to this version of gradguide: upgrade gradguide"
+        )
+    if COUNTERS not in names:
+        raise ValueError(f"the saved {DIRECTION} of {which} comes without {COUNTERS}: the state is damaged")
+
+
+def check_direction(value: object, parameter: Tensor, which: str) -> None:
+    """Raise ValueError unless ``value`` is a dense floating-point tensor of finite numbers, shaped as ``parameter``."""
+    tensor = _dense(DIRECTION, value, which)
+    _check_shape(DIRECTION, tensor, parameter, which)
+    try:
+        finite = bool(local(tensor).float().isfinite().all())  # it is kept in float32
+    except RuntimeError as error:  # a tensor subclass without data
+        raise ValueError(f"the saved {DIRECTION} of {which} cannot be read: {error}") from error
+    if not finite:
+        raise ValueError(f"the saved {DIRECTION} of {which} holds NaN or infinite numbers: the state is damaged")
+
+
+def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Tensor:
+    """Return counters as Tensor [HEAD + len(STATISTICS)], float64 on the host.
+
+    Args:
+        others: counters checked before, of other parameters; all count the same steps.
+
+    Raises:
+        ValueError: they are of a newer format, or no step can have left them.
+    """
+    length = HEAD + len(STATISTICS)
+    tensor = _dense(COUNTERS, value, which)
+    if tensor.dim() != 1 or tensor.numel() == 0:
+        raise ValueError(
+            f"the saved {COUNTERS} of {which} must hold {length} numbers, found a tensor of shape {tuple(tensor.shape)}"
+        )
+    try:
+        counters = local(tensor).to("cpu", torch.float64, copy=True)
+        numbers: list[float] = counters.tolist()
+    except RuntimeError as error:  # a tensor subclass without data
+        raise ValueError(f"the saved {COUNTERS} of {which} cannot be read: {error}") from error
+    version = numbers[0]
+    if not version.is_integer() or version < 1:
+        raise ValueError(f"the saved {COUNTERS} of {which} must have a format of 1 or above, found {version:g}")
+    if version > FORMAT:
+        raise ValueError(
+            f"the state has format {int(version)}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
+        )
+    if len(numbers) != length:
+        raise ValueError(f"the saved {COUNTERS} of {which} must hold {length} numbers, found {len(numbers)}")
+    for name, count in zip(("steps", "skipped"), numbers[1:HEAD], strict=True):
+        if not count.is_integer() or count < 0:
+            raise ValueError(f"the saved {COUNTERS} of {which} must count whole {name} from 0, found {count:g}")
+    for name, number in zip(STATISTICS, numbers[HEAD:], strict=True):
+        infinite = math.isinf(number) and name not in _UNBOUNDED
+        if math.isnan(number) or infinite or (number < 0 and name not in _SIGNED):
+            wanted = "finite" if name in _SIGNED else "a number of 0 or above"
+            raise ValueError(f"{name} in the saved {COUNTERS} of {which} must be {wanted}, found {number:g}")
+    for name, number, other in zip(
+        ("steps", "skipped"), numbers[1:HEAD], next(iter(others), counters)[1:HEAD], strict=True
+    ):
+        if number != other:
+            raise ValueError(
+                f"the saved {COUNTERS} of {which} count {number:g} {name}, those of another parameter {other:g}: the "
+                "state is damaged, or put together from several"
+            )
+    return counters
+
+
+def _dense(name: str, value: object, which: str) -> Tensor:
+    """Return a tensor of floating-point numbers, detached.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the saved {name} of {which} must be a tensor, found {type(value).__name__}")
+    found = (
+        "a nested tensor"
+        if value.is_nested
+        else f"layout {value.layout}"
+        if value.layout is not torch.strided
+        else "the meta device, which holds no numbers"
+        if value.is_meta
+        else None
+        if value.dtype.is_floating_point
+        else f"dtype {value.dtype}"
+    )
+    if found is not None:
+        raise ValueError(f"the saved {name} of {which} must be a dense floating-point tensor, found {found}")
+    return value.detach()
+
+
+def _check_shape(name: str, value: object, parameter: Tensor, which: str) -> None:
+    shape = tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else None
+    if shape != tuple(parameter.shape):
+        raise ValueError(
+            f"the saved {name} of {which} has shape {type(value).__name__ if shape is None else shape}, the parameter "
+            f"{tuple(parameter.shape)}: the state is of another model, of adapters of another rank, or of parameters "
+            "in another order"
+        )

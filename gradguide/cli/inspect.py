@@ -1,0 +1,176 @@
+"""What a source file holds, as plain data: for ``gradguide inspect``, and for scripts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gradguide.sources import files as file
+from gradguide.sources.stored import SourceGradient
+from gradguide.utils.names import module_of
+
+__all__ = ["compare", "describe", "drift"]
+
+Tables = dict[str, dict[str, Tensor]]
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Metadata, size and norms of a source file.
+
+    Returns:
+        JSON types: ``path``, ``kind`` ("fixed", "moving" or "anchored"), ``metadata`` as captured, ``tensors``,
+        ``numbers``, ``bytes``, ``gradient_norm`` and ``fisher_trace`` (None where the file has none), and ``layers``, a
+        list of the same by layer.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no source file, or of a newer format.
+    """
+    tables, metadata = _read(path)
+    names = _order(tables, metadata)
+    layers = [{"layer": layer, **_measures(tables, members)} for layer, members in _by_layer(names).items()]
+    return {
+        "path": os.fspath(path),
+        "kind": "fixed" if "fisher" not in tables else "moving" if "gradient" in tables else "anchored",
+        "metadata": {key: value for key, value in metadata.items() if key != "names"},
+        "tensors": len(names),
+        "bytes": sum(t.numel() * t.element_size() for table in tables.values() for t in table.values()),
+        **_measures(tables, names),
+        "layers": layers,
+    }
+
+
+def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict[str, Any]:
+    """Cosines between two source files over the parameters that both have, whole and by layer.
+
+    Returns:
+        JSON types: ``path`` of the other file, ``shared`` (number of tensors), ``gradient_cosine``, ``fisher_cosine``
+        (None where one file has no such table) and ``layers``.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``describe``; or the files share no parameter of one shape.
+    """
+    (ours, metadata), (theirs, _) = _read(path), _read(other)
+    first, second = next(iter(ours.values())), next(iter(theirs.values()))
+    shared = [n for n in _order(ours, metadata) if n in second and second[n].shape == first[n].shape]
+    if not shared:
+        raise ValueError(f"{os.fspath(path)!r} and {os.fspath(other)!r} share no parameter of one name and shape")
+
+    def cosines(names: list[str]) -> dict[str, float | None]:
+        return {
+            f"{table}_cosine": _cosine(ours[table], theirs[table], names) if table in ours and table in theirs else None
+            for table in ("gradient", "fisher")
+        }
+
+    layers = [{"layer": layer, **cosines(members)} for layer, members in _by_layer(shared).items()]
+    return {"path": os.fspath(other), "shared": len(shared), **cosines(shared), "layers": layers}
+
+
+def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """How far an adapter has gone from where the source was captured, and what the source's loss makes of it.
+
+    Args:
+        path: a source file with curvature, which holds the parameters at capture.
+        adapter: a safetensors file of parameters, as PEFT's ``save_pretrained`` writes it (or its folder).
+
+    Returns:
+        JSON types: ``path`` of the adapter, ``matched`` (number of tensors), ``distance``, ``relative`` to the length
+        of the parameters at capture, ``modelled_rise`` of the source's mean loss (``s0 d + F d^2 / 2``), ``layers``.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``describe``; the source has no curvature, or no parameter fits.
+    """
+    tables, metadata = _read(path)
+    if "anchor" not in tables:
+        raise ValueError(
+            f"{os.fspath(path)!r} has no curvature, and so not the parameters at capture: drift is unknown"
+        )
+    found = _matched(tables["anchor"], _adapter(adapter))
+    if not found:
+        raise ValueError(f"no tensor of {os.fspath(adapter)!r} fits a parameter of {os.fspath(path)!r}")
+    moves = {name: value.double() - tables["anchor"][name].double() for name, value in found.items()}
+
+    def measures(names: list[str]) -> dict[str, float]:
+        start = _norm(tables["anchor"], names)
+        rise = math.fsum(
+            float((0.5 * tables["fisher"][n].double() * moves[n].square()).sum())
+            + (float((tables["gradient"][n].double() * moves[n]).sum()) if "gradient" in tables else 0.0)
+            for n in names
+        )
+        distance = _norm(moves, names)
+        return {"distance": distance, "relative": distance / start if start > 0 else math.inf, "modelled_rise": rise}
+
+    names = [name for name in _order(tables, metadata) if name in moves]
+    layers = [{"layer": layer, **measures(members)} for layer, members in _by_layer(names).items()]
+    return {"path": os.fspath(adapter), "matched": len(names), **measures(names), "layers": layers}
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
+    """Return tables and metadata of a source file, which ``SourceGradient.load`` accepts."""
+    SourceGradient.load(path)
+    return file.read(path)
+
+
+def _adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    place = Path(path)
+    if place.is_dir():
+        place = place / "adapter_model.safetensors"
+    if not place.is_file():
+        raise FileNotFoundError(f"no adapter file at {os.fspath(place)!r}")
+    try:
+        tensors: dict[str, Tensor] = load_file(place)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{os.fspath(place)!r} is not a readable safetensors file ({error})") from error
+    return tensors
+
+
+def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors by the source's names. PEFT leaves out the adapter's name, and what is around its model."""
+    short = {name: ".".join(part for part in name.split(".") if part != "default") for name in anchor}
+    result = {}
+    for name, bare in short.items():
+        for key, value in adapter.items():
+            if (name == key or bare == key or bare.endswith(f".{key}")) and value.shape == anchor[name].shape:
+                result[name] = value
+    return result
+
+
+def _order(tables: Tables, metadata: Mapping[str, Any]) -> list[str]:
+    held = next(iter(tables.values()))
+    return [name for name in metadata.get("names", held) if name in held]
+
+
+def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(module_of(name), []).append(name)
+    return layers
+
+
+def _measures(tables: Tables, names: list[str]) -> dict[str, Any]:
+    first = next(iter(tables.values()))
+    return {
+        "numbers": sum(first[name].numel() for name in names),
+        "gradient_norm": _norm(tables["gradient"], names) if "gradient" in tables else None,
+        "fisher_trace": math.fsum(float(tables["fisher"][n].double().sum()) for n in names)
+        if "fisher" in tables
+        else None,
+    }
+
+
+def _norm(table: Mapping[str, Tensor], names: list[str]) -> float:
+    return math.sqrt(math.fsum(float(table[name].double().square().sum()) for name in names))
+
+
+def _cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> float:
+    inner = math.fsum(float(torch.dot(a[n].double().reshape(-1), b[n].double().reshape(-1))) for n in names)
+    lengths = _norm(a, names) * _norm(b, names)
+    return inner / lengths if lengths > 0 else 0.0

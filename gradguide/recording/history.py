@@ -1,0 +1,132 @@
+"""The metrics of a run, step by step: kept, saved, drawn."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradguide.drawing import curve, figure_for
+from gradguide.utils.atomic import replacing
+
+__all__ = ["History"]
+
+_PANELS = {
+    "cosines": ("direction_cosine", "source_cosine"),
+    "coherence": ("coherence",),
+    "norms": ("grad_norm", "guided_norm", "clipped_norm", "update_norm"),
+    "conflicts (cumulative)": ("conflict",),
+}
+
+
+class History:
+    """One row of metrics per step; ``optimizer.record(history)`` fills it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def append(self, metrics: Mapping[str, float]) -> None:
+        """Add a step. ``clipped_norm``, the norm that the base received, is added to the row."""
+        row = dict(metrics)
+        if "guided_norm" in row and "clip_factor" in row:
+            row["clipped_norm"] = row["guided_norm"] * row["clip_factor"]
+        self.rows.append(row)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return iter(self.rows)
+
+    def columns(self) -> list[str]:
+        """Names of all metrics seen, in the order of their first appearance."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all rows to a .csv or .jsonl file, which appears whole or not at all.
+
+        A value that is not finite becomes an empty cell, or null.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: the suffix is another one.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".csv", ".jsonl"):
+            raise ValueError(f"a history is saved as .csv or .jsonl, found {os.fspath(path)!r}")
+        columns = self.columns()
+        rows = [{key: _plain(row.get(key, math.nan)) for key in columns} for row in self.rows]
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            if suffix == ".csv":
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> History:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a .csv or .jsonl file of numbers.
+        """
+        history = cls()
+        suffix = Path(path).suffix.lower()
+        try:
+            with Path(path).open(newline="", encoding="utf-8") as file:
+                if suffix == ".csv":
+                    found: list[Mapping[str, Any]] = list(csv.DictReader(file))
+                elif suffix == ".jsonl":
+                    found = [json.loads(line) for line in file if line.strip()]
+                else:
+                    raise ValueError("the suffix is neither .csv nor .jsonl")
+            history.rows = [{key: _number(value) for key, value in row.items()} for row in found]
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
+            raise ValueError(f"{os.fspath(path)!r} is no saved history: {error}") from error
+        return history
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw cosines, coherence, norms and conflicts over the steps to an image file (needs the extra ``plot``).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: there is nothing to draw, or the suffix is no image format.
+        """
+        if not self.rows:
+            raise ValueError("the history is empty: record(history) before training, and plot after it")
+        figure = figure_for(path, (9, 6), "History.plot")
+        for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
+            for key in keys:
+                self._draw(axes, key, logarithmic=title == "norms")
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize="small")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120)
+
+    def _draw(self, axes: Any, key: str, *, logarithmic: bool) -> None:
+        steps, values = curve(self.rows, key)
+        if not values:
+            return
+        axes.plot(steps, values, label=key.replace("_", " "), linewidth=1.2)
+        if logarithmic and min(values) > 0:
+            axes.set_yscale("log")
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: object) -> float:
+    if value is None or value == "":
+        return math.nan
+    if isinstance(value, (str, int, float)):
+        return float(value)
+    raise TypeError(f"expected a number, found {value!r}")

@@ -1,0 +1,147 @@
+"""The gradient of one batch, with the gradients that tensors hold left as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradguide.distributed.layouts import layout_of, local
+from gradguide.sources.side_effects import leaves
+
+__all__ = ["BatchGradient", "batch_gradient"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class BatchGradient(NamedTuple):
+    """The mean gradient of a batch.
+
+    Attributes:
+        examples: how many the batch has; of shards, the batches of all ranks together.
+        loss: their mean loss, in nats.
+        gradients: one for each parameter, in its shape (of a shard: this rank's part).
+        reached: whether autograd gave that gradient; if not, it is zero.
+    """
+
+    examples: int
+    loss: float
+    gradients: list[Tensor]
+    reached: list[bool]
+
+
+def batch_gradient(
+    loss: Loss,
+    model: nn.Module,
+    batch: Any,
+    parameters: Sequence[Tensor],
+    trained: Sequence[Tensor],
+    *,
+    index: int,
+    count: int,
+) -> BatchGradient:
+    """Return the mean gradient of a batch of ``count`` examples.
+
+    It comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs the hooks
+    by which FSDP2 gathers parameters. FSDP2 averages over ranks. So there the loss is multiplied by the batch's size
+    before, and the average is undone after.
+
+    Args:
+        loss: ``loss(model, batch)``.
+        model: handed to the loss.
+        batch: handed to the loss.
+        parameters: those whose gradients are wanted.
+        trained: all that require a gradient. They hold the same gradients after the call as before. FSDP2 puts other
+            tensors in their place between forward and backward, so they cannot be read from the model here.
+        index: of the batch, for messages.
+        count: how many examples the batch has.
+
+    Raises:
+        ValueError: the loss is no scalar, has no gradient, or something is not finite.
+    """
+    value = _checked(loss(model, batch), index)
+    mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
+    with _gradients_aside([*trained, *leaves(value)]):
+        (value if mesh is None else value * count).backward()
+        found = [p.grad for p in parameters]
+    reached = [g is not None for g in found]
+    gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
+    if mesh is not None:
+        return _over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
+    finite = torch.stack([g.isfinite().all() for g in gradients]).all()
+    _check_finite(float(value.detach()), bool(finite), index)
+    return BatchGradient(count, float(value.detach()), gradients, reached)
+
+
+@contextmanager
+def _gradients_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Without gradients inside; afterwards each tensor has the very gradient that it had before."""
+    held = {tensor: tensor.grad for tensor in tensors if tensor.requires_grad}
+    try:
+        for tensor in held:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, gradient in held.items():
+            tensor.grad = gradient
+
+
+def _dense(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(local(parameter), requires_grad=False)
+    gradient = local(gradient).detach()
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def _over_ranks(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    reached: list[bool],
+    mesh: Any,
+    count: int,
+    loss: float,
+    index: int,
+) -> BatchGradient:
+    """Return the mean over the batches of all ranks, from sums that are averaged already where parameters lie apart."""
+    groups = mesh.get_all_groups()
+    sums = [
+        g * mesh.size() if layout_of(p) is not None else _summed(g.clone(), groups)
+        for p, g in zip(parameters, gradients, strict=True)
+    ]
+    wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
+    numbers = torch.tensor([count, count * loss, wrong, *reached], dtype=torch.float64, device=sums[0].device)
+    examples, total, bad, *times = _summed(numbers, groups).tolist()
+    _check_finite(total / examples, bad == 0, index)
+    mean = [g / examples for g in sums]
+    return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
+
+
+def _summed(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _checked(value: object, index: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")
+    if not value.requires_grad:
+        raise ValueError(
+            f"the loss of batch {index} has no gradient: it was detached, or made under no_grad, or all that is "
+            "trained is inside a reentrant checkpoint whose inputs require no gradient"
+        )
+    return value.reshape(())
+
+
+def _check_finite(loss: float, finite: bool, index: int) -> None:
+    if not math.isfinite(loss) or not finite:
+        raise ValueError(
+            f"batch {index} has a loss of {loss} and gradients that are {'' if finite else 'not '}finite; "
+            "nothing was captured"
+        )

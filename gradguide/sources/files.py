@@ -1,0 +1,96 @@
+"""Source files: safetensors with JSON metadata, written whole, read without unpickling."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gradguide.sources.metadata import check_depth
+from gradguide.utils.atomic import replacing
+
+__all__ = ["FORMAT", "read", "write"]
+
+FORMAT = 1
+_KEY = "gradguide"
+
+
+def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
+    """Write tables of tensors, each under ``table/name``, and the metadata as one JSON object.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    tensors = {
+        f"{table}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for table, entries in tables.items()
+        for name, tensor in entries.items()
+    }
+    header = {_KEY: json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
+    with replacing(path) as temporary:
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata=header)
+        except safetensors.SafetensorError as error:
+            raise _as_os_error(error, path) from error
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tables of tensors and metadata of a source file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, not safetensors, no source file, damaged, or of a newer format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no source file at {os.fspath(path)!r}")
+    tables: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            metadata = _metadata(path, file.metadata() or {})
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                table, _, name = key.partition("/")
+                tables.setdefault(table, {})[name] = file.get_tensor(key)
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a readable safetensors file ({error}): it is truncated or of another kind; "
+            "save it again with SourceGradient.save"
+        ) from error
+    return tables, metadata
+
+
+def _as_os_error(error: safetensors.SafetensorError, path: str | os.PathLike[str]) -> OSError:
+    """Return the operating system's error, of which safetensors keeps the number in its text."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"cannot write {os.fspath(path)!r}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
+
+
+def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str, Any]:
+    try:
+        metadata = json.loads(header[_KEY])
+        version = metadata["format"]
+        if type(version) is not int or not 1 <= version < 2**31:
+            raise ValueError(f"format {version!r}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds tensors but no source gradient (found metadata {sorted(header)}); "
+            "source files are written by SourceGradient.save"
+        ) from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)!r} has format {version}, this version of gradguide reads up to {FORMAT}: "
+            "upgrade gradguide"
+        )
+    try:
+        check_depth(metadata)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
+    return dict(metadata)

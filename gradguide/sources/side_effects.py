@@ -1,0 +1,118 @@
+"""Passes beside the one that trains: under a random state of their own, and without a trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from gradguide.distributed.layouts import local
+from gradguide.ops.pack import lay_out
+
+__all__ = ["Randomness", "buffers_kept", "check_hooks", "gradients_kept", "leaves"]
+
+
+class Randomness:
+    """torch's random state on the host and on the CUDA devices of some tensors, as it is now."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+        self._host = torch.get_rng_state()
+        self._states = [torch.cuda.get_rng_state(index) for index in self._devices]
+
+    def restore(self) -> None:
+        """Make it the state again."""
+        torch.set_rng_state(self._host)
+        for index, state in zip(self._devices, self._states, strict=True):
+            torch.cuda.set_rng_state(state, index)
+
+
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Buffers of every module that runs within are afterwards as they were before: BatchNorm's statistics and the like.
+
+    An optimizer does not know the model, so modules are met as they are called. Those inside a graph that torch.compile
+    or a scripted module made are not.
+    """
+    kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def keep(module: nn.Module, arguments: object) -> None:
+        if module not in kept:
+            kept[module] = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for module, buffers in kept.items():
+                for name, (buffer, value) in buffers.items():
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+
+@contextmanager
+def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+    """Parameters are without gradients within, and afterwards have those that they had before, bit for bit.
+
+    Copies are made, which the body is given by parameter (of a shard: this rank's part): under DDP gradients may be
+    views of buffers that another backward pass fills anew.
+    """
+    held = {p: p.grad for p in parameters}
+    there = [(p, g, local(g)) for p, g in held.items() if g is not None]
+    copies = lay_out([value for _, _, value in there])
+    if there:
+        torch._foreach_copy_(copies, [value for _, _, value in there])
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield {p: copy for (p, _, _), copy in zip(there, copies, strict=True)}
+    finally:
+        for parameter, gradient in held.items():
+            parameter.grad = gradient
+        if there:
+            with torch.no_grad():
+                torch._foreach_copy_([value for _, _, value in there], copies)
+
+
+def leaves(value: Tensor) -> list[Tensor]:
+    """Return the tensors that ``value.backward()`` would accumulate gradients in, as far as its graph shows them."""
+    if value.grad_fn is None:
+        return [value]
+    found: list[Tensor] = []
+    seen: set[Any] = {value.grad_fn}
+    waiting: list[Any] = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        following = [after for after, _ in node.next_functions if after is not None and after not in seen]
+        seen.update(following)
+        waiting += following
+    return found
+
+
+def check_hooks(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> None:
+    """Raise if a parameter has a hook that another backward pass would set off.
+
+    Such hooks step an optimizer, move gradients elsewhere, or count accumulations.
+
+    Args:
+        parameters: those that the pass may reach.
+        names: of the parameters, as far as they have one; for the message.
+
+    Raises:
+        RuntimeError: one is there.
+    """
+    for parameter in parameters:
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"{names.get(parameter, 'a parameter')} has a hook that runs in backward, after its gradient is "
+                "accumulated (an optimizer that steps in backward, or offloading). The backward pass of a source would "
+                "set it off: remove the hooks before, and register them again after it"
+            )

@@ -1,0 +1,98 @@
+"""Which of a source's entries belongs to which of the optimizer's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradguide.sources.base_model import check_base_model
+from gradguide.sources.mismatch import explain
+from gradguide.sources.protocol import Source
+from gradguide.sources.stored import SourceGradient
+from gradguide.utils.names import Names, without_adapter
+
+__all__ = ["match_sources"]
+
+
+def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], names: Names) -> tuple[Source, ...]:
+    """Return the sources under the names of the optimizer's parameters.
+
+    Each source must have exactly the optimizer's named parameters that are trained, in their shapes. A frozen parameter
+    (the base model under an adapter, an adapter that is frozen by now) may be in a source or not.
+
+    Names are equal, or they differ in the name of a PEFT adapter or a leading ``module.``. The latter are taken for the
+    same where that leaves one choice: a source captured under adapter "default" serves adapter "b", unless the
+    optimizer trains both of them.
+
+    Args:
+        sources: each is matched for itself.
+        groups: param groups of the optimizer.
+        names: parameters outside them are guided without the sources.
+
+    Raises:
+        ValueError: there are no names, two parameters of the optimizer have one name, or a source does not match. The
+            message lists what is missing, unexpected, or of another shape, and names the likely cause. Or a source is
+            of another base model; see ``check_base_model``.
+    """
+    if not sources:
+        return ()
+    listed = [p for group in groups for p in group["params"]]
+    parameters = _by_name(names.of(listed))
+    matched = []
+    for index, source in enumerate(sources):
+        which = f"source {index} " if len(sources) > 1 else "the source "
+        matched.append(_matched(source, parameters, names, which))
+    return tuple(matched)
+
+
+def _by_name(names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    if not names:
+        raise ValueError(
+            "a source is keyed by parameter names, found none: pass names=model, or give the base optimizer named "
+            "parameters"
+        )
+    parameters: dict[str, Tensor] = {}
+    for p, name in names.items():
+        if parameters.setdefault(name, p) is not p:
+            raise ValueError(f"names must be unique, found {name!r} for two parameters of the optimizer")
+    return parameters
+
+
+def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, which: str) -> Source:
+    found = source.shapes()
+    if found is None:
+        return source
+    shapes = {name: p.shape for name, p in parameters.items()}
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+    pairs = _pairs(found, shapes, trained) if isinstance(source, SourceGradient) else {n: n for n in found}
+    taken = {pairs[name] for name in found if pairs.get(name) in shapes}
+    missing = [name for name in trained if name not in taken]
+    unexpected = [name for name in found if pairs.get(name) not in shapes]
+    other = {n: (found[name], shapes[n]) for name, n in pairs.items() if n in shapes and found[name] != shapes[n]}
+    if missing or unexpected or other:
+        raise ValueError(which + explain(missing, unexpected, other, matched=taken, reachable=names.reachable()))
+    if isinstance(source, SourceGradient):
+        check_base_model(source.metadata, names, which)
+    renamed = any(name != n for name, n in pairs.items())
+    return source.renamed(pairs) if renamed and isinstance(source, SourceGradient) else source
+
+
+def _pairs(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], trained: Iterable[str]) -> dict[str, str]:
+    """Return the optimizer's name for each of the source's names that has one."""
+    pairs = {name: name for name in found if name in shapes}
+    theirs = _by_key(name for name in found if name not in pairs)
+    ours = _by_key(name for name in trained if name not in pairs)
+    for key, candidates in theirs.items():
+        if len(candidates) == len(ours.get(key, ())) == 1:
+            pairs[candidates[0]] = ours[key][0]
+    return {name: pairs[name] for name in found if name in pairs}  # in the source's order
+
+
+def _by_key(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(without_adapter(name), []).append(name)
+    return found

@@ -1,0 +1,93 @@
+"""What a gradient that is not finite does: the host leaves the step out, or a base that can does so by a flag."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradguide.base_checks import evaluates_closures
+from gradguide.step.engine import Measured
+
+__all__ = ["POLICIES", "TROUBLE", "step", "stops", "warn"]
+
+POLICIES = ("skip", "raise")
+
+TROUBLE = 5
+"""Skipped steps in a row that call for a warning: fewer happen in a run that is well."""
+
+
+def stops(measured: Measured, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
+    """Whether this step is not to be made; the host waits for the answer unless it need not know.
+
+    Raises:
+        FloatingPointError: the gradient is not finite and the policy is "raise".
+    """
+    if _left_to_base(measured, base, policy) or bool(measured.finite):
+        return False
+    if policy == "raise":
+        raise FloatingPointError(f"{_where(measured, names)} NaN or Inf; nothing was changed")
+    return True
+
+
+def warn(measured: Measured, skipped: int, names: Mapping[Tensor, str]) -> None:
+    """Warn that so many steps in a row were skipped.
+
+    Warns:
+        UserWarning: it names the first parameter whose gradient is not finite.
+    """
+    warnings.warn(
+        f"the last {skipped} steps were skipped: {_where(measured, names)} NaN or Inf. Nothing was trained in them; "
+        'metrics()["skipped"] counts them, and nonfinite="raise" makes them an error',
+        UserWarning,
+        stacklevel=6,  # the caller of GradGuide.step, which torch wraps three times
+    )
+
+
+def step(measured: Measured, base: Optimizer, policy: str) -> None:
+    """Step the base, which leaves its step out where that was left to it.
+
+    Raises:
+        TypeError: the base's step fails because it evaluates the closure itself.
+    """
+    flagged: Any = base
+    left = _left_to_base(measured, base, policy)
+    if left:
+        flagged.found_inf = 1.0 - measured.decided.go
+    try:
+        base.step()
+    except Exception as error:
+        if "closure" in str(error):
+            raise TypeError(evaluates_closures(base)) from error
+        raise
+    finally:
+        if left:
+            del flagged.found_inf
+
+
+def _left_to_base(measured: Measured, base: Optimizer, policy: str) -> bool:
+    """Whether the base can itself leave a step out by a flag on the device, so that the host need not wait for it.
+
+    Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.
+    """
+    fused = all(group.get("fused") for group in base.param_groups)
+    return policy == "skip" and fused and measured.span.gram.device.type == "cuda"
+
+
+def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
+    bad = [
+        (place, p)
+        for bucket in measured.survey.buckets
+        for place, p, g in zip(bucket.places, bucket.parameters, bucket.gradients, strict=True)
+        if not g.isfinite().all()
+    ]
+    if not bad:
+        other = "the gradient on another rank, or " if measured.survey.sharded else ""
+        return f"{other}the source gradient at the present parameters has"
+    _, first = min(bad, key=itemgetter(0))
+    which = names.get(first) or f"a parameter of shape {tuple(first.shape)}"
+    return f"the gradient of {which}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} has"

@@ -1,0 +1,108 @@
+"""What ranks have to do together: agree on their options, keep their parts of the sources, sum over shards."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradguide.distributed.agreement import check_agreement
+from gradguide.distributed.layouts import Layout, add_up_, check_divided, layout_of, local, several_ranks
+from gradguide.sources.protocol import Source
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """One process among those that share the parameters; of no effect in a process that is alone."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[Any, ...]] = [()]
+        self.sharded = False  # whether any parameter is a DTensor
+        self._meshes: list[Any] = []
+        self._agreed: list[Any] | None = None  # the meshes over which the ranks were last compared
+        self._shards: tuple[dict[str, Layout], list[Source]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Process groups end with the processes, and parts of the sources are cut anew.
+        return {**vars(Ranks())}
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks were compared since the options last changed."""
+        return self._agreed is not None
+
+    def update_layouts(self, parameters: Sequence[Tensor]) -> None:
+        """Read how the parameters lie over ranks, which wrappers may change between steps.
+
+        Raises:
+            ValueError: FSDP1 divides them.
+        """
+        check_divided(parameters)
+        layouts = [layout_of(p) for p in parameters]
+        self.groups = list(dict.fromkeys(() if lay is None else lay.summed for lay in layouts)) or [()]
+        self.sharded = any(lay is not None for lay in layouts)
+        meshes = list({id(lay.mesh): lay.mesh for lay in layouts if lay is not None}.values())
+        # Largest first: an order that does not depend on the order of the parameters, which may differ between ranks.
+        self._meshes = sorted(meshes, key=lambda mesh: -mesh.size())
+
+    def check_agreement(self, parameters: Sequence[Tensor], described: Callable[[], Mapping[str, str]]) -> None:
+        """Compare options over the ranks that share the parameters, once per set of meshes.
+
+        This comes before every other collective of a step, since ranks with other options may wait for each other.
+        Ranks share parameters that are DTensors, or that DistributedDataParallel holds.
+
+        Args:
+            parameters: all that are trained.
+            described: gives what must be the same on all ranks, by name.
+
+        Raises:
+            ValueError: the ranks differ, on each of them.
+        """
+        if self._agreed is not None and list(map(id, self._agreed)) == list(map(id, self._meshes)):
+            return
+        # All dimensions of a mesh: replicas of a shard have to agree too.
+        groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
+        if not groups and several_ranks():
+            groups = _ddp_groups(parameters)
+        if groups:
+            check_agreement(described(), groups, local(parameters[0]).device)
+        self._agreed = self._meshes
+
+    def parts_of(
+        self, sources: Sequence[Source], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
+    ) -> Sequence[Source]:
+        """The sources, for this rank's parts of the parameters that have names."""
+        if not self.sharded or not sources:
+            return sources
+        known = {names[p]: layout_of(p) for p in parameters if p in names}
+        layouts = {name: layout for name, layout in known.items() if layout is not None}
+        if self._shards is None or self._shards[0] != layouts:
+            self._shards = layouts, [source.shards(layouts) for source in sources]
+        return self._shards[1]
+
+    def add_up(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        """Sum over ranks and over ``parts``, which has a tensor for each of ``groups``."""
+        total = add_up_(parts)
+        assert total is not None
+        return total
+
+
+def _ddp_groups(parameters: Sequence[Tensor]) -> list[Any]:
+    """Return the process group of the DistributedDataParallel that holds the parameters, if there is one.
+
+    Parameters have no reference to it. It has a list of them, which the garbage collector finds: about 0.1 s.
+    """
+    first = next((p for p in parameters if p.requires_grad), None)
+    if first is None:
+        return []
+    lists = [holder for holder in gc.get_referrers(first) if type(holder) is list]
+    for holder in gc.get_referrers(*lists) if lists else []:
+        # The module itself, or its __dict__.
+        attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        held = attributes.get("_module_parameters")
+        if any(held is each for each in lists) and "process_group" in attributes:
+            return [attributes["process_group"]]
+    return []
