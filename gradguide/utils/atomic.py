@@ -19,7 +19,7 @@ if sys.platform != "win32":
 
 __all__ = ["Scratch", "replacing", "scratch_beside"]
 
-_LOCK = "lock"
+_LOCK = ".gradguide-lock"
 _DAY = 24 * 60 * 60
 
 
@@ -68,9 +68,10 @@ def scratch_beside(target: Path) -> Iterator[Scratch]:
     folder = target.parent / f"{prefix}{secrets.token_hex(8)}"
     folder.mkdir(mode=0o700)
     try:
-        with (folder / "unlocked").open("xb") as file:
-            if _lock(file):
-                (folder / "unlocked").rename(folder / _LOCK)
+        unlocked = folder / f"{_LOCK}-new"
+        with unlocked.open("xb") as file:
+            if _lock(file):  # under its name the file is always locked, so that no sweep comes in between
+                unlocked.rename(folder / _LOCK)
             yield Scratch(folder, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
