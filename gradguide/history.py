@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradguide.atomic import replacing
-from gradguide.drawing import curve, figure_for
+from gradguide.recording.plotting import curve, figure_for
 
 __all__ = ["History"]
 

@@ -1,0 +1,1 @@
+"""What a run leaves behind: figures of recorded metrics. Start at ``plotting.py``."""
