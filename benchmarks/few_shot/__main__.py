@@ -13,7 +13,7 @@ from benchmarks.few_shot import grid, report, results, workers
 from benchmarks.few_shot.candidates import CANDIDATES
 from benchmarks.few_shot.scenarios import Settings
 from benchmarks.harness import versions
-from gradguide.demo.model import DEFAULT_MODEL
+from gradguide.demo.config import DEFAULT_MODEL
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from benchmarks.few_shot.problem import Problem
 from benchmarks.few_shot.texts import Episode, source_task
 from gradguide import SourceGradient
-from gradguide.demo.data import Example
+from gradguide.demo.data import Example, batches, draw
 from gradguide.demo.model import add_lora
-from gradguide.demo.sampling import batches, draw
 from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["Causal", "Scored"]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.few_shot.problem import Problem
 from gradguide import SourceGradient
-from gradguide.demo.sampling import batches
+from gradguide.demo.data import batches
 
 __all__ = ["Digits"]
 

@@ -15,12 +15,9 @@ from torch import Tensor
 from benchmarks.few_shot.problem import HEAD_LR, Problem
 from benchmarks.few_shot.texts import Episode, source_task
 from gradguide import SourceGradient
-from gradguide.demo.data import Example
-from gradguide.demo.encoded import Encoded, encode
-from gradguide.demo.model import Classifier, accuracy, add_lora, load_encoder
-from gradguide.demo.sampling import batches, draw
-from gradguide.demo.source import HEAD, freeze_source, learn_source
-from gradguide.demo.storage import load_source, save_source
+from gradguide.demo.data import Example, batches, draw
+from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, encode, load_encoder
+from gradguide.demo.source import HEAD, freeze_source, learn_source, load_source, save_source
 from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["Encoder", "Known", "LiveRows"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.few_shot.problem import Problem
-from gradguide.demo.adapt import Coherence, unit_gradient
+from gradguide.demo.compare import Coherence, unit_gradient
 
 __all__ = ["Stability", "Update", "pool_gradient"]
 

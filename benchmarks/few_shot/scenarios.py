@@ -20,9 +20,8 @@ from benchmarks.few_shot.problem import HEAD_LR, Problem
 from benchmarks.few_shot.rough import CONDITIONS, Rough, outlier_batches, spikes
 from benchmarks.few_shot.texts import episode, spoil_labels
 from benchmarks.few_shot.train import Trained, train
-from gradguide.demo.encoded import Encoded
-from gradguide.demo.model import accuracy
-from gradguide.demo.sampling import batches
+from gradguide.demo.data import batches
+from gradguide.demo.model import Encoded, accuracy
 from gradguide.demo.source import capture_source
 
 __all__ = ["Settings", "Suite"]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from gradguide.demo.data import Example, Task, read_file
-from gradguide.demo.sampling import draw, few_shot
+from gradguide.demo.data import Example, Task, draw, few_shot, read_file
 
 __all__ = ["SOURCES", "Episode", "episode", "source_task", "spoil_labels"]
 

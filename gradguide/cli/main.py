@@ -98,7 +98,7 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 def _line(error: Exception) -> str:
     """Return an error as one line."""
-    from gradguide.demo.errors import DemoError
+    from gradguide.demo.config import DemoError
 
     text = " ".join(str(error).split())
     if not isinstance(error, (*_EXPECTED, DemoError)):
@@ -132,8 +132,8 @@ def _inspect(options: dict[str, Any]) -> None:
 
 
 def _plot(options: dict[str, Any]) -> None:
-    from gradguide.comparison import draw
-    from gradguide.recording.history import History
+    from gradguide.history import History
+    from gradguide.recording.plotting import draw
 
     runs = {_run_name(path, options["history"]): History.load(path) for path in options["history"]}
     draw(runs, options["out"])

@@ -1,5 +1,10 @@
-"""The demo behind ``gradguide demo``: few-shot adaptation of a LoRA adapter, with and without GradGuide.
+"""The demo of ``gradguide demo``: few-shot adaptation of a LoRA adapter, with and without GradGuide.
 
-``run.prepare`` trains a source adapter and captures its source gradient, ``run.compare`` adapts it to the target with
-any set of methods, ``run.run`` does both and writes the report. Nothing here is imported by the library itself.
+Start at ``run.py``. ``prepare`` trains a source adapter and captures its source gradient. ``compare`` adapts it to the
+target task with any set of methods. ``run`` does both and writes the report. The library itself imports nothing from
+here.
+
+- ``config.py``: options and errors. ``data.py``: texts, tasks and sampling.
+- ``model.py``: encoder, adapter and heads. ``source.py``: source training, capture, and saved sources.
+- ``compare.py``: methods and their runs. ``report.py``: table, CSV file and figure.
 """

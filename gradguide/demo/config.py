@@ -1,37 +1,60 @@
-"""The options of the demo."""
+"""Options and errors of the demo."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from .data import BUILT_IN
-from .errors import OptionError
-from .model import DEFAULT_MODEL
+__all__ = ["BUILT_IN", "DEFAULT_MODEL", "EXTRA", "DemoConfig", "DemoError", "OptionError", "check_extras"]
 
-__all__ = ["DemoConfig"]
+BUILT_IN = Path(__file__).parent / "texts"
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+EXTRA = 'pip install "gradguide[demo]"'
+
+# Import names. The package of the default model is checked when that model is loaded.
+_REQUIRED = ("transformers", "peft", "matplotlib", "rich", "scipy")
+
+
+class DemoError(Exception):
+    """An option, a file, a model or the installation is wrong. The command line prints it as one line."""
+
+
+class OptionError(DemoError):
+    """The value of an option is wrong.
+
+    Args:
+        option: name of the field of ``DemoConfig``, for example ``"source_adapter"``.
+        problem: what is wrong, with the value, for example ``"must be at least 1, found 0"``.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"--{option.replace('_', '-')} {problem}")
+        self.option = option
+        self.problem = problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """
+    """Options of one demo run.
+
     Args:
-        data: folder with train.tsv and test.tsv; by default the texts that come with GradGuide.
+        data: folder with train.tsv and test.tsv. Default: the texts included in the package.
         model: hub id or folder of an encoder.
-        source: source domains; empty for the first five that are not the target.
-        target: target domain; None for the last in sorted order.
+        source: source domains. Default: the first five that are not the target, sorted by name.
+        target: target domain. Default: the last one, sorted by name.
         shots: training rows per target label, at least 1.
-        seeds: number of runs per method, at least 1; run i has seed i, which gives its rows, its head and their order.
-        steps: optimizer steps of a run, at least 1.
+        seeds: runs per method, at least 1. Run i uses seed i for its rows, its head and the order of its rows.
+        steps: optimizer steps per run, at least 1.
         batch: rows per step, at least 1.
         lr: learning rate of the adaptation, above 0.
-        out: folder for the results, made where it is missing.
-        save_source: where to keep the source adapter, its head and the source gradient; None not to.
-        source_adapter: a folder that ``save_source`` wrote, to be used in place of training.
+        out: folder for the results, created if missing.
+        save_source: new or empty folder for the source adapter, its head and the source gradient.
+        source_adapter: folder written through ``save_source``, loaded instead of training.
 
     Raises:
-        OptionError: a value is out of its range, or two options contradict each other.
+        OptionError: a value is out of range, or two options exclude each other.
     """
 
     data: Path = BUILT_IN
@@ -54,11 +77,16 @@ class DemoConfig:
                 raise OptionError(option, f"must be at least 1, found {value}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise OptionError("lr", f"must be above 0 and finite, found {self.lr}")
-        if self.save_source is not None and self.source_adapter is not None:
-            raise OptionError("save_source", "cannot be used with --source-adapter, which trains no source to save")
-        if self.save_source is not None and self.save_source.exists() and not _is_empty_folder(self.save_source):
-            raise OptionError("save_source", f"must be a new or an empty folder, found {str(self.save_source)!r}")
+        if self.save_source is None:
+            return
+        if self.source_adapter is not None:
+            raise OptionError("save_source", "cannot be combined with --source-adapter, which skips source training")
+        if self.save_source.exists() and not (self.save_source.is_dir() and not any(self.save_source.iterdir())):
+            raise OptionError("save_source", f"must be a new or empty folder, found {str(self.save_source)!r}")
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def check_extras() -> None:
+    """Raise DemoError that lists every required package that is not installed."""
+    missing = [name for name in _REQUIRED if find_spec(name) is None]
+    if missing:
+        raise DemoError(f"the demo needs packages that are not installed: {', '.join(missing)}; run {EXTRA}")

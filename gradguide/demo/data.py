@@ -1,21 +1,19 @@
-"""Reading a folder of labelled texts, and splitting it into a source task and a target task."""
+"""Labelled texts: reading files, splitting them into a source and a target task, and sampling rows."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DemoError, OptionError
+from .config import DemoError, OptionError
 
-__all__ = ["BUILT_IN", "Example", "Task", "Transfer", "read_file", "read_transfer", "split_tasks"]
+__all__ = ["Example", "Task", "Transfer", "batches", "draw", "few_shot", "read_file", "read_transfer", "split_tasks"]
 
-BUILT_IN = Path(__file__).parent / "texts"
-
-# More source domains make the source task slower to train than a demo should be.
-_DEFAULT_SOURCES = 5
+_MAX_DEFAULT_SOURCES = 5  # more source domains make source training too slow for a demo
 
 
 class Example(NamedTuple):
@@ -31,9 +29,9 @@ class Task:
     """One classification task.
 
     Args:
-        name: its domain or domains, for people to read.
-        labels: the sorted names of its classes; class i is ``labels[i]``.
-        train, test: its rows, in the order of the files.
+        name: its domain or domains, for display.
+        labels: sorted names of its classes; class i is ``labels[i]``.
+        train, test: its rows, in file order.
     """
 
     name: str
@@ -44,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What the model knows (``source``), what it is to learn (``target``), and how the split was made (``split``)."""
+    """The source task, the target task, and a phrase that says how the rows were split."""
 
     source: Task
     target: Task
@@ -52,16 +50,20 @@ class Transfer:
 
 
 def read_transfer(folder: Path, *, target: str | None = None, sources: Sequence[str] = ()) -> Transfer:
-    """The tasks in ``folder/train.tsv`` and ``folder/test.tsv``; see ``read_file`` and ``split_tasks``."""
+    """Return the tasks in ``folder/train.tsv`` and ``folder/test.tsv``.
+
+    Raises:
+        DemoError: see ``read_file`` and ``split_tasks``; or ``folder`` is not a folder.
+    """
     if not folder.is_dir():
         raise OptionError("data", f"must be a folder with train.tsv and test.tsv, found {str(folder)!r}")
     return split_tasks(read_file(folder / "train.tsv"), read_file(folder / "test.tsv"), target=target, sources=sources)
 
 
 def read_file(path: Path) -> list[Example]:
-    """Rows of a UTF-8 file with a header line and columns separated by a tab: text, label and, optionally, domain.
+    """Return the rows of a tab-separated UTF-8 file with the columns text, label and, optionally, domain.
 
-    Quotation marks have no meaning; other columns are ignored.
+    The first line is the header. Quotation marks are plain characters. Other columns and blank lines are ignored.
 
     Raises:
         DemoError: the file is missing, empty or not UTF-8, lacks a column, or has a row with an empty or missing field.
@@ -79,14 +81,14 @@ def read_file(path: Path) -> list[Example]:
     for column in ("text", "label"):
         if column not in header:
             raise DemoError(f"{path}: no column {column!r}, found {', '.join(header)}")
-    wanted = [header.index(column) for column in ("text", "label", "domain") if column in header]
+    columns = [header.index(column) for column in ("text", "label", "domain") if column in header]
     examples = []
     for number, row in enumerate(rows[1:], start=2):
-        if not row:  # a blank line, as at the end of many files
+        if not row:
             continue
-        fields = [row[index] if index < len(row) else "" for index in wanted]
+        fields = [row[index] if index < len(row) else "" for index in columns]
         if not all(fields):
-            raise DemoError(f"{path}, line {number}: expected {', '.join(header[i] for i in wanted)}, found {row}")
+            raise DemoError(f"{path}, line {number}: expected {', '.join(header[i] for i in columns)}, found {row}")
         examples.append(Example(fields[0], fields[1], fields[2] if len(fields) == 3 else None))
     return examples
 
@@ -94,14 +96,14 @@ def read_file(path: Path) -> list[Example]:
 def split_tasks(
     train: Sequence[Example], test: Sequence[Example], *, target: str | None = None, sources: Sequence[str] = ()
 ) -> Transfer:
-    """Source and target task, by domain where the rows have one, else by halves of the sorted labels.
+    """Split rows into a source and a target task, by domain if the rows have one, else by halves of the sorted labels.
 
     Args:
-        target: the target domain; by default the last in sorted order.
-        sources: the source domains; by default the first five others in sorted order.
+        target: target domain. Default: the last one, sorted by name.
+        sources: source domains. Default: the first five others, sorted by name.
 
     Raises:
-        DemoError: an unknown domain, or a task with fewer than two classes or without test rows.
+        DemoError: a domain is unknown, or a task has fewer than two classes or no test rows.
     """
     domains = sorted({example.domain for example in train if example.domain is not None})
     if not domains:
@@ -111,16 +113,14 @@ def split_tasks(
             if name not in domains:
                 raise OptionError(option, f"must be one of {', '.join(domains)}; found {name!r}")
     if len(domains) < 2:
-        raise DemoError(f"the data have one domain only, {domains[0]!r}: a source and a target need one each")
-    aim = domains[-1] if target is None else target
-    if aim in sources:
-        raise OptionError("source", f"must not name the target domain, found {aim!r}")
-    chosen = sorted(set(sources)) or [name for name in domains if name != aim][:_DEFAULT_SOURCES]
+        raise DemoError(f"the data must have at least two domains, for source and target, found only {domains[0]!r}")
+    target = domains[-1] if target is None else target
+    if target in sources:
+        raise OptionError("source", f"must not contain the target domain, found {target!r}")
+    chosen = sorted(set(sources)) or [name for name in domains if name != target][:_MAX_DEFAULT_SOURCES]
     return Transfer(
-        source=_task(
-            ", ".join(chosen), [e for e in train if e.domain in chosen], [e for e in test if e.domain in chosen]
-        ),
-        target=_task(aim, [e for e in train if e.domain == aim], [e for e in test if e.domain == aim]),
+        source=_task(", ".join(chosen), *([e for e in rows if e.domain in chosen] for rows in (train, test))),
+        target=_task(target, *([e for e in rows if e.domain == target] for rows in (train, test))),
         split="by domain",
     )
 
@@ -130,19 +130,19 @@ def _split_by_label(
 ) -> Transfer:
     for option, value in (("target", target), ("source", ", ".join(sources))):
         if value:
-            raise OptionError(option, f"needs a column domain, which the data lack; found {value!r}")
+            raise OptionError(option, f"needs a domain column, which the data do not have; found {value!r}")
     labels = sorted({example.label for example in train})
     if len(labels) < 4:
         raise DemoError(
-            f"without a column domain the labels are split in half, which needs at least 4, found {', '.join(labels)}"
+            f"without a domain column the labels are split in half, which needs at least 4, found {', '.join(labels)}"
         )
-    known = set(labels[: len(labels) // 2])
+    first = set(labels[: len(labels) // 2])
     return Transfer(
-        source=_task("first half of the labels", *([e for e in rows if e.label in known] for rows in (train, test))),
+        source=_task("first half of the labels", *([e for e in rows if e.label in first] for rows in (train, test))),
         target=_task(
-            "second half of the labels", *([e for e in rows if e.label not in known] for rows in (train, test))
+            "second half of the labels", *([e for e in rows if e.label not in first] for rows in (train, test))
         ),
-        split="by halves of the sorted labels, because there is no column domain",
+        split="by halves of the sorted labels, because there is no domain column",
     )
 
 
@@ -151,8 +151,49 @@ def _task(name: str, train: Sequence[Example], test: Sequence[Example]) -> Task:
     if len(labels) < 2:
         raise DemoError(f"{name}: a task needs at least two labels, found {', '.join(labels)}")
     if not test:
-        raise DemoError(f"{name}: test.tsv has no rows of it")
+        raise DemoError(f"{name}: test.tsv has no rows for this task")
     unknown = sorted({example.label for example in test} - set(labels))
     if unknown:
-        raise DemoError(f"{name}: test.tsv has labels that train.tsv lacks: {', '.join(unknown)}")
+        raise DemoError(f"{name}: test.tsv has labels that are not in train.tsv: {', '.join(unknown)}")
     return Task(name=name, labels=tuple(labels), train=tuple(train), test=tuple(test))
+
+
+def draw(examples: Sequence[Example], per_class: int, seed: int) -> list[Example]:
+    """Return at most ``per_class`` random rows of each label, sorted by label."""
+    by_label: dict[str, list[Example]] = {}
+    for example in examples:
+        by_label.setdefault(example.label, []).append(example)
+    # One generator per label: the rows drawn for a label do not change when another label gets a row.
+    return [
+        example
+        for label, rows in sorted(by_label.items())
+        for example in random.Random(f"{seed}/{label}").sample(rows, min(per_class, len(rows)))
+    ]
+
+
+def few_shot(task: Task, shots: int, seed: int) -> list[Example]:
+    """Return exactly ``shots`` random training rows of each label.
+
+    Raises:
+        OptionError: a label has fewer rows.
+    """
+    for label in task.labels:
+        rows = sum(example.label == label for example in task.train)
+        if rows < shots:
+            raise OptionError("shots", f"must be at most {rows}, the number of rows of {label!r}; found {shots}")
+    return draw(task.train, shots, seed)
+
+
+def batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of row numbers in [0, rows) without end: shuffled epochs, joined and cut into lists of ``size``.
+
+    ``size`` is limited to ``rows``.
+    """
+    generator = random.Random(seed)
+    queue: list[int] = []
+    size = min(size, rows)
+    while True:
+        while len(queue) < size:
+            queue.extend(generator.sample(range(rows), rows))
+        yield queue[:size]
+        del queue[:size]

@@ -1,4 +1,4 @@
-"""The report: a table for people, a CSV with one row per run, and a figure."""
+"""The report: a table for the terminal, a CSV file with one row per run, and a figure."""
 
 from __future__ import annotations
 
@@ -6,44 +6,62 @@ import csv
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gradguide.utils.atomic import replacing
+from gradguide.atomic import replacing
+from gradguide.recording.plotting import figure_for, save_figure
 
-from .adapt import Outcome
-from .figure import draw_figure
-from .prepare import Prepared
-from .stats import paired_difference
+from .compare import Outcome, Prepared
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["by_method", "table", "write_csv", "write_report"]
+__all__ = ["paired_difference", "print_table", "write_report"]
 
-_VERSIONED = ("gradguide", "torch", "transformers", "peft")
-
-
-def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each method in the order of the seeds; methods in the order of their first outcome."""
-    results: dict[str, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
-        results.setdefault(outcome.method, []).append(outcome)
-    return {method: results[method] for method in dict.fromkeys(outcome.method for outcome in outcomes)}
+_PACKAGES = ("gradguide", "torch", "transformers", "peft")
 
 
 def write_report(folder: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> tuple[Path, Path]:
-    """Writes ``results.csv`` and ``results.png`` to ``folder``, which must exist; returns their paths."""
+    """Write ``results.csv`` and ``results.png`` to ``folder``, which must exist; return their paths."""
     csv_path, png_path = folder / "results.csv", folder / "results.png"
-    write_csv(csv_path, prepared, outcomes)
-    draw_figure(png_path, by_method(outcomes), prepared.source_accuracy)
+    _write_csv(csv_path, prepared, outcomes)
+    _draw(png_path, _by_method(outcomes), prepared.source_accuracy)
     return csv_path, png_path
 
 
-def write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
-    """One row per method and seed: what came out, what went in, and the versions at work. Accuracies are in [0, 1]."""
+def print_table(prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
+    """Print means with standard deviations over seeds, and paired differences from the first method."""
+    from rich.console import Console
+
+    Console().print(_table(prepared, _by_method(outcomes)))
+
+
+def paired_difference(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of ``values - base`` over pairs and half of its 95 % t-interval, which is nan for one pair."""
+    from scipy.stats import t
+
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    count = len(differences)
+    mean = statistics.fmean(differences)
+    if count < 2:
+        return mean, math.nan
+    error = statistics.stdev(differences) / math.sqrt(count)
+    return mean, float(t.ppf(0.975, count - 1)) * error
+
+
+def _by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Group outcomes by method, in order of first appearance; sort each group by seed."""
+    results: dict[str, list[Outcome]] = {outcome.method: [] for outcome in outcomes}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
+        results[outcome.method].append(outcome)
+    return results
+
+
+def _write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
+    """Write one row per run: results, options and package versions. Accuracies are in [0, 1]."""
     config = prepared.config
     shared = {
         "source_accuracy_before": prepared.source_accuracy,
@@ -58,7 +76,7 @@ def write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> No
         "lr": config.lr,
         "device": prepared.target_test.device.type,
         "python": platform.python_version(),
-        **{name: _version(name) for name in _VERSIONED},
+        **{name: _version(name) for name in _PACKAGES},
     }
     rows = [
         {
@@ -78,14 +96,18 @@ def write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> No
         writer.writerows(rows)
 
 
-def table(prepared: Prepared, outcomes: Sequence[Outcome]) -> Table:
-    """Means with standard deviations over the seeds, and each method's paired difference from the first method."""
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # imported from a checkout that is not installed
+        return "unknown"
+
+
+def _table(prepared: Prepared, results: Mapping[str, Sequence[Outcome]]) -> Table:
     from rich.table import Table
 
-    results = by_method(outcomes)
-    first, *others = results
-    # Without an outer edge the usual two methods fit a terminal of 80 columns.
-    view = Table(
+    # Without outer edges the two default methods fit into 80 columns.
+    table = Table(
         title=_title(prepared),
         caption=_caption(prepared),
         title_justify="left",
@@ -93,22 +115,23 @@ def table(prepared: Prepared, outcomes: Sequence[Outcome]) -> Table:
         show_edge=False,
         pad_edge=False,
     )
-    view.add_column("method", no_wrap=True)
+    table.add_column("method", no_wrap=True)
     for heading in ("target %", "source kept %", "coherence", "s/step"):
-        view.add_column(heading, justify="right")
+        table.add_column(heading, justify="right")
     for method, runs in results.items():
-        columns = _columns(runs)
-        view.add_row(
-            method, *(_spread(values, digits) for values, digits in columns), end_section=method == [*results][-1]
-        )
+        table.add_row(method, *(_mean(values, digits) for values, digits in _columns(runs)))
+    table.add_section()
+    first, *others = results
     for method in others:
         pairs = zip(_columns(results[method]), _columns(results[first]), strict=True)
-        view.add_row(f"{method} - {first}", *(_difference(ours, base, digits) for (ours, digits), (base, _) in pairs))
-    return view
+        table.add_row(
+            f"{method} - {first}", *(_difference(values, base, digits) for (values, digits), (base, _) in pairs)
+        )
+    return table
 
 
 def _columns(runs: Sequence[Outcome]) -> list[tuple[list[float], int]]:
-    """Values of each column, one per seed, with the number of decimals to show."""
+    """Return the values of each table column, one per seed, with the number of decimals to print."""
     return [
         ([100 * run.target_accuracy for run in runs], 1),
         ([100 * run.source_accuracy for run in runs], 1),
@@ -117,45 +140,70 @@ def _columns(runs: Sequence[Outcome]) -> list[tuple[list[float], int]]:
     ]
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def _mean(values: Sequence[float], digits: int) -> str:
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _difference(ours: Sequence[float], base: Sequence[float], digits: int) -> str:
-    mean, half = paired_difference(ours, base)
-    if math.isnan(half):
-        return f"{mean:+.{digits}f}"
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+def _difference(values: Sequence[float], base: Sequence[float], digits: int) -> str:
+    mean, half = paired_difference(values, base)
+    return f"{mean:+.{digits}f}" if math.isnan(half) else f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def _title(prepared: Prepared) -> str:
-    config, transfer = prepared.config, prepared.transfer
+    source, target = prepared.transfer.source, prepared.transfer.target
     return (
-        f"target {transfer.target.name} ({len(transfer.target.labels)} labels, {config.shots} shots), "
-        f"source {transfer.source.name} ({len(transfer.source.labels)} labels)"
+        f"target {target.name} ({len(target.labels)} labels, {prepared.config.shots} shots), "
+        f"source {source.name} ({len(source.labels)} labels)"
     )
 
 
 def _caption(prepared: Prepared) -> str:
-    seeds = prepared.config.seeds
+    seeds, tested, total = prepared.config.seeds, len(prepared.source_test), len(prepared.transfer.source.test)
     parts = [
-        f"Accuracy after adaptation; of the source before it: {100 * prepared.source_accuracy:.1f} %. "
+        f"Accuracy after adaptation. Source accuracy before: {100 * prepared.source_accuracy:.1f} %. "
         f"Split {prepared.transfer.split}.",
         f"Rows: mean ± standard deviation over {seeds} seeds. "
-        "Difference: mean over pairs of one seed ± half of its 95 % t-interval."
+        "Difference: mean of paired differences ± half of its 95 % t-interval."
         if seeds > 1
-        else "One seed: no spread, no interval.",
-        "Coherence is that of the gradients as received, mean over the steps.",
+        else "One seed: no standard deviation and no interval.",
+        "Coherence: of the gradients before guidance, mean over steps.",
     ]
-    if prepared.source_test_is_sampled:
-        rows, whole = len(prepared.source_test), len(prepared.transfer.source.test)
-        parts.append(f"Source accuracy is measured on {rows} of {whole} test rows, the same for all runs.")
+    if tested < total:
+        parts.append(f"Source accuracy is measured on {tested} of {total} test rows, the same for all runs.")
     return " ".join(parts)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is on the path and not installed
-        return "unknown"
+def _draw(path: Path, results: Mapping[str, Sequence[Outcome]], source_accuracy: float) -> None:
+    """Draw accuracies by method, with a line through the runs of each seed, and coherence over steps.
+
+    Args:
+        results: outcomes by method, sorted by seed.
+        source_accuracy: before adaptation, in [0, 1]; drawn as a dashed line.
+    """
+    figure = figure_for(path, (12, 4), "gradguide demo")
+    target, source, steps = figure.subplots(1, 3)
+    _draw_accuracies(target, "target accuracy (%)", results, "target_accuracy")
+    _draw_accuracies(source, "source accuracy kept (%)", results, "source_accuracy")
+    source.axhline(100 * source_accuracy, color="grey", linestyle="--", linewidth=1, label="before adaptation")
+    source.legend(frameon=False)
+    for place, (method, outcomes) in enumerate(results.items()):
+        runs = [outcome.coherence for outcome in outcomes]
+        axis = range(1, len(runs[0]) + 1)
+        for run in runs:
+            steps.plot(axis, run, color=f"C{place}", alpha=0.25, linewidth=0.8)
+        mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
+        steps.plot(axis, mean, color=f"C{place}", linewidth=2, label=method)
+    steps.set(title="gradient coherence", xlabel="step", ylim=(0, 1.02))
+    steps.legend(frameon=False)
+    save_figure(figure, path, dpi=100)
+
+
+def _draw_accuracies(axes: Any, title: str, results: Mapping[str, Sequence[Outcome]], field: str) -> None:
+    by_method = [[100 * getattr(outcome, field) for outcome in outcomes] for outcomes in results.values()]
+    for values in zip(*by_method, strict=True):
+        axes.plot(range(len(values)), values, color="lightgrey", linewidth=1, zorder=1)
+    for place, column in enumerate(by_method):
+        axes.scatter([place] * len(column), column, color=f"C{place}", zorder=2)
+    axes.set(title=title, xlim=(-0.5, len(by_method) - 0.5))
+    axes.set_xticks(range(len(by_method)), list(results), rotation=0 if len(by_method) < 5 else 45)

@@ -1,57 +1,82 @@
-"""The demo from end to end, and in parts for scripts that compare methods of their own.
+"""The demo from start to end, and its parts for scripts that compare methods of their own.
 
     prepared = prepare(DemoConfig(seeds=3))
     outcomes = compare(prepared, {"AdamW": default_methods(2e-3)["AdamW"], "mine": make_mine})
 
-where ``make_mine(model, source)`` returns a ``torch.optim.Optimizer`` over ``trainable(model)``.
+``make_mine(model, source)`` returns a ``torch.optim.Optimizer`` over ``trainable(model)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import torch
 
-from tqdm import tqdm
+from gradguide.integrations.peft import lora_parameters
 
-from .adapt import Outcome, adapt
-from .config import DemoConfig
-from .errors import OptionError
-from .methods import Method, default_methods, trainable
-from .prepare import Prepared, prepare
-from .report import table, write_report
+from .compare import Outcome, Prepared, compare, default_methods, trainable
+from .config import DemoConfig, OptionError, check_extras
+from .data import draw, few_shot, read_transfer
+from .model import accuracy, encode, load_encoder
+from .report import print_table, write_report
+from .source import HEAD, freeze_source, learn_source, load_source, save_source
 
 __all__ = ["DemoConfig", "Outcome", "Prepared", "compare", "default_methods", "prepare", "run", "trainable"]
 
-
-def compare(prepared: Prepared, methods: Mapping[str, Method]) -> list[Outcome]:
-    """Runs every method on every seed, from the same start; outcomes come seed by seed, methods in the given order."""
-    config = prepared.config
-    total = len(methods) * config.seeds * config.steps
-    with tqdm(total=total, desc="adapt", unit="step", disable=None) as bar:
-        return [
-            adapt(prepared, name, method, seed, bar) for seed in range(config.seeds) for name, method in methods.items()
-        ]
+_SEED = 0
+_TRAIN_ROWS_PER_LABEL = 32
+_TEST_ROWS_PER_LABEL = 10
 
 
 def run(config: DemoConfig) -> list[Outcome]:
-    """The whole demo: prepares, compares AdamW and GradGuide, prints the table and writes the results.
+    """Run the whole demo: compare AdamW and GradGuide, write the results and print the table.
 
     Raises:
-        DemoError: see ``prepare``; or the results cannot be written.
+        DemoError: see ``prepare``; or the output folder cannot be created.
     """
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError("out", f"must be a folder that can be written, found {str(config.out)!r}: {error}") from error
+        raise OptionError("out", f"must be a writable folder, found {str(config.out)!r}: {error}") from error
     prepared = prepare(config)
     outcomes = compare(prepared, default_methods(config.lr))
     paths = write_report(config.out, prepared, outcomes)
-    _show(prepared, outcomes)
+    print_table(prepared, outcomes)
     for path in paths:
         print(f"wrote {path}")
     return outcomes
 
 
-def _show(prepared: Prepared, outcomes: list[Outcome]) -> None:
-    from rich.console import Console
+def prepare(config: DemoConfig) -> Prepared:
+    """Read the data, then train (or load) the source adapter and capture (or load) its source gradient.
 
-    Console().print(table(prepared, outcomes))
+    Raises:
+        DemoError: a package, a file, a model or an option is wrong.
+    """
+    check_extras()
+    transfer = read_transfer(config.data, target=config.target, sources=config.source)
+    source_task, target_task = transfer.source, transfer.target
+    shots = [few_shot(target_task, config.shots, seed) for seed in range(config.seeds)]
+    encoder, tokenizer = load_encoder(config.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(device)
+    if config.source_adapter is not None:
+        model, source = load_source(config.source_adapter, encoder, source_task.labels, device)
+        freeze_source(model)
+    else:
+        train = draw(source_task.train, _TRAIN_ROWS_PER_LABEL, _SEED)
+        rows = encode(train, source_task.labels, tokenizer, device)
+        model, source = learn_source(encoder, rows, len(source_task.labels), seed=_SEED)
+    if config.save_source is not None:
+        save_source(config.save_source, model, source, source_task.labels)
+    test = draw(source_task.test, _TEST_ROWS_PER_LABEL, _SEED)
+    source_test = encode(test, source_task.labels, tokenizer, device)
+    return Prepared(
+        config=config,
+        transfer=transfer,
+        model=model,
+        adapter={name: parameter.detach().clone() for name, parameter in lora_parameters(model)},
+        source=source,
+        shots=tuple(encode(rows, target_task.labels, tokenizer, device) for rows in shots),
+        target_test=encode(target_task.test, target_task.labels, tokenizer, device),
+        source_test=source_test,
+        source_accuracy=accuracy(model, HEAD, source_test),
+    )

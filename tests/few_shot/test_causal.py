@@ -11,7 +11,7 @@ from benchmarks.few_shot.causal import Causal
 from benchmarks.few_shot.methods import METHODS
 from benchmarks.few_shot.texts import episode
 from benchmarks.few_shot.train import train
-from gradguide.demo.sampling import batches
+from gradguide.demo.data import batches
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""Figures of recorded runs. This is the only module of the package that imports matplotlib, and only when used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradguide.atomic import replacing
+
+if TYPE_CHECKING:
+    from gradguide.history import History
+
+__all__ = ["curve", "draw", "figure_for", "save_figure"]
+
+_PANELS = {
+    "direction_cosine": "cosine with the direction",
+    "source_cosine": "cosine with the source",
+    "coherence": "coherence",
+    "grad_norm": "gradient norm, as received",
+    "update_norm": "update norm",
+    "conflict": "conflicts (cumulative)",
+}
+_LOGARITHMIC = ("grad_norm", "update_norm")
+
+
+def draw(runs: Mapping[str, History], path: str | os.PathLike[str]) -> None:
+    """Draw several runs into one image file, one panel per metric and one line per run.
+
+    Args:
+        runs: histories, by the name shown in the legend.
+        path: image file; its suffix sets the format.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra ``plot``).
+        ValueError: all histories are empty, or the suffix is not an image format.
+    """
+    if not any(len(history) for history in runs.values()):
+        raise ValueError("the histories are empty: nothing was recorded")
+    figure = figure_for(path, (12, 6), "gradguide plot")
+    lines = {}
+    for axes, (key, title) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
+        for number, (name, history) in enumerate(runs.items()):
+            steps, values = curve(history, key)
+            if values:
+                # A run keeps its colour in panels that lack an earlier run.
+                (lines[name],) = axes.plot(steps, values, label=name, color=f"C{number}", linewidth=1.2)
+            if values and key in _LOGARITHMIC and min(values) > 0:
+                axes.set_yscale("log")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize="small")
+    save_figure(figure, path, dpi=120)
+
+
+def figure_for(path: str | os.PathLike[str], size: tuple[float, float], user: str) -> Any:
+    """Return an empty ``matplotlib.figure.Figure`` of ``size`` inches that can be saved at ``path``.
+
+    Args:
+        user: what needs matplotlib, for the error message.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the suffix is not an image format.
+    """
+    try:
+        # pyplot would choose a backend for the whole process.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f'{user} needs matplotlib: pip install "gradguide[plot]"') from error
+    figure = Figure(figsize=size, layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise ValueError(f"a plot is saved as one of .{', .'.join(sorted(formats))}, found {os.fspath(path)!r}")
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int) -> None:
+    """Write a figure to an image file, which appears whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def curve(rows: Iterable[Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
+    """Return steps, counted from 1, and values of a metric, without values that are not finite.
+
+    Conflicts are summed over steps.
+    """
+    points = [(step, row[key]) for step, row in enumerate(rows, 1) if math.isfinite(row.get(key, math.nan))]
+    values = [value for _, value in points]
+    return [step for step, _ in points], list(accumulate(values)) if key == "conflict" else values
