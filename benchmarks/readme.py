@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.few_shot import goals
 from benchmarks.few_shot.report import compact, one_rate
 from benchmarks.few_shot.views import load
-from gradguide.atomic import replacing
 from gradguide.demo.report import paired_difference
+from gradguide.utils.atomic import replacing
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"

@@ -116,7 +116,7 @@ def _demo(options: dict[str, Any]) -> None:
 
 
 def _inspect(options: dict[str, Any]) -> None:
-    from gradguide.cli import inspect as description
+    from gradguide.cli.main import inspect as description
 
     found = {"source": description.describe(options["file"])}
     if options["against"] is not None:
@@ -126,13 +126,13 @@ def _inspect(options: dict[str, Any]) -> None:
     if options["json"]:
         print(json.dumps(found, indent=2))
     else:
-        from gradguide.cli import tables as inspection
+        from gradguide.cli.main import tables as inspection
 
         inspection.show(found)
 
 
 def _plot(options: dict[str, Any]) -> None:
-    from gradguide.history import History
+    from gradguide.recording.history import History
     from gradguide.recording.plotting import draw
 
     runs = {_run_name(path, options["history"]): History.load(path) for path in options["history"]}

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradguide.atomic import replacing
 from gradguide.recording.plotting import figure_for, save_figure
+from gradguide.utils.atomic import replacing
 
 from .compare import Outcome, Prepared
 

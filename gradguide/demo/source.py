@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gradguide import SourceGradient
-from gradguide.atomic import scratch_beside
 from gradguide.integrations.peft import lora_parameters
+from gradguide.utils.atomic import scratch_beside
 
 from .config import OptionError
 from .data import batches

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradguide.atomic import replacing
 from gradguide.recording.plotting import curve, figure_for
+from gradguide.utils.atomic import replacing
 
 __all__ = ["History"]
 

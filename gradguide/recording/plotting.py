@@ -9,10 +9,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 if TYPE_CHECKING:
-    from gradguide.history import History
+    from gradguide.recording.history import History
 
 __all__ = ["curve", "draw", "figure_for", "save_figure"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import gradguide
-from gradguide.cli import main, run
+from gradguide.cli.main import main, run
 from gradguide.demo import run as run_file
 from gradguide.demo.config import DemoConfig
 

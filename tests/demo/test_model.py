@@ -138,7 +138,7 @@ def test_by_length_gives_every_row_once_shortest_first() -> None:
 
 
 def test_importing_the_demo_imports_no_extra() -> None:
-    modules = "gradguide.cli, gradguide.demo.run, gradguide.recording.plotting"
+    modules = "gradguide.cli.main, gradguide.demo.run, gradguide.recording.plotting"
     code = f"import {modules}, sys; print([n for n in %r if n in sys.modules])"
     extras = ["transformers", "peft", "matplotlib", "rich", "scipy"]
     done = subprocess.run([sys.executable, "-c", code % extras], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradguide.cli import main
+from gradguide.cli.main import main
 from gradguide.demo import config as config_file
 from gradguide.demo.config import DemoConfig, DemoError, OptionError
 from gradguide.demo.run import prepare, run
