@@ -1,7 +1,7 @@
-"""Each kernel alone against a copy of memory: ``python -m benchmarks.bandwidth --out FILE`` (needs a CUDA device).
+"""Time each kernel beside a copy of memory: ``python -m benchmarks.bandwidth --out FILE`` (needs a CUDA device).
 
-Every kernel waits for memory, so its time is the bytes that it moves over the bandwidth that there is: that of a copy
-in the same run. NOTES.md predicts the times.
+Memory bandwidth limits every kernel, so its time is compared with the bytes that it moves and with the bandwidth of a
+copy in the same run. NOTES.md has the predicted times.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from gradguide.ops import triton as ops
 from gradguide.ops.triton.adam import Groups, Moments, Settings, launch_adam, launch_probe, plan_adam
 
 ELEMENTS = 1 << 28
-"""In 64 tensors; 1 GiB per row in float32, beyond any cache."""
+"""In 64 tensors. A row in float32 has 1 GiB, which no cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What to time: ``run``, and the bytes per element that it moves."""
+    """A function to time, and the bytes per element that it moves."""
 
     run: Callable[[], object]
     bytes: float
 
 
 def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
-    """Measuring, combining and stepping over gradient, direction and one source, and the copy."""
+    """Return the copy, and measuring, combining and stepping over gradient, direction and one source."""
 
     def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return list(torch.full((elements,), 1e-3, dtype=dtype, device=device).chunk(64))
@@ -56,7 +56,7 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
     found = {"copy": Kernel(lambda: torch._foreach_copy_(p, g), 8.0)}
     for name, these in rows.items():
         keep = torch.eye(len(these), dtype=torch.float64, device=device)
-        # Coefficients that read every row, and change none by much.
+        # Coefficients for which every row is read, and values hardly change.
         near = keep + 1e-6
         writes = [Write(into=d, coefficients=near[1:2]), Write(into=g, coefficients=near[:1])]
         found[f"measure {name}"] = Kernel(lambda these=these: ops.gram(these), read[name])  # type: ignore[misc]
@@ -64,7 +64,7 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
             lambda these=these, writes=writes: ops.combine_(these, writes),  # type: ignore[misc]
             read[name] + 8.0,
         )
-    # The first moment is the direction, as with share_momentum, or there is one of its own.
+    # With share_momentum the first moment is the direction; otherwise the direction is a row of its own.
     shared: list[Row | None] = [Row(offset=g), Row(offset=s), Row(offset=half)]
     weights = torch.full((1, 3), 1e-6, dtype=torch.float64, device=device)
     columns = plan_adam(shared, None, moments)
@@ -86,7 +86,7 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
 
 
 def measure(rounds: int, elements: int, device: torch.device) -> list[Result]:
-    """Time, bandwidth, and bandwidth over that of the copy, of every kernel."""
+    """Return time, bandwidth, and bandwidth over that of the copy, of every kernel."""
     found = kernels(elements, device)
 
     def cases() -> list[Case]:
@@ -108,6 +108,7 @@ def measure(rounds: int, elements: int, device: torch.device) -> list[Result]:
 
 
 def void(run: Callable[[], object]) -> None:
+    """Call ``run`` and drop its result."""
     run()
 
 
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="result file")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("kernels are timed on a CUDA device, and there is none")
+        parser.error("this benchmark needs a CUDA device, found none")
     results = measure(30, ELEMENTS, torch.device("cuda"))
     save(options.out, results, versions())
     for result in results:

@@ -1,9 +1,8 @@
-"""What capturing a source and reading metrics cost: ``python -m benchmarks.capture`` writes results/capture.csv.
+"""Time the capture of a source and the reading of metrics: ``python -m benchmarks.capture`` writes results/capture.csv.
 
 Capture: 1,000 short texts in batches of 8 through MiniLM with a LoRA adapter of rank 8, against the same forward and
-backward passes alone. Per-example statistics come from the batches' gradients, without a pass per example: a batch's
-squared gradient, corrected for its size, estimates the mean square over examples (see ``sources/capture.py``).
-Metrics: a training step with ``metrics()`` read after it, against the step alone.
+backward passes alone. Capture needs no pass per example: the squared gradient of a batch, corrected for its size,
+estimates the mean square over examples. Metrics: a training step with ``metrics()`` after it, against the step alone.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
+from benchmarks.demo import DEFAULT_MODEL, Classifier, add_lora, load_encoder
 from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
 from gradguide import GradGuide, SourceGradient
-from gradguide.demo.config import DEFAULT_MODEL
-from gradguide.demo.model import Classifier, add_lora, load_encoder
 from gradguide.integrations.peft import lora_parameters
 
 RESULTS = Path(__file__).parent / "results" / "capture.csv"
@@ -28,6 +26,7 @@ SHARE = "time / forward and backward alone"
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
+    """Return ``count`` batches of random tokens and labels."""
     generator = torch.Generator().manual_seed(0)
     return [
         {
@@ -40,11 +39,12 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 
 
 def model_of() -> Classifier:
+    """Return MiniLM with a LoRA adapter, of which no matrix is zero, and a frozen head."""
     encoder, _ = load_encoder(DEFAULT_MODEL)
     model = Classifier(add_lora(encoder), int(encoder.config.hidden_size))  # type: ignore[union-attr, arg-type]
     model.add_head("task", CLASSES, 0)
     model.heads.requires_grad_(False)
-    with torch.no_grad():  # as after source training: at B = 0 half of the gradient would be missing
+    with torch.no_grad():  # as after training: with B = 0 the gradient of A is zero
         for name, parameter in lora_parameters(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.01)
@@ -52,6 +52,7 @@ def model_of() -> Classifier:
 
 
 def capture_cases(model: Classifier, rows: list[dict[str, Tensor]]) -> list[Case]:
+    """Return capture in its forms, and the forward and backward passes alone."""
     trained = [p for _, p in lora_parameters(model)]
 
     def loss(_: object, batch: dict[str, Tensor]) -> Tensor:
@@ -83,6 +84,7 @@ def _capture(model: Classifier, rows: list[dict[str, Tensor]], loss: object, cur
 
 
 def metric_cases(model: Classifier, batch: dict[str, Tensor]) -> list[Case]:
+    """Return a training step alone, and with its metrics read."""
     optimizer = GradGuide(AdamW([p for _, p in lora_parameters(model)], lr=0.0))
     model.train()
 

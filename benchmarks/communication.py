@@ -1,8 +1,8 @@
-"""What sharding adds to a step: ``python -m benchmarks.communication`` writes results/communication.csv.
+"""Count what GradGuide sends: ``python -m benchmarks.communication`` writes results/communication.csv.
 
-Two gloo ranks train models of 1e5 and 1e7 parameters under FSDP2, and count GradGuide's collectives: their number and
-bytes, and the time of a step of the optimizer with and without GradGuide. The bytes that a rank moves in a ring
-all-reduce of n ranks, 2 (n - 1) / n times the payload, are computed for more ranks than one machine has.
+Two gloo ranks train models of 1e5 and 1e7 parameters under FSDP2. Measured are the number and the bytes of GradGuide's
+all-reduces, and the time of a step with and without GradGuide. For more ranks, bytes are computed: in a ring
+all-reduce of n ranks, each rank moves 2 (n - 1) / n times the payload.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ STEPS = 12
 
 
 def model_of(width: int) -> nn.Module:
+    """Return a model of two square layers."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
 
 
 def optimizer_of(model: nn.Module, kind: str) -> Optimizer:
+    """Return AdamW, or GradGuide around it with the source that ``kind`` names."""
     base = AdamW(model.parameters(), lr=1e-4)
     if kind == "AdamW":
         return base
@@ -53,10 +55,10 @@ def optimizer_of(model: nn.Module, kind: str) -> Optimizer:
     return GradGuide(base, alignment=Alignment(source), names=model.named_parameters())
 
 
-def measure(rank: int, world: int, meeting: str) -> list[dict[str, Any]]:
-    """On each rank: collectives and seconds per step, by size and optimizer."""
+def measure(rank: int, world: int, rendezvous: str) -> list[dict[str, Any]]:
+    """Return payloads and seconds per step by size and optimizer; runs on every rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     rows = []
     for label, width in SIZES.items():
@@ -71,7 +73,7 @@ def measure(rank: int, world: int, meeting: str) -> list[dict[str, Any]]:
 
 
 def steps(model: nn.Module, optimizer: Optimizer, width: int) -> tuple[list[int], float]:
-    """Bytes of each all-reduce of the last step, and the median seconds of the later steps."""
+    """Return the bytes of each all-reduce of the last step, and the median seconds of all steps but the first two."""
     module: Any = dist
     original, payloads, seconds = dist.all_reduce, [], []
 
@@ -93,13 +95,18 @@ def steps(model: nn.Module, optimizer: Optimizer, width: int) -> tuple[list[int]
 
 
 def launch() -> list[dict[str, Any]]:
+    """Run ``measure`` on two ranks, and return what the first one found.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
             "-m",
             "benchmarks.communication",
-            "--meeting",
-            str(Path(folder) / "meeting"),
+            "--rendezvous",
+            str(Path(folder) / "rendezvous"),
             "--rank",
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -109,13 +116,13 @@ def launch() -> list[dict[str, Any]]:
         ]
         outputs = [process.communicate(timeout=600)[0] for process in processes]
     if any(process.returncode for process in processes):
-        raise RuntimeError("a rank failed; its error stands above")
+        raise RuntimeError("a rank failed; its error is above")
     found: list[dict[str, Any]] = json.loads(outputs[0].splitlines()[-1])
     return found
 
 
 def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the result file: measured on two ranks, computed for more."""
+    """Return the rows of the result file: measured on two ranks, computed for more."""
     rows = []
     alone = {row["parameters"]: row["seconds"] for row in found if row["optimizer"] == "AdamW"}
     for row in found:
@@ -138,11 +145,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--meeting", help=argparse.SUPPRESS)
+    parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.rank is not None:
-        print(json.dumps(measure(options.rank, 2, options.meeting)), flush=True)
-        os._exit(0)  # a thread of gloo that outlives its group would abort the process while Python is taken down
+        print(json.dumps(measure(options.rank, 2, options.rendezvous)), flush=True)
+        os._exit(0)  # a gloo thread that outlives its group can abort the process at exit
     rows, about = table(launch()), versions()
     with replacing(options.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")

@@ -1,8 +1,8 @@
-"""Everything that needs a CUDA device, in one command of at most ten minutes: ``python -m benchmarks.gpu --out DIR``.
+"""Run all tests and benchmarks that need a CUDA device, in at most ten minutes: ``python -m benchmarks.gpu --out DIR``.
 
-Parts run one after the other, each in a process of its own, so that one that fails takes no other with it. What each
-printed is in ``DIR/<part>.log``, results in ``DIR/*.csv``, and ``DIR/summary.txt`` says what passed and how long it
-took. A part that would begin after the time is up is left out, and said to be.
+Parts run one after the other, each in its own process, so that a failure does not stop the others. The output of a
+part is in ``DIR/<part>.log`` and its results in ``DIR/*.csv``. ``DIR/summary.txt`` lists what passed, failed or was
+skipped for lack of time, and how long it took.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHOLE = ("all of a 1.1B Llama", "LoRA r64 of a 70B Llama")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command, and the most seconds that it may take."""
+    """A command and its time limit in seconds."""
 
     name: str
     command: list[str]
@@ -37,7 +37,7 @@ class Part:
 
 
 def parts(out: Path) -> list[Part]:
-    """The suite, what matters most first."""
+    """Return the parts, the most important first."""
     python = [sys.executable, "-m"]
     tests = [*python, "pytest", "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
     step = [*python, "benchmarks.step", "--quick"]
@@ -52,16 +52,16 @@ def parts(out: Path) -> list[Part]:
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
-        # Not those that fill the device, and no tests that capture graphs, which it does not follow.
+        # compute-sanitizer is slow and does not support CUDA graphs, so it runs the tests of kernel values only.
         checked = [sanitizer, "--error-exitcode", "1", *tests, "tests/ops/triton/test_values.py"]
         found.insert(2, Part("sanitizer", checked, 120))
     return found
 
 
 def run(part: Part, out: Path, left: float) -> str:
-    """How a part went, in words."""
+    """Run a part, and return its outcome in words."""
     if left <= 10:
-        return "left out: the time is up"
+        return "skipped: no time left"
     start = time.monotonic()
     with (out / f"{part.name}.log").open("w", encoding="utf-8") as log:
         try:
@@ -78,13 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("this suite needs a CUDA device, and there is none")
+        parser.error("this suite needs a CUDA device, found none")
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + BUDGET
     lines = [f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}"]
     if shutil.which("compute-sanitizer") is None:
-        lines.append("sanitizer: left out, compute-sanitizer is not installed")
+        lines.append("sanitizer: skipped, compute-sanitizer is not installed")
     for part in parts(out):
         lines.append(f"{part.name}: {run(part, out, end - time.monotonic())}")
         print(lines[-1], flush=True)

@@ -1,4 +1,4 @@
-"""Timing side by side in one run, and results that say what they were measured with."""
+"""Time cases side by side in one run, and write results with the versions that they were measured with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 BASELINE = "clip_grad_norm_ + AdamW(fused)"
-"""What a guided step is compared with."""
+"""The baseline of a guided step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One row of a result file: median with 20th and 80th percentile over ``rounds``."""
+    """One row of a result file: median, 20th and 80th percentile over ``rounds``."""
 
     benchmark: str
     provider: str
@@ -60,10 +61,10 @@ class Result:
 
 
 def time_side_by_side(cases: Iterable[Case], *, rounds: int, warmup: int, label: str) -> dict[str, list[float]]:
-    """Milliseconds of each case, taken in turns: in every round each case runs once, in rotating order.
+    """Return the milliseconds of each case. In every round each case runs once, in rotating order.
 
     Returns:
-        For each case its time in every round, so that ratios can be taken within rounds.
+        The time of each case in every round, so that ratios can be taken within rounds.
     """
     cases = list(cases)
     times: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -85,7 +86,7 @@ def time_side_by_side(cases: Iterable[Case], *, rounds: int, warmup: int, label:
 
 
 def summarise(benchmark: str, provider: str, metric: str, unit: str, values: list[float]) -> Result:
-    """Median, 20th and 80th percentile of ``values``."""
+    """Return median, 20th and 80th percentile of ``values``."""
     cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
     return Result(
         benchmark=benchmark,
@@ -100,11 +101,11 @@ def summarise(benchmark: str, provider: str, metric: str, unit: str, values: lis
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that are alive, each memory counted once."""
+    """Return the bytes of all living tensors; shared storage counts once."""
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        # Of the exact types: what torch.compile and the like trace with has no memory.
+        # Exact types only: subclasses such as fake tensors have no storage.
         if type(thing) in (torch.Tensor, torch.nn.Parameter):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -112,7 +113,7 @@ def held_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on: commit, versions, device, threads."""
+    """Return what results depend on: commit, versions, device, threads."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "commit": _commit(),
@@ -125,10 +126,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def save(path: Path, results: Iterable[Result], about: Mapping[str, str]) -> None:
-    """Write results as CSV, every row with its versions."""
+def save(path: Path, results: Sequence[Any], about: Mapping[str, str]) -> None:
+    """Write ``results``, at least one instance of a dataclass, as CSV; every row ends with the columns of ``about``."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)] + list(about), lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(results[0])] + list(about), lineterminator="\n")
         writer.writeheader()
         for result in results:
             row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(result).items()}
@@ -136,7 +137,7 @@ def save(path: Path, results: Iterable[Result], about: Mapping[str, str]) -> Non
 
 
 def synchronise() -> None:
-    """Wait for the device, so that what was launched is done."""
+    """Wait until the device has done all that was launched."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,8 +1,8 @@
-"""The host's part of a step on a GPU, measured without one: ``python -m benchmarks.host`` writes results/host.csv.
+"""Measure the host's part of a GPU step, without a GPU: ``python -m benchmarks.host`` writes results/host.csv.
 
-On a LoRA set kernels take a few tenths of a millisecond, so Python decides how long a step takes. Here every launch
-does nothing, on both sides: kernels of GradGuide, and torch's operations on lists. What is left is what the host does
-before and between them. What it takes to launch comes on top.
+On a LoRA set kernels take a few tenths of a millisecond, so Python can dominate a step. Here every launch is replaced
+by a function that does nothing, for the kernels of GradGuide and for torch's operations on lists of tensors. The time
+that is left is Python before and between launches; the launches themselves are not included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gradguide.step import nonfinite as finite
 RESULTS = Path(__file__).parent / "results" / "host.csv"
 
 SETS = {"LoRA r16 of a 1.1B Llama": 308, "LoRA r16 of a 70B Llama": 1120}
-"""Numbers of tensors, which is what the host's part depends on."""
+"""Number of tensors, on which the host's part depends."""
 
 _SHAPE = (4, 2)
 
@@ -35,7 +35,7 @@ Make = Callable[[Named], Optimizer]
 
 @contextmanager
 def nothing_launched() -> Iterator[None]:
-    """Within, launches do nothing, and the fused kernels are taken to be there."""
+    """Replace launches by functions that do nothing, and select the Triton kernels, within the context."""
 
     def norms(tensors: Sequence[Tensor], *_: object) -> list[Tensor]:
         return [one] * len(tensors)
@@ -46,17 +46,19 @@ def nothing_launched() -> Iterator[None]:
             replaced.enter_context(mock.patch.object(torch, name, lambda *_, **__: None))
         replaced.enter_context(mock.patch.object(torch, "_foreach_norm", norms))
         replaced.enter_context(mock.patch("gradguide.ops.lacks_triton", lambda device: None))
-        # As on CUDA, where a fused base leaves a step out by itself.
+        # As on CUDA, where a fused base itself skips a step that is not finite.
         replaced.enter_context(mock.patch.object(finite, "_left_to_base", lambda *_: True))
         replaced.enter_context(recorded())
         yield
 
 
 def base(named: Named) -> AdamW:
+    """Return the base optimizer."""
     return AdamW([p for _, p in named], fused=True)
 
 
 def guided(named: Named, *, on: str | None = None, anchored: bool = False, **options: object) -> GradGuide:
+    """Return GradGuide with a source on ``on``, with an anchored source, or without a source."""
     ones = {name: torch.ones(_SHAPE) for name, _ in named}
     if on is not None:
         options["alignment"] = Alignment(SourceGradient(ones), on=on, weight=1.0)
@@ -79,7 +81,7 @@ PROVIDERS: dict[str, Make] = {
 
 
 def case(name: str, make: Make, tensors: int) -> Case:
-    """Gradients are new tensors at each step, as after ``zero_grad``."""
+    """Return a step to time. Gradients are new tensors at each step, as after ``zero_grad``."""
     named = [(f"layer{i}", nn.Parameter(torch.ones(_SHAPE))) for i in range(tensors)]
     parameters = [p for _, p in named]
     optimizer = make(named)
@@ -97,7 +99,7 @@ def case(name: str, make: Make, tensors: int) -> Case:
 
 
 def measure(benchmark: str, tensors: int, rounds: int) -> list[Result]:
-    """Milliseconds of every provider, and their ratio to those of the baseline."""
+    """Return the milliseconds of every provider, and their ratio to the baseline."""
     with nothing_launched():
         cases = [case(name, make, tensors) for name, make in PROVIDERS.items()]
         times = time_side_by_side(cases, rounds=rounds, warmup=5, label=benchmark)

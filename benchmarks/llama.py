@@ -1,4 +1,4 @@
-"""The share that guiding adds to a training step of a 1.1B Llama: ``python -m benchmarks.llama --out FILE``.
+"""Measure the share that GradGuide adds to a training step of a 1.1B Llama: ``python -m benchmarks.llama --out FILE``.
 
 Random weights in bfloat16, LoRA of rank 16 on all linear layers, batch 4 x 512 tokens.
 """
@@ -17,7 +17,7 @@ from benchmarks.training import llama_step
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=22, help="fewer for a trial on a CPU (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=22, help="use fewer to try it on a CPU (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs=2, default=(4, 512), help="sequences, tokens (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="result file")
     options = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""What the exact objective costs: ``python -m benchmarks.objective`` writes results/objective.csv.
+"""Time the exact objective: ``python -m benchmarks.objective`` writes results/objective.csv.
 
-A training step of MiniLM with a LoRA adapter of rank 8 (8 texts of 16 tokens), without a regularizer, by finite
-differences, and by a double backward pass, side by side in one run. Attention is eager in all of them, because the
-fused one has no second derivative.
+A training step of MiniLM with a LoRA adapter of rank 8 (8 texts of 16 tokens) is timed without a regularizer, with
+finite differences and with a double backward pass, side by side. All use eager attention, because fused attention has
+no second derivative.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from benchmarks.capture import batches, model_of
+from benchmarks.demo import Classifier
 from benchmarks.harness import Case, save, summarise, time_side_by_side, versions
 from gradguide import GradGuide, Regularizer
-from gradguide.demo.model import Classifier
 from gradguide.integrations.peft import lora_parameters
 
 RESULTS = Path(__file__).parent / "results" / "objective.csv"
@@ -27,6 +27,7 @@ FORMS = {"no regularizer": None, "finite differences": "finite-difference", "dou
 
 
 def case_of(name: str, form: str | None, model: Classifier, batch: dict[str, Tensor]) -> Case:
+    """Return a training step with the form of the regularizer, or without one, to time."""
     base = AdamW([p for _, p in lora_parameters(model)], lr=0.0)
     regularizer = None if form is None else Regularizer(direction=0.1, magnitude=0.01, hessian=form)
     optimizer = GradGuide(base, regularizer=regularizer)

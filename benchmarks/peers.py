@@ -1,14 +1,14 @@
-"""GradGuide beside other ways to reconcile gradients: ``python -m benchmarks.peers`` writes results/peers.csv.
+"""Time GradGuide beside other ways to reconcile gradients: ``python -m benchmarks.peers`` writes results/peers.csv.
 
-Each takes the same vectors, the gradient and the source gradient of a LoRA set as backward passes leave them, tensor
-by tensor, and puts the reconciled gradient where an optimizer would read it. What a package needs of its own (a
-matrix, a flat vector) is part of its time. Peers that are not installed (``pip install -e '.[bench]'``) are left out.
+Each gets the same vectors (gradient and source gradient of a LoRA set, one tensor per parameter) and writes the
+reconciled gradient into ``.grad``. Conversions that a package needs (to a matrix or a flat vector) are part of its
+time. Packages that are not installed (``pip install -e '.[bench]'``) are skipped.
 
 - UPGrad, PCGrad of TorchJD (arXiv 2406.16232): aggregators of a matrix with a row per objective.
 - PCGrad of pytorch_optimizer (arXiv 2001.06782).
-- A-GEM (arXiv 1812.00420): flat vectors, one product read by the host, a projection if it is negative; as Avalanche's
-  plugin does it.
-- ZClip (arXiv 2504.02507): no second gradient; the norm clipped where it stands out from its running mean.
+- A-GEM (arXiv 1812.00420): flat vectors, one product read by the host, and a projection if it is negative, as in
+  Avalanche's plugin.
+- ZClip (arXiv 2504.02507): uses no second gradient; clips the norm if it is far above its running mean.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Run = Callable[[], None]
 
 
 class Vectors:
-    """Parameters, and the two gradients that every peer gets anew before each run."""
+    """Parameters, and the two gradients that every peer gets before each run."""
 
     def __init__(self, chosen: Set, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -44,30 +44,33 @@ class Vectors:
 
         self.parameters = [nn.Parameter(tensor) for tensor in draw()]
         self.gradient, self.source = draw(), draw()
-        # A conflict, so that nobody gets away without a projection.
+        # The two conflict, so that every peer has to project.
         torch._foreach_sub_(self.source, self.gradient, alpha=0.5)
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
     @property
     def grads(self) -> list[Tensor]:
+        """Return the gradients of the parameters."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def fill(self) -> None:
+        """Copy the gradient into ``.grad``."""
         torch._foreach_copy_(self.grads, self.gradient)
 
     def put(self, flat: Tensor) -> None:
-        """Spread a flat vector over the gradients."""
+        """Copy a flat vector into the gradients."""
         parts = flat.split([g.numel() for g in self.grads])
         torch._foreach_copy_(self.grads, [part.view_as(g) for part, g in zip(parts, self.grads, strict=True)])
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
+    """Return ``tensors`` as one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def gradguide(vectors: Vectors) -> Run:
-    """Its base is SGD at rate 0, whose step is part of the time."""
+    """GradGuide around SGD at rate 0, whose step is part of the time."""
     named = [(f"p{i}", p) for i, p in enumerate(vectors.parameters)]
     source = SourceGradient({name: s for (name, _), s in zip(named, vectors.source, strict=True)})
     base = torch.optim.SGD(vectors.parameters, lr=0.0, fused=True)
@@ -77,12 +80,13 @@ def gradguide(vectors: Vectors) -> Run:
 
 
 def torchjd(name: str, vectors: Vectors) -> Run:
+    """Stack gradient and source to a matrix, and call the aggregator ``name`` of TorchJD."""
     aggregator = getattr(import_module("torchjd.aggregation"), name)()
     return lambda: vectors.put(aggregator(torch.stack([flat(vectors.grads), flat(vectors.source)])))
 
 
 def pytorch_optimizer(vectors: Vectors) -> Run:
-    """Its ``project_conflicting`` is what follows the backward passes; before it gradients are flattened by task."""
+    """Flatten gradients by task, then call ``project_conflicting``, the part of PCGrad after the backward passes."""
     kind = import_module("pytorch_optimizer").PCGrad
     surgery = kind(torch.optim.SGD(vectors.parameters, lr=0.0))
     masks = [[torch.ones_like(g) for g in vectors.grads]] * 2
@@ -95,6 +99,8 @@ def pytorch_optimizer(vectors: Vectors) -> Run:
 
 
 def a_gem(vectors: Vectors) -> Run:
+    """Project the flat gradient if it conflicts with the source."""
+
     def run() -> None:
         g, s = flat(vectors.grads), flat(vectors.source)
         inner = torch.dot(g, s)
@@ -105,7 +111,7 @@ def a_gem(vectors: Vectors) -> Run:
 
 
 def zclip(vectors: Vectors) -> Run:
-    """After its warm-up, in which it clips nothing."""
+    """ZClip after its warm-up, during which it does not clip."""
     clip = ZClip(vectors.parameters)
     for _ in range(ZClip.WARM_UP):
         vectors.fill()
@@ -124,18 +130,18 @@ PEERS: dict[str, Callable[[Vectors], Run]] = {
 
 
 def void(value: object) -> None:
-    """Drop what a step returns."""
+    """Drop the value that a step returns."""
 
 
 def compare(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
-    """Times of every peer that is installed, and their ratio to GradGuide's."""
+    """Return the time of every peer that is installed, and its ratio to GradGuide's."""
     vectors = Vectors(chosen, device)
     cases = []
     for name, make in PEERS.items():
         try:
             run = make(vectors)
         except ImportError as error:
-            print(f"{name} is left out: {error}")
+            print(f"{name} is skipped: {error}")
             continue
         cases.append(Case(name=name, prepare=vectors.fill, run=run))
     times = time_side_by_side(cases, rounds=rounds, warmup=3, label=chosen.name)

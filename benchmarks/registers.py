@@ -1,13 +1,12 @@
-"""What the compiler makes of the kernels: ``python -m benchmarks.registers`` writes results/registers.csv.
+"""Count the registers of the compiled kernels: ``python -m benchmarks.registers`` writes results/registers.csv.
 
-Every kernel is compiled ahead of time as the library launches it, which needs no GPU, and the binary is read: registers
-per thread, shared memory, local memory (where spilled registers go), and loads and stores of 128 bits.
+Every kernel is compiled ahead of time as the library launches it, which needs no GPU. Of each binary are counted:
+registers per thread, shared memory, local memory (for spilled registers), and loads and stores of 128 bits.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.harness import versions
+from benchmarks.harness import save, versions
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
@@ -42,13 +41,8 @@ from gradguide.utils.atomic import replacing
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = (
-    (launch, "measure"),
-    (launch, "finish"),
-    (launch, "total"),
-    (launch, "combine"),
-    (fused, "probe"),
-    (fused, "adam"),
-    (fused, "count"),
+    *((launch, name) for name in ("measure", "finish", "total", "combine")),
+    *((fused, name) for name in ("probe", "adam", "count")),
 )
 DECISIONS = tuple((deciding, f"{name}_kernel") for name in ("decide", "limit", "limit_unmade"))
 
@@ -59,8 +53,8 @@ TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
 class Binary:
     """One compiled kernel, one row of the result file.
 
-    registers: per thread. shared: bytes per program. local: instructions that read or write local memory, where
-    spilled registers go. loads_128, stores_128: instructions of 128 bits.
+    registers: per thread. shared: bytes per program. local: instructions that read or write local memory (spills).
+    loads_128, stores_128: instructions of 128 bits.
     """
 
     kernel: str
@@ -75,7 +69,7 @@ class Binary:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A launch that was asked for: the kernel, its arguments, and options among them."""
+    """A recorded launch: the kernel, its arguments and its options."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -83,14 +77,14 @@ class Call:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The kernel's parameters, by name."""
+        """Return the kernel's arguments by name."""
         names = self.kernel.arg_names
         return dict(zip(names, self.arguments, strict=False)) | {k: v for k, v in self.options.items() if k in names}
 
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Launches within are recorded in place of being made."""
+    """Record launches within the context instead of making them."""
     calls: list[Call] = []
 
     class Recorder:
@@ -107,7 +101,7 @@ def recorded() -> Iterator[list[Call]]:
 
 
 def configurations() -> dict[str, list[Row | None]]:
-    """Rows as steps have them: gradient, direction, then K sources."""
+    """Return the rows of typical steps: gradient, direction, then K sources."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
     def some(dtype: torch.dtype) -> list[Tensor]:
@@ -136,7 +130,7 @@ def configurations() -> dict[str, list[Row | None]]:
 
 
 def decisions() -> dict[str, Rules]:
-    """The default rules over K sources, and those that act on the gradient alone."""
+    """Return the default rules over K sources, and rules that act on the gradient only."""
 
     def rules(count: int, on: str, magnitude: Magnitude) -> Rules:
         source = SourceGradient({"p": torch.ones(1)})
@@ -150,7 +144,7 @@ def decisions() -> dict[str, Rules]:
 
 
 def decision_calls(rules: Rules) -> list[Call]:
-    """The launches of a step's two decisions."""
+    """Return the launches of a step's two decisions."""
     step, update = SOURCES + rules.sources, SOURCES + rules.update_sources
     spans = [Span(torch.ones(1, size, size, dtype=torch.float64)) for size in (step, update)]
     one = torch.ones(1, dtype=torch.float64)
@@ -163,7 +157,7 @@ def decision_calls(rules: Rules) -> list[Call]:
 
 
 def calls_of(rows: list[Row | None]) -> list[Call]:
-    """The launches of a step over ``rows``: measuring them, writing the first two, AdamW's step; or of an update."""
+    """Return the launches of a step over ``rows``: measure them, write the first two or the update, step AdamW."""
     first, *others = [row for row in rows if row is not None]
     coefficients = torch.ones(1, len(rows), dtype=torch.float64)
     if first.offset is None:
@@ -176,15 +170,17 @@ def calls_of(rows: list[Row | None]) -> list[Call]:
         ops.gram(rows)
         # An update is written as a combination of the parameters after and before it.
         ops.combine_(rows if first.at is None else [Row(offset=first.at), *others], writes)
-        # The update is that of a base which has stepped.
+        # Rows of an update exist only after the base has stepped, so there is no fused step over them.
         if first.offset is not None:
             adamw(rows, first.offset)
     return calls
 
 
 def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
-    """The fused step over ``rows``, with parameters that no row is formed from, unless a moving source is: its update
-    measured, and made as the base would and as rules on it have it, which adds multiples of the rows."""
+    """Launch the fused step over ``rows``: measure its update, then step without and with the rules on the update.
+
+    The parameters are those of a moving source if there is one, else tensors that no row uses.
+    """
     parameters = next((list(row.at) for row in rows if row is not None and row.at is not None), [*map(clone, like)])
     moments = fused.Moments(
         parameters=parameters, first=[*map(clone, like)], second=[*map(clone, like)], steps=[torch.zeros(())]
@@ -210,13 +206,13 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
 
 
 def compiled(call: Call, arch: int) -> bytes:
-    """The binary for one architecture, specialised as a launch with these arguments is."""
+    """Return the binary for one architecture, specialised as in a launch with these arguments."""
     names, given = call.kernel.arg_names, call.given
     constants = {p.name for p in call.kernel.params if p.is_constexpr}
     signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in names}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(call.kernel.params):
-        # torch's memory begins on such boundaries, and a launch tells the compiler so.
+        # torch aligns memory to 16 bytes or more, which a launch passes on to the compiler.
         if isinstance(given[parameter.name], Tensor) and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(call.kernel, signature, {name: given[name] for name in constants}, attributes)
@@ -235,7 +231,7 @@ def signature_of(value: Any) -> Any:
 
 
 def inspect(binary: bytes) -> dict[str, int]:
-    """What a binary uses: registers, shared memory, local and 128-bit instructions."""
+    """Return registers, shared memory, and local and 128-bit instructions of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -251,11 +247,12 @@ def inspect(binary: bytes) -> dict[str, int]:
 
 
 def tool(*command: str) -> str:
+    """Run a command, and return its output."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
-    """Every kernel of the configurations called ``names``."""
+    """Compile every kernel of the configurations ``names``."""
     found: dict[tuple[str, str, str], Binary] = {}
     for name in tqdm(names, desc="compiling", leave=False):
         rows = configurations().get(name, [])
@@ -276,16 +273,6 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
     return list(found.values())
 
 
-def save(path: Path, found: list[Binary]) -> None:
-    """Write the result file, every row with its versions."""
-    about = {"triton": triton.__version__, "torch": torch.__version__, "commit": versions()["commit"]}
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Binary)] + list(about), lineterminator="\n")
-        writer.writeheader()
-        for binary in found:
-            writer.writerow(asdict(binary) | about)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="(default: %(default)s)")
@@ -294,9 +281,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: %(default)s)")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("kernels are not compiled in Triton's interpreter; unset TRITON_INTERPRET")
+        parser.error("Triton's interpreter does not compile kernels; unset TRITON_INTERPRET")
     found = binaries(options.arch, options.only)
-    save(options.out, found)
+    about = versions()
+    save(options.out, found, {key: about[key] for key in ("triton", "torch", "commit")})
     for binary in found:
         print(
             f"{binary.arch:7} {binary.kernel:8} {binary.configuration:40} {binary.registers:3} registers, "

@@ -1,4 +1,4 @@
-"""What steps are timed on: shapes of trained parameters, from thousands of tiny tensors to whole models."""
+"""Sets of parameter shapes on which steps are timed, from thousands of tiny tensors to whole models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """Shapes under a name.
+    """Named shapes.
 
-    whole: whether it is all of a model, so large that only two optimizers fit on a device at a time.
+    whole: whether the set is so large that only two optimizers fit on a device at a time.
     """
 
     name: str
@@ -23,11 +23,12 @@ class Set:
 
     @property
     def elements(self) -> int:
+        """Return the number of parameters."""
         return sum(map(math.prod, self.shapes))
 
 
 def llama_linears(layers: int, hidden: int, inner: int, kv: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the linear layers of a Llama, but for the output layer."""
+    """Return (inputs, outputs) of the linear layers of a Llama, without the output layer."""
     layer = [
         (hidden, hidden),
         (hidden, kv),
@@ -41,18 +42,18 @@ def llama_linears(layers: int, hidden: int, inner: int, kv: int) -> list[tuple[i
 
 
 def lora(linears: list[tuple[int, int]], rank: int) -> list[Shape]:
-    """LoRA's two matrices on each linear layer."""
+    """Return the shapes of LoRA's two matrices on each linear layer."""
     return [shape for ins, outs in linears for shape in ((rank, ins), (outs, rank))]
 
 
 def llama(linears: list[tuple[int, int]], layers: int, hidden: int, vocabulary: int) -> list[Shape]:
-    """All parameters of a Llama: embedding and output layer, linear layers, norms."""
+    """Return the shapes of all parameters of a Llama: embedding, linear layers, norms, output layer."""
     weights: list[Shape] = [(outs, ins) for ins, outs in linears]
     return [(vocabulary, hidden), *weights, *([(hidden,)] * (2 * layers + 1)), (vocabulary, hidden)]
 
 
 def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
-    """All parameters of GPT-2; the output layer is the embedding."""
+    """Return the shapes of all parameters of GPT-2, whose output layer is the embedding."""
     layer: list[Shape] = [
         *[(width,)] * 4,
         (width, 3 * width),

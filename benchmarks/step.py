@@ -1,7 +1,7 @@
-"""What a guided step costs: ``python -m benchmarks.step`` writes results/step.csv.
+"""Time a guided step: ``python -m benchmarks.step`` writes results/step.csv.
 
-Every provider steps the same parameters with the same gradients, in turns within one run. Gradients are filled anew
-before each step, untimed, as a backward pass would.
+Every provider steps the same parameters with the same gradients, in turns within one run. Before each step gradients
+are filled again, as by a backward pass; that time is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "step.csv"
 
 
 class Provider:
-    """Parameters of its own, an optimizer over them, and the shared gradients."""
+    """An optimizer over its own parameters, with the shared gradients."""
 
     def __init__(self, name: str, problem: Problem, option: Option, clip: bool) -> None:
         generator = torch.Generator(problem.device).manual_seed(0)
@@ -77,7 +77,7 @@ class Problem:
     def source(
         self, named: list[tuple[str, Tensor]], *, moving: bool, dtype: torch.dtype = torch.float32
     ) -> SourceGradient:
-        """A source of the provider's own, so that what it holds is counted."""
+        """Return a new source for one provider, so that its memory is counted."""
         names = [name for name, _ in named]
 
         def table(tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -95,14 +95,14 @@ def base(named: list[tuple[str, Tensor]], *, fused: bool = True) -> AdamW:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How to make a provider's optimizer, and the bytes per parameter that it has to move at least, all in float32."""
+    """Makes a provider's optimizer; ``floor`` is the least number of bytes per parameter that it moves in float32."""
 
     make: Callable[[list[tuple[str, Tensor]]], Optimizer]
     floor: float
 
 
 def options(problem: Problem) -> dict[str, Option]:
-    """The base, the base after clipping, and GradGuide with each mechanism alone and together.
+    """Return the base, the base after clipping, and GradGuide with each mechanism and with combinations of them.
 
     AdamW moves 28 bytes per parameter (it reads p, g, m, v and writes p, m, v); clipping reads g, then reads and
     writes it. GradGuide reads every row to measure and to combine, and writes g and d.
@@ -147,12 +147,12 @@ def options(problem: Problem) -> dict[str, Option]:
 
 
 def kernels(problem: Problem) -> dict[str, Option]:
-    """What only CUDA has: the portable backend beside kernels, and kernels with the base's step fused or apart."""
+    """Return the providers for CUDA only: the portable backend, and kernels without the fused base step."""
     plain = Magnitude(max_update=None)
 
     def guided(n: list[tuple[str, Tensor]], backend: str, *, fused: bool = True) -> GradGuide:
         alignment = Alignment(problem.source(n, moving=False), on="gradient", weight=1.0)
-        # Apart: a hook on the base, even one that does nothing, keeps its step its own.
+        # A hook on the base prevents the fused step, even if it does nothing.
         optimizer = base(n)
         if not fused:
             optimizer.register_step_post_hook(lambda *_: None)
@@ -176,8 +176,8 @@ def kernels(problem: Problem) -> dict[str, Option]:
     }
 
 
-# With the fused step g is neither written nor read again, and changing the update needs no copy of the parameters.
-# Where a rule acts on the update, all that the step reads is read once more, to measure it.
+# The fused step neither writes g nor reads it again, and changes the update without a copy of the parameters.
+# If a rule acts on the update, everything that the step reads is read once more to measure the update.
 FUSED_FLOORS = {
     "magnitude": 48,
     "defaults, no source": 64,
@@ -192,9 +192,9 @@ FUSED_FLOORS = {
 
 
 def time_set(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
-    """Times, ratios to the baseline, bytes held and bytes moved at least, of every provider.
+    """Return time, ratio to the baseline, bytes held and least bytes moved, of every provider.
 
-    Where the set is all of a large model, each provider is timed beside a baseline of its own.
+    If the set is all of a large model, each provider is timed beside its own baseline.
     """
     problem = Problem(chosen.shapes, device, batches=1 if chosen.whole else 3)
     found = options(problem)
@@ -203,7 +203,7 @@ def time_set(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
     for names in groups:
         made = {name: Provider(name, problem, found[name], name.startswith("clip_grad_norm_")) for name in names}
         times = time_side_by_side([p.case for p in made.values()], rounds=rounds, warmup=5, label=chosen.name)
-        # AdamW holds two rows, which are no cost of guiding.
+        # The two rows of AdamW's state are not a cost of GradGuide.
         for name, provider in made.items():
             mine = times[name]
             ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(SETS))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rounds: a minute on a CPU, and figures less sure")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: a minute on a CPU, less precise")
     parser.add_argument(
         "--sets",
         nargs="+",

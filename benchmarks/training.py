@@ -1,4 +1,4 @@
-"""Whole training steps, and the share of them that guiding adds."""
+"""Time whole training steps, and the share of them that GradGuide adds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["llama_step", "minilm_step"]
 
 
 def guided(trained: list[nn.Parameter], named: list[tuple[str, nn.Parameter]]) -> dict[str, Optimizer]:
-    """The baseline and three GradGuides. Their learning rate is 0, so that all meet the same gradients."""
+    """Return the baseline and three GradGuides, at learning rate 0 so that all get the same gradients."""
 
     def adamw() -> AdamW:
         return AdamW(trained, lr=0.0, fused=True)
@@ -42,7 +42,7 @@ def guided(trained: list[nn.Parameter], named: list[tuple[str, nn.Parameter]]) -
 def time_training(
     label: str, rounds: int, loss: Callable[[], Tensor], trained: list[nn.Parameter], optimizers: dict[str, Optimizer]
 ) -> list[Result]:
-    """Forward with backward, and the optimizer's part, timed apart in each step, the optimizers in turns."""
+    """Time forward and backward, and the optimizer's part, in each step; optimizers take turns."""
     whole: dict[str, list[float]] = {name: [] for name in optimizers}
     part: dict[str, list[float]] = {name: [] for name in optimizers}
     for index in tqdm(range(rounds + 5), desc=label, leave=False):
@@ -72,9 +72,8 @@ def time_training(
 
 
 def minilm_step(rounds: int, label: str) -> list[Result]:
-    """all-MiniLM-L6-v2 with LoRA on all linear layers, on a batch of 16 texts of 32 tokens."""
-    from gradguide.demo.config import DEFAULT_MODEL
-    from gradguide.demo.model import Classifier, add_lora, load_encoder
+    """Time all-MiniLM-L6-v2 with LoRA on all linear layers, on a batch of 16 texts of 32 tokens."""
+    from benchmarks.demo import DEFAULT_MODEL, Classifier, add_lora, load_encoder
     from gradguide.integrations.peft import lora_parameters
 
     encoder, _ = load_encoder(DEFAULT_MODEL)
@@ -95,7 +94,7 @@ def minilm_step(rounds: int, label: str) -> list[Result]:
 def llama_step(
     rounds: int, label: str, device: torch.device, *, layers: int = 22, batch: tuple[int, int] = (4, 512)
 ) -> list[Result]:
-    """A Llama of 1.1B in bfloat16 with random weights and LoRA of rank 16 on all linear layers."""
+    """Time a Llama of 1.1B in bfloat16 with random weights and LoRA of rank 16 on all linear layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 

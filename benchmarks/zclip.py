@@ -1,4 +1,4 @@
-"""ZClip: gradients are clipped where their norm stands out among recent norms."""
+"""ZClip: clip gradients whose norm is far above recent norms."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ __all__ = ["ZClip"]
 
 
 class ZClip:
-    """Clips a norm whose z-score is above a threshold down to ``mean + threshold^2 / z * deviation``.
+    """Clip a norm whose z-score is above a threshold to ``mean + threshold^2 / z * deviation``.
 
-    Source: arXiv 2504.02507, with its defaults and its warm-up of 25 steps, in which statistics are gathered and
-    nothing is clipped.
+    Source: arXiv 2504.02507, with its defaults. A warm-up of 25 steps gathers statistics and clips nothing.
 
     Args:
-        parameters: whose gradients count as one vector.
+        parameters: their gradients count as one vector.
     """
 
     ALPHA = 0.97

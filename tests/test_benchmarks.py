@@ -1,4 +1,4 @@
-"""The benchmarks run, and write what they say."""
+"""The cost benchmarks run, and write what they measured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_objective(tmp_path: Path) -> None:
 
 
 def test_every_peer_reconciles_the_gradients(tmp_path: Path) -> None:
-    """In place, and as its rule says: what is left does not conflict with the source."""
+    """In place: the result does not conflict with the source. ZClip does not use the source."""
     small = Set("small", [(8, 4), (16,)])
     found = peers.compare(small, 2, torch.device("cpu"))
     assert {row.provider for row in found} == set(peers.PEERS)
@@ -56,7 +56,7 @@ def test_communication_does_not_grow_with_the_parameters(tmp_path: Path) -> None
     assert {row["ranks"] for row in found} == {"2", "8", "64", "1024"}
 
 
-def test_the_hosts_part_is_measured_with_nothing_launched() -> None:
+def test_the_part_of_the_host_is_measured_without_launches() -> None:
     pytest.importorskip("triton")
     from benchmarks import host
 

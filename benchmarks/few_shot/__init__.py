@@ -1,6 +1,13 @@
-"""The evaluation suite: methods x scenarios x data sets x shots x learning rates x seeds, one row per run.
+"""Evaluate methods on few-shot transfer: methods x scenarios x data sets x shots x learning rates x seeds.
 
-``python -m benchmarks.few_shot`` makes the runs and ``python -m benchmarks.few_shot.report`` the tables and figures,
-from the rows alone. What it does, top down: ``grid`` lists runs, ``workers`` hands them out, ``scenarios`` turns a run
-into problems, ``train`` trains one problem by one of ``methods`` and measures it, ``results`` keeps the row.
+``python -m benchmarks.few_shot`` makes the runs and writes one row per run.
+``python -m benchmarks.few_shot.report`` makes tables and figures from the rows alone.
+
+Where things are, in the order in which a run uses them:
+
+- ``grid``: the runs and their order. ``results``: the file of rows, and the statistics of its rows.
+- ``runs``: one run, from its key to its row. ``train``: one training, and what is measured of it.
+- ``problem``: what a method trains. ``encoder``, ``causal`` and ``digits`` make problems; ``data`` draws their rows.
+- ``methods``: the methods compared. ``rivals``: the changes to the gradient that published methods make.
+- ``report``, ``tables``, ``goals``: the report.
 """

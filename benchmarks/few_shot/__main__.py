@@ -1,4 +1,4 @@
-"""Makes the runs: ``python -m benchmarks.few_shot --quick --data FOLDER`` or ``--full``; resumes a stopped one."""
+"""Make the runs: ``python -m benchmarks.few_shot --quick --data FOLDER``, or ``--full``. A stopped grid is resumed."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.few_shot import grid, report, results, workers
-from benchmarks.few_shot.candidates import CANDIDATES
-from benchmarks.few_shot.scenarios import Settings
+from benchmarks.demo import DEFAULT_MODEL
+from benchmarks.few_shot import grid, report, results
+from benchmarks.few_shot.runs import Settings, default_workers, make_rows
 from benchmarks.harness import versions
-from gradguide.demo.config import DEFAULT_MODEL
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.few_shot", description=__doc__)
     size = made.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true", help="a small table in about 5 minutes on 2 cores")
-    size.add_argument("--full", action="store_true", help="the whole grid; says beforehand how long it will take")
-    size.add_argument("--candidates", action="store_true", help="rules under study, on the developing sets")
-    made.add_argument("--data", type=Path, required=True, help="folder of the text sets, each with train.tsv, test.tsv")
+    size.add_argument("--full", action="store_true", help="the whole grid; prints first how long it will take")
     made.add_argument(
-        "--out", type=Path, help="file of results, appended to (default: of its size, in benchmarks/results)"
+        "--data", type=Path, required=True, help="folder of the text sets, each with train.tsv and test.tsv"
     )
-    made.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder of the encoder")
+    made.add_argument("--out", type=Path, help="result file, appended to (default: by size, in benchmarks/results)")
+    made.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder of the encoder (default: %(default)s)")
     made.add_argument("--causal", help="hub id or folder of a causal language model: adds its runs to the full grid")
-    made.add_argument("--workers", type=int, default=workers.default_workers(), help="processes (default: one a core)")
-    made.add_argument("--cache", type=Path, default=Path("build/few_shot"), help="where source adapters are kept")
-    made.add_argument("--scenario", help="only this scenario's runs")
-    made.add_argument("--estimate", action="store_true", help="only say how long it would take")
+    made.add_argument("--workers", type=int, default=default_workers(), help="processes (default: %(default)s)")
+    made.add_argument("--cache", type=Path, default=Path("build/few_shot"), help="folder of trained source adapters")
+    made.add_argument("--scenario", help="only the runs of this scenario")
+    made.add_argument("--estimate", action="store_true", help="print how long it will take, and stop")
     return made
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Make the runs that the result file does not have."""
     options = parser().parse_args(argv)
-    size = "full" if options.full else "quick" if options.quick else "candidates"
-    out = options.out or RESULTS / ("few_shot.csv" if options.full else f"few_shot_{size}.csv")
-    wanted = _wanted(size, causal=options.causal is not None)
+    out = options.out or RESULTS / ("few_shot.csv" if options.full else "few_shot_quick.csv")
+    wanted = grid.full(causal=options.causal is not None) if options.full else grid.quick()
     if options.scenario is not None:
         wanted = [run for run in wanted if run.scenario == options.scenario]
     finished = results.done(out)
@@ -55,18 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(data=options.data, cache=options.cache, model=options.model, causal=options.causal)
     about = {**versions(), "threads": "1"}
     with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:
-        for run, measured in workers.make(left, settings, options.workers):
+        for run, measured in make_rows(left, settings, options.workers):
             results.append(out, run, measured, about)
             bar.update()
     if not options.full:
         print(report.summary(out))
     return 0
-
-
-def _wanted(size: str, *, causal: bool) -> list[grid.Run]:
-    if size == "full":
-        return grid.full(causal=causal)
-    return grid.quick() if size == "quick" else grid.candidates(CANDIDATES)
 
 
 if __name__ == "__main__":

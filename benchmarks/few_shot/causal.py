@@ -1,4 +1,4 @@
-"""A causal language model with a LoRA adapter, which classifies by the likelihood of a label's words after a text."""
+"""Problems on a causal language model with a LoRA adapter, which classifies by the likelihood of each label."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.demo import Example, add_lora, batches, draw
+from benchmarks.few_shot.data import Episode, source_task
 from benchmarks.few_shot.problem import Problem
-from benchmarks.few_shot.texts import Episode, source_task
 from gradguide import SourceGradient
-from gradguide.demo.data import Example, batches, draw
-from gradguide.demo.model import add_lora
 from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["Causal", "Scored"]
@@ -32,7 +31,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Rows with the tokens of every label: row i is ``prompts[i]``, and its class is ``answers[i]``."""
+    """Rows and labels as tokens: row i has the prompt ``prompts[i]`` and the label ``labels[answers[i]]``."""
 
     prompts: list[list[int]]
     answers: list[int]
@@ -40,10 +39,10 @@ class Scored:
 
 
 class Causal:
-    """The model after it was trained on a source task, and few-shot problems from there; it has no head.
+    """A model trained on a source task, and few-shot problems that start from it. It has no head.
 
     Args:
-        name: hub id or folder of a causal language model; weights come from safetensors files only.
+        name: hub id or folder of a causal language model; only safetensors files are loaded.
         data: folder of the text sets.
     """
 
@@ -59,13 +58,13 @@ class Causal:
         train, test = ([e for e in rows if e.label in labels] for rows in (task.train, task.test))
         self._source_rows = self.score(draw(train, _SOURCE_ROWS_PER_LABEL, 0), labels)
         self._source_test = self.score(draw(test, _SOURCE_TEST_PER_LABEL, 0), labels)
-        self._learn()
+        self._train()
         self._start = {n: p.detach().clone() for n, p in lora_parameters(self.model)}
         self._source = self._capture()
         self.source_accuracy = self.accuracy(self._source_test)
 
     def score(self, rows: Sequence[Example], labels: Sequence[str]) -> Scored:
-        """``rows`` as token numbers: the text and a question, then each label with its underscores as spaces."""
+        """Return ``rows`` as tokens: each text with a question, and each label with spaces for underscores."""
 
         def tokens(text: str) -> list[int]:
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -79,11 +78,14 @@ class Causal:
         )
 
     def loss(self, rows: Scored, chosen: Sequence[int]) -> Tensor:
-        """Mean negative log-likelihood of the right labels, in nats per label, over the chosen rows."""
+        """Return the mean negative log-likelihood of the right labels of the chosen rows, in nats per label."""
         return -self._likelihood([(rows.prompts[i], rows.labels[rows.answers[i]]) for i in chosen]).mean()
 
     def accuracy(self, rows: Scored) -> float:
-        """Share of rows whose right label is the likeliest per token, in [0, 1]; the model's mode is left as it was."""
+        """Return the share of rows whose right label has the highest likelihood per token, in [0, 1].
+
+        The model's mode is unchanged afterwards.
+        """
         training = self.model.training
         self.model.eval()
         right = 0
@@ -96,7 +98,7 @@ class Causal:
         return right / len(rows.prompts)
 
     def problem(self, episode: Episode, seed: int) -> Problem:
-        """The episode as a problem from the source adapter."""
+        """Return the episode as a problem that starts from the source adapter."""
         with torch.no_grad():
             for name, parameter in lora_parameters(self.model):
                 parameter.copy_(self._start[name])
@@ -127,23 +129,23 @@ class Causal:
         )
 
     def _likelihood(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Log-likelihood in nats of each label after its prompt, [b]."""
+        """Return the log-likelihood in nats of each label after its prompt, [b]."""
         longest = max(len(prompt) + len(label) for prompt, label in pairs)
         ids = torch.zeros(len(pairs), longest, dtype=torch.long)
-        mask, wanted = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
-        for place, (prompt, label) in enumerate(pairs):
+        mask, targets = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
+        for i, (prompt, label) in enumerate(pairs):
             whole = torch.tensor([*prompt, *label])
-            ids[place, : len(whole)] = whole
-            mask[place, : len(whole)] = 1
-            wanted[place, len(prompt) : len(whole)] = whole[len(prompt) :]
-        ids, mask, wanted = ids.to(self.device), mask.to(self.device), wanted.to(self.device)
+            ids[i, : len(whole)] = whole
+            mask[i, : len(whole)] = 1
+            targets[i, len(prompt) : len(whole)] = whole[len(prompt) :]
+        ids, mask, targets = ids.to(self.device), mask.to(self.device), targets.to(self.device)
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         each = nn.functional.cross_entropy(
-            logits.transpose(1, 2), wanted[:, 1:], ignore_index=_IGNORED, reduction="none"
+            logits.transpose(1, 2), targets[:, 1:], ignore_index=_IGNORED, reduction="none"
         )
         return -each.sum(dim=1)
 
-    def _learn(self) -> None:
+    def _train(self) -> None:
         optimizer = torch.optim.AdamW([p for _, p in lora_parameters(self.model)], lr=_SOURCE_LR)
         stream = batches(len(self._source_rows.prompts), 2 * _BATCH, 0)
         self.model.train()
@@ -154,7 +156,7 @@ class Causal:
             optimizer.step()
 
     def _capture(self) -> SourceGradient:
-        """With the empirical Fisher information: labels of several tokens are not drawn from the model."""
+        """Return the source with the empirical Fisher information, since labels of several tokens cannot be drawn."""
         rows = self._source_rows
         chunks = torch.arange(len(rows.prompts)).split(4)
         return SourceGradient.capture(self.model, list(chunks), lambda _, chosen: self.loss(rows, chosen.tolist()))

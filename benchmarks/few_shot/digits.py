@@ -1,6 +1,6 @@
-"""A target that is not language: scikit-learn's handwritten digits, and a small network that is trained as a whole.
+"""Problems on scikit-learn's handwritten digits: a small network, of which all layers are trained.
 
-The source are the digits 0 to 4, the target 5 to 9. The network's shared layers stand for the adapter.
+The source has the digits 0 to 4, the target 5 to 9. The shared layers take the place of the adapter.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.demo import batches
 from benchmarks.few_shot.problem import Problem
 from gradguide import SourceGradient
-from gradguide.demo.data import batches
 
 __all__ = ["Digits"]
 
-_KNOWN = 5
+_SOURCE_CLASSES = 5
 _WIDTH = 64
 _SOURCE_STEPS = 400
 _SHARE_OF_TEST = 0.4
@@ -26,7 +26,7 @@ _BATCH = 8
 
 
 class Digits:
-    """The network after source training, its source gradient, and target problems from it."""
+    """A network trained on the source, its source gradient, and target problems that start from it."""
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -40,75 +40,75 @@ class Digits:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._trunk = nn.Sequential(nn.Linear(64, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH), nn.ReLU())
-            self._head = nn.Linear(_WIDTH, _KNOWN)
-        self._known = self._train[self._labels[self._train] < _KNOWN]
-        self._learn()
+            self._head = nn.Linear(_WIDTH, _SOURCE_CLASSES)
+        self._source_rows = self._train[self._labels[self._train] < _SOURCE_CLASSES]
+        self._train_source()
         self._head.requires_grad_(False)
         self._start = [p.detach().clone() for p in self._trunk.parameters()]
         self._source = self._capture()
-        self.source_accuracy = self._kept()
+        self.source_accuracy = self._accuracy_on_source()
 
     def problem(self, shots: int, seed: int) -> Problem:
-        """``shots`` images of each of the digits 5 to 9, drawn from the seed, on the network as the source left it."""
+        """Return a problem of ``shots`` images of each digit from 5 to 9, drawn from the seed."""
         with torch.no_grad():
             for parameter, start in zip(self._trunk.parameters(), self._start, strict=True):
                 parameter.copy_(start)
                 parameter.grad = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            head = nn.Linear(_WIDTH, 10 - _KNOWN)
+            head = nn.Linear(_WIDTH, 10 - _SOURCE_CLASSES)
         generator = random.Random(seed)
-        pool = [int(i) for i in self._train if self._labels[i] >= _KNOWN]
+        pool = [int(i) for i in self._train if self._labels[i] >= _SOURCE_CLASSES]
         rows = [
             row
-            for digit in range(_KNOWN, 10)
+            for digit in range(_SOURCE_CLASSES, 10)
             for row in generator.sample([i for i in pool if self._labels[i] == digit], shots)
         ]
         rest = torch.tensor(sorted(set(pool) - set(rows)))
-        test = self._test[self._labels[self._test] >= _KNOWN]
-        live: Iterator[list[int]] = batches(len(self._known), _BATCH, seed)
+        test = self._test[self._labels[self._test] >= _SOURCE_CLASSES]
+        live: Iterator[list[int]] = batches(len(self._source_rows), _BATCH, seed)
 
         def logits(images: Tensor) -> Tensor:
             found: Tensor = head(self._trunk(images))
             return found
 
         def loss(chosen: Tensor) -> Tensor:
-            return cross_entropy(logits(self._images[chosen]), self._labels[chosen] - _KNOWN)
+            return cross_entropy(logits(self._images[chosen]), self._labels[chosen] - _SOURCE_CLASSES)
 
-        def right(chosen: Tensor) -> float:
+        def accuracy(chosen: Tensor) -> float:
             with torch.no_grad():
                 found = logits(self._images[chosen]).argmax(dim=1)
-            return float((found == self._labels[chosen] - _KNOWN).float().mean())
+            return float((found == self._labels[chosen] - _SOURCE_CLASSES).float().mean())
 
         def pool_loss() -> Iterable[tuple[int, Tensor]]:
             yield len(rest), loss(rest)
 
-        def few(numbers: Sequence[int]) -> Tensor:
+        def few_shot_loss(numbers: Sequence[int]) -> Tensor:
             return loss(torch.tensor([rows[number] for number in numbers]))
 
         return Problem(
             adapter=list(self._trunk.named_parameters()),
             head=list(head.parameters()),
             rows=len(rows),
-            classes=10 - _KNOWN,
-            loss=few,
-            source_loss=[lambda: self._source_loss(self._known[next(live)])],
+            classes=10 - _SOURCE_CLASSES,
+            loss=few_shot_loss,
+            source_loss=[lambda: self._source_loss(self._source_rows[next(live)])],
             sources=(self._source,),
             pool_loss=pool_loss,
-            accuracy=lambda: {"target": right(test), "source": self._kept()},
-            probe=lambda: right(test),
+            accuracy=lambda: {"target": accuracy(test), "source": self._accuracy_on_source()},
+            probe=lambda: accuracy(test),
         )
 
     def _source_loss(self, rows: Tensor) -> Tensor:
         return cross_entropy(self._head(self._trunk(self._images[rows])), self._labels[rows])
 
-    def _learn(self) -> None:
+    def _train_source(self) -> None:
         parameters = [*self._trunk.parameters(), *self._head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        stream = batches(len(self._known), 32, 0)
+        stream = batches(len(self._source_rows), 32, 0)
         for _ in range(_SOURCE_STEPS):
             optimizer.zero_grad()
-            self._source_loss(self._known[next(stream)]).backward()
+            self._source_loss(self._source_rows[next(stream)]).backward()
             optimizer.step()
 
     def _capture(self) -> SourceGradient:
@@ -120,11 +120,14 @@ class Digits:
             return cross_entropy(found, drawn)
 
         return SourceGradient.capture(
-            self._trunk, list(self._known.split(_BATCH)), lambda _, batch: self._source_loss(batch), curvature=sampled
+            self._trunk,
+            list(self._source_rows.split(_BATCH)),
+            lambda _, batch: self._source_loss(batch),
+            curvature=sampled,
         )
 
     @torch.no_grad()
-    def _kept(self) -> float:
-        test = self._test[self._labels[self._test] < _KNOWN]
+    def _accuracy_on_source(self) -> float:
+        test = self._test[self._labels[self._test] < _SOURCE_CLASSES]
         found = self._head(self._trunk(self._images[test])).argmax(dim=1)
         return float((found == self._labels[test]).float().mean())

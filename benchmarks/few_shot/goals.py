@@ -1,4 +1,4 @@
-"""What the suite was to show, beside what it shows: on the confirming sets, for GradGuide with its defaults."""
+"""The goals that were set before the evaluation, and whether GradGuide's defaults reach them on the confirming sets."""
 
 from __future__ import annotations
 
@@ -7,48 +7,50 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from benchmarks import markdown
 from benchmarks.few_shot.grid import CONFIRMING, MAIN
 from benchmarks.few_shot.methods import BASE
-from benchmarks.few_shot.views import Difference, cells, difference, step_ratio, tuned, untuned, worst
+from benchmarks.few_shot.results import cells, difference, step_ratio, tuned, untuned, worst
 
 __all__ = ["share_above", "table", "transfer"]
 
 OURS = "GradGuide"
-_DIRECTIONS = {True: "yes", False: "**no**"}
+
+Check = Callable[[pd.DataFrame], tuple[str, bool]]
+"""Returns what was found, in words, and whether the goal is reached."""
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Markdown: goal, what was found, whether it is reached; "not run" where rows are missing."""
-    lines = ["| goal | found | reached |", "|---|---|---|"]
-    for goal, check in _GOALS.items():
-        lines.append(f"| {goal} | {_checked(check, rows)} |")
-    return "\n".join(lines)
+    """Return a table of each goal, what was found, and whether it is reached; "not run" if rows are missing."""
+    return markdown.table(
+        ["goal", "found", "reached"], [[goal, *_checked(check, rows)] for goal, check in _GOALS.items()]
+    )
 
 
-def _checked(check: Callable[[pd.DataFrame], tuple[str, bool]], rows: pd.DataFrame) -> str:
+def _checked(check: Check, rows: pd.DataFrame) -> tuple[str, str]:
     try:
         found, reached = check(rows)
-    except (KeyError, ValueError, IndexError):  # rows of a method, a scenario or a half are missing
-        return "not run | "
-    return f"{found} | {_DIRECTIONS[reached]}"
+    except (KeyError, ValueError, IndexError):  # rows of a method or a scenario are missing
+        return "not run", ""
+    return found, "yes" if reached else "**no**"
 
 
 def share_above(table: pd.DataFrame, method: str, base: str = BASE) -> float:
-    """Share of the cells, means over seeds, in which ``method`` is above ``base``, in [0, 1]."""
+    """Return the share of the cells, means over seeds, in which ``method`` is above ``base``, in [0, 1]."""
     means = table[[method, base]].dropna().groupby(level=list(range(6))).mean()
     return float((means[method] > means[base]).mean())
 
 
 def transfer(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that most goals speak of: transfer to the confirming sets at 4 shots, by those that run on all.
+    """Return the rows of most goals: transfer to the confirming sets at 4 shots, by the methods that run on all sets.
 
-    A table of pairs holds those that all its methods have: one method that ran on a single set would leave only that.
+    Tables of pairs keep the pairs that all their methods have, so a method with one set would leave only that set.
     """
     part = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean") & (rows["shots"] == 4)]
     return part[part["target"].isin(CONFIRMING) & part["method"].isin(MAIN)]
 
 
-def _untuned(column: str, least: float) -> Callable[[pd.DataFrame], tuple[str, bool]]:
+def _untuned(column: str, least: float) -> Check:
     def check(rows: pd.DataFrame) -> tuple[str, bool]:
         found = difference(untuned(transfer(rows), column), OURS)
         return str(found), found.mean >= least and found.low > 0
@@ -79,11 +81,11 @@ def _tuned_source(rows: pd.DataFrame) -> tuple[str, bool]:
     return str(found), found.mean >= 0
 
 
-def _sequence(base: str, least: float) -> Callable[[pd.DataFrame], tuple[str, bool]]:
+def _sequence(base: str, least: float) -> Check:
     def check(rows: pd.DataFrame) -> tuple[str, bool]:
         part = rows[(rows["scenario"] == "sequence") & (rows["target"] == "confirming")]
-        both = part[part["method"].isin((OURS, base))]  # all pairs that these two have
-        found: Difference = difference(untuned(both, "target_accuracy"), OURS, base)
+        both = part[part["method"].isin((OURS, base))]  # keep every pair that these two have
+        found = difference(untuned(both, "target_accuracy"), OURS, base)
         return str(found), found.mean >= least
 
     return check
@@ -93,7 +95,7 @@ def _sequence_time(rows: pd.DataFrame) -> tuple[str, bool]:
     part = rows[(rows["scenario"] == "sequence") & (rows["target"] == "confirming")]
     ratio = step_ratio(part, OURS)
     if math.isnan(ratio):
-        raise ValueError("no pair was made by one version")
+        raise ValueError("no pair has rows of one commit")
     return f"{ratio:.2f}", ratio <= 1.05
 
 
@@ -105,7 +107,7 @@ def _spread(rows: pd.DataFrame) -> tuple[str, bool]:
     spread = _rough(rows).groupby(["method", "condition", "lr"])["target_accuracy"].std().groupby("method").mean()
     ratio = float(spread[OURS] / spread[BASE])
     if math.isnan(ratio):
-        raise ValueError("a spread takes at least two seeds")
+        raise ValueError("a standard deviation needs at least two seeds")
     return f"{spread[OURS]:.1f} to {spread[BASE]:.1f}: {ratio:.2f}", ratio <= 0.7
 
 
@@ -116,7 +118,7 @@ def _diverged(rows: pd.DataFrame) -> tuple[str, bool]:
     return f"{ours} to {int(where[BASE].sum())} of the base's", ours == 0
 
 
-def _above(column: str) -> Callable[[pd.DataFrame], tuple[str, bool]]:
+def _above(column: str) -> Check:
     def check(rows: pd.DataFrame) -> tuple[str, bool]:
         share = 100 * share_above(cells(transfer(rows), column), OURS)
         return f"{share:.0f}% of the cells", share >= 80.0
@@ -124,7 +126,7 @@ def _above(column: str) -> Callable[[pd.DataFrame], tuple[str, bool]]:
     return check
 
 
-_GOALS: dict[str, Callable[[pd.DataFrame], tuple[str, bool]]] = {
+_GOALS: dict[str, Check] = {
     "untuned, target: at least +1.0, interval above 0": _untuned("target_accuracy", 1.0),
     "untuned, source: at least +5.0, interval above 0": _untuned("source_accuracy", 5.0),
     "worst rate, target: within 1 point of the base's tuned": _worst_target,

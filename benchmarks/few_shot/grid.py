@@ -1,6 +1,6 @@
-"""Which runs there are: the full grid and the quick one, in the order in which they are made.
+"""List the runs of the full and the quick grid, in the order in which they are made.
 
-Seeds are the outermost loop, so that a grid that is stopped early has every cell, with fewer seeds.
+Seeds are the outermost loop, so a grid that is stopped early has every cell, with fewer seeds.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.few_shot.data import CONDITIONS
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY, METHODS
-from benchmarks.few_shot.rough import CONDITIONS
 
 __all__ = [
     "CONFIRMING",
@@ -22,7 +22,6 @@ __all__ = [
     "SEQUENCES",
     "SHOT_SETS",
     "Run",
-    "candidates",
     "full",
     "quick",
 ]
@@ -30,24 +29,24 @@ __all__ = [
 DEVELOPING = ("clinc150", "banking77", "mr", "snli")
 """The sets on which defaults were chosen."""
 CONFIRMING = ("hwu64", "goemotions", "subj", "medical_abstracts")
-"""The sets on which they were then judged."""
+"""The sets on which they were evaluated afterwards."""
 
 SEQUENCES = {
     "confirming": ("hwu64", "goemotions", "subj", "hwu64", "goemotions"),
     "developing": ("clinc150", "banking77", "mr", "clinc150", "banking77"),
 }
-"""Sets of the five tasks of a sequence; the second time round, a set gives other classes."""
+"""Sets of the five tasks of a sequence. A set that occurs twice gives other classes the second time."""
 
 LRS = (1e-4, 5e-4, 2e-3, 1e-2)
 SHOTS = (1, 2, 4, 8, 16, 32)
 ONE_RATE = "one rate"
-"""The condition under which a new head trains at the adapter's rate, and not at one of its own."""
-_SHOTS = 4  # where shots are not what is studied
+"""The condition under which a new head trains at the adapter's learning rate instead of its own."""
+_SHOTS = 4  # unless shots are what is studied
 _SEEDS = range(10)
 _LOWER = f"{BASE}, rate / 4"
 MAIN = (BASE, _LOWER, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GG direction+magnitude", "GradGuide")
 EVERY_METHOD = ("banking77", "hwu64")
-"""A set of each half, on which every method runs; on the others only the main ones."""
+"""One set of each half, on which every method runs; the others have the methods of ``MAIN`` only."""
 SHOT_SETS = ("hwu64",)
 _SEQUENCE_METHODS = (BASE, _LOWER, HEAD_ONLY, "L2-SP", "EWC", "A-GEM", "GradGuide")
 _FEW = (BASE, HEAD_ONLY, "EWC", "GradGuide")
@@ -58,18 +57,18 @@ _ROUGH_LRS = (5e-4, 2e-3)
 _CROSS = (("films", "goemotions"), ("home", "banking77"), ("home", "medical_abstracts"))
 
 SECONDS = {"transfer": 8.0, "cross": 9.0, "rough": 7.0, "sequence": 56.0, "digits": 0.1, "causal": 60.0}
-"""About what a run takes in one thread of a 2-core machine, by scenario; for the estimate before the start."""
+"""Approximate seconds of a run in one thread of a 2-core machine, by scenario."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run; its fields are its key in the results.
+    """One run. Its fields are its key in the results.
 
     Args:
         scenario: transfer, cross, rough, sequence, digits or causal.
         source: name of the source task; "none" in sequences.
-        target: name of the target's set; in sequences that of the half whose sets are learnt one after the other.
-        condition: what is rough about the data, or "one rate" for head and adapter alike; "clean" otherwise.
+        target: name of the target's set; in sequences, a key of ``SEQUENCES``.
+        condition: a key of ``data.CONDITIONS``, "one rate" for head and adapter at one rate, or "clean".
         shots: training rows per class.
         method: a name in ``METHODS``.
         lr: learning rate of the adapter.
@@ -87,7 +86,7 @@ class Run:
 
 
 def full(*, causal: bool = False) -> list[Run]:
-    """Every cell; ``causal`` adds runs of a causal language model."""
+    """Return every cell for every seed; ``causal`` adds the runs of a causal language model."""
     return [
         run
         for seed in _SEEDS
@@ -106,19 +105,8 @@ def full(*, causal: bool = False) -> list[Run]:
     ]
 
 
-def candidates(names: Iterable[str]) -> list[Run]:
-    """The candidates ``names`` beside what they are compared with, on developing sets and seeds of their own."""
-    methods = (BASE, _LOWER, "GG direction+magnitude", "GradGuide", *names)
-    sets = ("clinc150", "banking77", "snli")
-    return [
-        run
-        for seed in range(10, 13)
-        for run in (*_transfer(sets, methods, LRS, seed), *_transfer(sets[:1], methods, LRS, seed, condition=ONE_RATE))
-    ]
-
-
 def quick() -> list[Run]:
-    """A few cells of three seeds: one small source, one target, and the digits."""
+    """Return a few cells for three seeds: one small source, one target, and the digits."""
     methods = (BASE, "EWC", "GradGuide")
     return [
         run
@@ -134,8 +122,8 @@ def quick() -> list[Run]:
     ]  # fmt: skip
 
 
-def _tried(methods: Iterable[str], lrs: Iterable[float], condition: str = "clean") -> list[tuple[float, str]]:
-    """Rates and methods; the head alone, whose own rate does not change, runs at the first rate only."""
+def _points(methods: Iterable[str], lrs: Iterable[float], condition: str = "clean") -> list[tuple[float, str]]:
+    """Return (rate, method) pairs. A head with its own rate does not depend on the adapter's: one rate is enough."""
     lrs = tuple(lrs)
     return [
         (lr, method) for lr in lrs for method in methods if method != HEAD_ONLY or lr == lrs[0] or condition == ONE_RATE
@@ -155,7 +143,7 @@ def _transfer(
     return [
         Run(scenario="transfer", source="assistant", target=target, condition=condition, shots=shots, method=method,
             lr=lr, seed=seed)
-        for target in sets for lr, method in _tried(methods, lrs, condition)
+        for target in sets for lr, method in _points(methods, lrs, condition)
     ]  # fmt: skip
 
 
@@ -167,7 +155,7 @@ def _cross(seed: int) -> list[Run]:
     return [
         Run(scenario="cross", source=source, target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
             seed=seed)
-        for source, target in _CROSS for lr, method in _tried(_FEW, LRS)
+        for source, target in _CROSS for lr, method in _points(_FEW, LRS)
     ]  # fmt: skip
 
 
@@ -183,7 +171,7 @@ def _rough(seed: int) -> list[Run]:
     return [
         Run(scenario="rough", source="assistant", target=target, condition=condition, shots=_SHOTS, method=method,
             lr=lr, seed=seed)
-        for target in _ROUGH_SETS for condition in CONDITIONS for lr, method in _tried(_ROUGH_METHODS, _ROUGH_LRS)
+        for target in _ROUGH_SETS for condition in CONDITIONS for lr, method in _points(_ROUGH_METHODS, _ROUGH_LRS)
     ]  # fmt: skip
 
 
@@ -191,12 +179,12 @@ def _sequence(half: str, seed: int) -> list[Run]:
     return [
         Run(scenario="sequence", source="none", target=half, condition="clean", shots=_SHOTS, method=method, lr=lr,
             seed=seed)
-        for lr, method in _tried(_SEQUENCE_METHODS, LRS)
+        for lr, method in _points(_SEQUENCE_METHODS, LRS)
     ]  # fmt: skip
 
 
 def _every(seed: int) -> list[Run]:
-    """Every method on a set of each half, but for what runs on the confirming sets anyway."""
+    """Return every method on one set of each half, without those that run on the confirming sets anyway."""
     others = [method for method in METHODS if method not in MAIN]
     return [
         run
@@ -215,5 +203,5 @@ def _digits(shots: Iterable[int], methods: Iterable[str], lrs: Iterable[float], 
     return [
         Run(scenario="digits", source="digits 0-4", target="digits 5-9", condition="clean", shots=k, method=method,
             lr=lr, seed=seed)
-        for k in shots for lr, method in _tried(methods, lrs)
+        for k in shots for lr, method in _points(methods, lrs)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A few-shot problem: what is trained, on which loss, and how it is judged; a model of any kind can stand behind it."""
+"""A few-shot problem: what is trained, on which loss, and how it is evaluated. Any kind of model can provide one."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from gradguide import SourceGradient
 __all__ = ["HEAD_LR", "Problem"]
 
 HEAD_LR = 1e-2
-"""Rate of a new head, for every method: it starts from nothing, and the rate under study is that of the adapter."""
+"""Learning rate of a new head, for every method. The rate under study is that of the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """
     Args:
-        adapter: what the source knows and the target trains further, (name, parameter).
-        head: the new head's parameters.
-        head_lr: the head's rate; None for that of the adapter.
+        adapter: (name, parameter) of what was trained on the source and is trained further on the target.
+        head: parameters of the new head.
+        head_lr: learning rate of the head; None for that of the adapter.
         rows: number of training rows; row numbers are in [0, rows).
         classes: number of target classes.
         loss: mean loss of the given training rows, a scalar.
-        source_loss: one per earlier task: mean loss of that task's next batch, a scalar. For methods with live sources.
+        source_loss: one function per earlier task, for methods that use source data at every step. Each call returns
+            the mean loss of that task's next batch, a scalar.
         sources: one stored source gradient per earlier task.
-        pool_loss: (examples, mean loss) of batches of a sample of the target's whole training pool, lazily.
-        accuracy: accuracies by name, in [0, 1]; "target" is one of them.
-        probe: accuracy on a small test sample, in [0, 1]; cheap enough to ask along the way.
+        pool_loss: yields (number of examples, mean loss) for batches of a sample of the whole target training set.
+        accuracy: accuracies by name, in [0, 1]; one name is "target".
+        probe: accuracy on a small test sample, in [0, 1]; cheap enough to call during training.
     """
 
     adapter: Sequence[tuple[str, nn.Parameter]]
@@ -49,7 +50,7 @@ class Problem:
         object.__setattr__(self, "parameters", [*(p for _, p in self.adapter), *self.head])
 
     def groups(self, lr: float) -> list[dict[str, object]]:
-        """Param groups: the adapter at ``lr``, the head, if there is one, at its own rate."""
+        """Return param groups: the adapter at ``lr``, and the head, if there is one, at its own rate."""
         adapter, head = [p for _, p in self.adapter], list(self.head)
         if self.head_lr is None or not head:
             return [{"params": [*adapter, *head], "lr": lr}]

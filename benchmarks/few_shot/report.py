@@ -1,4 +1,4 @@
-"""The report, from the results alone: ``python -m benchmarks.few_shot.report`` writes few_shot.md and the figures."""
+"""Make the report from the results alone: ``python -m benchmarks.few_shot.report`` writes few_shot.md and figures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.few_shot import figures, goals, tables
+from benchmarks import plotting
+from benchmarks.few_shot import goals, tables
 from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
 from benchmarks.few_shot.methods import BASE
-from benchmarks.few_shot.views import difference, load, tuned, untuned, worst
-from gradguide.utils.atomic import replacing
+from benchmarks.few_shot.results import difference, load, tuned, untuned, worst
+from gradguide.atomic import replacing
 
 __all__ = ["compact", "one_rate", "summary", "write"]
 
@@ -20,25 +21,25 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def write(results: Path, out: Path) -> None:
-    """Writes ``out`` (Markdown) and two figures beside it."""
+    """Write ``out`` (Markdown) and two figures beside it."""
     rows = load(results, grid=True)
     transfer = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean")]
     standard = transfer[transfer["shots"] == 4]
     with replacing(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
-    figures.by_rate(goals.transfer(rows), out.with_name(f"{out.stem}-rates.png"))
-    figures.by_shots(_over_shots(transfer), out.with_name(f"{out.stem}-shots.png"))
+    plotting.save(plotting.accuracies(goals.transfer(rows), "lr"), out.with_name(f"{out.stem}-rates.png"))
+    plotting.save(plotting.accuracies(_over_shots(transfer), "shots"), out.with_name(f"{out.stem}-shots.png"))
 
 
 def summary(results: Path) -> str:
-    """A short table of every scenario in the file, untuned view, for a terminal."""
+    """Return a short table of every scenario in the file, untuned view, for a terminal."""
     rows = load(results)
     parts = [f"{name}\n{tables.accuracies(part, 'untuned')}" for name, part in rows.groupby("scenario")]
     return "\n\n".join(parts) + "\n\nmeans over the grid of rates; in brackets 95% bootstrap intervals of differences"
 
 
 def compact(results: Path) -> str:
-    """The README's table: both views and the worst rate, confirming sets, for the methods that run everywhere."""
+    """Return the README's table: both views and the worst rate on the confirming sets, for the methods of ``MAIN``."""
     rows = load(results, grid=True)
     part = goals.transfer(rows)
     made = {column: (untuned(part, column), tuned(part, column), worst(part, column)) for column in tables.ACCURACIES}
@@ -68,7 +69,7 @@ def compact(results: Path) -> str:
 
 
 def one_rate(results: Path) -> str:
-    """The README's table of runs in which head and adapter learn at one rate."""
+    """Return the README's table of runs in which head and adapter have one learning rate."""
     rows = load(results, grid=True)
     part = rows[rows["condition"] == ONE_RATE]
     sets = ", ".join(part["target"].unique())
@@ -135,7 +136,7 @@ def _seeds(rows: pd.DataFrame) -> str:
 
 
 def _complete(rows: pd.DataFrame, over: str) -> pd.DataFrame:
-    """The rows of the methods and seeds that ran at all there is of ``over``: pairs are of what all have."""
+    """Return the rows of the methods and seeds that ran at every value of ``over``, so that pairs are complete."""
     for column in ("method", "seed"):
         counted = rows.groupby(column)[over].nunique()
         rows = rows[rows[column].isin(counted.index[counted == counted.max()])]
@@ -154,7 +155,7 @@ def _scenario(rows: pd.DataFrame, scenario: str) -> list[str]:
 
 
 def _over_shots(transfer: pd.DataFrame) -> pd.DataFrame:
-    """The sets on which shots are studied."""
+    """Return the rows of the sets on which shots are studied."""
     return _complete(transfer[transfer["target"].isin(SHOT_SETS)], "shots")
 
 
@@ -164,8 +165,12 @@ def _all(rows: pd.DataFrame, column: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_shot.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "few_shot.csv", help="file of results")
-    parser.add_argument("--out", type=Path, default=RESULTS / "few_shot.md", help="where the report goes")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "few_shot.csv", help="result file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "few_shot.md", help="report to write (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     write(options.results, options.out)
     print(f"wrote {options.out}")

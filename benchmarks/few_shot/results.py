@@ -1,28 +1,52 @@
-"""The file of results: one row per run, appended as runs end, so that a stopped grid can be resumed."""
+"""The file of results (one row per run), and statistics of its rows: paired differences, tuned and untuned views."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.few_shot.grid import Run
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap
 
-__all__ = ["append", "done"]
+from benchmarks.few_shot.grid import ONE_RATE, Run, full
+from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 
+__all__ = [
+    "Difference",
+    "append",
+    "cells",
+    "difference",
+    "done",
+    "load",
+    "outcomes",
+    "step_ratio",
+    "tuned",
+    "untuned",
+    "worst",
+]
+
+_KEY = [field.name for field in fields(Run)]
 _MEASURED = (
     "target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer", "loss", "diverged",
     "coherence", "successive_cosine", "alignment", "steps_to_final", "seconds_per_step", "capture_seconds", "memory",
     "peak_memory", "seconds",
 )  # fmt: skip
 _ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
-_COLUMNS = [*(field.name for field in fields(Run)), *_MEASURED, *_ABOUT]
+_COLUMNS = [*_KEY, *_MEASURED, *_ABOUT]
+_PERCENT = ["target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer"]
+
+_RESAMPLES = 10_000
+_PAIR = ["target", "seed"]
+_CELL = ["scenario", "source", "target", "condition", "shots", "lr"]
 
 
 def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Adds the row of ``run``. A row is written whole, by one call, so that a stop leaves no half of one."""
+    """Add the row of ``run``. One call writes the whole row, so that an interruption leaves no partial row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -34,7 +58,7 @@ def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str
 
 
 def done(path: Path) -> set[Run]:
-    """The runs whose rows the file has; none where there is no file.
+    """Return the runs whose rows the file has; an empty set if there is no file.
 
     Raises:
         ValueError: the file has other columns.
@@ -45,17 +69,112 @@ def done(path: Path) -> set[Run]:
         reader = csv.DictReader(file)
         if reader.fieldnames != _COLUMNS:
             raise ValueError(f"{path} has other columns than this version writes: move it away, or name another --out")
-        return {_run(row) for row in reader}
+        numbers: dict[str, Callable[[str], Any]] = {"shots": int, "lr": float, "seed": int}
+        return {Run(**{name: numbers.get(name, str)(row[name]) for name in _KEY}) for row in reader}
 
 
-def _run(row: Mapping[str, str]) -> Run:
-    return Run(
-        scenario=row["scenario"],
-        source=row["source"],
-        target=row["target"],
-        condition=row["condition"],
-        shots=int(row["shots"]),
-        method=row["method"],
-        lr=float(row["lr"]),
-        seed=int(row["seed"]),
-    )
+def load(path: Path, *, grid: bool = False) -> pd.DataFrame:
+    """Return the rows of a file of results, with accuracies in percent.
+
+    Runs of the head alone do not depend on the adapter's rate and were made at one rate only. Their rows are repeated
+    for each rate of their scenario; the column "copied" marks the repeated ones.
+
+    Args:
+        path: the file.
+        grid: keep only the runs of the full grid. The file also has runs of earlier grids.
+    """
+    rows = pd.read_csv(path)
+    if grid:
+        rows = rows.merge(pd.DataFrame(map(asdict, full(causal=True))), on=_KEY)
+    rows = _at_every_rate(rows)
+    rows[_PERCENT] *= 100
+    return rows
+
+
+def _at_every_rate(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows.assign(copied=False)
+    alone = (rows["method"] == HEAD_ONLY) & (rows["condition"] != ONE_RATE)
+    others = rows[~alone]
+    rates = others[["scenario", "lr"]].drop_duplicates()
+    copies = rows[alone].rename(columns={"lr": "made_at"}).merge(rates, on="scenario")
+    copies["copied"] = copies["lr"] != copies.pop("made_at")
+    return pd.concat([others, copies], ignore_index=True)
+
+
+def untuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the mean over the grid of rates: one value per (target, seed), by method. Incomplete pairs are dropped."""
+    table = rows.pivot_table(index=_PAIR, columns=["method", "lr"], values=column)
+    return table.dropna().T.groupby("method").mean().T
+
+
+def tuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return each method at the rate that is best for the target on the *other* sets, per (target, seed), by method.
+
+    The rate is chosen by the mean target accuracy, whatever ``column`` is shown.
+    """
+    means = rows.groupby(["method", "target", "lr"])["target_accuracy"].mean().unstack("lr")
+    parts = []
+    for (method, target), _ in means.iterrows():
+        others = means.loc[method].drop(index=target)
+        best = (others if len(others) else means.loc[method]).mean().idxmax()
+        parts.append(rows[(rows["method"] == method) & (rows["target"] == target) & (rows["lr"] == best)])
+    chosen = pd.concat(parts) if parts else rows
+    return chosen.pivot_table(index=_PAIR, columns="method", values=column).dropna()
+
+
+def worst(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the mean over seeds at the worst rate of the grid: one value per target, by method."""
+    means: pd.DataFrame = rows.groupby(["method", "target", "lr"])[column].mean().unstack("lr")
+    return means.min(axis=1).unstack("method")
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences and its 95% bootstrap interval, which is infinite for a single pair."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"{self.mean:+.1f} (one pair)"
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+def difference(table: pd.DataFrame, method: str, base: str = BASE) -> Difference:
+    """Return the mean of ``method`` minus ``base`` over the pairs of ``table``, with its percentile interval."""
+    pairs = (table[method] - table[base]).to_numpy(dtype=float)
+    mean = float(pairs.mean())
+    if len(pairs) == 1:
+        return Difference(mean, -math.inf, math.inf)
+    low, high = bootstrap(
+        (pairs,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Difference(mean, float(low), float(high))
+
+
+def cells(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the value of every cell (scenario, source, target, condition, shots, rate) and seed, by method."""
+    return rows.pivot_table(index=[*_CELL, "seed"], columns="method", values=column)
+
+
+def step_ratio(rows: pd.DataFrame, method: str) -> float:
+    """Return the time of a step of ``method`` over the baseline's: the median over pairs of the same commit, or nan.
+
+    Rows of different commits were measured on different days, when the machine may have been slower or faster.
+    """
+    table = rows.pivot_table(index=[*_CELL, "seed", "commit"], columns="method", values="seconds_per_step")
+    return float((table[method] / table[BASE]).median())
+
+
+def outcomes(rows: pd.DataFrame, column: str, method: str) -> dict[str, int]:
+    """Count cells as wins, ties and losses against the baseline, by whether the interval excludes zero."""
+    table = cells(rows, column)
+    counted = {"wins": 0, "ties": 0, "losses": 0}
+    if method not in table:
+        return counted
+    pairs = table[[method, BASE]].dropna()
+    for _, cell in pairs.groupby(level=_CELL):
+        found = difference(cell, method)
+        counted["wins" if found.low > 0 else "losses" if found.high < 0 else "ties"] += 1
+    return counted

@@ -1,15 +1,16 @@
-"""Tables of the report, in Markdown, of the rows that they are given."""
+"""Tables of the report, in Markdown, each from rows of results."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 
+from benchmarks import markdown
 from benchmarks.few_shot import goals
 from benchmarks.few_shot.methods import BASE, METHODS
-from benchmarks.few_shot.views import cells, difference, outcomes, step_ratio, tuned, untuned, worst
+from benchmarks.few_shot.results import cells, difference, outcomes, step_ratio, tuned, untuned, worst
 
 __all__ = [
     "ACCURACIES",
@@ -28,14 +29,11 @@ ACCURACIES = {"target_accuracy": "target %", "source_accuracy": "source kept %"}
 _COMPARED = [head for title in ACCURACIES.values() for head in (title, f"difference from {BASE}")]
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    made = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+table = partial(markdown.table, rule=" --- ")
 
 
 def accuracies(rows: pd.DataFrame, view: str) -> str:
-    """Accuracies and their paired differences from the base; ``view`` is "untuned" or "tuned"."""
+    """Return accuracies and their paired differences from the baseline; ``view`` is "untuned" or "tuned"."""
     made = {column: (untuned if view == "untuned" else tuned)(rows, column) for column in ACCURACIES}
     lines = []
     for method in _methods(rows):
@@ -47,7 +45,7 @@ def accuracies(rows: pd.DataFrame, view: str) -> str:
 
 
 def worst_rate(rows: pd.DataFrame) -> str:
-    """Accuracies at each method's worst rate."""
+    """Return accuracies at the worst rate of each method."""
     found = {column: worst(rows, column) for column in ACCURACIES}
     lines = [
         [method, *(f"{values[method].mean():.1f}" for values in found.values())] for method in _methods(rows)
@@ -56,7 +54,7 @@ def worst_rate(rows: pd.DataFrame) -> str:
 
 
 def wins(rows: pd.DataFrame) -> str:
-    """Cells in which a method is above, level with and below the base."""
+    """Return the numbers of cells in which a method is above, level with and below the baseline."""
     lines = []
     for method in _methods(rows):
         if method == BASE:
@@ -70,7 +68,7 @@ def wins(rows: pd.DataFrame) -> str:
 
 
 def measures(rows: pd.DataFrame) -> str:
-    """Means, and for stability and alignment the share of cells (set, rate) in which the mean is above the base's."""
+    """Return means of stability, alignment and cost, and the share of cells (set, rate) above the baseline."""
     lines = []
     for method in _methods(rows):
         mine = rows[rows["method"] == method]
@@ -96,7 +94,7 @@ def measures(rows: pd.DataFrame) -> str:
 
 
 def by_rate(rows: pd.DataFrame) -> str:
-    """Target and source accuracy at each rate, and how far the mean target accuracy is from the base's."""
+    """Return accuracies at each rate, and the paired difference of the mean target accuracy from the baseline."""
     means = {column: rows.pivot_table(index="method", columns="lr", values=column) for column in ACCURACIES}
     target = untuned(rows, "target_accuracy")
     rates = sorted(rows["lr"].unique())
@@ -114,7 +112,7 @@ def by_rate(rows: pd.DataFrame) -> str:
 
 
 def sequence(rows: pd.DataFrame) -> str:
-    """Average accuracy over the five tasks, in both views, and backward transfer."""
+    """Return the average accuracy over the five tasks, untuned and at the best rate, and backward transfer."""
     means = rows.groupby(["method", "lr"])["target_accuracy"].mean().unstack("lr")
     mean = untuned(rows, "target_accuracy")
     lines = []
@@ -134,7 +132,7 @@ def sequence(rows: pd.DataFrame) -> str:
 
 
 def _compared(values: pd.DataFrame, method: str) -> list[str]:
-    """Two cells: the method's mean, and its paired difference from the base."""
+    """Return two cells: the method's mean, and its paired difference from the baseline."""
     return [f"{values[method].mean():.1f}", "" if method == BASE else str(difference(values, method))]
 
 
@@ -144,7 +142,7 @@ def _ratio(rows: pd.DataFrame, method: str) -> str:
 
 
 def rough(rows: pd.DataFrame) -> str:
-    """Accuracy, its spread over seeds, and diverged runs, by condition."""
+    """Return accuracy, its standard deviation over seeds, and diverged runs, by condition."""
     lines = []
     for condition, part in rows.groupby("condition", sort=False):
         means = untuned(part, "target_accuracy")
@@ -169,7 +167,7 @@ def rough(rows: pd.DataFrame) -> str:
 
 
 def shots(rows: pd.DataFrame) -> str:
-    """Accuracies by number of shots, untuned view."""
+    """Return accuracies by number of shots, untuned view."""
     lines = []
     for count, part in rows.groupby("shots"):
         made = {column: untuned(part, column) for column in ACCURACIES}
@@ -181,6 +179,6 @@ def shots(rows: pd.DataFrame) -> str:
 
 
 def _methods(rows: pd.DataFrame) -> list[str]:
-    """Methods in the order of ``METHODS``; others, such as candidates, after them."""
+    """Return the methods of ``rows`` in the order of ``METHODS``; methods of earlier grids come last."""
     found = set(rows["method"])
     return [m for m in METHODS if m in found] + sorted(found - set(METHODS))

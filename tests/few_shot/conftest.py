@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.few_shot.digits import Digits
 from tests.demo.conftest import WORDS, tiny_model, write_tsv
+from tests.few_shot.known import results
 
 __all__ = ["sets", "tiny_model"]
 
@@ -39,3 +41,17 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
             else:
                 write_tsv(folder / file, [row[:2] for row in rows], header=("text", "label"))
     return root
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """The digits network, trained on its source."""
+    return Digits()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of results whose statistics are known."""
+    path = tmp_path / "few_shot.csv"
+    results().to_csv(path, index=False)
+    return path

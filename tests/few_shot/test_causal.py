@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.demo import batches
 from benchmarks.few_shot.causal import Causal
+from benchmarks.few_shot.data import episode
 from benchmarks.few_shot.methods import METHODS
-from benchmarks.few_shot.texts import episode
 from benchmarks.few_shot.train import train
-from gradguide.demo.data import batches
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_the_loss_is_the_likelihood_of_the_label_alone(causal: Causal, sets: Pat
     torch.testing.assert_close(found, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_problem_trains_and_is_judged(causal: Causal, sets: Path) -> None:
+def test_a_problem_trains_and_is_evaluated(causal: Causal, sets: Path) -> None:
     problem = causal.problem(episode(sets, "mr", 2, 0), 0)
     before = float(problem.loss(range(problem.rows)).detach())
-    trained = train(problem, METHODS["GradGuide"], 1e-2, batches(problem.rows, 4, 0), 30, seed=0, closely=True)
+    trained = train(problem, METHODS["GradGuide"], 1e-2, batches(problem.rows, 4, 0), 30, seed=0, detailed=True)
     assert trained.loss < before
     assert set(trained.accuracies) == {"target", "source"}

@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
+from benchmarks.few_shot.data import CONDITIONS
 from benchmarks.few_shot.grid import SEQUENCES, Run
 from benchmarks.few_shot.results import append, done
-from benchmarks.few_shot.rough import CONDITIONS, outlier_batches, spikes
-from benchmarks.few_shot.scenarios import Settings, Suite
+from benchmarks.few_shot.runs import Settings, Suite
 
 
 def run_of(**fields: object) -> Run:
@@ -70,25 +69,3 @@ def test_a_sequence_learns_five_tasks_and_says_what_was_lost(
     assert -1.0 <= row["backward_transfer"] <= 1.0
     assert 0.0 <= row["target_accuracy"] <= 1.0
     assert (row["capture_seconds"] > 0.01) == (method in ("EWC", "GradGuide"))
-
-
-def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    path.write_text("method,lr\nclip,0.1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="other columns"):
-        done(path)
-
-
-def test_spikes_and_outliers_come_at_their_rate_and_are_the_same_for_every_method() -> None:
-    factor = spikes(0.1, seed=3)
-    found = [factor(step) for step in range(1000)]
-    assert found == [factor(step) for step in range(1000)]
-    assert set(found) == {1.0, 1000.0}
-    assert 60 < found.count(1000.0) < 140
-
-    batch = {"input_ids": torch.arange(12).view(3, 4), "labels": torch.tensor([0, 1, 2])}
-    spoil = outlier_batches(0.2, 3, seed=3)
-    made = [spoil(step, dict(batch)) for step in range(200)]
-    noisy = [b for b in made if not torch.equal(b["input_ids"], batch["input_ids"])]
-    assert 20 < len(noisy) < 60
-    assert all(torch.equal(b["input_ids"].reshape(-1).sort().values, torch.arange(12)) for b in noisy)

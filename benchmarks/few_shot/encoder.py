@@ -1,4 +1,4 @@
-"""An encoder with a LoRA adapter on all its linear layers as the thing trained: source tasks, targets, sequences."""
+"""Problems on an encoder with a LoRA adapter on all its linear layers: source tasks, targets, sequences."""
 
 from __future__ import annotations
 
@@ -12,18 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.demo import (
+    HEAD,
+    Classifier,
+    Encoded,
+    Example,
+    accuracy,
+    add_lora,
+    batches,
+    draw,
+    encode,
+    freeze_source,
+    learn_source,
+    load_encoder,
+    load_source,
+    save_source,
+)
+from benchmarks.few_shot.data import Episode, source_task
 from benchmarks.few_shot.problem import HEAD_LR, Problem
-from benchmarks.few_shot.texts import Episode, source_task
 from gradguide import SourceGradient
-from gradguide.demo.data import Example, batches, draw
-from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, encode, load_encoder
-from gradguide.demo.source import HEAD, freeze_source, learn_source, load_source, save_source
 from gradguide.integrations.peft import lora_parameters
 
-__all__ = ["Encoder", "Known", "LiveRows"]
+__all__ = ["Earlier", "Encoder", "LiveRows"]
 
 _SEED = 0
-_MAX_TOKENS = 40  # most texts are shorter, but for medical abstracts, of which this is the beginning
+_MAX_TOKENS = 40  # cuts medical abstracts to their beginning; most other texts are shorter
 _TRAIN_ROWS_PER_LABEL = 32
 _TEST_ROWS = 100
 _LIVE_BATCH = 8
@@ -32,29 +45,29 @@ _TARGET = "target"
 
 @dataclass(frozen=True, kw_only=True)
 class LiveRows:
-    """Rows of an earlier task, for methods that go on seeing them: head and rows."""
+    """Head and rows of an earlier task, for methods that use source data at every step."""
 
     head: str
     rows: Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """What the model knows before the target: stored sources, the rows behind them, and how to judge what is kept."""
+class Earlier:
+    """The tasks trained before the target: stored sources, their rows, and accuracies on them."""
 
     sources: Sequence[SourceGradient]
     live: Sequence[LiveRows]
-    judged: Callable[[], dict[str, float]]
+    accuracies: Callable[[], dict[str, float]]
 
 
 class Encoder:
-    """A pretrained encoder with an adapter, from a source task on (or from a fresh adapter, without a source).
+    """A pretrained encoder with an adapter that was trained on a source task, or with a new adapter.
 
     Args:
         model: hub id or folder.
         data: folder of the text sets.
-        source: name of the source task, or None.
-        cache: folder where source adapters are kept, trained once.
+        source: name of the source task; None for a new adapter.
+        cache: folder of trained source adapters; one that is missing is trained and saved there.
     """
 
     def __init__(self, model: str, data: Path, source: str | None, cache: Path) -> None:
@@ -63,7 +76,7 @@ class Encoder:
         encoder, self._tokenizer = load_encoder(model)
         encoder.to(self.device)
         self.source_accuracy = float("nan")
-        self.known = Known(sources=(), live=(), judged=dict)
+        self.earlier = Earlier(sources=(), live=(), accuracies=dict)
         if source is None:
             self.model = Classifier(add_lora(encoder, seed=_SEED), encoder.config.hidden_size).to(self.device)
         else:
@@ -71,11 +84,12 @@ class Encoder:
         self._start = {name: p.detach().clone() for name, p in lora_parameters(self.model)}
 
     def encode(self, rows: Sequence[Example], labels: Sequence[str]) -> Encoded:
+        """Return ``rows`` as tokens and class numbers."""
         return encode(rows, labels, self._tokenizer, self.device, max_tokens=_MAX_TOKENS)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """The adapter as it was after the source task, and no heads but the source's."""
+        """Restore the adapter to its state after the source task, and remove all heads but the source's."""
         for name, parameter in lora_parameters(self.model):
             parameter.copy_(self._start[name])
             parameter.grad = None
@@ -87,21 +101,24 @@ class Encoder:
         episode: Episode,
         seed: int,
         *,
-        known: Known | None = None,
+        earlier: Earlier | None = None,
         head: str = _TARGET,
         rows: Sequence[Example] | None = None,
         head_lr: float | None = HEAD_LR,
-        spoilt: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        corrupt: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> Problem:
-        """The episode as a problem on the adapter as it stands, with a new head.
+        """Return the episode as a problem, from the adapter's present state, with a new head.
 
         Args:
-            known: what is known before; by default the source task.
+            episode: classes and rows.
+            seed: of the head and of the order of live rows.
+            earlier: the earlier tasks; by default the source task.
+            head: name of the new head.
             rows: training rows in place of the episode's.
-            head_lr: rate of the head; None for the adapter's.
-            spoilt: a change of the batch at the n-th call of the loss.
+            head_lr: learning rate of the head; None for the adapter's.
+            corrupt: returns the batch to use, from the number of the call of the loss and the batch.
         """
-        known = self.known if known is None else known
+        earlier = self.earlier if earlier is None else earlier
         model, labels = self.model, episode.task.labels
         model.add_head(head, len(labels), seed)
         model.train()
@@ -111,7 +128,7 @@ class Encoder:
 
         def loss(chosen: Sequence[int]) -> Tensor:
             batch = train.batch(chosen)
-            return model.loss(head, batch if spoilt is None else spoilt(next(calls), batch))
+            return model.loss(head, batch if corrupt is None else corrupt(next(calls), batch))
 
         def pool_loss() -> Iterable[tuple[int, Tensor]]:
             model.eval()
@@ -126,10 +143,10 @@ class Encoder:
             rows=len(train),
             classes=len(labels),
             loss=loss,
-            source_loss=[_live_loss(model, live, seed) for live in known.live],
-            sources=known.sources,
+            source_loss=[_live_loss(model, live, seed) for live in earlier.live],
+            sources=earlier.sources,
             pool_loss=pool_loss,
-            accuracy=lambda: {"target": accuracy(model, head, test), **known.judged()},
+            accuracy=lambda: {"target": accuracy(model, head, test), **earlier.accuracies()},
             probe=lambda: accuracy(model, head, probe),
         )
 
@@ -141,15 +158,15 @@ class Encoder:
             folder.parent.mkdir(parents=True, exist_ok=True)
             save_source(folder, model, gradient, task.labels)
             adapted: Any = model.encoder
-            encoder = adapted.unload()  # what follows is the same whether the source was trained here or not
+            encoder = adapted.unload()  # so that trained and cached sources take the same path from here
         self.model, gradient = load_source(folder, encoder, task.labels, self.device)
         freeze_source(self.model)
         per_label = max(1, round(_TEST_ROWS / len(task.labels)))
         test = self.encode(draw(task.test, per_label, _SEED), task.labels)
-        self.known = Known(
+        self.earlier = Earlier(
             sources=(gradient,),
             live=(LiveRows(head=HEAD, rows=rows),),
-            judged=lambda: {"source": accuracy(self.model, HEAD, test)},
+            accuracies=lambda: {"source": accuracy(self.model, HEAD, test)},
         )
         self.source_accuracy = accuracy(self.model, HEAD, test)
 
