@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gradguide.demo.compare import Coherence, unit_gradient
+from gradguide.demo.config import DEFAULT_MODEL
 from gradguide.demo.data import Example, Task, batches, draw, few_shot, read_file
-from gradguide.demo.model import DEFAULT_MODEL, Classifier, Encoded, accuracy, add_lora, encode, load_encoder
+from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, encode, load_encoder
 from gradguide.demo.source import HEAD, capture_source, freeze_source, learn_source, load_source, save_source
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 __all__ = ["accuracies", "bars", "guidance", "save"]
 

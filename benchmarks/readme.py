@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.blocks import BLOCKS
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 __all__ = ["FILES", "blocks_in", "fill", "main"]
 

@@ -36,7 +36,6 @@ from gradguide.rules import triton as deciding
 from gradguide.rules.decide import SOURCES, STATISTICS, Rules
 from gradguide.rules.span import Span
 from gradguide.step.fused_adam import MOST_SETTINGS, MOST_SOURCES
-from gradguide.utils.atomic import replacing
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.optim import Optimizer
 
 from gradguide.base_checks import NO_GRADIENTS, check_base, check_hooks
-from gradguide.checkpoint.state_dict import state_dict as checkpoint
+from gradguide.checkpoint import state_dict as checkpoint
 from gradguide.distributed.resharded import find_sharded
 from gradguide.ops import check_backend
 from gradguide.recording.history import History

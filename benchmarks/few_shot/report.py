@@ -13,7 +13,7 @@ from benchmarks.few_shot import goals, tables
 from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
 from benchmarks.few_shot.methods import BASE
 from benchmarks.few_shot.results import difference, load, tuned, untuned, worst
-from gradguide.atomic import replacing
+from gradguide.utils.atomic import replacing
 
 __all__ = ["compact", "one_rate", "summary", "write"]
 

@@ -116,7 +116,7 @@ def _demo(options: dict[str, Any]) -> None:
 
 
 def _inspect(options: dict[str, Any]) -> None:
-    from gradguide.cli.main import inspect as description
+    from gradguide.cli import inspect as description
 
     found = {"source": description.describe(options["file"])}
     if options["against"] is not None:
@@ -126,7 +126,7 @@ def _inspect(options: dict[str, Any]) -> None:
     if options["json"]:
         print(json.dumps(found, indent=2))
     else:
-        from gradguide.cli.main import tables as inspection
+        from gradguide.cli import tables as inspection
 
         inspection.show(found)
 

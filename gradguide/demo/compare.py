@@ -17,12 +17,11 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide.demo.config import DemoConfig
+from gradguide.demo.data import Transfer, batches
+from gradguide.demo.model import Classifier, Encoded, accuracy
+from gradguide.demo.source import HEAD as SOURCE_HEAD
 from gradguide.integrations.peft import lora_parameters
-
-from .config import DemoConfig
-from .data import Transfer, batches
-from .model import Classifier, Encoded, accuracy
-from .source import HEAD as SOURCE_HEAD
 
 __all__ = ["Coherence", "Method", "Outcome", "Prepared", "compare", "default_methods", "trainable", "unit_gradient"]
 

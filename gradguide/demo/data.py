@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import DemoError, OptionError
+from gradguide.demo.config import DemoError, OptionError
 
 __all__ = ["Example", "Task", "Transfer", "batches", "draw", "few_shot", "read_file", "read_transfer", "split_tasks"]
 

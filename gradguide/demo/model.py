@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .config import DEFAULT_MODEL, EXTRA, DemoError, OptionError
-from .data import Example
+from gradguide.demo.config import DEFAULT_MODEL, EXTRA, DemoError, OptionError
+from gradguide.demo.data import Example
 
 __all__ = ["Batch", "Classifier", "Encoded", "accuracy", "add_lora", "check_sha256", "encode", "load_encoder"]
 

@@ -11,10 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradguide.demo.compare import Outcome, Prepared
 from gradguide.recording.plotting import figure_for, save_figure
 from gradguide.utils.atomic import replacing
-
-from .compare import Outcome, Prepared
 
 if TYPE_CHECKING:
     from rich.table import Table

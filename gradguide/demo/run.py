@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import torch
 
+from gradguide.demo.compare import Outcome, Prepared, compare, default_methods, trainable
+from gradguide.demo.config import DemoConfig, OptionError, check_extras
+from gradguide.demo.data import draw, few_shot, read_transfer
+from gradguide.demo.model import accuracy, encode, load_encoder
+from gradguide.demo.report import print_table, write_report
+from gradguide.demo.source import HEAD, freeze_source, learn_source, load_source, save_source
 from gradguide.integrations.peft import lora_parameters
-
-from .compare import Outcome, Prepared, compare, default_methods, trainable
-from .config import DemoConfig, OptionError, check_extras
-from .data import draw, few_shot, read_transfer
-from .model import accuracy, encode, load_encoder
-from .report import print_table, write_report
-from .source import HEAD, freeze_source, learn_source, load_source, save_source
 
 __all__ = ["DemoConfig", "Outcome", "Prepared", "compare", "default_methods", "prepare", "run", "trainable"]
 

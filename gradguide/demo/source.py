@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gradguide import SourceGradient
+from gradguide.demo.config import OptionError
+from gradguide.demo.data import batches
+from gradguide.demo.model import Batch, Classifier, Encoded, add_lora
 from gradguide.integrations.peft import lora_parameters
 from gradguide.utils.atomic import scratch_beside
-
-from .config import OptionError
-from .data import batches
-from .model import Batch, Classifier, Encoded, add_lora
 
 __all__ = ["HEAD", "capture_source", "freeze_source", "learn_source", "load_source", "save_source"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradguide import Direction, GradGuide, Magnitude
-from gradguide.checkpoint.state_dict import state_dict as checkpoint
+from gradguide.checkpoint import state_dict as checkpoint
 from gradguide.checkpoint.validation import COUNTERS
 from tests.contract import kit
 
