@@ -1,17 +1,34 @@
-"""Every recipe of the README, run as a user would: copied into an empty folder."""
+"""Every recipe of the README and of the integrations' docstrings, copied into an empty folder and run."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-RECIPES = dict(re.findall(r"```python\n# recipe: (\S+)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL))
+ROOT = Path(__file__).parents[1]
+
+
+def _recipes() -> dict[str, str]:
+    """Return each recipe by the name of its file."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"```python\n# recipe: (\S+)\n(.*?)```", text, flags=re.DOTALL))
+    for path in (ROOT / "gradguide" / "integrations").glob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        _, _, body = docstring.partition("    # recipe: ")
+        if body:
+            name, _, code = body.partition("\n")
+            found[name] = textwrap.dedent(code)
+    return found
+
+
+RECIPES = _recipes()
 
 
 @pytest.mark.slow
