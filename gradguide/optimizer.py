@@ -119,7 +119,7 @@ class GradGuide(Wrapper):
         known = Names(names if names is not None else carried(base.param_groups))
         known.of(p for group in base.param_groups for p in group["params"])
         replaced = find_sharded([*known.found, *(scope if isinstance(scope, Mapping) else ())], base.param_groups)
-        known.found = {replaced.get(p, p): name for p, name in known.found.items()}
+        known.replace(replaced)
         if isinstance(scope, Mapping):
             scope = {replaced.get(p, p): label for p, label in scope.items()}
         labeller(scope, known.found)
@@ -246,8 +246,9 @@ class GradGuide(Wrapper):
         surveyor.follow(self.base)
         known = surveyor.known.merged(carried([param_group]))
         bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
-        asked = _sources(guidance.rules.alignment, self._regularizer)
-        sources = match_sources(asked, [*self.param_groups, {"params": bare}], known)
+        groups = [*self.param_groups, {"params": bare}]
+        known.replace(find_sharded(known.found, groups))
+        sources = match_sources(_sources(guidance.rules.alignment, self._regularizer), groups, known)
         self.base.add_param_group(param_group)
         surveyor.rename(known, self.base)
         surveyor.ask(sources)
@@ -270,6 +271,7 @@ class GradGuide(Wrapper):
         guidance = self._guidance
         guidance.surveyor.follow(self.base)
         known = guidance.surveyor.known.merged(names)
+        known.replace(find_sharded(known.found, self.param_groups))
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
         guidance.surveyor.rename(known, self.base)
         guidance.align(alignment, sources)

@@ -153,6 +153,10 @@ class Names:
             self._models.insert(0, (given.model, frozenset(pairs.values())))
         self.found.update(pairs)
 
+    def replace(self, replaced: Mapping[Tensor, Tensor]) -> None:
+        """Give the name of each parameter of ``replaced`` to the one that has taken its place."""
+        self.found = {replaced.get(p, p): name for p, name in self.found.items()}
+
     def _read(self) -> list[tuple[dict[str, Tensor], frozenset[str] | None]]:
         models = [(model(), names) for model, names in self._models]
         return [(model_names(model), names) for model, names in models if model is not None]

@@ -63,8 +63,8 @@ def inside_zero() -> str | None:
     """The error of GradGuides that are made within a base that divides the parameters, each rank its own."""
     model = problem.net()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    base: Any = guided(torch.optim.AdamW)
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), base, lr=0.02)
+    inner: Any = guided(torch.optim.AdamW)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), inner, lr=0.02)
     problem.loss_of(wrapped, *problem.batch(0)).backward()
     try:
         optimizer.step()

@@ -26,6 +26,8 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {
     "parameters to names": lambda model: {p: name for name, p in model.named_parameters()},
     "pairs": lambda model: list(model.named_parameters()),
     "generator": lambda model: iter(list(model.named_parameters())),
+    "model": lambda model: model,
+    "given later": lambda model: list(model.named_parameters()),
 }
 
 
@@ -79,7 +81,12 @@ def sourced(form: str | None, world: int) -> dict[str, Tensor]:
         unsharded = problem.net()
         source = SourceGradient.capture(unsharded, batches, lambda m, b: problem.loss_of(m, *b), curvature=False)
         names = model.named_parameters()
-    optimizer = GradGuide(AdamW(model.parameters(), lr=0.02), alignment=Alignment(source, weight=0.5), names=names)
+    alignment, base = Alignment(source, weight=0.5), AdamW(model.parameters(), lr=0.02)
+    if form == "given later":
+        optimizer = GradGuide(base)
+        optimizer.set_alignment(alignment, names=names)
+    else:
+        optimizer = GradGuide(base, alignment=alignment, names=names)
     problem.train(model, optimizer, range(STEPS))
     return {name: whole(p) for name, p in model.named_parameters()}
 
@@ -109,6 +116,18 @@ def found_names(
     wanted = {p: name for name, p in model.named_parameters() if name in names}
     surveyor = optimizer._guidance.surveyor
     return "all" if surveyor.names == wanted else f"{sorted(surveyor.names.values())} for {sorted(wanted.values())}"
+
+
+def added(world: int) -> bool:
+    """Whether a group that is added after sharding has the names that were given with all others before it."""
+    model: nn.Module = problem.net()
+    names = list(model.named_parameters())
+    shard(model, world)
+    parameters = list(model.parameters())
+    optimizer = GradGuide(AdamW(parameters[:3]), names=names)
+    optimizer.add_param_group({"params": parameters[3:]})
+    wanted = {p: name for name, p in model.named_parameters()}
+    return optimizer._guidance.surveyor.names == wanted
 
 
 def scoped(early: bool, swapped: bool, world: int) -> dict[str, Tensor]:
@@ -162,6 +181,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         "other numbers since": found_names(world, by_decay, after=randomized),
         "some of those with the same numbers": found_names(world, by_decay, taken=half_of_norms),
     }
+    found["added"] = added(world)
     found["scoped late"] = scoped(early=False, swapped=False, world=world)
     found["scoped early"] = scoped(early=True, swapped=False, world=world)
     found["scoped and swapped"] = scoped(early=True, swapped=True, world=world)

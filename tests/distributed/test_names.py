@@ -30,6 +30,7 @@ def test_i35_names_taken_before_fully_shard_guide_as_those_taken_after_it(
             assert torch.equal(rank[f"sourced, {form}"][name], value), name
 
 
+@pytest.mark.filterwarnings("ignore:no batch reached")
 def test_i35_a_source_captured_before_fully_shard_guides_as_in_one_process(found: list[dict[str, Any]]) -> None:
     model = problem.net()
     batches = [problem.batch(step) for step in range(3)]
@@ -45,6 +46,10 @@ def test_i35_a_source_captured_before_fully_shard_guides_as_in_one_process(found
 def test_i35_parameters_with_the_same_numbers_are_told_apart_by_their_order(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert set(rank["names"].values()) == {"all"}, rank["names"]
+
+
+def test_i35_a_group_added_after_fully_shard_has_the_names_given_before_it(found: list[dict[str, Any]]) -> None:
+    assert [rank["added"] for rank in found] == [True, True]
 
 
 def test_i35_what_is_not_certain_is_refused_with_the_way_out(found: list[dict[str, Any]]) -> None:
