@@ -49,7 +49,6 @@ def _summary(source: dict[str, Any]) -> Table:
 
     table = Table(show_header=False, show_edge=False)
     metadata = source["metadata"]
-    versions = metadata.get("versions")
     rows = {
         "file": source["path"],
         "kind": source["kind"],
@@ -62,11 +61,7 @@ def _summary(source: dict[str, Any]) -> Table:
         "adapter": metadata.get("adapter"),
         "|s0|": source["gradient_norm"],
         "sum of F": source["fisher_trace"],
-        **(
-            {f"captured with {name}": version for name, version in versions.items()}
-            if isinstance(versions, dict)
-            else {}
-        ),
+        **{f"captured with {name}": version for name, version in (metadata.get("versions") or {}).items()},
     }
     for name, value in rows.items():
         if value is not None:
