@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,21 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import Layout, shard
-from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
 from gradguide.ops.tensors import Tensors
-from gradguide.sources import files as file
+from gradguide.sources import files
 from gradguide.sources.anchor_weights import stiffness
 from gradguide.sources.capture import Batch, Loss, measure
 from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
+from gradguide.sources.tables import checked_tables, digest, read_tables
 from gradguide.utils.names import NamesLike
 
 __all__ = ["SourceGradient"]
 
 ANCHORED_WEIGHT = 1.0
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TABLES = ({"gradient"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
 
 
 class SourceGradient:
@@ -62,24 +59,7 @@ class SourceGradient:
         """
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
-        given = {"gradient": gradient, "fisher": fisher, "anchor": anchor}
-        self._tables: dict[str, dict[str, Tensor]] = {k: dict(table) for k, table in given.items() if table is not None}
-        if not any(self._tables.values()):
-            raise ValueError("a source gradient needs at least one parameter, found none")
-        for label, table in self._tables.items():
-            if {name: tensor.shape for name, tensor in table.items()} != self.shapes():
-                raise ValueError(f"{label} must have the names and shapes of the other tables")
-            for name, tensor in table.items():
-                if tensor.dtype not in _FLOATING:
-                    raise TypeError(f"{label} must hold floating numbers, found {tensor.dtype} for {name}")
-                if not bool(tensor.isfinite().all()):
-                    raise ValueError(f"{label} must be finite, found NaN or Inf for {name}")
-                if label == "fisher" and bool((tensor < 0).any()):
-                    raise ValueError(f"{label} must be at least 0, found {float(tensor.min())} for {name}")
-        # Laid out one after the other, so that a pass over the rows needs no gathering.
-        for table in self._tables.values():
-            for (name, tensor), place in zip(list(table.items()), lay_out(list(table.values())), strict=True):
-                table[name] = place.copy_(tensor.detach())
+        self._tables = checked_tables({"gradient": gradient, "fisher": fisher, "anchor": anchor})
         self._lists: dict[tuple[str, str], tuple[list[str], Tensors]] = {}
         self.metadata: dict[str, Any] = dict(metadata or {})
         check_metadata(self.metadata)
@@ -249,12 +229,7 @@ class SourceGradient:
 
     def fingerprint(self) -> str:
         """Digest of names, shapes and numbers."""
-        digest = hashlib.sha256()
-        for label, table in self._tables.items():
-            for name, tensor in table.items():
-                digest.update(f"{label}/{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self._tables)
 
     def shards(self, layouts: Mapping[str, Layout]) -> SourceGradient:
         """This rank's parts of the tables, for parameters that are sharded; others stay whole. No communication."""
@@ -284,7 +259,7 @@ class SourceGradient:
             OSError: the file cannot be written.
         """
         check_metadata(self.metadata)
-        file.write(path, self._tables, {"names": self.names(), **self.metadata})
+        files.write(path, self._tables, {"names": self.names(), **self.metadata})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceGradient:
@@ -294,23 +269,9 @@ class SourceGradient:
             FileNotFoundError: there is no such file.
             ValueError: it is truncated, not safetensors, no source file, damaged, or of a newer format.
         """
-        tables, metadata = file.read(path)
-        order = metadata.pop("names", None)
-        metadata.pop("format")
-        complete = isinstance(order, list) and all(isinstance(name, str) for name in order)
-        if "steps" in tables:
-            raise ValueError(
-                f"{os.fspath(path)!r} holds a source in 8 bits, and 8-bit sources are no longer supported: capture it "
-                "again, or load it with gradguide 0.1.0 and save it in float32 or bfloat16"
-            )
-        if not complete or set(tables) not in _TABLES:
-            raise ValueError(f"{os.fspath(path)!r} is damaged: found tables {sorted(tables)} and names {order!r:.60}")
-        for label, table in tables.items():
-            if sorted(table) != sorted(order):
-                raise ValueError(f"{os.fspath(path)!r} is damaged: {label} has not the names that its metadata lists")
+        tables, metadata = read_tables(path)
         try:
-            ordered = {label: {name: table[name] for name in order} for label, table in tables.items()}
-            return cls._of(ordered, metadata)
+            return cls._of(tables, metadata)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
