@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.few_shot import rivals
+from benchmarks.few_shot.cautious import CautiousAdamW
 from benchmarks.few_shot.problem import Problem
 from benchmarks.few_shot.rivals import Change
 from benchmarks.zclip import ZClip
@@ -148,6 +149,10 @@ def _head_only(problem: Problem, lr: float) -> Learner:
     return Learner(optimizer=AdamW(groups), changes=(_clip(problem),))
 
 
+def _cautious(problem: Problem, lr: float) -> Learner:
+    return Learner(optimizer=CautiousAdamW(problem.groups(lr)), changes=(_clip(problem),))
+
+
 METHODS: dict[str, Method] = {
     "AdamW": _adamw(),
     BASE: _adamw(_clip),
@@ -160,6 +165,7 @@ METHODS: dict[str, Method] = {
     "PCGrad": _adamw(rivals.pcgrad, _clip),
     "UPGrad": _adamw(rivals.upgrad, _clip),
     "ZClip": _adamw(lambda problem: ZClip(problem.parameters)),
+    "C-AdamW": _cautious,
     **{name: _guided(variant) for name, variant in VARIANTS.items()},
 }
 """By name, as in the results."""

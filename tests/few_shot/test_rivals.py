@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from benchmarks.few_shot import rivals
+from benchmarks.few_shot.cautious import CautiousAdamW
 from benchmarks.few_shot.problem import Problem
 from benchmarks.zclip import ZClip
 from gradguide import SourceGradient
@@ -104,3 +106,21 @@ def test_zclip_clips_only_norms_that_stand_out_after_its_warm_up() -> None:
     assert norms[10] == 100.0
     assert norms[35] < 100.0
     assert all(n == pytest.approx(1.0 + 0.1 * math.sin(i), abs=1e-6) for i, n in enumerate(norms) if i not in (10, 35))
+
+
+def test_cautious_adamw_against_its_definition() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(50)
+    cautious, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = [CautiousAdamW([cautious], lr=0.1, weight_decay=0.0), AdamW([plain], lr=0.1, weight_decay=0.0)]
+    for _ in range(5):
+        with torch.no_grad():
+            plain.copy_(cautious)  # the moments are those of the gradients alone, which both receive
+        gradient = torch.randn(50)
+        before = plain.detach().clone()
+        for parameter, optimizer in zip((cautious, plain), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        update = before - plain.detach()
+        mask = (update * gradient > 0).float()
+        torch.testing.assert_close(cautious.detach(), before - update * mask / mask.mean())
