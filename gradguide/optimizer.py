@@ -54,6 +54,9 @@ class GradGuide(Wrapper):
     base's step is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see
     :mod:`gradguide.step.fused_adam`).
 
+    In groups with ``maximize=True`` the rules see the sign that the step has: the trajectory is that of the same
+    problem stated as descent.
+
     Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
     parameters where a rule acts on the update and the base steps by itself.
 

@@ -14,8 +14,8 @@ __all__ = ["ROUNDING", "Extent", "Span", "divide"]
 ROUNDING = 4e-6
 """Largest error of a product of two rows, relative to the product of their lengths.
 
-Backends multiply in float32 and add some hundred products before they change to float64. The error found is at most
-2e-7 for random rows and 1e-6 for rows whose numbers are all alike, where every addition rounds the same way.
+Backends multiply in float32 and add up to 128 products before they change to float64. The error found is at most 2e-7
+for random rows, and 2e-6 for rows whose numbers are all alike, where every addition rounds the same way.
 """
 
 
