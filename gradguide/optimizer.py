@@ -245,10 +245,13 @@ class GradGuide(Wrapper):
             check_momentum(self.base, [param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
+        bare = [entry[-1] if isinstance(entry, tuple) and entry else entry for entry in param_group["params"]]
+        if not all(isinstance(p, Tensor) for p in bare):
+            self.base.add_param_group(param_group)
+            return
         surveyor = guidance.surveyor
         surveyor.follow(self.base)
         known = surveyor.known.merged(carried([param_group]))
-        bare = [entry[1] if isinstance(entry, tuple) else entry for entry in param_group["params"]]
         groups = [*self.param_groups, {"params": bare}]
         known.replace(find_sharded(known.found, groups))
         sources = match_sources(_sources(guidance.rules.alignment, self._regularizer), groups, known)

@@ -45,6 +45,8 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     """
     check_depth(metadata)
     _check(metadata)
+    if reserved := {"names", "format"} & metadata.keys():
+        raise ValueError(f"metadata must not have {sorted(reserved)}, which files use themselves")
 
 
 def _check(metadata: object) -> None:

@@ -124,15 +124,9 @@ class SourceGradient:
             UserWarning: no batch reached some parameters; the gradient of LoRA's A matrices is zero, because B is
                 still zero; tensors of a batch differ in their first dimension.
         """
+        dtype = torch.float32 if dtype is None else dtype
         gradient, fisher, anchor, metadata = measure(
-            model,
-            batches,
-            loss,
-            curvature=curvature,
-            dtype=torch.float32 if dtype is None else dtype,
-            names=names,
-            mode=mode,
-            examples=examples,
+            model, batches, loss, curvature=curvature, dtype=dtype, names=names, mode=mode, examples=examples
         )
         return cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
 
@@ -259,7 +253,7 @@ class SourceGradient:
             OSError: the file cannot be written.
         """
         check_metadata(self.metadata)
-        files.write(path, self._tables, {"names": self.names(), **self.metadata})
+        files.write(path, self._tables, {**self.metadata, "names": self.names()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceGradient:

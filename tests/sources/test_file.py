@@ -287,7 +287,9 @@ def test_one_flipped_bit_in_the_header(tmp_path: Path) -> None:
     assert sum(outcomes.values()) == 700
 
 
-@pytest.mark.parametrize("metadata", [{"examples": "3"}, {"versions": []}, {"free": nested(70)}, {3: "x"}])
+@pytest.mark.parametrize(
+    "metadata", [{"examples": "3"}, {"versions": []}, {"free": nested(70)}, {3: "x"}, {"names": []}]
+)
 def test_what_would_not_load_is_not_made_or_saved(tmp_path: Path, metadata: dict[Any, Any]) -> None:
     with pytest.raises(ValueError, match="metadata"):
         SourceGradient({"w": ONE}, metadata=metadata)
