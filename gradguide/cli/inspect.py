@@ -1,4 +1,4 @@
-"""What a source file holds, as plain data: for ``gradguide inspect``, and for scripts."""
+"""Contents of a source file as JSON types, for ``gradguide inspect`` and for scripts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Tables = dict[str, dict[str, Tensor]]
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Metadata, size and norms of a source file.
+    """Return metadata, sizes and norms of a source file.
 
     Returns:
         JSON types: ``path``, ``kind`` ("fixed", "moving" or "anchored"), ``metadata`` as captured, ``tensors``,
-        ``numbers``, ``bytes``, ``gradient_norm`` and ``fisher_trace`` (None where the file has none), and ``layers``, a
-        list of the same by layer.
+        ``numbers``, ``bytes``, ``gradient_norm`` and ``fisher_trace`` (None if the file has none), and ``layers``, a
+        list of the same values by layer.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no source file, or of a newer format.
+        ValueError: the file is not a source file, is damaged, or has a newer format.
     """
     tables, metadata = _read(path)
     names = _order(tables, metadata)
@@ -49,14 +49,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict[str, Any]:
-    """Cosines between two source files over the parameters that both have, whole and by layer.
+    """Return cosines between two source files over the parameters that both contain, in total and by layer.
 
     Returns:
         JSON types: ``path`` of the other file, ``shared`` (number of tensors), ``gradient_cosine``, ``fisher_cosine``
-        (None where one file has no such table) and ``layers``.
+        (None if one file has no such table) and ``layers``.
 
     Raises:
-        FileNotFoundError, ValueError: see ``describe``; or the files share no parameter of one shape.
+        FileNotFoundError, ValueError: see ``describe``; or the files share no parameter of the same name and shape.
     """
     (ours, metadata), (theirs, _) = _read(path), _read(other)
     first, second = next(iter(ours.values())), next(iter(theirs.values()))
@@ -75,10 +75,10 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
 
 
 def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """How far an adapter has gone from where the source was captured, and what the source's loss makes of it.
+    """Return the distance of an adapter from the parameters at capture, and the rise of the source loss it implies.
 
     Args:
-        path: a source file with curvature, which holds the parameters at capture.
+        path: a source file with curvature, which contains the parameters at capture.
         adapter: a safetensors file of parameters, as PEFT's ``save_pretrained`` writes it (or its folder).
 
     Returns:
@@ -86,7 +86,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
         of the parameters at capture, ``modelled_rise`` of the source's mean loss (``s0 d + F d^2 / 2``), ``layers``.
 
     Raises:
-        FileNotFoundError, ValueError: see ``describe``; the source has no curvature, or no parameter fits.
+        FileNotFoundError, ValueError: see ``describe``; the source has no curvature, or no adapter tensor matches.
     """
     tables, metadata = _read(path)
     if "anchor" not in tables:
@@ -133,7 +133,10 @@ def _adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's tensors by the source's names. PEFT leaves out the adapter's name, and what is around its model."""
+    """Return the adapter's tensors by the source's names.
+
+    PEFT saves names without the adapter's name and without the prefix of modules around its model.
+    """
     short = {name: ".".join(part for part in name.split(".") if part != "default") for name in anchor}
     result = {}
     for name, bare in short.items():

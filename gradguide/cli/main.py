@@ -18,17 +18,17 @@ __all__ = ["main", "run"]
 
 
 class _UsageError(Exception):
-    """The command line does not parse."""
+    """The arguments cannot be parsed."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors become exceptions, so that they are reported like every other error of the user: in one line."""
+    """Raise an exception for bad arguments, so that they are printed like every other error: as one line."""
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see {self.prog} --help)")
 
 
-# Their messages are written for the user. Of other errors, type and place are shown as well.
+# The messages of these errors are written for users. For other errors, type and location are printed as well.
 _EXPECTED = (_UsageError, OSError, ValueError, ImportError)
 _INTERRUPTED = 130
 _LONGEST = 1000
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; by default those of the process.
+        argv: arguments without the program's name. Default: those of the process.
 
     Returns:
         int: exit code: 0 for success or a closed pipe, 2 for an error, which is one line on stderr.
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     except SystemExit as end:  # --help and --version; rich, at a closed pipe
         return 0 if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         return 0
     except Exception as error:
         if _was_interrupted(error):
@@ -62,27 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """Run the installed command: as :func:`main`, with exit code 130 and nothing on stderr after Ctrl-C."""
+    """Run the command line and exit. After Ctrl-C the exit code is 130 and stderr is empty."""
     sys.unraisablehook = _end_if_interrupted
     try:
         code = main()
     except KeyboardInterrupt:
         code = _INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the end of the interpreter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the interpreter's shutdown remains
     for stream in filter(None, (sys.stdout, sys.stderr)):
         _discard_if_closed(stream)
     sys.exit(code)
 
 
 def _end_if_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
-    """End the process where a callback that cannot raise, as those of imports, was interrupted."""
+    """End the process if Ctrl-C was raised in a callback that cannot raise, such as one of the import system."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         os._exit(_INTERRUPTED)
     sys.__unraisablehook__(unraisable)
 
 
 def _discard_if_closed(stream: TextIO) -> None:
-    """Drop what a stream still holds if it cannot be written; the interpreter would complain at its end."""
+    """Discard buffered output that cannot be written; the interpreter would report it at shutdown."""
     try:
         stream.flush()
     except OSError:
@@ -90,7 +90,7 @@ def _discard_if_closed(stream: TextIO) -> None:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C led to an error; compiled modules make an ImportError of it."""
+    """Return whether Ctrl-C caused an error; compiled modules turn it into an ImportError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -108,7 +108,7 @@ def _line(error: Exception) -> str:
 
 
 def _demo(options: dict[str, Any]) -> None:
-    # The demo's modules need nothing but the library; its extras are looked for when it runs.
+    # Importing the demo needs no extra. Missing packages are reported when it runs.
     from gradguide.demo.run import DemoConfig
     from gradguide.demo.run import run as run_demo
 
@@ -144,7 +144,7 @@ def _plot(options: dict[str, Any]) -> None:
 
 
 def _run_name(path: Path, paths: Sequence[Path]) -> str:
-    """The file's name where that tells the runs apart, else the whole path."""
+    """Return the file name without its suffix if it is unique, else the path."""
     return path.stem if [other.stem for other in paths].count(path.stem) == 1 else str(path)
 
 
@@ -162,50 +162,66 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="adapt a pretrained encoder with few examples, with and without GradGuide, and compare",
-        description="Trains a LoRA adapter on source domains, adapts it to a target domain with few examples, with "
-        "AdamW and with GradGuide around it, and reports what was learnt and what was kept.",
-        # An option that is not given keeps the default of DemoConfig: each default is written once.
+        description="Trains a LoRA adapter on source domains, then adapts it to a target domain with few examples, "
+        "once with AdamW and once with AdamW inside GradGuide. Reports target accuracy and source accuracy.",
+        # Options that are not given are left out, so that DemoConfig is the only place with defaults.
         argument_default=argparse.SUPPRESS,
     )
     add = demo.add_argument
-    add("--data", type=Path, metavar="DIR", help="train.tsv and test.tsv with text, label, [domain] (built-in texts)")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="train.tsv and test.tsv: text, label, [domain] (built-in texts)",
+    )
     add("--model", metavar="ID", help="hub id or folder of an encoder (sentence-transformers/all-MiniLM-L6-v2)")
-    add("--source", type=_names, action="extend", metavar="NAME", help="source domains, joined by commas or repeated")
-    add("--target", metavar="NAME", help="target domain (the last in sorted order)")
+    add(
+        "--source",
+        type=_names,
+        action="extend",
+        metavar="NAME",
+        help="source domains, joined by commas or repeated (first five)",
+    )
+    add("--target", metavar="NAME", help="target domain (last in sorted order)")
     add("--shots", type=int, metavar="N", help="training rows per target label (4)")
     add("--seeds", type=int, metavar="N", help="runs per method (4)")
     add("--steps", type=int, metavar="N", help="optimizer steps per run (50)")
     add("--batch", type=int, metavar="N", help="rows per step (16)")
     add("--lr", type=float, metavar="RATE", help="learning rate of the adaptation (2e-3)")
     add("--out", type=Path, metavar="DIR", help="folder for results.csv and results.png (gradguide-demo)")
-    add("--save-source", type=Path, metavar="DIR", help="keep the source adapter, its head and the source gradient")
-    add("--source-adapter", type=Path, metavar="DIR", help="use what --save-source kept, in place of training")
+    add("--save-source", type=Path, metavar="DIR", help="save source adapter, head and source gradient to a new folder")
+    add("--source-adapter", type=Path, metavar="DIR", help="load a folder of --save-source instead of training")
     inspect = commands.add_parser(
         "inspect",
-        help="what a source file holds, how it compares with another, how far an adapter has gone from it",
-        description="Reads a file of SourceGradient.save and prints what it holds, layer by layer.",
+        help="print the contents of a source file, cosines with another, and the drift of an adapter",
+        description="Prints metadata, sizes and norms of a file written by SourceGradient.save, by layer.",
     )
-    inspect.add_argument("file", type=Path, metavar="FILE", help="a source file (safetensors)")
-    inspect.add_argument("--against", type=Path, metavar="FILE", help="another source file: cosines, layer by layer")
-    inspect.add_argument("--adapter", type=Path, metavar="PATH", help="an adapter as PEFT saves it: its drift")
-    inspect.add_argument("--json", action="store_true", help="JSON in place of tables")
+    inspect.add_argument("file", type=Path, metavar="FILE", help="source file (safetensors)")
+    inspect.add_argument("--against", type=Path, metavar="FILE", help="another source file; prints cosines by layer")
+    inspect.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="PATH",
+        help="adapter saved by PEFT; prints its drift",
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plot = commands.add_parser(
         "plot",
         help="compare recorded runs in one figure",
-        description="Draws the histories of one or several runs (History.save, .csv or .jsonl) into one figure.",
+        description="Draws one or more files written by History.save (.csv or .jsonl) into one figure.",
     )
-    plot.add_argument("history", type=Path, nargs="+", metavar="HISTORY", help="file of History.save")
+    plot.add_argument("history", type=Path, nargs="+", metavar="HISTORY", help="file written by History.save")
     plot.add_argument(
-        "--out", type=Path, default=Path("gradguide-plot.png"), metavar="FILE", help="image (%(default)s)"
+        "--out", type=Path, default=Path("gradguide-plot.png"), metavar="FILE", help="image file (%(default)s)"
     )
-    plot.add_argument("--json", action="store_true", help="say as JSON what was written")
+    plot.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def _version() -> str:
     try:
         return version("gradguide")
-    except PackageNotFoundError:  # a checkout that is on the path and not installed
+    except PackageNotFoundError:  # imported from a checkout that is not installed
         return "unknown"
 
 

@@ -1,4 +1,4 @@
-"""Tables for people of what ``gradguide.cli.inspect`` found."""
+"""Tables of ``gradguide inspect``, printed with rich."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ALL = "(all)"
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the parts of ``gradguide inspect``.
+    """Print the results of ``gradguide.description``.
 
     Raises:
         ImportError: rich is not installed.
@@ -84,7 +84,7 @@ def _layers(title: str, layers: list[dict[str, Any]], columns: dict[str, str]) -
 
 
 def _common(names: list[str]) -> str:
-    """What all names begin with, in whole parts, with the dot behind it; a layer keeps its last part."""
+    """Return the common prefix of dotted names, with its last dot. At least the last part of each name is left."""
     parts = [name.split(".") for name in names]
     shared = []
     for column in zip(*(part[:-1] for part in parts), strict=False):

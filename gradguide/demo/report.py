@@ -35,7 +35,8 @@ def print_table(prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
     """Print means with standard deviations over seeds, and paired differences from the first method."""
     from rich.console import Console
 
-    Console().print(_table(prepared, _by_method(outcomes)))
+    # Names of labels and domains may contain brackets, which are not markup.
+    Console(markup=False).print(_table(prepared, _by_method(outcomes)))
 
 
 def paired_difference(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:

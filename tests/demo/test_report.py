@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -112,6 +113,12 @@ def test_table_of_one_seed_has_no_deviations(capsys: pytest.CaptureFixture[str])
     text = " ".join(out.split())
     assert "One seed: no standard deviation and no interval." in text
     assert "Source accuracy is measured on 6 of 8 test rows" in text
+
+
+def test_brackets_in_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [dataclasses.replace(o, method=f"[{o.method}]") for o in TWO_SEEDS]
+    print_table(prepared(2), results)
+    assert "[mine] - [plain]" in capsys.readouterr().out
 
 
 def test_csv_has_one_row_per_run(tmp_path: Path) -> None:
