@@ -13,7 +13,7 @@ _ALL = "(all)"
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the results of ``gradguide.description``.
+    """Print the results of ``gradguide.cli.inspect``.
 
     Raises:
         ImportError: rich is not installed.
