@@ -42,9 +42,12 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
             counts = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         else:
             counts = (after[:, 1:] != -100) if labels is not None else after[:, 1:].bool()
+    elif labels is not None:
+        counts = labels != -100
+    elif mask is not None:
+        counts = mask.bool()
     else:
-        counts = (labels != -100) if labels is not None else mask.bool() if mask is not None else None
-        counts = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if counts is None else counts
+        counts = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
     number = int(counts.sum())
     if number == 0:
         raise ValueError("no position of the batch counts: its labels are all -100, or its attention mask all 0")

@@ -108,9 +108,7 @@ class _Recorder:
                 leader = self._last_input[1]
             self.shared[layer.name] = leader
             size, device = layer.shape[1], given.device
-            inputs = (
-                self.statistics[leader].inputs if leader != layer.name else Covariance(size, self.rank, device)
-            )
+            inputs = self.statistics[leader].inputs if leader != layer.name else Covariance(size, self.rank, device)
             self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
         if self.shared[layer.name] == layer.name:
             self._last_input = given, layer.name
@@ -138,7 +136,7 @@ def measure(
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
             value, number = _checked(loss(model, batch), index)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             number = number or _predictions(recorder.batch.gradients)
             if not math.isfinite(float(value.detach())) or number < 1:
                 raise ValueError(
@@ -223,16 +221,14 @@ def _predictions(gradients: Sequence[tuple[LayerStatistics, Tensor]]) -> int:
     return int((nearest.reshape(-1, nearest.shape[-1]) != 0).any(dim=1).sum())
 
 
-def _checked(value: object, index: int) -> tuple[Tensor, int]:
-    number = 0
-    if isinstance(value, tuple) and len(value) == 2:
-        value, number = value[0], int(value[1])
+def _checked(value: Any, index: int) -> tuple[Tensor, int]:
+    value, number = value if isinstance(value, tuple) and len(value) == 2 else (value, 0)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar tensor, or one and a count, found {found} on batch {index}")
     if not value.requires_grad:
         raise ValueError(
-            f"the loss of batch {index} has no gradient: it was detached, made under no_grad, or reentrant checkpointing "
-            "cut it off (use_reentrant=False)"
+            f"the loss of batch {index} has no gradient: it was detached, made under no_grad, or reentrant "
+            "checkpointing cut it off (use_reentrant=False)"
         )
-    return value.reshape(()), number
+    return value.reshape(()), int(number)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["OVERSAMPLING", "Covariance", "Factor", "merged", "stacked"]
+__all__ = ["OVERSAMPLING", "Covariance", "Factor", "LayerFactors", "merged", "stacked"]
 
 OVERSAMPLING = 16
 """Columns of a sketch beyond its rank. They hold the error of the kept part near that of the best approximation."""
@@ -71,13 +71,29 @@ class Factor:
         return Factor(basis.float(), rest.float())
 
 
+@dataclass(frozen=True, slots=True)
+class LayerFactors:
+    """What is stored of one linear layer.
+
+    inputs (Factor): S = E[x x^T] over tokens, [in, in].
+    outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
+    scale (float): E|y|^2 of the layer's outputs y.
+    anchor: the adapters' change of the weight where the source was captured, as ([out, R], [R, in]); None at the base.
+    """
+
+    inputs: Factor
+    outputs: Factor
+    scale: float
+    anchor: tuple[Tensor, Tensor] | None = None
+
+
 class Covariance:
     """A running estimate of ``sum_i x_i x_i^T`` for vectors of one size, in bounded memory.
 
-    With a rank it keeps the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns, and
-    :meth:`factor` is the Nystrom approximation of that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736,
-    algorithm 3). The sketch is linear, so sketches of several ranks add up. Without a rank, or where the sketch would be
-    as large as the matrix, it keeps the whole matrix.
+    With a rank it keeps the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns.
+    :meth:`factor` is the Nystrom approximation from that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736,
+    algorithm 3). The sketch is linear, so sketches of several ranks add up. Without a rank, or where the sketch would
+    be as large as the matrix, it keeps the whole matrix.
 
     Args:
         size (int): n, length of the vectors.

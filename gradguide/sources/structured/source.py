@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradguide.checks import check_range
-from gradguide.naming import canonical
 from gradguide.ops.row import Row
-from gradguide.sharding import Layout, layout_of, shard
+from gradguide.sharding import Layout
 from gradguide.sources.structured import storage
+from gradguide.sources.structured.binding import Binding, product_sum
 from gradguide.sources.structured.capture import Loss, measure
-from gradguide.sources.structured.factors import Factor, merged, stacked
+from gradguide.sources.structured.factors import LayerFactors, merged
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
-from gradguide.sources.structured.pull import adapter_pull, weight_pull
 
 __all__ = ["StructuredSource"]
 
@@ -27,57 +25,13 @@ DEFAULT_WEIGHT = 100.0
 FLOOR = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFactors:
-    """What is stored of one linear layer.
-
-    inputs (Factor): S = E[x x^T] over tokens, [in, in].
-    outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
-    scale (float): E|y|^2 of the layer's outputs y.
-    anchor: the adapters' change of the weight where the source was captured, as ([out, R], [R, in]); None at the base.
-    """
-
-    inputs: Factor
-    outputs: Factor
-    scale: float
-    anchor: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BoundLayer:
-    """Which parameters of a model change a layer.
-
-    adapters: names of A and B, and the scale, of each trained adapter.
-    frozen: the frozen adapters' change of the weight, or None.
-    weight, start: name of the weight where it is trained itself, and its values at the base.
-    """
-
-    name: str
-    transposed: bool
-    adapters: tuple[tuple[str, str, float], ...]
-    frozen: tuple[Tensor, Tensor] | None
-    weight: str | None
-    start: Tensor | None
-
-
-@dataclass(slots=True)
-class _Group:
-    """Layers of one shape and kind, with their factors stacked."""
-
-    layers: list[BoundLayer]
-    inputs: Factor
-    outputs: Factor
-    floor: Tensor
-    fixed: tuple[Tensor, Tensor] | None = field(default=None)
-
-
 class StructuredSource:
     """The curvature of what a language model knows, per linear layer, in weight space.
 
-    A linear layer computes ``W x``, and training changes W by D: ``scale * B A`` for a LoRA adapter. The Kullback-Leibler
-    divergence from the model before is about ``1/2 tr(D^T G D S)`` nats per token, summed over layers, with S the
-    covariance of the layer's inputs and G that of the gradients of log p at its outputs (Kronecker-factored curvature,
-    arXiv 1503.05671; for keeping old tasks, arXiv 1805.07810). The source answers with the gradient of that with
+    A linear layer computes ``W x``, and training changes W by D: ``scale * B A`` for a LoRA adapter. The
+    Kullback-Leibler divergence from the model before is about ``1/2 tr(D^T G D S)`` nats per token, summed over layers.
+    S is the covariance of the layer's inputs, G that of the gradients of log p at its outputs (Kronecker-factored
+    curvature, arXiv 1503.05671; for keeping old tasks, arXiv 1805.07810). The source gives the gradient of that with
     respect to A and B, or W. It depends on D alone, so one file serves every adapter of a base model.
 
     Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`, and the model to ``names``.
@@ -101,10 +55,10 @@ class StructuredSource:
         self._layers = dict(layers)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.floor = FLOOR
-        self._bound: list[BoundLayer] = []
-        self._groups: tuple[torch.device, list[_Group]] | None = None
+        self.drift: Tensor | None = None
+        """Modelled KL in nats per token from where the source was captured, at the last step: Tensor []."""
+        self._binding: Binding | None = None
         self._rows: dict[str, Tensor] = {}
-        self._drift: Tensor | None = None
 
     @classmethod
     def capture(
@@ -119,26 +73,26 @@ class StructuredSource:
     ) -> StructuredSource:
         """Capture the factors in one pass over source batches.
 
-        The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state are afterwards as
-        they were. Memory beside the model: per layer ``(rank + 16) (in + out)`` numbers in float32 (layers with the same
-        input share theirs), and what one batch's forward and backward pass holds. Under ``torch.distributed`` every
-        rank gives its share of the batches and gets the same source.
+        The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state are afterwards
+        as they were. Memory beside the model: per layer ``(rank + 16) (in + out)`` numbers in float32 (layers with the
+        same input share theirs), and what one batch's forward and backward pass holds. Under ``torch.distributed``
+        every rank gives its share of the batches and gets the same source.
 
         Args:
             model: a base model, or a PEFT model, fresh or trained.
             batches: source batches, as ``loss`` takes them.
-            loss: ``loss(model, batch)``, the mean negative log likelihood of labels *drawn from the model*, a scalar; or
-                that and the number of predictions it is a mean over. Without the number, rows with a gradient at the
-                last layer are counted. Whether labels are drawn from the model cannot be seen from here: with
-                the data's own labels the factors are those of the empirical Fisher information.
+            loss: ``loss(model, batch)``, the mean negative log likelihood of labels *drawn from the model*, a scalar;
+                or that and the number of predictions it is a mean over. Without the number, rows with a gradient at
+                the last layer are counted. Whether labels are drawn from the model cannot be seen from here: with the
+                data's own labels the factors are those of the empirical Fisher information.
             modules: names, endings of names or patterns of layers; by default every linear layer that is trained or
                 adapted, or, where the model has none, every linear layer but the language head.
             rank (int | None): rank of S and G; the rest of the spectrum is kept as a diagonal. None keeps them whole.
             dtype: storage of the factors: torch.float32 (the default) or bfloat16.
 
         Raises:
-            ValueError: no linear layer, no batch, a layer that no batch reached, a loss that is no scalar or not finite,
-                factors that are not finite.
+            ValueError: no linear layer, no batch, a layer that no batch reached, a loss that is no scalar or not
+                finite, factors that are not finite.
         """
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank must be a whole number of at least 1, or None, found {rank!r}")
@@ -189,26 +143,8 @@ class StructuredSource:
         Raises:
             ValueError: a layer has another shape, or no trained parameter changes any layer.
         """
-        names = {id(p): canonical(name) for name, p in model.named_parameters()}
-        bound = []
-        for name, layer in find_layers(model).items():
-            if name not in self._layers:
-                continue
-            held = self._layers[name]
-            if layer.shape != (held.outputs.size, held.inputs.size):
-                raise ValueError(
-                    f"layer {name} has shape {layer.shape}, the source {(held.outputs.size, held.inputs.size)}: it was "
-                    "captured from another model"
-                )
-            found = _bound(layer, names)
-            if found.adapters or found.weight:
-                bound.append(found)
-        if not bound:
-            raise ValueError(
-                f"no trained parameter of the model changes one of the source's {len(self._layers)} layers: add an "
-                "adapter, unfreeze weights, or capture the layers that are trained"
-            )
-        self._bound, self._groups, self._rows = bound, None, {}
+        self._binding = Binding(model, self._layers, self.floor)
+        self._rows, self.drift = {}, None
 
     def shapes(self) -> None:
         """Return None: it answers for any parameter, with zero for one that changes none of its layers."""
@@ -228,24 +164,22 @@ class StructuredSource:
         """Return the source itself: factors are whole on every rank, and the pull is cut where it is written."""
         return self
 
-    @torch.no_grad()
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-        """Compute the pull at the parameters as they are."""
-        self._rows = {}
-        drifts = []
-        for group in self._grouped(parameters):
-            drifts.append(self._pull(group, parameters))
-        self._drift = torch.cat(drifts).sum() if drifts else None
+        """Compute the pull at the parameters as they are.
+
+        Raises:
+            RuntimeError: the source was not bound to a model.
+        """
+        if self._binding is None:
+            raise RuntimeError("a structured source needs the model: pass names=model to GradGuide")
+        if parameters:
+            self._binding.to(next(iter(parameters.values())).device)
+            self._rows, self.drift = self._binding.pull(parameters)
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """Return the pull on the parameters called ``names``; zero where a parameter changes no layer."""
         pairs = zip(names, at, strict=True)
         return Row(offset=[self._rows[n] if n in self._rows else torch.zeros_like(p) for n, p in pairs])
-
-    @property
-    def drift(self) -> Tensor | None:
-        """Modelled KL in nats per token from where the source was captured, at the last step: Tensor []."""
-        return self._drift
 
     @staticmethod
     def merge(sources: Sequence[StructuredSource], weights: Sequence[float] | None = None) -> StructuredSource:
@@ -274,9 +208,7 @@ class StructuredSource:
                 merged([f.inputs for f, _ in held], [w / total for _, w in held], rank),
                 merged([f.outputs for f, _ in held], [w for _, w in held], rank),
                 sum(f.scale * w / total for f, w in held),
-                None
-                if not anchors
-                else (torch.cat([left * w for (left, _), w in anchors], dim=1), torch.cat([r for (_, r), _ in anchors])),
+                product_sum(anchors),
             )
         return StructuredSource(layers, {"merged": [source.metadata for source in sources]})
 
@@ -304,106 +236,8 @@ class StructuredSource:
         return cls(layers, metadata)
 
     def __repr__(self) -> str:
-        numbers = sum(
-            f.numel() for h in self._layers.values() for f in (h.inputs.basis, h.outputs.basis)
-        )
+        numbers = sum(f.numel() for h in self._layers.values() for f in (h.inputs.basis, h.outputs.basis))
         return f"StructuredSource({len(self._layers)} layers, {numbers} numbers)"
-
-    def _grouped(self, parameters: Mapping[str, Tensor]) -> list[_Group]:
-        """Stack the factors of layers of one shape, once per device."""
-        device = next(iter(parameters.values())).device
-        if self._groups is not None and self._groups[0] == device:
-            return self._groups[1]
-        kinds: dict[tuple[Any, ...], list[BoundLayer]] = {}
-        for bound in self._bound:
-            held = self._layers[bound.name]
-            fixed = _fixed(bound, held)
-            ranks = tuple(parameters[a].shape[0] for a, _, _ in bound.adapters if a in parameters)
-            key = (held.outputs.size, held.inputs.size, ranks, None if fixed is None else fixed[0].shape[1])
-            kinds.setdefault((*key, bound.weight is not None, bound.transposed), []).append(bound)
-        groups = []
-        for bounds in kinds.values():
-            held = [self._layers[b.name] for b in bounds]
-            fixed = [_fixed(b, h) for b, h in zip(bounds, held, strict=True)]
-            there = [pair for pair in fixed if pair is not None]
-            groups.append(
-                _Group(
-                    bounds,
-                    stacked([h.inputs for h in held]).to(device),
-                    stacked([h.outputs for h in held]).to(device),
-                    torch.tensor([self.floor / h.scale if h.scale > 0 else 0.0 for h in held], device=device),
-                    None
-                    if not there
-                    else (torch.stack([x for x, _ in there]).to(device), torch.stack([y for _, y in there]).to(device)),
-                )
-            )
-        self._groups = device, groups
-        return groups
-
-    def _pull(self, group: _Group, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Write the rows of a group. Returns the modelled KL of its layers."""
-        inputs, outputs = group.inputs.to(dtype=torch.float32), group.outputs.to(dtype=torch.float32)
-        lefts, rights, parts, first = [], [], [], 0
-        for index in range(len(group.layers[0].adapters)):
-            each = [bound.adapters[index] for bound in group.layers]
-            a = torch.stack([_whole(parameters[name]) for name, _, _ in each]).float()
-            b = torch.stack([_whole(parameters[name]) for _, name, _ in each]).float()
-            scales = torch.tensor([scale for _, _, scale in each])
-            scale = float(scales[0])
-            lefts.append(b * scale)
-            rights.append(a)
-            parts.append((first, a.shape[-2], scale))
-            first += a.shape[-2]
-        if group.fixed is not None:
-            lefts.append(group.fixed[0])
-            rights.append(group.fixed[1])
-        if group.layers[0].weight is not None:
-            return self._pull_weights(group, inputs, outputs, parameters, lefts, rights)
-        found, drift = adapter_pull(inputs, outputs, group.floor, torch.cat(lefts, -1), torch.cat(rights, -2), parts)
-        for index, (b_pull, a_pull) in enumerate(found):
-            for bound, b, a in zip(group.layers, b_pull, a_pull, strict=True):
-                a_name, b_name, _ = bound.adapters[index]
-                self._add(a_name, a, parameters)
-                self._add(b_name, b, parameters)
-        return drift
-
-    def _pull_weights(
-        self,
-        group: _Group,
-        inputs: Factor,
-        outputs: Factor,
-        parameters: Mapping[str, Tensor],
-        lefts: list[Tensor],
-        rights: list[Tensor],
-    ) -> Tensor:
-        moved = []
-        for bound in group.layers:
-            assert bound.weight is not None and bound.start is not None
-            change = _whole(parameters[bound.weight]).float() - bound.start.to(parameters[bound.weight].device).float()
-            moved.append(change.T if bound.transposed else change)
-        d = torch.stack(moved)
-        if lefts:
-            d = d + torch.cat(lefts, -1) @ torch.cat(rights, -2)
-        pulls, drift = weight_pull(inputs, outputs, group.floor, d)
-        for bound, pull in zip(group.layers, pulls, strict=True):
-            assert bound.weight is not None
-            self._add(bound.weight, pull.T if bound.transposed else pull, parameters)
-            for a_name, b_name, scale in bound.adapters:
-                a, b = _whole(parameters[a_name]).float(), _whole(parameters[b_name]).float()
-                self._add(a_name, scale * (b.T @ pull), parameters)
-                self._add(b_name, scale * (pull @ a.T), parameters)
-        return drift
-
-    def _add(self, name: str, pull: Tensor, parameters: Mapping[str, Tensor]) -> None:
-        """Add to the pull on a parameter; a tied one has several."""
-        layout = layout_of(parameters[name])
-        part = pull.contiguous() if layout is None else shard(pull, layout)
-        self._rows[name] = part if name not in self._rows else self._rows[name] + part
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Return a parameter whole: of a DTensor what FSDP gathers for each forward pass too."""
-    return parameter.detach() if layout_of(parameter) is None else parameter.full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
 def _anchor(layer: Layer) -> tuple[Tensor, Tensor] | None:
@@ -412,27 +246,3 @@ def _anchor(layer: Layer) -> tuple[Tensor, Tensor] | None:
     if found is None or not bool(found[0].any()) or not bool(found[1].any()):
         return None
     return found[0].cpu(), found[1].cpu()
-
-
-def _bound(layer: Layer, names: Mapping[int, str]) -> BoundLayer:
-    trained, fixed = [], []
-    for adapter in layer.adapters:
-        if adapter.a.requires_grad and adapter.b.requires_grad:
-            trained.append((names[id(adapter.a)], names[id(adapter.b)], adapter.scale))
-        elif bool(adapter.b.any()):
-            fixed.append((adapter.b.detach().float() * adapter.scale, adapter.a.detach().float()))
-    frozen = None if not fixed else (torch.cat([b for b, _ in fixed], 1).clone(), torch.cat([a for _, a in fixed]).clone())
-    weight = names[id(layer.weight)] if layer.trained else None
-    start = layer.weight.detach().clone() if layer.trained else None
-    return BoundLayer(layer.name, layer.transposed, tuple(trained), frozen, weight, start)
-
-
-def _fixed(bound: BoundLayer, held: LayerFactors) -> tuple[Tensor, Tensor] | None:
-    """Return the part of D that does not change: frozen adapters, less the anchor."""
-    parts = [] if bound.frozen is None else [bound.frozen]
-    if held.anchor is not None:
-        parts.append((-held.anchor[0], held.anchor[1]))
-    if not parts:
-        return None
-    device = parts[0][0].device
-    return torch.cat([x.to(device) for x, _ in parts], 1), torch.cat([y.to(device) for _, y in parts])

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from gradguide.sources import file
-from gradguide.sources.structured.factors import Factor
-
-if TYPE_CHECKING:
-    from gradguide.sources.structured.source import LayerFactors
+from gradguide.sources.structured.factors import Factor, LayerFactors
 
 __all__ = ["read", "write"]
 
@@ -35,7 +32,9 @@ def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], meta
             left[name], right[name] = held.anchor
     if left:
         tables |= {"anchor_left": left, "anchor_right": right}
-    header = {"kind": KIND, "shared": shared, "scales": {n: h.scale for n, h in layers.items()}, **metadata}
+    # A list, since JSON objects are written in sorted order.
+    listed = [[name, shared[name], held.scale] for name, held in layers.items()]
+    header = {"kind": KIND, "layers": listed, **metadata}
     file.write(path, tables, header)
 
 
@@ -46,13 +45,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, no structured source, or of a newer format.
     """
-    from gradguide.sources.structured.source import LayerFactors
-
     tables, metadata = file.read(path)
     if metadata.pop("kind", None) != KIND:
         raise ValueError(f"{os.fspath(path)!r} holds no structured source; read it with SourceGradient.load")
     metadata.pop("format")
-    shared, scales = metadata.pop("shared", None), metadata.pop("scales", None)
+    listed = metadata.pop("layers", None)
     try:
         inputs = {name: Factor(tables["s_basis"][name], tables["s_rest"][name]) for name in tables["s_basis"]}
         anchors = {n: (t, tables["anchor_right"][n]) for n, t in tables.get("anchor_left", {}).items()}
@@ -60,10 +57,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
             name: LayerFactors(
                 inputs[leader],
                 Factor(tables["g_basis"][name], tables["g_rest"][name]),
-                float(scales[name]),
+                float(scale),
                 anchors.get(name),
             )
-            for name, leader in shared.items()
+            for name, leader, scale in listed
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged: {error!r}") from error
