@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gradguide.naming import canonical
-from gradguide.sharding import layout_of, shard
-from gradguide.sources.structured.factors import Factor, LayerFactors, stacked
+from gradguide.distributed.layouts import layout_of, shard
+from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import Layer, find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
+from gradguide.utils.names import model_names
 
 __all__ = ["Binding"]
-
-Product = tuple[Tensor, Tensor]
-"""A matrix as ([out, R], [R, in])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class Binding:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float) -> None:
-        names = {id(p): canonical(name) for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in model_names(model).items()}
         kinds: dict[tuple[object, ...], list[_BoundLayer]] = {}
         for name, layer in find_layers(model).items():
             if name not in layers:
@@ -207,10 +204,3 @@ def _group(bounds: list[_BoundLayer], layers: Mapping[str, LayerFactors], floor:
         torch.tensor([floor / factors.scale if factors.scale > 0 else 0.0 for factors in held]),
         (torch.stack([left for left, _ in fixed]), torch.stack([right for _, right in fixed])) if fixed else None,
     )
-
-
-def product_sum(products: Sequence[tuple[Product, float]]) -> Product | None:
-    """Return the weighted sum of products as one product; None of none."""
-    if not products:
-        return None
-    return torch.cat([left * w for (left, _), w in products], dim=1), torch.cat([right for (_, right), _ in products])

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.sharding import several_ranks
+from gradguide.distributed.layouts import several_ranks
+from gradguide.sources.base_model import base_of
 from gradguide.sources.structured.factors import Covariance
 from gradguide.sources.structured.layers import Layer
+from gradguide.sources.undisturbed import undisturbed
 
 __all__ = ["LayerStatistics", "Loss", "measure"]
 
@@ -133,6 +135,7 @@ def measure(
     recorder = _Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
     with _observed(model, recorder):
+        base = base_of(model)  # every weight counts, since none is trained here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
             value, number = _checked(loss(model, batch), index)
@@ -156,7 +159,7 @@ def measure(
             "with modules=, or check that the loss uses them"
         )
     totals = _reduced(recorder.statistics, recorder.shared, predictions, total)
-    return recorder.statistics, recorder.shared, totals
+    return recorder.statistics, recorder.shared, {**totals, "base": base}
 
 
 def _reduced(
@@ -179,32 +182,25 @@ def _reduced(
 
 @contextmanager
 def _observed(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Observe the layers; parameters need no gradient inside, and everything is as before afterwards."""
+    """Observe the layers. Parameters need no gradient inside, and everything is as before afterwards."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b is not None]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
-        try:
-            stack.callback(model.register_forward_pre_hook(recorder.root, with_kwargs=True).remove)
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_hook(recorder.embedding).remove)
-            for layer in recorder.layers:
-                stack.callback(layer.module.register_forward_hook(recorder.hook(layer)).remove)
-            model.eval()
-            for p in trained:
-                p.requires_grad_(False)
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                yield
-        finally:
-            for p in trained:
-                p.requires_grad_(True)
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        stack.enter_context(undisturbed(model, "eval"))
+        stack.callback(_require, trained)
+        stack.callback(model.register_forward_pre_hook(recorder.root, with_kwargs=True).remove)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(recorder.embedding).remove)
+        for layer in recorder.layers:
+            stack.callback(layer.module.register_forward_hook(recorder.hook(layer)).remove)
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+
+
+def _require(parameters: Sequence[Tensor]) -> None:
+    for p in parameters:
+        p.requires_grad_(True)
 
 
 def _flat(tensor: Tensor, mask: Tensor | None) -> Tensor:

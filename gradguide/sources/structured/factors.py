@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["OVERSAMPLING", "Covariance", "Factor", "LayerFactors", "merged", "stacked"]
+__all__ = ["OVERSAMPLING", "Covariance", "Factor", "LayerFactors", "Product", "merged", "stacked", "weighted_sum"]
 
 OVERSAMPLING = 16
 """Columns of a sketch beyond its rank. They hold the error of the kept part near that of the best approximation."""
+
+
+Product: TypeAlias = tuple[Tensor, Tensor]
+"""A matrix as ([out, R], [R, in])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ class LayerFactors:
     inputs: Factor
     outputs: Factor
     scale: float
-    anchor: tuple[Tensor, Tensor] | None = None
+    anchor: Product | None = None
 
 
 class Covariance:
@@ -163,6 +168,13 @@ def merged(factors: Sequence[Factor], weights: Sequence[float], rank: int | None
     kept = vectors[:, :rank] * values[:rank]
     lost = (basis.square().sum(1) - kept.square().sum(1)).clamp(min=0.0)
     return Factor(kept.float(), (rest + lost).float())
+
+
+def weighted_sum(products: Sequence[tuple[Product, float]]) -> Product | None:
+    """Return the weighted sum of products as one product; None of none."""
+    if not products:
+        return None
+    return torch.cat([left * w for (left, _), w in products], dim=1), torch.cat([right for (_, right), _ in products])
 
 
 def _test_matrix(size: int, columns: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradguide.naming import canonical
+from gradguide.utils.names import canonical_names
 
 __all__ = ["Adapter", "Layer", "base_name", "change", "find_layers", "select"]
 
@@ -75,8 +75,7 @@ class Layer:
 
 def base_name(name: str) -> str:
     """Return the base model's name for a module or parameter of a PEFT model, a wrapped or a compiled one."""
-    name = canonical(name)
-    name = name.removeprefix(_PEFT_PREFIX)
+    name = canonical_names([name])[0].removeprefix(_PEFT_PREFIX)
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 

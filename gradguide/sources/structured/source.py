@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradguide.checks import check_range
+from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
-from gradguide.sharding import Layout
 from gradguide.sources.structured import storage
-from gradguide.sources.structured.binding import Binding, product_sum
+from gradguide.sources.structured.binding import Binding
 from gradguide.sources.structured.capture import Loss, measure
-from gradguide.sources.structured.factors import LayerFactors, merged
+from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
+from gradguide.utils.checks import check_range
 
 __all__ = ["StructuredSource"]
 
@@ -137,14 +138,16 @@ class StructuredSource:
         found = self._layers[layer]
         return found.inputs.dense(), found.outputs.dense()
 
-    def bind(self, model: nn.Module) -> None:
-        """Find the parameters of ``model`` that change the source's layers.
+    def bound(self, model: nn.Module) -> StructuredSource:
+        """Return the source for the parameters of ``model`` that change its layers. Factors are shared with this one.
 
         Raises:
             ValueError: a layer has another shape, or no trained parameter changes any layer.
         """
-        self._binding = Binding(model, self._layers, self.floor)
-        self._rows, self.drift = {}, None
+        source = copy.copy(self)
+        source._binding = Binding(model, self._layers, self.floor)
+        source._rows, source.drift = {}, None
+        return source
 
     def shapes(self) -> None:
         """Return None: it answers for any parameter, with zero for one that changes none of its layers."""
@@ -208,7 +211,7 @@ class StructuredSource:
                 merged([f.inputs for f, _ in held], [w / total for _, w in held], rank),
                 merged([f.outputs for f, _ in held], [w for _, w in held], rank),
                 sum(f.scale * w / total for f, w in held),
-                product_sum(anchors),
+                weighted_sum(anchors),
             )
         return StructuredSource(layers, {"merged": [source.metadata for source in sources]})
 

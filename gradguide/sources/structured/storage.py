@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradguide.sources import file
+from gradguide.sources import files as file
 from gradguide.sources.structured.factors import Factor, LayerFactors
 
 __all__ = ["read", "write"]

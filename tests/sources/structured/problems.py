@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gradguide.naming import canonical
 from gradguide.sources.structured import StructuredSource
 from gradguide.sources.structured.layers import find_layers
+from gradguide.utils.names import model_names
 
 VOCABULARY = 48
 
@@ -54,7 +54,7 @@ def text(batches: int = 12, rows: int = 3, length: int = 16, seed: int = 1) -> l
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters by canonical name."""
-    return {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in model_names(model).items() if p.requires_grad}
 
 
 def spread(model: nn.Module, size: float, seed: int = 3) -> None:
@@ -68,7 +68,7 @@ def spread(model: nn.Module, size: float, seed: int = 3) -> None:
 
 def energy(source: StructuredSource, model: nn.Module, starts: dict[str, Tensor], values: dict[str, Tensor]) -> Tensor:
     """``1/2 sum tr(D^T (G + floor I) D S)`` with D formed in float64, as a function of ``values`` by name."""
-    names = {id(p): canonical(name) for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model_names(model).items()}
     total = torch.zeros((), dtype=torch.float64)
     for name, layer in find_layers(model).items():
         if name not in source.names():

@@ -19,7 +19,8 @@ def vectors(rows: int, size: int, seed: int, decay: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
     scales = torch.logspace(0, size - 1, size, base=decay)
-    return torch.randn(rows, size, generator=generator) * scales @ basis.T
+    drawn: Tensor = torch.randn(rows, size, generator=generator) * scales @ basis.T
+    return drawn
 
 
 @given(sizes, seeds)

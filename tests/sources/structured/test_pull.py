@@ -18,7 +18,7 @@ from tests.sources.structured.problems import adapted, energy, gpt2, llama, spre
 def checked(source: StructuredSource, model: nn.Module, starts: dict[str, Tensor] | None = None) -> None:
     """The rows are the gradient of the dense form, to float32 rounding."""
     if starts is None:
-        source.bind(model)
+        source = source.bound(model)
     parameters = trained(model)
     values = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     total = energy(source, model, starts or {}, values)
@@ -51,7 +51,7 @@ def test_an_adapter_trained_before_the_capture_is_pulled_back_to_where_it_was() 
     model = adapted(llama())
     spread(model, 0.05)
     source = StructuredSource.capture(model, text(), sampled_loss, rank=8)
-    source.bind(model)
+    source = source.bound(model)
     source.refresh(trained(model), [])
     assert source.drift is not None
     assert abs(float(source.drift)) < 1e-6
@@ -82,7 +82,7 @@ def test_a_frozen_adapter_counts_and_is_not_pulled(source: StructuredSource) -> 
 def test_whole_weights(make: type[nn.Module]) -> None:
     model = make()
     source = StructuredSource.capture(model, text(), sampled_loss, rank=8)
-    source.bind(model)
+    source = source.bound(model)
     starts = {name: p.detach().clone() for name, p in trained(model).items()}
     spread(model, 0.02)
     checked(source, model, starts)
@@ -101,7 +101,7 @@ def test_the_value_is_the_same_for_every_factorisation(seed: int) -> None:
     source = StructuredSource.capture(llama(1), text(2), sampled_loss, rank=8)
     model = adapted(llama(1))
     spread(model, 0.1, seed)
-    source.bind(model)
+    source = source.bound(model)
     parameters = trained(model)
     source.refresh(parameters, [])
     before = source.drift
@@ -120,7 +120,7 @@ def test_the_value_is_the_same_for_every_factorisation(seed: int) -> None:
 
 def test_it_is_zero_for_a_fresh_adapter_and_grows_along_its_own_direction(source: StructuredSource) -> None:
     model = adapted(llama())
-    source.bind(model)
+    source = source.bound(model)
     parameters = trained(model)
     source.refresh(parameters, [])
     assert float(source.drift) == 0.0  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def test_the_modelled_drift_is_that_of_the_model(source: StructuredSource) -> No
     model = adapted(llama())
     spread(model, 0.004)
     base = llama()
-    source.bind(model)
+    source = source.bound(model)
     source.refresh(trained(model), [])
     total = 0.0
     held = text(20, seed=9)
