@@ -300,6 +300,8 @@ class GradGuide(Wrapper):
             - ``damping``: share of the part orthogonal to the direction that was removed, in [0, 1].
             - ``source_cosine``: of the gradient as received with the source gradient. In a group with
               ``maximize=True`` both count as the loss that the step makes smaller has them.
+            - ``source_drift``: modelled KL in nats per token from where a structured source was captured, before the
+              step.
             - ``conflict``: 1 if that cosine is negative beyond rounding in any scope, else 0.
             - ``update_norm``: length of the update, where a rule acts on it or a history is recorded. It is taken from
               the parameters as they are now, so read it before anything else changes them.
@@ -307,7 +309,7 @@ class GradGuide(Wrapper):
               where an update that is not finite was undone.
             - ``skipped``, ``steps``: counts. A step whose gradients were all zero is none.
 
-            With several sources also ``source_cosine/NAME`` and ``conflict/NAME``, by number where they have no names;
+            With several sources also ``source_cosine/NAME`` and so on, by number where they have no names;
             the plain keys are the worst.
         """
         guidance = self._guidance

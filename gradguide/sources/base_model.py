@@ -23,6 +23,7 @@ POSITIONS = (3, 31, 127, 511, 2047, 8191, 32767, 131071)
 RELATIVE = 2.0**-7
 ABSOLUTE = 2.0**-24
 SHOWN = 3
+_PEFT = "base_model.model."
 
 
 def identity(model: nn.Module) -> str:
@@ -51,9 +52,10 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     Returns:
         JSON types: ``id``, and ``weights``: lists of numbers by name, empty if nothing is frozen.
     """
-    frozen = {_base_name(name): p for name, p in model_names(model).items() if _counts(name, p)}
-    adapted = {name: p for name, p in frozen.items() if "base_model.model." in name} or frozen
-    matrices = {name: p for name, p in adapted.items() if p.dim() > 1} or adapted
+    frozen = {name: p for name, p in model_names(model).items() if _counts(name, p)}
+    adapted = {name: p for name, p in frozen.items() if _PEFT in name} or frozen
+    weights = {_base_name(name): p for name, p in adapted.items()}
+    matrices = {name: p for name, p in weights.items() if p.dim() > 1} or weights
     names = list(matrices)
     count = min(MAX_WEIGHTS, len(names))
     chosen = [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)]
@@ -116,8 +118,8 @@ def _bases(metadata: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _base_name(name: str) -> str:
-    """Return the name of a weight as it is without an adapter on its layer."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    """Return the name of a weight as it is in the base model, without adapters."""
+    return ".".join(part for part in name.replace(_PEFT, "").split(".") if part != "base_layer")
 
 
 def _counts(name: str, weight: Tensor) -> bool:

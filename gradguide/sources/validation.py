@@ -12,6 +12,7 @@ from gradguide.sources.base_model import check_base_model
 from gradguide.sources.mismatch import explain
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
+from gradguide.sources.structured import StructuredSource
 from gradguide.utils.names import Names, without_adapter
 
 __all__ = ["match_sources"]
@@ -62,6 +63,8 @@ def _by_name(names: Mapping[Tensor, str]) -> dict[str, Tensor]:
 
 
 def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, which: str) -> Source:
+    if isinstance(source, StructuredSource):
+        return _bound(source, names, which)
     found = source.shapes()
     if found is None:
         return source
@@ -78,6 +81,15 @@ def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, whi
         check_base_model(source.metadata, names, which)
     renamed = any(name != n for name, n in pairs.items())
     return source.renamed(pairs) if renamed and isinstance(source, SourceGradient) else source
+
+
+def _bound(source: StructuredSource, names: Names, which: str) -> StructuredSource:
+    """Return the source for the layers of the model that names were read from."""
+    models = names.models()
+    if not models:
+        raise ValueError(f"{which}is structured, and needs the model's layers: pass names=model")
+    check_base_model(source.metadata, names, which)
+    return source.bound(models[0])
 
 
 def _pairs(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], trained: Iterable[str]) -> dict[str, str]:

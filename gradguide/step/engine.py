@@ -215,9 +215,11 @@ class Guidance:
         made, bounded = measured.decision, self.rules.max_update is not None
         if made is None:
             return None
+        drifts = [getattr(source, "drift", None) for source in measured.survey.sources[: self.rules.sources]]
         return Record(
-            measured.span, made.guided, made.norm, made.factor, made.coherence, made.damping, measured.limit, bounded
-        )
+            measured.span, made.guided, made.norm, made.factor, made.coherence, made.damping, measured.limit, bounded,
+            drifts,
+        )  # fmt: skip
 
     @staticmethod
     def _rules_of(survey: Survey) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Record:
     coherence, damping (Tensor | None): shape [S], None without a direction.
     limit: what the rules left of the update, None where it was not measured.
     bounded (bool): whether the update is bounded.
+    drifts: for each source its modelled KL in nats per token, Tensor []; None for one that models none.
     """
 
     span: Span
@@ -35,6 +37,7 @@ class Record:
     damping: Tensor | None
     limit: Limit | None
     bounded: bool
+    drifts: Sequence[Tensor | None]
 
 
 @torch.no_grad()
@@ -50,22 +53,24 @@ def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Se
     Returns:
         Floats by name; NaN for what was not measured. Norms and cosines are those of all scopes together. Factors are
         the length of all scopes together after clipping, or bounding, over that before. Coherence and damping are means
-        over scopes. There is a conflict where any scope has one. With several sources, ``source_cosine`` is the lowest
-        and ``conflict`` any, and each has its own, ``source_cosine/NAME``.
+        over scopes. There is a conflict where any scope has one. With several sources, ``source_cosine`` is the
+        lowest, ``source_drift`` the highest and ``conflict`` any, and each has its own, ``source_cosine/NAME``.
     """
     keys = [
         "grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "damping", "update_norm",
         "update_factor",
     ]  # fmt: skip
-    per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict") for k in sources]
+    per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict", "source_drift") for k in sources]
     if record is None:
         values = [float("nan")] * (len(keys) + len(per_source)) + totals.tolist()
     else:
         values = torch.cat([_measures(record, update_norm, len(sources)), totals.to(record.span.gram)]).tolist()
     found = dict(zip([*keys, *per_source, "steps", "skipped"], values, strict=True))
-    each = {key: [found[f"{key}/{k}"] for k in sources] for key in ("source_cosine", "conflict")}
+    each = {key: [found[f"{key}/{k}"] for k in sources] for key in ("source_cosine", "conflict", "source_drift")}
     found["source_cosine"] = min(each["source_cosine"], default=float("nan"))
     found["conflict"] = max(each["conflict"], default=float("nan"))
+    drifts = [drift for drift in each["source_drift"] if not math.isnan(drift)]
+    found["source_drift"] = max(drifts, default=float("nan"))
     if len(sources) < 2:
         for key in per_source:
             del found[key]
@@ -94,7 +99,8 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         nan if record.limit is None or not record.bounded else _update_factor(record.limit),
     ]
     conflicting = conflicts(per_scope[:, 2 : 2 + sources]).any(dim=0).to(gram.dtype)
-    return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting])
+    drifts = torch.stack([nan, *(nan if drift is None else drift.to(gram) for drift in record.drifts)])[1:]
+    return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting, drifts])
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

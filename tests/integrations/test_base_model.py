@@ -77,7 +77,7 @@ def test_i36_another_base_model_is_refused(source: SourceGradient, form: str, ma
     with pytest.raises(ValueError, match=r"of base model llama \(.* parameters\), found another one") as caught:
         guide(other, made, FORMS[form](other))
     message = str(caught.value)
-    assert "8 of 8 frozen weights that were compared differ (base_model.model." in message
+    assert "8 of 8 frozen weights that were compared differ (" in message
     assert "Load the base model that the source was captured from" in message
     optimizer = GradGuide(SGD(other.parameters(), lr=0.1), names=FORMS[form](other))
     with pytest.raises(ValueError, match="found another one"):
@@ -137,7 +137,7 @@ def test_i36_a_single_layer_that_is_initialised_anew_makes_no_other_base_of() ->
 
     first, second = model_of(1), model_of(2)
     known = base_of(first)
-    assert "base_model.model.pooler.dense.weight" in known["weights"]
+    assert "pooler.dense.weight" in known["weights"]
     guide(second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": known}))
 
 
@@ -153,7 +153,7 @@ def test_i36_old_heads_are_not_compared() -> None:
     model.head.requires_grad_(False)
     source = SourceGradient.capture(model, examples(1), cross_entropy, curvature=False, names=lora_parameters(model))
     assert len(source.metadata["base"]["weights"]) == 8
-    assert all("base_model.model." in name for name in source.metadata["base"]["weights"])
+    assert not any("head" in name for name in source.metadata["base"]["weights"])
     model.head = nn.Linear(16, 3)
     guide(model, source)
 

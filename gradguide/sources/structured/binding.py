@@ -1,0 +1,206 @@
+"""A model's parameters that change the layers of a source, and the pull on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradguide.distributed.layouts import layout_of, shard
+from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
+from gradguide.sources.structured.layers import Layer, find_layers
+from gradguide.sources.structured.pull import adapter_pull, weight_pull
+from gradguide.utils.names import model_names
+
+__all__ = ["Binding"]
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundLayer:
+    """Which parameters change a layer, by name.
+
+    adapters: names of A and B, rank and scale of each trained adapter.
+    fixed: the part of D that training does not change: frozen adapters, less the source's anchor.
+    weight, start: the weight where it is trained itself, and its values at the base.
+    """
+
+    name: str
+    transposed: bool
+    adapters: tuple[tuple[str, str, int, float], ...]
+    fixed: Product | None
+    weight: str | None
+    start: Tensor | None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Layers of one kind and shape are computed together."""
+        ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
+        return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight is None, self.transposed
+
+
+@dataclass(slots=True)
+class _Group:
+    """Layers of one kind and shape, with their factors stacked: [layers, ...]."""
+
+    layers: list[_BoundLayer]
+    inputs: Factor
+    outputs: Factor
+    floor: Tensor
+    fixed: Product | None
+
+
+class Binding:
+    """The parameters of one model that change the layers of a source.
+
+    It holds names and numbers, no parameter, so that it can be copied and pickled with the optimizer.
+
+    Args:
+        model: with adapters of any rank, start and name, or with trained weights.
+        layers: what is stored of each layer.
+        floor (float): see :class:`gradguide.StructuredSource`.
+
+    Raises:
+        ValueError: a layer has another shape than the source's, or no trained parameter changes any of them.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float) -> None:
+        names = {id(p): name for name, p in model_names(model).items()}
+        kinds: dict[tuple[object, ...], list[_BoundLayer]] = {}
+        for name, layer in find_layers(model).items():
+            if name not in layers:
+                continue
+            shape = layers[name].outputs.size, layers[name].inputs.size
+            if layer.shape != shape:
+                raise ValueError(
+                    f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
+                )
+            bound = _bound(layer, layers[name], names)
+            if bound.adapters or bound.weight:
+                kinds.setdefault((*shape, *bound.kind), []).append(bound)
+        if not kinds:
+            raise ValueError(
+                f"no trained parameter of the model changes one of the source's {len(layers)} layers: add an adapter, "
+                "unfreeze weights, or capture the layers that are trained"
+            )
+        self._groups = [_group(bounds, layers, floor) for bounds in kinds.values()]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the parameters that it pulls."""
+        found = set()
+        for group in self._groups:
+            for bound in group.layers:
+                found |= {name for a, b, _, _ in bound.adapters for name in (a, b)}
+                found |= {bound.weight} if bound.weight else set()
+        return found
+
+    def to(self, device: torch.device) -> None:
+        """Move the factors to ``device``."""
+        for group in self._groups:
+            if group.floor.device != device:
+                group.inputs, group.outputs = group.inputs.to(device), group.outputs.to(device)
+                group.floor = group.floor.to(device)
+                if group.fixed is not None:
+                    group.fixed = group.fixed[0].to(device), group.fixed[1].to(device)
+
+    @torch.no_grad()
+    def pull(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the pull on each parameter by name, this rank's part of it, and the modelled KL, Tensor [].
+
+        Raises:
+            KeyError: a parameter that changes a layer is not among ``parameters``.
+        """
+        rows: dict[str, Tensor] = {}
+        drifts = []
+        for group in self._groups:
+            pulls, drift = _pull(group, parameters)
+            drifts.append(drift.sum())
+            for name, pull in pulls:
+                layout = layout_of(parameters[name])
+                part = pull.contiguous() if layout is None else shard(pull, layout)
+                # A tied parameter changes several layers.
+                rows[name] = part if name not in rows else rows[name] + part
+        return rows, torch.stack(drifts).sum()
+
+
+def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """Return (name, pull) of every parameter of a group, and the modelled KL [layers]."""
+    inputs, outputs = group.inputs.to(dtype=torch.float32), group.outputs.to(dtype=torch.float32)
+    lefts, rights, parts, first = [], [], [], 0
+    for index, (_, _, rank, scale) in enumerate(group.layers[0].adapters):
+        rights.append(torch.stack([_whole(parameters[bound.adapters[index][0]]) for bound in group.layers]))
+        lefts.append(torch.stack([_whole(parameters[bound.adapters[index][1]]) for bound in group.layers]) * scale)
+        parts.append((first, rank, scale))
+        first += rank
+    if group.fixed is not None:
+        lefts.append(group.fixed[0])
+        rights.append(group.fixed[1])
+    found: list[tuple[str, Tensor]] = []
+    if group.layers[0].weight is None:
+        left, right = torch.cat(lefts, -1), torch.cat(rights, -2)
+        pulls, drift = adapter_pull(inputs, outputs, group.floor, left, right, parts)
+        for index, (b_pulls, a_pulls) in enumerate(pulls):
+            for bound, b_pull, a_pull in zip(group.layers, b_pulls, a_pulls, strict=True):
+                found += [(bound.adapters[index][0], a_pull), (bound.adapters[index][1], b_pull)]
+        return found, drift
+    moved = torch.stack([_moved(bound, parameters) for bound in group.layers])
+    if lefts:
+        moved = moved + torch.cat(lefts, -1) @ torch.cat(rights, -2)
+    weights, drift = weight_pull(inputs, outputs, group.floor, moved)
+    for place, (bound, pull) in enumerate(zip(group.layers, weights, strict=True)):
+        assert bound.weight is not None
+        found.append((bound.weight, pull.T if bound.transposed else pull))
+        for index, (a, b, _, scale) in enumerate(bound.adapters):
+            # The left factor holds the scale already.
+            found += [(a, lefts[index][place].T @ pull), (b, scale * (pull @ rights[index][place].T))]
+    return found, drift
+
+
+def _moved(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return the change of a trained weight, [out, in]."""
+    assert bound.weight is not None
+    assert bound.start is not None
+    now = _whole(parameters[bound.weight])
+    moved = now - bound.start.to(now.device, torch.float32)
+    return moved.T if bound.transposed else moved
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a parameter whole in float32. Of a DTensor that is what FSDP gathers for each forward pass too."""
+    whole = parameter.detach()
+    if layout_of(parameter) is not None:
+        whole = whole.full_tensor()  # type: ignore[attr-defined]
+    return whole.float()
+
+
+def _bound(layer: Layer, held: LayerFactors, names: Mapping[int, str]) -> _BoundLayer:
+    trained, fixed = [], []
+    for adapter in layer.adapters:
+        if adapter.a.requires_grad and adapter.b.requires_grad:
+            a, b = names[id(adapter.a)], names[id(adapter.b)]
+            trained.append((a, b, int(adapter.a.shape[0]), adapter.scale))
+        elif bool(adapter.b.any()):
+            fixed.append((_whole(adapter.b) * adapter.scale, _whole(adapter.a)))
+    if held.anchor is not None:
+        fixed.append((-held.anchor[0], held.anchor[1]))
+    device = layer.weight.device
+    product = None
+    if fixed:
+        product = torch.cat([b.to(device) for b, _ in fixed], 1), torch.cat([a.to(device) for _, a in fixed])
+    weight = names[id(layer.weight)] if layer.trained else None
+    start = _whole(layer.weight).to(layer.weight.dtype, copy=True) if layer.trained else None
+    return _BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
+
+
+def _group(bounds: list[_BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:
+    held = [layers[bound.name] for bound in bounds]
+    fixed = [bound.fixed for bound in bounds if bound.fixed is not None]
+    return _Group(
+        bounds,
+        stacked([factors.inputs for factors in held]),
+        stacked([factors.outputs for factors in held]),
+        torch.tensor([floor / factors.scale if factors.scale > 0 else 0.0 for factors in held]),
+        (torch.stack([left for left, _ in fixed]), torch.stack([right for _, right in fixed])) if fixed else None,
+    )

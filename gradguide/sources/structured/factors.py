@@ -1,0 +1,183 @@
+"""Symmetric positive factors in low rank plus a diagonal, and the sketch that estimates one in a single pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["OVERSAMPLING", "Covariance", "Factor", "LayerFactors", "Product", "merged", "stacked", "weighted_sum"]
+
+OVERSAMPLING = 16
+"""Columns of a sketch beyond its rank. They hold the error of the kept part near that of the best approximation."""
+
+
+Product: TypeAlias = tuple[Tensor, Tensor]
+"""A matrix as ([out, R], [R, in])."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A positive semidefinite matrix ``M = basis @ basis.T + diag(rest)``.
+
+    Args:
+        basis (Tensor): shape [..., n, rank].
+        rest (Tensor): shape [..., n], at least 0.
+
+    Leading dimensions, if there are any, stack the factors of several layers.
+    """
+
+    basis: Tensor
+    rest: Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the matrix."""
+        return self.basis.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of the basis."""
+        return self.basis.shape[-1]
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ M`` for rows of shape [..., m, n]."""
+        return (rows @ self.basis) @ self.basis.mT + rows * self.rest.unsqueeze(-2)
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix: Tensor [n, n], float32."""
+        basis = self.basis.float()
+        return basis @ basis.mT + torch.diag_embed(self.rest.float())
+
+    def trace(self) -> Tensor:
+        """Return the trace: Tensor []."""
+        return self.basis.float().square().sum() + self.rest.float().sum()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
+        """Return the factor on another device or in another precision."""
+        return Factor(self.basis.to(device, dtype), self.rest.to(device, dtype))
+
+    @staticmethod
+    def of_matrix(matrix: Tensor, rank: int | None) -> Factor:
+        """Return the factor of rank ``rank`` nearest to ``matrix`` [n, n], with the rest of its diagonal.
+
+        ``rank=None`` keeps the whole matrix.
+        """
+        size = matrix.shape[0]
+        kept = size if rank is None else min(rank, size)
+        values, vectors = torch.linalg.eigh(matrix.double())
+        basis = vectors[:, -kept:].flip(1) * values[-kept:].flip(0).clamp(min=0.0).sqrt()
+        rest = torch.zeros(size, dtype=torch.float64, device=matrix.device)
+        if kept < size:
+            rest = (matrix.diagonal().double() - basis.square().sum(1)).clamp(min=0.0)
+        return Factor(basis.float(), rest.float())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFactors:
+    """What is stored of one linear layer.
+
+    inputs (Factor): S = E[x x^T] over tokens, [in, in].
+    outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
+    scale (float): E|y|^2 of the layer's outputs y.
+    anchor: the adapters' change of the weight where the source was captured, as ([out, R], [R, in]); None at the base.
+    """
+
+    inputs: Factor
+    outputs: Factor
+    scale: float
+    anchor: Product | None = None
+
+
+class Covariance:
+    """A running estimate of ``sum_i x_i x_i^T`` for vectors of one size, in bounded memory.
+
+    With a rank it keeps the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns.
+    :meth:`factor` is the Nystrom approximation from that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736,
+    algorithm 3). The sketch is linear, so sketches of several ranks add up. Without a rank, or where the sketch would
+    be as large as the matrix, it keeps the whole matrix.
+
+    Args:
+        size (int): n, length of the vectors.
+        rank (int | None): rank to keep; None for the whole matrix.
+        device (torch.device): where the sums are kept, in float32.
+    """
+
+    def __init__(self, size: int, rank: int | None, device: torch.device) -> None:
+        self.size = size
+        self.rank = rank
+        columns = size if rank is None else min(size, rank + OVERSAMPLING)
+        self._test = None if columns == size else _test_matrix(size, columns, device)
+        self.sums = torch.zeros(size, columns, device=device)
+        self.diagonal = torch.zeros(size, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """Add the vectors ``rows`` [m, n]."""
+        rows = rows.to(self.sums.dtype)
+        self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test)
+        self.diagonal += rows.square().sum(0)
+
+    def factor(self, scale: float) -> Factor:
+        """Return the factor of ``scale`` times the sum."""
+        if self._test is None:
+            return Factor.of_matrix(self.sums * scale, self.rank)
+        assert self.rank is not None
+        sketch, test = self.sums.double() * scale, self._test.double()
+        diagonal = self.diagonal.double() * scale
+        # A shift of the size of rounding makes the small matrix positive definite; it is taken off again.
+        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
+        if shift == 0:
+            return Factor(torch.zeros(self.size, self.rank, device=sketch.device), diagonal.float())
+        sketch = sketch + shift * test
+        small = test.T @ sketch
+        root, failed = torch.linalg.cholesky_ex((small + small.T) / 2)
+        if failed:
+            values, vectors = torch.linalg.eigh((small + small.T) / 2)
+            root = vectors * values.clamp(min=float(shift)).sqrt()
+            half = torch.linalg.solve(root, sketch.T).T
+        else:
+            half = torch.linalg.solve_triangular(root, sketch.T, upper=False).T
+        vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
+        kept = (values.square() - shift).clamp(min=0.0)[: self.rank]
+        basis = vectors[:, : self.rank] * kept.sqrt()
+        rest = (diagonal - basis.square().sum(1)).clamp(min=0.0)
+        return Factor(basis.float(), rest.float())
+
+
+def stacked(factors: Sequence[Factor]) -> Factor:
+    """Stack factors of one size: basis [layers, n, rank], padded with zeros to the largest rank."""
+    rank = max(factor.rank for factor in factors)
+    bases = [torch.nn.functional.pad(factor.basis, (0, rank - factor.rank)) for factor in factors]
+    return Factor(torch.stack(bases), torch.stack([factor.rest for factor in factors]))
+
+
+def merged(factors: Sequence[Factor], weights: Sequence[float], rank: int | None) -> Factor:
+    """Return the weighted sum of factors of one size, cut to ``rank`` (None keeps the sum of their ranks).
+
+    What the cut takes off the low-rank part stays on the diagonal.
+    """
+    pairs = list(zip(factors, weights, strict=True))
+    basis = torch.cat([factor.basis.double() * weight**0.5 for factor, weight in pairs], dim=1)
+    rest = torch.stack([factor.rest.double() * weight for factor, weight in pairs]).sum(0)
+    if rank is None or basis.shape[1] <= rank:
+        return Factor(basis.float(), rest.float())
+    vectors, values, _ = torch.linalg.svd(basis, full_matrices=False)
+    kept = vectors[:, :rank] * values[:rank]
+    lost = (basis.square().sum(1) - kept.square().sum(1)).clamp(min=0.0)
+    return Factor(kept.float(), (rest + lost).float())
+
+
+def weighted_sum(products: Sequence[tuple[Product, float]]) -> Product | None:
+    """Return the weighted sum of products as one product; None of none."""
+    if not products:
+        return None
+    return torch.cat([left * w for (left, _), w in products], dim=1), torch.cat([right for (_, right), _ in products])
+
+
+def _test_matrix(size: int, columns: int, device: torch.device) -> Tensor:
+    """Return the same random matrix [size, columns] on every rank and in every capture of that size."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, columns, generator=generator).to(device)

@@ -1,0 +1,197 @@
+"""Linear layers of a model by the base model's names, and the trained parameters that change them."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradguide.utils.names import canonical_names
+
+__all__ = ["Adapter", "Layer", "base_name", "change", "find_layers", "select"]
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of one layer: it adds ``scale * B @ A`` to the weight.
+
+    a, b: the parameters, [r, in] and [out, r].
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer.
+
+    name: by the base model, such as ``model.layers.0.self_attn.q_proj``.
+    module: the module to observe: PEFT's wrapper where there is one, else the layer itself.
+    linear: the layer that holds the weight.
+    transposed: whether the weight is stored as [in, out], as in GPT-2's Conv1D.
+    adapters: active LoRA adapters.
+    """
+
+    name: str
+    module: nn.Module
+    linear: nn.Module
+    transposed: bool
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as stored."""
+        weight: Tensor = self.linear.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of outputs and inputs. Quantised weights have other shapes than their layer."""
+        linear: Any = self.linear
+        if self.transposed:
+            return int(linear.weight.shape[1]), int(linear.weight.shape[0])
+        return int(linear.out_features), int(linear.in_features)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weight itself is trained."""
+        return self.weight.requires_grad
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an active adapter is trained."""
+        return any(adapter.a.requires_grad or adapter.b.requires_grad for adapter in self.adapters)
+
+
+def base_name(name: str) -> str:
+    """Return the base model's name for a module or parameter of a PEFT model, a wrapped or a compiled one."""
+    name = canonical_names([name])[0].removeprefix(_PEFT_PREFIX)
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return all linear layers of ``model`` by the base model's name, in the model's order.
+
+    Raises:
+        ValueError: an active adapter is of a kind other than LoRA (DoRA, IA3, LoHa, ...): its change of the weight is
+            not ``scale * B @ A``.
+    """
+    found: dict[str, Layer] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        base: Any = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            inside.update(map(id, module.modules()))
+            if _is_linear(base):
+                found[base_name(name)] = _adapted(base_name(name), module, base)
+        elif _is_linear(module):
+            found[base_name(name)] = Layer(base_name(name), module, module, _is_conv1d(module), ())
+    return found
+
+
+def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[str] | None) -> list[Layer]:
+    """Choose layers.
+
+    Args:
+        modules: names, endings of names (``q_proj``) or patterns (``*.mlp.*``); None for every layer that is trained or
+            adapted, or, where nothing is trained, for every layer but the language head.
+
+    Raises:
+        ValueError: there is no linear layer, or nothing matches an entry of ``modules``.
+    """
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer, so there is nothing to capture")
+    if modules is not None:
+        patterns = [modules] if isinstance(modules, str) else list(modules)
+        chosen: dict[str, Layer] = {}
+        for pattern in patterns:
+            these = {n: layer for n, layer in layers.items() if _matches(n, pattern)}
+            if not these:
+                raise ValueError(
+                    f"no linear layer is called {pattern!r}; the model has {len(layers)}, such as "
+                    f"{', '.join(list(layers)[:3])}"
+                )
+            chosen.update(these)
+        return [layer for name, layer in layers.items() if name in chosen]
+    trained = [layer for layer in layers.values() if layer.trained or layer.adapted]
+    if any(p.requires_grad for p in model.parameters()) and trained:
+        return [layer for layer in trained if not _is_head(model, layer)] or trained
+    return [layer for layer in layers.values() if not _is_head(model, layer)] or list(layers.values())
+
+
+def change(layer: Layer) -> tuple[Tensor, Tensor] | None:
+    """Return the active adapters' change of the weight as a product, ([out, R], [R, in]); None without adapters."""
+    if not layer.adapters:
+        return None
+    left = torch.cat([adapter.b.detach().float() * adapter.scale for adapter in layer.adapters], dim=1)
+    return left, torch.cat([adapter.a.detach().float() for adapter in layer.adapters])
+
+
+def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
+    active = list(_active(module))
+    wrapper: Any = module
+    if not hasattr(module, "lora_A"):
+        kind = type(module).__name__
+        trained = any(p.requires_grad for n, p in module.named_parameters() if not n.startswith("base_layer."))
+        if active and trained:
+            raise ValueError(
+                f"{name} has an adapter of kind {type(module).__module__.split('.')[-2]} ({kind}); a structured source "
+                "takes LoRA and whole weights. Use SourceGradient.anchored() for it"
+            )
+        return Layer(name, module, base, _is_conv1d(base), ())
+    adapters = []
+    for adapter in active:
+        if adapter not in wrapper.lora_A:
+            continue
+        if getattr(wrapper, "use_dora", {}).get(adapter, False):
+            raise ValueError(
+                f"{name} has a DoRA adapter ({adapter!r}), whose change of the weight is not scale * B @ A; use "
+                "use_dora=False, or SourceGradient.anchored()"
+            )
+        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+        adapters.append(Adapter(adapter, a, b, float(wrapper.scaling[adapter])))
+    return Layer(name, module, base, _is_conv1d(base), tuple(adapters))
+
+
+def _active(module: nn.Module) -> Iterator[str]:
+    active: Any = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", ())
+    yield from [active] if isinstance(active, str) else active
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # transformers' Conv1D, which is not imported for this.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def _is_head(model: nn.Module, layer: Layer) -> bool:
+    """Return whether the layer maps to the vocabulary: it is the output embedding, or tied to an input embedding."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError, TypeError):
+        head = None
+    if head is not None and head in (layer.linear, layer.module):
+        return True
+    return any(isinstance(m, nn.Embedding) and m.weight is layer.weight for m in model.modules())
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if any(sign in pattern for sign in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or re.search(rf"(^|\.){re.escape(pattern)}$", name) is not None

@@ -1,0 +1,55 @@
+"""The pull of a structured source on the parameters of layers that have one shape, all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradguide.sources.structured.factors import Factor
+
+__all__ = ["adapter_pull", "weight_pull"]
+
+
+def adapter_pull(
+    inputs: Factor, outputs: Factor, floor: Tensor, left: Tensor, right: Tensor, parts: Sequence[tuple[int, int, float]]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Differentiate ``1/2 tr(D^T G D S)`` for ``D = left @ right`` without forming D.
+
+    Args:
+        inputs, outputs: S and G of L layers, stacked.
+        floor (Tensor): shape [L], what is added to the diagonal of G for the gradient.
+        left, right (Tensor): shapes [L, out, R] and [L, R, in]: columns of ``scale * B`` beside each other, and rows of
+            A below each other.
+        parts: for each adapter its first column, its rank r and its scale.
+
+    Returns:
+        For each adapter the gradients with respect to B [L, out, r] and A [L, r, in]; and the value without the floor,
+        Tensor [L], in nats per token.
+    """
+    right_s = inputs.apply(right)
+    g_left = outputs.apply(left.mT).mT
+    drift = 0.5 * ((left.mT @ g_left) * (right_s @ right.mT)).sum(dim=(-2, -1))
+    g_left = g_left + floor[:, None, None] * left
+    found = []
+    for first, rank, scale in parts:
+        b, a = left[..., first : first + rank], right[..., first : first + rank, :]
+        # b holds scale * B already.
+        found.append((scale * (g_left @ (right_s @ a.mT)), (b.mT @ g_left) @ right_s))
+    return found, drift
+
+
+def weight_pull(inputs: Factor, outputs: Factor, floor: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiate ``1/2 tr(D^T G D S)`` with respect to D itself.
+
+    Args:
+        moved (Tensor): shape [L, out, in], D.
+
+    Returns:
+        ``G D S`` with the floor, [L, out, in]; and the value without it, Tensor [L], in nats per token.
+    """
+    moved_s = inputs.apply(moved)
+    curved = outputs.apply(moved_s.mT).mT
+    drift = 0.5 * (moved * curved).sum(dim=(-2, -1))
+    return torch.add(curved, floor[:, None, None] * moved_s), drift

@@ -1,0 +1,251 @@
+"""A source in weight space: what each linear layer of a base model receives and what its output is worth."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradguide.distributed.layouts import Layout
+from gradguide.ops.row import Row
+from gradguide.sources.structured import storage
+from gradguide.sources.structured.binding import Binding
+from gradguide.sources.structured.capture import Loss, measure
+from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
+from gradguide.sources.structured.layers import Layer, change, find_layers, select
+from gradguide.utils.checks import check_range
+
+__all__ = ["StructuredSource"]
+
+DEFAULT_WEIGHT = 100.0
+FLOOR = 0.1
+
+
+class StructuredSource:
+    """The curvature of what a language model knows, per linear layer, in weight space.
+
+    A linear layer computes ``W x``, and training changes W by D: ``scale * B A`` for a LoRA adapter. The
+    Kullback-Leibler divergence from the model before is about ``1/2 tr(D^T G D S)`` nats per token, summed over layers.
+    S is the covariance of the layer's inputs, G that of the gradients of log p at its outputs (Kronecker-factored
+    curvature, arXiv 1503.05671; for keeping old tasks, arXiv 1805.07810). The source gives the gradient of that with
+    respect to A and B, or W. It depends on D alone, so one file serves every adapter of a base model.
+
+    Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`, and the model to ``names``.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerFactors], metadata: Mapping[str, Any] | None = None) -> None:
+        """Put together factors by layer name.
+
+        Raises:
+            ValueError: there is no layer, or a factor is not finite or negative.
+        """
+        if not layers:
+            raise ValueError("a structured source needs at least one layer, found none")
+        for name, factors in layers.items():
+            parts = [factors.inputs.basis, factors.inputs.rest, factors.outputs.basis, factors.outputs.rest]
+            if not all(bool(part.isfinite().all()) for part in parts):
+                raise ValueError(f"the factors of {name} must be finite, found NaN or Inf")
+            if bool((factors.inputs.rest < 0).any()) or bool((factors.outputs.rest < 0).any()):
+                raise ValueError(f"the diagonal rest of {name} must be at least 0")
+            check_range(f"the output scale of {name}", factors.scale, 0, float("inf"), open_high=True)
+        self._layers = dict(layers)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.floor = FLOOR
+        self.drift: Tensor | None = None
+        """Modelled KL in nats per token from where the source was captured, at the last step: Tensor []."""
+        self._binding: Binding | None = None
+        self._rows: dict[str, Tensor] = {}
+
+    @classmethod
+    def capture(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss,
+        *,
+        modules: str | Sequence[str] | None = None,
+        rank: int | None = 64,
+        dtype: torch.dtype | None = None,
+    ) -> StructuredSource:
+        """Capture the factors in one pass over source batches.
+
+        The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state are afterwards
+        as they were. Memory beside the model: per layer ``(rank + 16) (in + out)`` numbers in float32 (layers with the
+        same input share theirs), and what one batch's forward and backward pass holds. Under ``torch.distributed``
+        every rank gives its share of the batches and gets the same source.
+
+        Args:
+            model: a base model, or a PEFT model, fresh or trained.
+            batches: source batches, as ``loss`` takes them.
+            loss: ``loss(model, batch)``, the mean negative log likelihood of labels *drawn from the model*, a scalar;
+                or that and the number of predictions it is a mean over. Without the number, rows with a gradient at
+                the last layer are counted. Whether labels are drawn from the model cannot be seen from here: with the
+                data's own labels the factors are those of the empirical Fisher information.
+            modules: names, endings of names or patterns of layers; by default every linear layer that is trained or
+                adapted, or, where the model has none, every linear layer but the language head.
+            rank (int | None): rank of S and G; the rest of the spectrum is kept as a diagonal. None keeps them whole.
+            dtype: storage of the factors: torch.float32 (the default) or bfloat16.
+
+        Raises:
+            ValueError: no linear layer, no batch, a layer that no batch reached, a loss that is no scalar or not
+                finite, factors that are not finite.
+        """
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank must be a whole number of at least 1, or None, found {rank!r}")
+        dtype = torch.float32 if dtype is None else dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, found {dtype}")
+        layers = select(model, find_layers(model), modules)
+        statistics, shared, totals = measure(model, batches, loss, layers, rank)
+        inputs = {
+            name: found.inputs.factor(1.0 / float(found.scalars[0]))
+            for name, found in statistics.items()
+            if shared[name] == name
+        }
+        factors = {
+            layer.name: LayerFactors(
+                inputs[shared[layer.name]].to("cpu", dtype),
+                statistics[layer.name].outputs.factor(1.0 / totals["predictions"]).to("cpu", dtype),
+                float(statistics[layer.name].scalars[1] / statistics[layer.name].scalars[0]),
+                _anchor(layer),
+            )
+            for layer in layers
+        }
+        return cls(factors, {**totals, "rank": rank, "tokens": int(next(iter(statistics.values())).scalars[0])})
+
+    @property
+    def weight(self) -> float:
+        """Default weight of the pull."""
+        return DEFAULT_WEIGHT
+
+    def names(self) -> list[str]:
+        """Return the names of the layers, in the model's order."""
+        return list(self._layers)
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return S [in, in] and G [out, out] of a layer, dense in float32: 1/2 tr(D^T G D S) is KL in nats per token.
+
+        Raises:
+            KeyError: the source has no such layer.
+        """
+        if layer not in self._layers:
+            raise KeyError(f"the source has no layer {layer!r}; it has {len(self._layers)}, such as {self.names()[:3]}")
+        found = self._layers[layer]
+        return found.inputs.dense(), found.outputs.dense()
+
+    def bound(self, model: nn.Module) -> StructuredSource:
+        """Return the source for the parameters of ``model`` that change its layers. Factors are shared with this one.
+
+        Raises:
+            ValueError: a layer has another shape, or no trained parameter changes any layer.
+        """
+        source = copy.copy(self)
+        source._binding = Binding(model, self._layers, self.floor)
+        source._rows, source.drift = {}, None
+        return source
+
+    def shapes(self) -> None:
+        """Return None: it answers for any parameter, with zero for one that changes none of its layers."""
+        return
+
+    def fingerprint(self) -> str:
+        """Return a digest of layers and numbers."""
+        digest = hashlib.sha256(repr(self.floor).encode())
+        for name, held in self._layers.items():
+            anchor = held.anchor or ()
+            for part in (held.inputs.basis, held.inputs.rest, held.outputs.basis, held.outputs.rest, *anchor):
+                digest.update(f"{name} {tuple(part.shape)} {part.dtype} {held.scale}".encode())
+                digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def shards(self, layouts: Mapping[str, Layout]) -> StructuredSource:
+        """Return the source itself: factors are whole on every rank, and the pull is cut where it is written."""
+        return self
+
+    def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+        """Compute the pull at the parameters as they are.
+
+        Raises:
+            RuntimeError: the source was not bound to a model.
+        """
+        if self._binding is None:
+            raise RuntimeError("a structured source needs the model: pass names=model to GradGuide")
+        if parameters:
+            self._binding.to(next(iter(parameters.values())).device)
+            self._rows, self.drift = self._binding.pull(parameters)
+
+    def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
+        """Return the pull on the parameters called ``names``; zero where a parameter changes no layer."""
+        pairs = zip(names, at, strict=True)
+        return Row(offset=[self._rows[n] if n in self._rows else torch.zeros_like(p) for n, p in pairs])
+
+    @staticmethod
+    def merge(sources: Sequence[StructuredSource], weights: Sequence[float] | None = None) -> StructuredSource:
+        """Return one source for several tasks of one base model, at the memory of one.
+
+        S and G are merged by themselves (weighted sums, cut to the largest rank), and so are anchors, weighted alike. A
+        sum of Kronecker products is no Kronecker product: what is lost is which inputs went with which outputs, so that
+        the merged source also holds combinations that no single task used.
+
+        Raises:
+            ValueError: there is none, or the weights do not fit.
+        """
+        if not sources:
+            raise ValueError("merge needs at least one source, found none")
+        given = [1.0 / len(sources)] * len(sources) if weights is None else list(map(float, weights))
+        if len(given) != len(sources) or any(weight < 0 for weight in given) or not any(given):
+            raise ValueError(f"weights must be {len(sources)} numbers of at least 0, not all 0, found {weights}")
+        names = list(dict.fromkeys(name for source in sources for name in source.names()))
+        layers = {}
+        for name in names:
+            held = [(s._layers[name], w) for s, w in zip(sources, given, strict=True) if name in s._layers]
+            total = sum(weight for _, weight in held) or 1.0
+            rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
+            anchors = [(f.anchor, w / total) for f, w in held if f.anchor is not None]
+            layers[name] = LayerFactors(
+                merged([f.inputs for f, _ in held], [w / total for _, w in held], rank),
+                merged([f.outputs for f, _ in held], [w for _, w in held], rank),
+                sum(f.scale * w / total for f, w in held),
+                weighted_sum(anchors),
+            )
+        return StructuredSource(layers, {"merged": [source.metadata for source in sources]})
+
+    def to_dtype(self, dtype: torch.dtype) -> StructuredSource:
+        """Return the source with its factors stored in ``dtype``, torch.float32 or bfloat16."""
+        layers = {
+            name: LayerFactors(f.inputs.to(dtype=dtype), f.outputs.to(dtype=dtype), f.scale, f.anchor)
+            for name, f in self._layers.items()
+        }
+        return StructuredSource(layers, self.metadata)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        storage.write(path, self._layers, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StructuredSource:
+        """Read a file of :meth:`save`. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, no structured source, or of a newer format.
+        """
+        layers, metadata = storage.read(path)
+        return cls(layers, metadata)
+
+    def __repr__(self) -> str:
+        numbers = sum(f.numel() for h in self._layers.values() for f in (h.inputs.basis, h.outputs.basis))
+        return f"StructuredSource({len(self._layers)} layers, {numbers} numbers)"
+
+
+def _anchor(layer: Layer) -> tuple[Tensor, Tensor] | None:
+    """Return the adapters' change of the weight at capture, unless it is zero as that of a fresh adapter."""
+    found = change(layer)
+    if found is None or not bool(found[0].any()) or not bool(found[1].any()):
+        return None
+    return found[0].cpu(), found[1].cpu()

@@ -1,0 +1,67 @@
+"""Files of structured sources: safetensors with JSON metadata."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gradguide.sources import files as file
+from gradguide.sources.structured.factors import Factor, LayerFactors
+
+__all__ = ["read", "write"]
+
+KIND = "structured"
+
+
+def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], metadata: Mapping[str, Any]) -> None:
+    """Write the factors. Layers that share S store it once."""
+    tables: dict[str, dict[str, Tensor]] = {t: {} for t in ("s_basis", "s_rest", "g_basis", "g_rest")}
+    left: dict[str, Tensor] = {}
+    right: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, held in layers.items():
+        shared[name] = first.setdefault(id(held.inputs.basis), name)
+        if shared[name] == name:
+            tables["s_basis"][name], tables["s_rest"][name] = held.inputs.basis, held.inputs.rest
+        tables["g_basis"][name], tables["g_rest"][name] = held.outputs.basis, held.outputs.rest
+        if held.anchor is not None:
+            left[name], right[name] = held.anchor
+    if left:
+        tables |= {"anchor_left": left, "anchor_right": right}
+    # A list, since JSON objects are written in sorted order.
+    listed = [[name, shared[name], held.scale] for name, held in layers.items()]
+    header = {"kind": KIND, "layers": listed, **metadata}
+    file.write(path, tables, header)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[str, Any]]:
+    """Read factors by layer and metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, no structured source, or of a newer format.
+    """
+    tables, metadata = file.read(path)
+    if metadata.pop("kind", None) != KIND:
+        raise ValueError(f"{os.fspath(path)!r} holds no structured source; read it with SourceGradient.load")
+    metadata.pop("format")
+    listed = metadata.pop("layers", None)
+    try:
+        inputs = {name: Factor(tables["s_basis"][name], tables["s_rest"][name]) for name in tables["s_basis"]}
+        anchors = {n: (t, tables["anchor_right"][n]) for n, t in tables.get("anchor_left", {}).items()}
+        layers = {
+            name: LayerFactors(
+                inputs[leader],
+                Factor(tables["g_basis"][name], tables["g_rest"][name]),
+                float(scale),
+                anchors.get(name),
+            )
+            for name, leader, scale in listed
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged: {error!r}") from error
+    return layers, metadata

@@ -1,0 +1,186 @@
+"""Capturing leaves everything as it was, works on every kind of model, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradguide.integrations.sampling import sampled_loss
+from gradguide.sources.structured import StructuredSource
+from tests.sources.structured.problems import adapted, gpt2, llama, spread, text
+
+
+def close(a: StructuredSource, b: StructuredSource, tolerance: float = 1e-4) -> None:
+    assert a.names() == b.names()
+    for name in a.names():
+        for left, right in zip(a.factors(name), b.factors(name), strict=True):
+            assert float((left - right).norm()) <= tolerance * float(right.norm()), name
+
+
+def test_names_are_those_of_the_base_model_without_the_language_head() -> None:
+    source = StructuredSource.capture(llama(), text(2), sampled_loss, rank=4)
+    assert len(source.names()) == 14
+    assert source.names()[0] == "model.layers.0.self_attn.q_proj"
+    assert not any("head" in name for name in source.names())
+    assert StructuredSource.capture(adapted(llama()), text(2), sampled_loss, rank=4).names() == source.names()
+
+
+def test_the_factors_are_the_moments_of_inputs_and_output_gradients() -> None:
+    """Of one layer, against hooks written out by hand."""
+    model, batches = llama(1), text(3)
+    name = "model.layers.0.mlp.down_proj"
+    layer = model.get_submodule(name)
+    torch.manual_seed(0)
+    source = StructuredSource.capture(model, batches, sampled_loss, rank=None, modules=name)
+    torch.manual_seed(0)
+    s = torch.zeros(24, 24, dtype=torch.float64)
+    g = torch.zeros(16, 16, dtype=torch.float64)
+    tokens = predictions = 0
+    for batch in batches:
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, given: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
+            output.retain_grad()
+            kept.extend([given[0], output])
+
+        handle = layer.register_forward_hook(keep)
+        loss, number = sampled_loss(model, batch)
+        handle.remove()
+        (loss * number).backward()
+        x, d = kept[0].detach().flatten(0, 1).double(), kept[1].grad.flatten(0, 1).double()  # type: ignore[union-attr]
+        s, g = s + x.T @ x, g + d.T @ d
+        tokens, predictions = tokens + len(x), predictions + number
+    found = source.factors(name)
+    torch.testing.assert_close(found[0].double(), s / tokens, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), g / predictions, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same(reentrant: bool) -> None:
+    model, batches = llama(), text(4)
+    torch.manual_seed(0)
+    plain = StructuredSource.capture(model, batches, sampled_loss, rank=None)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    torch.manual_seed(0)
+    close(StructuredSource.capture(model, batches, sampled_loss, rank=None), plain)
+
+
+def test_everything_is_afterwards_as_it_was() -> None:
+    model = adapted(llama(), lora_dropout=0.1)
+    spread(model, 0.1)
+    model.train()
+    model.base_model.model.model.layers[0].eval()  # type: ignore[union-attr, index, operator]
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+    before = {name: (p.detach().clone(), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    state = torch.get_rng_state()
+    StructuredSource.capture(model, text(3), sampled_loss, rank=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    for name, p in model.named_parameters():
+        value, needed, gradient = before[name]
+        assert torch.equal(p, value)
+        assert p.requires_grad == needed
+        assert p.grad is gradient
+        assert gradient is None or bool((gradient == 1).all())
+
+
+def test_an_error_in_the_middle_leaves_everything_too() -> None:
+    model = adapted(llama())
+
+    def fails(model: nn.Module, batch: Any) -> Tensor:
+        raise RuntimeError("no more memory")
+
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="no more memory"):
+        StructuredSource.capture(model, text(2), fails, rank=4)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_padding_does_not_count() -> None:
+    model = llama()
+    short = text(3, length=10)
+    padded = [
+        {
+            "input_ids": nn.functional.pad(batch["input_ids"], (0, 6)),
+            "attention_mask": nn.functional.pad(batch["attention_mask"], (0, 6)),
+        }
+        for batch in short
+    ]
+    one = StructuredSource.capture(model, short, sampled_loss, rank=None)
+    other = StructuredSource.capture(model, padded, sampled_loss, rank=None)
+    assert one.metadata["tokens"] == other.metadata["tokens"]
+    for name in one.names():
+        torch.testing.assert_close(other.factors(name)[0], one.factors(name)[0], rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_models_and_storage() -> None:
+    exact = StructuredSource.capture(llama(), text(8), sampled_loss, rank=8)
+    stored = exact.to_dtype(torch.bfloat16)
+    close(stored, exact, 0.02)
+    half = StructuredSource.capture(llama().to(torch.bfloat16), text(8), sampled_loss, rank=8, dtype=torch.bfloat16)
+    for name in exact.names():
+        assert float((half.factors(name)[0] - exact.factors(name)[0]).norm()) < 0.2 * float(
+            exact.factors(name)[0].norm()
+        )
+
+
+def test_gpt2_layers_keep_inputs_and_outputs_apart() -> None:
+    source = StructuredSource.capture(gpt2(), text(2), sampled_loss, rank=None)
+    s, g = source.factors("transformer.h.0.attn.c_attn")
+    assert s.shape == (16, 16)
+    assert g.shape == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("modules", "count"), [("q_proj", 2), (["q_proj", "*.mlp.*"], 8), ("model.layers.1.self_attn.k_proj", 1)]
+)
+def test_modules_choose_layers(modules: Any, count: int) -> None:
+    assert len(StructuredSource.capture(llama(), text(1), sampled_loss, rank=4, modules=modules).names()) == count
+
+
+def test_bad_input_is_refused_with_a_reason() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="no linear layer is called 'nothing'"):
+        StructuredSource.capture(model, text(1), sampled_loss, modules="nothing")
+    with pytest.raises(ValueError, match="has no linear layer"):
+        StructuredSource.capture(nn.Embedding(3, 4), text(1), sampled_loss)
+    with pytest.raises(ValueError, match="at least one batch, found none"):
+        StructuredSource.capture(model, [], sampled_loss)
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1, or None, found 0"):
+        StructuredSource.capture(model, text(1), sampled_loss, rank=0)
+    with pytest.raises(ValueError, match=r"must be torch.float32 or torch.bfloat16, found torch.float16"):
+        StructuredSource.capture(model, text(1), sampled_loss, dtype=torch.float16)
+    with pytest.raises(ValueError, match="must return a scalar tensor"):
+        StructuredSource.capture(model, text(1), lambda model, batch: model(**batch).logits)
+    with pytest.raises(ValueError, match="has a loss of nan"):
+        StructuredSource.capture(model, text(1), lambda model, batch: model(**batch).logits.sum() * float("nan"))
+
+
+def test_a_layer_that_no_batch_reaches_is_named() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    with pytest.raises(ValueError, match=r"no batch reached 1 of 2 layers \(unused\)"):
+        StructuredSource.capture(Two(), [torch.ones(2, 4)], lambda model, x: model(x).square().mean())
+
+
+def test_dora_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="DoRA"):
+        StructuredSource.capture(adapted(llama(1), use_dora=True), text(1), sampled_loss)

@@ -1,0 +1,100 @@
+"""Factors in low rank plus a diagonal, against dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradguide.sources.structured.factors import Covariance, Factor, merged, stacked
+
+sizes = st.integers(2, 40)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def vectors(rows: int, size: int, seed: int, decay: float = 1.0) -> Tensor:
+    """Random vectors whose covariance has a spectrum that falls by ``decay``."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    scales = torch.logspace(0, size - 1, size, base=decay)
+    drawn: Tensor = torch.randn(rows, size, generator=generator) * scales @ basis.T
+    return drawn
+
+
+@given(sizes, seeds)
+@settings(max_examples=40)
+def test_a_whole_covariance_is_exact(size: int, seed: int) -> None:
+    rows = vectors(64, size, seed)
+    sums = Covariance(size, None, rows.device)
+    sums.add(rows[:20])
+    sums.add(rows[20:])
+    torch.testing.assert_close(sums.factor(1 / 64).dense(), rows.T @ rows / 64, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(60, 120), seeds, st.sampled_from([2, 8, 16]))
+@settings(max_examples=25)
+def test_a_sketch_is_near_the_best_approximation_and_keeps_the_diagonal(size: int, seed: int, rank: int) -> None:
+    rows = vectors(300, size, seed, decay=0.9)
+    exact = rows.T @ rows / len(rows)
+    sums = Covariance(size, rank, rows.device)
+    for part in rows.split(70):
+        sums.add(part)
+    found = sums.factor(1 / len(rows))
+    assert found.rank == rank
+    best = float(torch.linalg.eigvalsh(exact)[:-rank].square().sum().sqrt())
+    low = found.basis @ found.basis.T
+    assert float((exact - low).norm()) <= 2.0 * best + 1e-4
+    torch.testing.assert_close(found.dense().diagonal(), exact.diagonal(), rtol=2e-3, atol=1e-4)
+
+
+@given(sizes, seeds)
+@settings(max_examples=40)
+def test_apply_is_the_product_with_the_dense_matrix(size: int, seed: int) -> None:
+    rows = vectors(30, size, seed)
+    factor = Factor.of_matrix(rows.T @ rows, max(1, size // 3))
+    other = vectors(5, size, seed + 1)
+    torch.testing.assert_close(factor.apply(other), other @ factor.dense(), rtol=1e-4, atol=1e-3)
+
+
+def test_fewer_vectors_than_the_rank_are_kept_whole() -> None:
+    rows = vectors(3, 100, 0)
+    sums = Covariance(100, 16, rows.device)
+    sums.add(rows)
+    torch.testing.assert_close(sums.factor(1.0).dense(), rows.T @ rows, rtol=1e-3, atol=1e-3)
+
+
+def test_no_vector_gives_zero() -> None:
+    found = Covariance(100, 16, torch.device("cpu")).factor(1.0)
+    assert not found.dense().any()
+
+
+def test_sketches_add_up_over_ranks() -> None:
+    rows = vectors(40, 90, 5)
+    whole, parts = Covariance(90, 8, rows.device), [Covariance(90, 8, rows.device) for _ in range(2)]
+    whole.add(rows)
+    for part, own in zip(parts, rows.split(20), strict=True):
+        part.add(own)
+    parts[0].sums += parts[1].sums
+    parts[0].diagonal += parts[1].diagonal
+    torch.testing.assert_close(parts[0].factor(1.0).dense(), whole.factor(1.0).dense(), rtol=1e-3, atol=1e-3)
+
+
+def test_stacked_factors_of_several_ranks_apply_alike() -> None:
+    factors = [Factor.of_matrix(torch.diag(torch.arange(1.0, 7.0)), rank) for rank in (1, 3)]
+    rows = torch.randn(2, 4, 6)
+    found = stacked(factors).apply(rows)
+    for one, factor, own in zip(found, factors, rows, strict=True):
+        torch.testing.assert_close(one, factor.apply(own))
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_merging_keeps_the_trace(rank: int | None) -> None:
+    factors = [Factor.of_matrix(torch.diag(torch.rand(8) + 0.1), 2) for _ in range(3)]
+    found = merged(factors, [0.2, 0.3, 0.5], rank)
+    wanted = sum(w * factor.trace() for w, factor in zip([0.2, 0.3, 0.5], factors, strict=True))
+    torch.testing.assert_close(found.trace(), wanted)
+    dense = sum(w * factor.dense() for w, factor in zip([0.2, 0.3, 0.5], factors, strict=True))
+    if rank is None:
+        torch.testing.assert_close(found.dense(), dense)

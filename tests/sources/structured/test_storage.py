@@ -1,0 +1,45 @@
+"""Files of structured sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradguide import SourceGradient
+from gradguide.integrations.sampling import sampled_loss
+from gradguide.sources.structured import StructuredSource
+from tests.sources.structured.problems import adapted, llama, spread, text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_gives_the_same_source(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = adapted(llama(1))
+    spread(model, 0.1)
+    source = StructuredSource.capture(model, text(2), sampled_loss, rank=4, dtype=dtype)
+    source.save(tmp_path / "source.safetensors")
+    loaded = StructuredSource.load(tmp_path / "source.safetensors")
+    assert loaded.names() == source.names()
+    assert loaded.metadata == source.metadata
+    assert loaded.fingerprint() == source.fingerprint()
+
+
+def test_shared_inputs_are_stored_once(tmp_path: Path) -> None:
+    source = StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4)
+    q, k = (source._layers[f"model.layers.0.self_attn.{n}_proj"].inputs for n in "qk")
+    assert q.basis is k.basis
+    source.save(tmp_path / "source.safetensors")
+    loaded = StructuredSource.load(tmp_path / "source.safetensors")
+    q, k = (loaded._layers[f"model.layers.0.self_attn.{n}_proj"].inputs for n in "qk")
+    assert q.basis is k.basis
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    SourceGradient({"w": torch.ones(3)}).save(tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="holds no structured source"):
+        StructuredSource.load(tmp_path / "plain.safetensors")
+    source = StructuredSource.capture(llama(1), text(1), sampled_loss, rank=4)
+    source.save(tmp_path / "source.safetensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        SourceGradient.load(tmp_path / "source.safetensors")
