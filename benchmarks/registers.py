@@ -35,7 +35,7 @@ from gradguide.ops.triton import launch
 from gradguide.rules import triton as deciding
 from gradguide.rules.decide import SOURCES, STATISTICS, Rules
 from gradguide.rules.span import Span
-from gradguide.step.fused_adam import MOST_SETTINGS, MOST_SOURCES
+from gradguide.step.fused_adam import MAX_SETTINGS, MAX_SOURCES
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
 ARCHITECTURES = (80, 90, 100)
@@ -192,8 +192,8 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
     assert columns is not None
     one = torch.ones(1, dtype=torch.float64)
     sources = max(len(rows) - SOURCES, 0)
-    limited = sources <= MOST_SOURCES
-    for count in (1, MOST_SETTINGS) if sources == 1 else (1,):
+    limited = sources <= MAX_SOURCES
+    for count in (1, MAX_SETTINGS) if sources == 1 else (1,):
         groups = fused.Groups(
             settings=settings * count, which=array("q", [0]), on_device=False, decoupled=True, maximize=False
         )
@@ -263,7 +263,7 @@ def binaries(architectures: list[int], names: list[str]) -> list[Binary]:
             if kernel == "adam" and call.options["PULLED"]:
                 label += ", pulled"
             if kernel in ("adam", "probe") and len(call.given["settings"]) > 1:
-                label += f", {MOST_SETTINGS} groups"
+                label += f", {MAX_SETTINGS} groups"
             for arch in architectures:
                 numbers = inspect(compiled(call, arch))
                 found[kernel, label, f"sm_{arch}"] = Binary(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import check_divided
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_hooks", "evaluates_closures"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "evaluates_closures"]
 
 # Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
 _EATERS = {
@@ -60,8 +62,22 @@ def check_base(base: object) -> None:
             f"none of the {len(parameters)} parameters of the base optimizer requires a gradient; unfreeze the adapter "
             "first, or pass the optimizer the parameters that are trained"
         )
+    check_differentiable(base.param_groups)
     check_divided(parameters)
     check_zero(base.param_groups)
+
+
+def check_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise if a param group asks for a step that autograd can differentiate.
+
+    Raises:
+        ValueError: ``differentiable=True``.
+    """
+    if any(group.get("differentiable", False) for group in groups):
+        raise ValueError(
+            "differentiable=True records the step for autograd, and GradGuide writes gradients and parameters in "
+            "place; use the base optimizer alone, or differentiable=False"
+        )
 
 
 def evaluates_closures(base: Optimizer) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 from torch.optim import Optimizer
 
-from gradguide.base_checks import NO_GRADIENTS, check_base, check_hooks
+from gradguide.base_checks import NO_GRADIENTS, check_base, check_differentiable, check_hooks
 from gradguide.checkpoint import state_dict as checkpoint
 from gradguide.distributed.resharded import find_sharded
 from gradguide.ops import check_backend
@@ -23,13 +23,13 @@ from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.sources.protocol import Source
 from gradguide.sources.validation import match_sources
-from gradguide.step import nonfinite as finite
-from gradguide.step.buckets import Scope, labeller
-from gradguide.step.engine import Guidance
+from gradguide.step import nonfinite
+from gradguide.step.buckets import Scope, scope_labeler
+from gradguide.step.engine import Engine, StepState
 from gradguide.step.metrics import Record, read
 from gradguide.step.momentum import check_momentum
 from gradguide.step.nonfinite import POLICIES
-from gradguide.step.plan import Surveyor
+from gradguide.step.planner import StepPlanner
 from gradguide.utils.checks import check_choice, check_kind
 from gradguide.utils.names import Names, NamesLike, carried
 from gradguide.wrapper import Wrapper
@@ -125,7 +125,7 @@ class GradGuide(Wrapper):
         known.replace(replaced)
         if isinstance(scope, Mapping):
             scope = {replaced.get(p, p): label for p, label in scope.items()}
-        labeller(scope, known.found)
+        scope_labeler(scope, known.found)
         sources = match_sources(_sources(alignment, regularizer), base.param_groups, known)
         super().__init__(base)
         self._nonfinite = nonfinite
@@ -137,9 +137,9 @@ class GradGuide(Wrapper):
             "regularizer": regularizer,
             "nonfinite": nonfinite,
         }
-        surveyor = Surveyor(scope, known, sources, options, backend)
-        surveyor.follow(base)
-        self._guidance = Guidance(direction, alignment, magnitude, surveyor)
+        planner = StepPlanner(scope, known, sources, options, backend)
+        planner.track_replaced(base)
+        self._engine = Engine(direction, alignment, magnitude, planner)
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._skipped_in_row = 0
         self._last: Record | None = None
@@ -171,52 +171,62 @@ class GradGuide(Wrapper):
             UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes.
                 Or five steps in a row were skipped; once for each such run of steps.
         """
-        guidance = self._guidance
-        if not guidance.active and self._regularizer is None:
+        engine = self._engine
+        if not engine.active and self._regularizer is None:
             return self.base.step(closure) if closure is not None else self.base.step()
-        guidance.surveyor.refresh(self.base)
-        loss, added = None, None
-        if self._regularizer is not None:
-            loss, added = evaluate(closure, self.base, guidance, self._regularizer, self._totals[0])
-        elif closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
-        measured = guidance.measure(self.base, added)
-        if measured is None:
+        loss, added = self._evaluate(closure)
+        plan = engine.planner.plan(self.base)
+        if plan is None:
             self._step_unguided()
             return loss
-        if not measured.survey.buckets:
-            self._warn_once(NO_GRADIENTS, stacklevel=6)  # other ranks may have gradients, and wait for this one
-        # Changed in place from here on, so that a CUDA graph that replays the step counts on.
-        self._totals = self._totals.to(measured.span.gram.device)
-        if finite.stops(measured, self.base, self._nonfinite, guidance.surveyor.names):
-            self._totals[1] += 1
-            self._skipped_in_row += 1
-            if self._skipped_in_row == finite.TROUBLE:
-                finite.warn(measured, finite.TROUBLE, guidance.surveyor.names)
-        else:
-            self._skipped_in_row = 0
-            guidance.guide(measured, self.base, self._totals)
-            if not guidance.step_fused(measured, self.base):
-                guidance.combine(measured)
-                if guidance.acts_on_update or self._history is not None:
-                    guidance.before.keep(measured.survey.buckets)
-                    finite.step(measured, self.base, self._nonfinite)
-                    guidance.correct(measured)
-                else:
-                    finite.step(measured, self.base, self._nonfinite)
-        self._last = guidance.record(measured)
-        if self._history is not None:
-            self._history.append(self.metrics())
+        state = engine.measure(plan, self.base, added)
+        if not self._skips(state):
+            engine.decide(state, self.base, self._totals)
+            if not engine.step_fused(state, self.base):
+                engine.combine(state)
+                measures = engine.rules.limit_update or self._history is not None
+                before = plan.snapshot() if measures else None
+                nonfinite.step(state, self.base, self._nonfinite)
+                if before is not None:
+                    engine.correct(state, before)
+        self._finish(engine.record(state))
         return loss
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
+        """Let sources refresh and the closure run. Return its loss, and what a regularizer adds to the gradient."""
+        self._engine.planner.refresh(self.base)
+        if self._regularizer is not None:
+            return evaluate(closure, self.base, self._engine, self._regularizer, self._totals[0])
+        if closure is None:
+            return None, None
+        with torch.enable_grad():
+            return closure(), None
+
+    def _skips(self, state: StepState) -> bool:
+        """Return whether the step is skipped, counted and warned of."""
+        if not state.plan.buckets:
+            self._warn_once(NO_GRADIENTS, stacklevel=7)  # other ranks may have gradients, and wait for this one
+        # Changed in place from here on, so that a CUDA graph that replays the step counts on.
+        self._totals = self._totals.to(state.span.gram.device)
+        names = self._engine.planner.names
+        if not nonfinite.should_skip(state, self.base, self._nonfinite, names):
+            self._skipped_in_row = 0
+            return False
+        self._totals[1] += 1
+        self._skipped_in_row += 1
+        if self._skipped_in_row == nonfinite.TROUBLE:
+            nonfinite.warn(state, nonfinite.TROUBLE, names)
+        return True
 
     def _step_unguided(self) -> None:
         """Step the base alone, where no parameter has a gradient."""
         check_hooks(self.base)
         self._warn_once(NO_GRADIENTS, stacklevel=7)
         self.base.step()
-        self._last = None
+        self._finish(None)
+
+    def _finish(self, record: Record | None) -> None:
+        self._last = record
         if self._history is not None:
             self._history.append(self.metrics())
 
@@ -236,12 +246,13 @@ class GradGuide(Wrapper):
             ValueError: the source does not match a name that is known, or ``share_momentum`` finds no momentum in the
                 group. Nothing is changed.
         """
-        guidance = self._guidance
+        engine = self._engine
         added = param_group["params"] if isinstance(param_group, dict) else None
         if added is None or isinstance(added, set):
             self.base.add_param_group(param_group)  # which says what is wrong with it
             return
-        if guidance.rules.direction is not None and guidance.rules.direction.share_momentum:
+        check_differentiable([param_group])
+        if engine.rules.direction is not None and engine.rules.direction.share_momentum:
             check_momentum(self.base, [param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
@@ -249,15 +260,15 @@ class GradGuide(Wrapper):
         if not all(isinstance(p, Tensor) for p in bare):
             self.base.add_param_group(param_group)
             return
-        surveyor = guidance.surveyor
-        surveyor.follow(self.base)
-        known = surveyor.known.merged(carried([param_group]))
+        planner = engine.planner
+        planner.track_replaced(self.base)
+        known = planner.known.merged(carried([param_group]))
         groups = [*self.param_groups, {"params": bare}]
         known.replace(find_sharded(known.found, groups))
-        sources = match_sources(_sources(guidance.rules.alignment, self._regularizer), groups, known)
+        sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known)
         self.base.add_param_group(param_group)
-        surveyor.rename(known, self.base)
-        surveyor.ask(sources)
+        planner.set_names(known, self.base)
+        planner.set_sources(sources)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
         """From the next step on align with other sources, or none. Direction, statistics and the base stay as they are.
@@ -274,13 +285,13 @@ class GradGuide(Wrapper):
             TypeError, ValueError: as when a GradGuide is made. Nothing is changed.
         """
         check_kind("alignment", alignment, Alignment)
-        guidance = self._guidance
-        guidance.surveyor.follow(self.base)
-        known = guidance.surveyor.known.merged(names)
+        engine = self._engine
+        engine.planner.track_replaced(self.base)
+        known = engine.planner.known.merged(names)
         known.replace(find_sharded(known.found, self.param_groups))
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
-        guidance.surveyor.rename(known, self.base)
-        guidance.align(alignment, sources)
+        engine.planner.set_names(known, self.base)
+        engine.align(alignment, sources)
         self._last = None
 
     def metrics(self) -> dict[str, float]:
@@ -303,8 +314,7 @@ class GradGuide(Wrapper):
             - ``source_drift``: modelled KL in nats per token from where a structured source was captured, before the
               step.
             - ``conflict``: 1 if that cosine is negative beyond rounding in any scope, else 0.
-            - ``update_norm``: length of the update, where a rule acts on it or a history is recorded. It is taken from
-              the parameters as they are now, so read it before anything else changes them.
+            - ``update_norm``: length of the update, where a rule acts on it or a history is recorded.
             - ``update_factor``: what the bound multiplied the base's update by, in [0, 1]: 1 where it did not act, 0
               where an update that is not finite was undone.
             - ``skipped``, ``steps``: counts. A step whose gradients were all zero is none.
@@ -312,9 +322,9 @@ class GradGuide(Wrapper):
             With several sources also ``source_cosine/NAME`` and so on, by number where they have no names;
             the plain keys are the worst.
         """
-        guidance = self._guidance
-        sources = () if guidance.rules.alignment is None else guidance.rules.alignment.names
-        norm = guidance.before.update_norm(self._totals.device)
+        engine = self._engine
+        sources = () if engine.rules.alignment is None else engine.rules.alignment.names
+        norm = engine.update_norm(self._totals.device)
         return read(self._last, norm, self._totals, sources)
 
     def record(self, history: History | None) -> None:
@@ -325,7 +335,7 @@ class GradGuide(Wrapper):
         """The base's state dict, and GradGuide's own tensors per parameter under keys ``gradguide.*``."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state = checkpoint.merge(self.base.state_dict(), self.base, self._guidance, self._totals)
+        state = checkpoint.merge(self.base.state_dict(), self.base, self._engine, self._totals)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -343,7 +353,7 @@ class GradGuide(Wrapper):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        self._totals = checkpoint.load(state_dict, self.base, self._guidance)
+        self._totals = checkpoint.load(state_dict, self.base, self._engine)
         self._last = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -351,7 +361,7 @@ class GradGuide(Wrapper):
     def __getstate__(self) -> dict[str, Any]:
         # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
         kept = (
-            "base", "_nonfinite", "_guidance", "_regularizer", "_totals", "_skipped_in_row", "_last", "_history",
+            "base", "_nonfinite", "_engine", "_regularizer", "_totals", "_skipped_in_row", "_last", "_history",
             "_warned",
         )  # fmt: skip
         return {name: self.__dict__[name] for name in kept}
@@ -361,8 +371,8 @@ class GradGuide(Wrapper):
         self.make_hooks()
 
     def __repr__(self) -> str:
-        guidance = self._guidance
-        rules = (guidance.rules.direction, guidance.rules.alignment, guidance.rules.magnitude, self._regularizer)
+        engine = self._engine
+        rules = (engine.rules.direction, engine.rules.alignment, engine.rules.magnitude, self._regularizer)
         return f"GradGuide({', '.join(str(rule) for rule in rules if rule is not None)})\n{self.base!r}"
 
 

@@ -28,7 +28,7 @@ from gradguide.checkpoint.validation import (
 )
 from gradguide.distributed.layouts import gathered, local, spread
 from gradguide.ops.pack import lay_out
-from gradguide.step.engine import Guidance
+from gradguide.step.engine import Engine
 
 __all__ = ["Own", "load", "merge"]
 
@@ -44,7 +44,7 @@ class Own(NamedTuple):
     counters: dict[Tensor, Tensor]
 
 
-def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Tensor) -> dict[str, Any]:
+def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor) -> dict[str, Any]:
     """Return the base's state dict with direction and counters added; the base's own entries stay as they are.
 
     Raises:
@@ -56,8 +56,8 @@ def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Te
             "wraps another optimizer, give GradGuide that one and wrap the GradGuide"
         )
     entries = dict(state["state"])
-    labels = guidance.surveyor.labels(base)
-    stepped = bool(guidance.directions) or bool(totals.any())
+    labels = engine.planner.labels(base)
+    stepped = bool(engine.directions) or bool(totals.any())
     # On the host, whatever device they are counted on.
     head = torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu()])
     keys = _keys(state)
@@ -65,17 +65,17 @@ def merge(state: dict[str, Any], base: Optimizer, guidance: Guidance, totals: Te
     for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
         # An optimizer takes an existing entry for an initialised one. Where the base keeps state, a parameter without
         # a step therefore gets no entry, so that the base alone can load the result. It has no direction either.
-        if stateful and key not in stateful and parameter not in guidance.directions:
+        if stateful and key not in stateful and parameter not in engine.directions:
             continue
-        own = {COUNTERS: torch.cat([head, guidance.scopes.export(labels[parameter]).cpu()])}
-        if parameter in guidance.directions:
-            own[DIRECTION] = spread(guidance.directions[parameter], parameter)
+        own = {COUNTERS: torch.cat([head, engine.scopes.export(labels[parameter]).cpu()])}
+        if parameter in engine.directions:
+            own[DIRECTION] = spread(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
 
 
-def load(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> Tensor:
-    """Load a state dict into the base and the guidance, or change neither.
+def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
+    """Load a state dict into the base and the engine, or change neither.
 
     Returns:
         Tensor [2]: steps and skipped steps.
@@ -87,7 +87,7 @@ def load(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> Tensor:
     Warns:
         UserWarning: the state is that of a plain base optimizer that has stepped.
     """
-    rest, own = _split(state, base, guidance)
+    rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
     try:
         base.load_state_dict(rest)
@@ -96,14 +96,14 @@ def load(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> Tensor:
         if isinstance(error, (LookupError, TypeError, AttributeError)):
             raise ValueError(f"{type(base).__name__} cannot load its part of the state: {error!r}") from error
         raise
-    return _restore(own, base, guidance)
+    return _restore(own, base, engine)
 
 
-def _split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[dict[str, Any], Own]:
+def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict[str, Any], Own]:
     """Return the base's part of a state dict and GradGuide's, checked against the parameters. Nothing is changed."""
     check_groups(state, base)
     parameters = _parameters(base)
-    names = guidance.surveyor.names
+    names = engine.planner.names
     of_key = dict(zip(_keys(state), parameters, strict=True))
     which = {key: f"parameter {names.get(p, f'number {position}')}" for position, (key, p) in enumerate(of_key.items())}
     directions: dict[Tensor, Tensor] = {}
@@ -128,19 +128,19 @@ def _split(state: dict[str, Any], base: Optimizer, guidance: Guidance) -> tuple[
         if DIRECTION in own:
             check_direction(entry[DIRECTION], parameter, which[key])
             directions[parameter] = entry[DIRECTION]
-    if guidance.active and rest and not counters:
+    if engine.active and rest and not counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
             "counters start anew",
             UserWarning,
             stacklevel=4,
         )
-    return {**state, "state": rest}, Own(_laid_out(directions, guidance), counters)
+    return {**state, "state": rest}, Own(_laid_out(directions, engine), counters)
 
 
-def _laid_out(directions: dict[Tensor, Tensor], guidance: Guidance) -> dict[Tensor, Tensor]:
+def _laid_out(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, Tensor]:
     """Copy this rank's part of each direction that the rules keep into one block of memory."""
-    keep = guidance.rules.direction is not None and not guidance.rules.direction.share_momentum
+    keep = engine.rules.direction is not None and not engine.rules.direction.share_momentum
     saved = directions if keep else {}
     made = dict(zip(saved, lay_out([local(p) for p in saved], torch.float32), strict=True))
     for parameter, direction in saved.items():
@@ -148,10 +148,11 @@ def _laid_out(directions: dict[Tensor, Tensor], guidance: Guidance) -> dict[Tens
     return made
 
 
-def _restore(own: Own, base: Optimizer, guidance: Guidance) -> Tensor:
-    guidance.directions = own.directions
-    labels = guidance.surveyor.labels(base)
-    guidance.scopes.restore({labels[parameter]: counters[HEAD:] for parameter, counters in own.counters.items()})
+def _restore(own: Own, base: Optimizer, engine: Engine) -> Tensor:
+    engine.directions = own.directions
+    engine.planner.invalidate()
+    labels = engine.planner.labels(base)
+    engine.scopes.restore({labels[parameter]: counters[HEAD:] for parameter, counters in own.counters.items()})
     return next(iter(own.counters.values()), torch.zeros(HEAD, dtype=torch.float64))[1:HEAD].clone()
 
 

@@ -1,9 +1,4 @@
-"""Lists of tensors that passes go over, and what a pass has to know of one before it goes by address.
-
-Asking 300 tensors one question takes the host 15 to 30 microseconds, and a step on a GPU is to take less than a
-millisecond. So of a list that a step has in common with the one before, only addresses and precision are asked: where
-they are as they were, so is all else.
-"""
+"""Lists of tensors, and the metadata by which a kernel may read them by address."""
 
 from __future__ import annotations
 
@@ -14,105 +9,99 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["DTYPE", "Facts", "Interned", "Note", "Tensors", "facts_of", "located", "only", "same"]
+__all__ = ["ListMetadata", "MetadataCache", "TensorList", "addresses_of", "common_value", "metadata_of", "same_objects"]
 
-DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+DTYPE, DEVICE = attrgetter("dtype"), attrgetter("device")
+_LAYOUT = attrgetter("layout")
+_PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
 
 
-class Facts(NamedTuple):
-    """Of a list of tensors: numbers of elements, the dtype and the device that all have (None where they differ), and
-    whether all are contiguous."""
+class ListMetadata(NamedTuple):
+    """What holds for a list of tensors as long as their shapes, strides, dtypes, devices and types stay as they are.
+
+    lengths: int64 [tensors], elements of each.
+    dtype, device: of all tensors, None where they differ.
+    plain (bool): whether all are exactly ``torch.Tensor`` or ``nn.Parameter``, contiguous, and hold their numbers as
+        they are: no wrapper subclass, no fake, negated or conjugated tensor.
+    """
 
     lengths: array[int]
     dtype: torch.dtype | None
     device: torch.device | None
-    contiguous: bool
+    plain: bool
 
 
-class Note:
-    """What was found out about a list: its facts, and the addresses at which they held; None for facts of this step."""
+class TensorList(list[Tensor]):
+    """A list of tensors whose metadata may be known.
 
-    __slots__ = ("addresses", "facts")
-
-    def __init__(self, facts: Facts | None = None) -> None:
-        self.facts = facts
-        self.addresses: array[int] | None = None
-
-
-class Tensors(list[Tensor]):
-    """A list with a note, which other lists of the same tensors may share."""
-
-    def __init__(self, tensors: Iterable[Tensor] = (), note: Note | None = None) -> None:
-        super().__init__(tensors)
-        self.note = Note() if note is None else note
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy's tensors lie elsewhere.
-        return Tensors, (list(self),)
-
-
-def located(tensors: Sequence[Tensor]) -> tuple[Facts, array[int]]:
-    """The facts of a list, and the addresses of its tensors: all that a pass goes by."""
-    addresses = array("q", map(Tensor.data_ptr, tensors))
-    if not isinstance(tensors, Tensors):
-        return facts_of(tensors), addresses
-    note = tensors.note
-    if note.facts is None or not _holds(note.facts, note.addresses, tensors, addresses):
-        note.facts = facts_of(tensors)
-    note.addresses = addresses
-    return note.facts, addresses
-
-
-def _holds(facts: Facts, before: array[int] | None, tensors: Sequence[Tensor], now: array[int]) -> bool:
-    """Whether facts that held at the addresses ``before`` still do: between steps, tensors may be given other data.
-
-    Data of another size or on another device lie elsewhere; memory that was freed and taken again may hold another
-    precision.
+    Args:
+        tensors: the tensors.
+        metadata: if it is known. Who gives it sees to it that it holds.
     """
-    return before is None or (before == now and only(map(DTYPE, tensors)) == facts.dtype)
+
+    def __init__(self, tensors: Iterable[Tensor] = (), metadata: ListMetadata | None = None) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
 
 
-def facts_of(tensors: Sequence[Tensor]) -> Facts:
-    """The facts of a list, found out anew."""
-    lengths = array("q", map(Tensor.numel, tensors))
-    contiguous = all(map(Tensor.is_contiguous, tensors))
-    return Facts(lengths, only(map(DTYPE, tensors)), only(map(_DEVICE, tensors)), contiguous)
+def metadata_of(tensors: Sequence[Tensor]) -> ListMetadata:
+    """Return the metadata of a list: that which is known, or read anew."""
+    known = getattr(tensors, "metadata", None)
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    plain = _PLAIN_TYPES.issuperset(map(type, tensors)) and common_value(map(_LAYOUT, tensors)) == torch.strided
+    return ListMetadata(
+        array("q", map(Tensor.numel, tensors)),
+        common_value(map(DTYPE, tensors)),
+        common_value(map(DEVICE, tensors)),
+        plain
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor.is_conj, tensors)),
+    )
 
 
-def only(values: Iterable[Any]) -> Any:
-    """The one value that all of them are; None where they differ."""
+def addresses_of(tensors: Sequence[Tensor], metadata: ListMetadata) -> array[int] | None:
+    """Return the address of each tensor of a plain list, read anew; None where one has elements and no memory.
+
+    Tensors on the meta device and efficient zero tensors have no memory.
+    """
+    addresses = array("q", map(Tensor.data_ptr, tensors))
+    if 0 in addresses and any(length and not where for length, where in zip(metadata.lengths, addresses, strict=True)):
+        return None
+    return addresses
+
+
+def common_value(values: Iterable[Any]) -> Any:
+    """Return the one value that all of them are; None where they differ."""
     different = set(values)
     return different.pop() if len(different) == 1 else None
 
 
-def same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Whether two lists hold the same objects."""
+def same_objects(left: Sequence[object], right: Sequence[object]) -> bool:
+    """Return whether two lists hold the same objects."""
     return len(left) == len(right) and all(map(is_, left, right))
 
 
-class Interned:
-    """Notes by key, for lists that are drawn up at every step and mostly hold the same tensors.
+class MetadataCache:
+    """Metadata by key of lists that are built anew at every step and mostly hold the same tensors.
 
-    It keeps no tensor alive: what is not ours may be freed, or moved to the host, between steps.
+    It holds for tensors that only the library or the base optimizer writes: the same objects with the same numbers of
+    elements. It keeps no tensor alive: the base's state may be freed, or moved to the host, between steps.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[ref[Tensor]], Note]] = {}
+        self._kept: dict[Hashable, tuple[list[ref[Tensor]], ListMetadata]] = {}
 
-    def of(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensors:
-        """These tensors, with the note that is kept under ``key`` if that is of them, else with a new one."""
-        known = self.known(key, tensors)
-        if known is not None:
-            return known
-        note = Note()
-        self._kept[key] = list(map(ref, tensors)), note
-        return Tensors(tensors, note)
-
-    def known(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensors | None:
-        """These tensors, with the note that is kept under ``key``; None if there is none, or of others."""
+    def of(self, key: Hashable, tensors: Sequence[Tensor]) -> TensorList:
+        """Return these tensors with their metadata, read anew if the list of ``key`` held other tensors before."""
         kept = self._kept.get(key)
-        if kept is None or not same(list(map(ref.__call__, kept[0])), tensors):
-            return None
-        return Tensors(tensors, kept[1])
+        if kept is not None and same_objects(list(map(ref.__call__, kept[0])), tensors):
+            lengths = array("q", map(Tensor.numel, tensors))
+            if lengths == kept[1].lengths:
+                return TensorList(tensors, kept[1])
+        metadata = metadata_of(tensors)
+        self._kept[key] = list(map(ref, tensors)), metadata
+        return TensorList(tensors, metadata)

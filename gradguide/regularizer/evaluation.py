@@ -17,8 +17,9 @@ from gradguide.regularizer.options import Regularizer, slope
 from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.span import Span, divide
 from gradguide.sources.side_effects import Randomness, buffers_kept, gradients_kept
-from gradguide.step.engine import Guidance
-from gradguide.step.plan import Rows, Survey, source_rows, trained_by
+from gradguide.step.engine import Engine
+from gradguide.step.plan import Rows, StepPlan
+from gradguide.step.planner import trained_by
 from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["evaluate"]
@@ -36,14 +37,14 @@ class Slope:
     rows: for each bucket gradient, direction, the regularizer's sources, and the parameters themselves.
     span: Gram matrices of the rows, [S, R, R].
     v (Tensor): coordinates [S, R] of dR/dg.
-    signed: rows with the sign of their bucket, see ``Survey.signs``.
+    signed: rows with the sign of their bucket, see ``StepPlan.signs``.
 
     In a group that maximizes, R is a function of the negative gradient. With v in coordinates of the gradient as
     received, the gradient of R is ``H v`` either way, and the step descends it: the gradient as received becomes
     ``g + sign * H v``.
     """
 
-    survey: Survey
+    plan: StepPlan
     rows: Rows
     span: Span
     v: Tensor
@@ -51,7 +52,7 @@ class Slope:
 
 
 def evaluate(
-    closure: Callable[[], Any] | None, base: Optimizer, guidance: Guidance, regularizer: Regularizer, steps: Tensor
+    closure: Callable[[], Any] | None, base: Optimizer, engine: Engine, regularizer: Regularizer, steps: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """Leave the gradient of the loss in ``p.grad``, and give what the regularizer adds to it.
 
@@ -72,22 +73,22 @@ def evaluate(
     if regularizer.warmup:
         rise = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
     how = _difference if regularizer.hessian == "finite-difference" else _exact
-    return how(closure, base, guidance, regularizer, rise)
+    return how(closure, base, engine, regularizer, rise)
 
 
 def _difference(
-    closure: Callable[[], Any], base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: Tensor
+    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """``(g(theta + e v) - g(theta)) / e``, both under the same randomness."""
     parameters = trained_by(base)
     start = Randomness(parameters)
     with torch.enable_grad():
         loss = closure()
-    slope = _slope(base, guidance, regularizer, rise)
+    slope = _slope(base, engine, regularizer, rise)
     if slope is None:
         return loss, {}
     end = Randomness(parameters)
-    guidance.before.keep(slope.survey.buckets)
+    copies = slope.plan.snapshot()
     try:
         inverse = _move(slope)
         with gradients_kept(parameters) as first, buffers_kept(), torch.enable_grad():
@@ -96,8 +97,8 @@ def _difference(
             products = _quotients(slope, first, inverse)
     finally:
         with torch.no_grad():
-            for bucket in slope.survey.buckets:
-                torch._foreach_copy_(bucket.values, guidance.before.of(bucket))
+            for bucket, copy in zip(slope.plan.buckets, copies, strict=True):
+                torch._foreach_copy_(bucket.values, copy)
         end.restore()
     return loss, products
 
@@ -105,14 +106,14 @@ def _difference(
 @torch.no_grad()
 def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
     """Differences first, and only then the division: what both gradients share cancels without rounding."""
-    parameters = [p for bucket in slope.survey.buckets for p in bucket.parameters]
+    parameters = [p for bucket in slope.plan.buckets for p in bucket.parameters]
     if parameters and all(p.grad is None for p in parameters):
         raise RuntimeError(
             "the closure gave no gradient when it was evaluated a second time; it must clear the gradients, compute "
             "the loss, call backward and return the loss each time"
         )
     found: dict[Tensor, Tensor] = {}
-    for bucket in slope.survey.buckets:
+    for bucket in slope.plan.buckets:
         before = [first[p] for p in bucket.parameters]
         # A parameter that the second evaluation did not use has no difference to tell.
         pairs = zip(bucket.parameters, before, strict=True)
@@ -125,7 +126,7 @@ def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) ->
 
 
 def _exact(
-    closure: Callable[[], Any], base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: Tensor
+    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """The gradient of ``g . v`` with v held fixed."""
     if several_ranks():
@@ -148,11 +149,11 @@ def _exact(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             # A copy: autograd may give two parameters the same tensor, and this one will be written to.
             parameter.grad = None if gradient is None else gradient.detach().clone()
-        slope = _slope(base, guidance, regularizer, rise)
+        slope = _slope(base, engine, regularizer, rise)
         if slope is None:
             return loss.detach(), {}
         toward = _vector(slope)
-        signs = {p: bucket.sign for bucket in slope.survey.buckets for p in bucket.parameters}
+        signs = {p: bucket.sign for bucket in slope.plan.buckets for p in bucket.parameters}
         curved = [
             (g, toward[p])
             for p, g in zip(parameters, gradients, strict=True)
@@ -193,28 +194,28 @@ def _differentiated(outputs: Any, parameters: Sequence[Tensor], **options: Any) 
 
 
 @torch.no_grad()
-def _slope(base: Optimizer, guidance: Guidance, regularizer: Regularizer, rise: Tensor) -> Slope | None:
+def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor) -> Slope | None:
     """What the regularizer, its weights times ``rise`` (Tensor []), makes of the gradients that are there."""
-    survey = guidance.surveyor.survey(base)
-    if survey is None:
+    plan = engine.planner.plan(base)
+    if plan is None:
         return None
-    sources = survey.sources[len(survey.sources) - len(regularizer.sources) :]
+    sources = plan.sources[len(plan.sources) - len(regularizer.sources) :]
     rows: Rows = [
         Stack(
             [
                 Row(offset=bucket.gradients),
-                guidance.direction_row(base, bucket, survey.interned) if regularizer.direction else None,
-                *source_rows(sources, bucket, bucket.values),
+                engine.direction_row(plan, base, index) if regularizer.direction else None,
+                *plan.source_rows(sources, bucket, bucket.values, "regularizer"),
                 Row(offset=bucket.values),
             ],
             bucket.sizes,
         )
-        for bucket in survey.buckets
+        for index, bucket in enumerate(plan.buckets)
     ]
-    signed = guidance.signed(len(sources))
-    span = survey.gram(rows, SOURCES + len(sources) + 1, signed)
+    signed = engine.signed(len(sources))
+    span = plan.gram(rows, SOURCES + len(sources) + 1, signed)
     v = slope(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
-    return Slope(survey, rows, span, v * rise.to(v), signed)
+    return Slope(plan, rows, span, v * rise.to(v), signed)
 
 
 @torch.no_grad()
@@ -227,20 +228,20 @@ def _move(slope: Slope) -> Tensor:
     the quotient, which grows with e, meets that of rounding, which grows with 1 / e. Parameters count as at least as
     long as the bound on the update takes them to be, so that LoRA's B moves when it starts at zero.
     """
-    survey = slope.survey
-    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * survey.numbers().sqrt())
-    epsilon = max((torch.finfo(v.dtype).eps for bucket in survey.buckets for v in bucket.values), default=0.0) ** 0.5
+    plan = slope.plan
+    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.numbers().sqrt())
+    epsilon = max((torch.finfo(v.dtype).eps for bucket in plan.buckets for v in bucket.values), default=0.0) ** 0.5
     step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(slope.span.norm(slope.v)))
-    moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in survey.buckets]
-    survey.combine_(slope.rows, moves, slope.signed)
+    moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in plan.buckets]
+    plan.combine_(slope.rows, moves, slope.signed)
     return divide(torch.ones_like(step), step)
 
 
 @torch.no_grad()
 def _vector(slope: Slope) -> dict[Tensor, Tensor]:
     """v itself, by parameter."""
-    made = [lay_out(bucket.gradients) for bucket in slope.survey.buckets]
+    made = [lay_out(bucket.gradients) for bucket in slope.plan.buckets]
     writes = [[Write(into=into, coefficients=slope.v)] for into in made]
-    slope.survey.combine_(slope.rows, writes, slope.signed)
-    pairs = zip(slope.survey.buckets, made, strict=True)
+    slope.plan.combine_(slope.rows, writes, slope.signed)
+    pairs = zip(slope.plan.buckets, made, strict=True)
     return {p: tensor for bucket, into in pairs for p, tensor in zip(bucket.parameters, into, strict=True)}

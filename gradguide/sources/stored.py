@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gradguide.distributed.layouts import Layout, shard
 from gradguide.ops.row import Row
-from gradguide.ops.tensors import Tensors
 from gradguide.sources import files
 from gradguide.sources.anchor_weights import stiffness
 from gradguide.sources.capture import Batch, Loss, measure
@@ -60,7 +59,6 @@ class SourceGradient:
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
         self._tables = checked_tables({"gradient": gradient, "fisher": fisher, "anchor": anchor})
-        self._lists: dict[tuple[str, str], tuple[list[str], Tensors]] = {}
         self.metadata: dict[str, Any] = dict(metadata or {})
         check_metadata(self.metadata)
 
@@ -197,7 +195,6 @@ class SourceGradient:
             label: {names.get(name, name): tensor for name, tensor in table.items()}
             for label, table in self._tables.items()
         }
-        source._lists = {}
         return source
 
     @staticmethod
@@ -285,16 +282,9 @@ class SourceGradient:
         return next(iter(self._tables.values()))
 
     def _rows(self, label: str, names: Sequence[str], at: Sequence[Tensor]) -> list[Tensor]:
-        """The same list for the same names and devices, by which what is known of it can be kept."""
-        if len(names) != len(at):
-            raise ValueError(f"names and parameters must be as many, found {len(names)} and {len(at)}")
-        device = at[0].device
-        known = self._lists.get((label, names[0]))
-        if known is not None and known[0] == names and known[1][0].device == device:
-            return known[1]
+        """Return a table's tensors for these names. They move to the parameters' device once."""
         table = self._tables[label]
-        for name in names:
-            table[name] = table[name].to(device)
-        rows = Tensors(table[name] for name in names)
-        self._lists[label, names[0]] = (list(names), rows)
-        return rows
+        for name, parameter in zip(names, at, strict=True):
+            if table[name].device != parameter.device:
+                table[name] = table[name].to(parameter.device)
+        return [table[name] for name in names]

@@ -13,37 +13,40 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradguide.distributed.layouts import layout_of, local, unsupported
-from gradguide.ops.tensors import Tensors
+from gradguide.ops.tensors import TensorList
 from gradguide.utils.names import module_of
 
-__all__ = ["Bucket", "Label", "Labeller", "Scope", "gather", "labeller", "signs_of"]
+__all__ = ["Bucket", "Label", "Labeler", "Scope", "build_buckets", "scope_labeler", "signs_of"]
 
 Label: TypeAlias = Hashable
 Scope: TypeAlias = str | Mapping[Tensor, str] | Mapping[nn.Parameter, str]
-Labeller: TypeAlias = Callable[[Tensor, int, int], Label]
+Labeler: TypeAlias = Callable[[Tensor, int, int], Label]
 
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters with gradients, of one device, precision and sign, all or none contiguous and known to the sources.
+    """Parameters with gradients, of one device, precision and sign.
 
-    Lists are aligned, and the parameters of a scope follow one another: ``sizes`` says of each of S scopes how many
-    they are, and ``elements`` how many numbers those have, whole. ``names`` is empty where the sources know nothing. Of
-    a DTensor, ``values`` and ``gradients`` are this rank's part, and ``summed`` are the process groups that products
-    are to be summed over. ``groups`` are the numbers of the param groups, ``places`` those of the parameters, counted
-    through all groups. ``sign`` is -1 where the param groups maximize, else 1: ``sign`` times the gradient is the
-    gradient of what the step descends.
+    All or none of them are contiguous, and all or none have an entry in the sources. Lists are aligned, and the
+    parameters of a scope follow one another.
+
+    summed: process groups over which products are summed, for DTensors.
+    sizes, elements: for each of S scopes the number of its parameters, and of their elements in all shards.
+    values, gradients: this rank's part of parameters and gradients.
+    names: empty where the sources have no entry.
+    groups, positions: index of each parameter's group, and of the parameter, counted through all groups.
+    sign: -1 where the param groups maximize, else 1: ``sign`` times the gradient is what the step descends.
     """
 
     summed: tuple[Any, ...] = ()
     sizes: list[int] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
-    values: Tensors = field(default_factory=Tensors)
-    gradients: Tensors = field(default_factory=Tensors)
+    values: TensorList = field(default_factory=TensorList)
+    gradients: TensorList = field(default_factory=TensorList)
     names: list[str] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     sign: int = 1
 
 
@@ -53,10 +56,10 @@ def signs_of(base: Optimizer) -> list[int]:
     return [-1 if group.get("maximize", default) else 1 for group in base.param_groups]
 
 
-def labeller(scope: Scope, names: Mapping[Tensor, str]) -> Labeller:
-    """What tells a parameter's scope from itself, its group's index and its place there.
+def scope_labeler(scope: Scope, names: Mapping[Tensor, str]) -> Labeler:
+    """Return a function from a parameter, the index of its group and its place there to the label of its scope.
 
-    A parameter that makes a scope of its own is labelled by its place, which outlives copies and checkpoints.
+    A parameter that is a scope of its own is labelled by its place, which copies and checkpoints keep.
 
     Raises:
         ValueError: the scope is unknown, or needs names that are not there.
@@ -82,9 +85,9 @@ def labeller(scope: Scope, names: Mapping[Tensor, str]) -> Labeller:
     raise ValueError(f"scope must be 'global', 'group', 'module', 'tensor' or a mapping of parameters, found {scope!r}")
 
 
-def gather(
+def build_buckets(
     groups: list[dict[str, Any]],
-    label: Labeller,
+    label: Labeler,
     names: Mapping[Tensor, str],
     covered: Container[str],
     labels: dict[Label, int],
@@ -92,21 +95,21 @@ def gather(
     *,
     sharded: bool = False,
 ) -> list[Bucket]:
-    """The buckets of this step, in a fixed order. Parameters whose gradient is None are left out.
+    """Return the buckets of this step, in a fixed order, without parameters whose gradient is None.
 
     Args:
         groups: the base optimizer's param groups, read anew at each step, since loaders and wrappers replace them.
-        label: tells a parameter's scope.
+        label: from :func:`scope_labeler`.
         names: the names of parameters.
-        covered: the names that the sources know.
-        labels: numbers of the scopes that are known before; those that are met first here are added.
+        covered: the names that the sources have.
+        labels: numbers of the scopes so far; new ones are added.
         signs: of each group, from :func:`signs_of`.
         sharded: whether any parameter is a DTensor.
 
     Raises:
         ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
     """
-    found: dict[tuple[Hashable, ...], list[_Called]] = {}
+    found: dict[tuple[Hashable, ...], list[_Entry]] = {}
     number = count()
     for index, group in enumerate(groups):
         for place, parameter in enumerate(group["params"]):
@@ -121,38 +124,43 @@ def gather(
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
-            # What no kernel reads in place is not to take the rest with it to the portable backend.
-            plain = gradient.is_contiguous() and parameter.is_contiguous()
+            # One tensor that no kernel reads would take its whole bucket to the portable backend.
+            plain = _is_plain(gradient) and _is_plain(parameter)
             key = (summed, signs[index], gradient.device, gradient.dtype, parameter.dtype, name is not None, plain)
-            called = _Called(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
-            found.setdefault(key, []).append(called)
-    return [_bucket(key[0], signs[called[0].group], called, len(labels), sharded) for key, called in found.items()]
+            entry = _Entry(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
+            found.setdefault(key, []).append(entry)
+    return [_bucket(key[0], signs[entries[0].group], entries, len(labels), sharded) for key, entries in found.items()]
 
 
-class _Called(NamedTuple):
-    """A parameter with a gradient: its scope, what the sources know it as, and where it stands."""
+class _Entry(NamedTuple):
+    """A parameter with a gradient: its scope, its name if the sources have it, its group, and its number."""
 
     scope: int
     parameter: Tensor
     gradient: Tensor
     name: str | None
     group: int
-    place: int
+    position: int
 
 
-def _bucket(summed: Any, sign: int, called: list[_Called], scopes: int, sharded: bool) -> Bucket:
+def _bucket(summed: Any, sign: int, entries: list[_Entry], scopes: int, sharded: bool) -> Bucket:
     bucket = Bucket(summed, [0] * scopes, [0] * scopes, sign=sign)
-    for scope, parameter, gradient, name, group, place in sorted(called, key=itemgetter(0)):
+    for scope, parameter, gradient, name, group, position in sorted(entries, key=itemgetter(0)):
         bucket.sizes[scope] += 1
         bucket.elements[scope] += parameter.numel()
         bucket.parameters.append(parameter)
         bucket.values.append(local(parameter) if sharded else parameter)
         bucket.gradients.append(local(gradient) if sharded else gradient)
         bucket.groups.append(group)
-        bucket.places.append(place)
+        bucket.positions.append(position)
         if name is not None:
             bucket.names.append(name)
     return bucket
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    exact = type(tensor) in (Tensor, nn.Parameter) or layout_of(tensor) is not None
+    return exact and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _refuse(gradient: Tensor, name: str | None, uneven: str | None) -> None:

@@ -1,8 +1,8 @@
-"""One guided step: measure the rows, decide in their Gram matrix, combine; then the same on the base's update."""
+"""One guided step: measure the rows, decide on their Gram matrix, combine; then the same on the base's update."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -14,40 +14,40 @@ from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import scopes_of
-from gradguide.ops.tensors import Interned, Tensors
-from gradguide.rules import decide as decision
+from gradguide.ops.tensors import TensorList, metadata_of
+from gradguide.rules import decide as reference
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decide import DIRECTION, SOURCES, Decision, Limit, Rules
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
-from gradguide.step import fused_adam as fused
+from gradguide.step import fused_adam
 from gradguide.step.buckets import Bucket
 from gradguide.step.metrics import Record
-from gradguide.step.momentum import momenta, rates
-from gradguide.step.plan import Rows, Survey, Surveyor, source_rows
-from gradguide.step.scope_state import Scopes
-from gradguide.step.snapshot import Before
+from gradguide.step.momentum import ema_coefficients, momentum_buffers
+from gradguide.step.plan import Rows, StepPlan
+from gradguide.step.planner import StepPlanner
+from gradguide.step.scope_state import ScopeState
 
-__all__ = ["Guidance", "Measured"]
+__all__ = ["Engine", "StepState"]
 
 
 @dataclass(slots=True)
-class Measured:
+class StepState:
     """A step after its measuring pass.
 
-    survey: its parameters, in S scopes.
+    plan: its parameters, in S scopes.
     rows: for each bucket its R rows.
     span: Gram matrices of the rows, [S, R, R].
-    positions (Tensor): shape [S], where the scopes' statistics are kept.
+    positions (Tensor): shape [S], where the scopes' statistics are.
     regularized: whether the last row is to be added to the gradient.
-    found_finite (Tensor | None): what ``finite`` found, once it was asked.
-    decision: what was decided on it, once it was.
+    found_finite (Tensor | None): whether all products are finite, once it was asked.
+    decision: the decision, once it was made.
     limit: what the rules left of the base's update, once it was measured.
     """
 
-    survey: Survey
+    plan: StepPlan
     rows: Rows
     span: Span
     positions: Tensor
@@ -58,7 +58,7 @@ class Measured:
 
     @property
     def finite(self) -> Tensor:
-        """Whether all products are finite, 0-d bool; found out when asked, since a kernel that decides finds it too."""
+        """Whether all products are finite, 0-d bool. Computed when asked: a kernel that decides computes it too."""
         if self.found_finite is None:
             self.found_finite = self.span.gram.isfinite().all()
         return self.found_finite
@@ -70,218 +70,225 @@ class Measured:
         return self.decision
 
 
-class Guidance:
-    """The rules that are on, and what they remember between steps."""
+class Engine:
+    """The rules that are on, and their state between steps.
+
+    directions: the running direction of each parameter, float32.
+    scopes: statistics of each scope.
+    update_squares: squared lengths whose sum is that of the last update; empty if it was not measured.
+    """
 
     def __init__(
         self,
         direction: Direction | None,
         alignment: Alignment | None,
         magnitude: Magnitude | None,
-        surveyor: Surveyor,
+        planner: StepPlanner,
     ) -> None:
-        self.surveyor = surveyor
+        self.planner = planner
         self.rules = Rules(direction, None, magnitude)
-        self.align(alignment, surveyor.sources)
+        self.align(alignment, planner.sources)
         self.directions: dict[Tensor, Tensor] = {}
-        self.scopes = Scopes()
-        self.before = Before()
+        self.scopes = ScopeState()
+        self.update_squares: list[Tensor] = []
 
     def align(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
-        """Align from now on as ``alignment`` says; ``sources`` are its own, then those that a regularizer asks."""
+        """Use ``alignment`` from now on. ``sources`` are its own, then those of a regularizer."""
         self.rules = replace(self.rules, alignment=alignment)
-        self.surveyor.options["alignment"] = alignment
-        self.surveyor.ask(sources)
+        self.planner.options["alignment"] = alignment
+        self.planner.set_sources(sources)
 
     @property
     def active(self) -> bool:
         """Whether any rule is on."""
         return self.rules != Rules(None, None, None)
 
-    @property
-    def acts_on_update(self) -> bool:
-        """Whether a rule changes the update that the base optimizer makes."""
-        return self.rules.limit_update
-
     @torch.no_grad()
-    def measure(self, base: Optimizer, added: Mapping[Tensor, Tensor] | None = None) -> Measured | None:
-        """Gram matrices of gradient, direction and sources, or None if no parameter has a gradient.
+    def measure(self, plan: StepPlan, base: Optimizer, added: Mapping[Tensor, Tensor] | None = None) -> StepState:
+        """Compute the Gram matrices of gradient, direction and sources.
 
         Args:
             added: by parameter, what a regularizer adds to the gradient: one more row.
         """
-        survey = self.surveyor.survey(base)
-        if survey is None:
-            return None
-        sources = survey.sources[: self.rules.sources]
+        sources = plan.sources[: self.rules.sources]
         rows: Rows = []
-        for bucket in survey.buckets:
-            own = [Row(offset=bucket.gradients), self.direction_row(base, bucket, survey.interned)]
+        for index, bucket in enumerate(plan.buckets):
+            own = [Row(offset=bucket.gradients), self.direction_row(plan, base, index)]
             more = [] if added is None else [Row(offset=[added[p] for p in bucket.parameters])]
-            rows.append(Stack([*own, *source_rows(sources, bucket, bucket.values), *more], bucket.sizes))
-        span = survey.gram(rows, SOURCES + len(sources) + (added is not None), self.signed(len(sources)))
-        positions = self.scopes.locate(survey.labels, span.gram.device)
-        return Measured(survey, rows, span, positions, added is not None)
+            pulls = plan.source_rows(sources, bucket, bucket.values, "gradient")
+            rows.append(Stack([*own, *pulls, *more], bucket.sizes))
+        span = plan.gram(rows, SOURCES + len(sources) + (added is not None), self.signed(len(sources)))
+        if plan.cache.positions is None:
+            plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
+        return StepState(plan, rows, span, plan.cache.positions, added is not None)
 
     def signed(self, sources: int) -> slice:
-        """Return which rows of the gradient's pass have the sign of their bucket: so many sources, and the direction
-        where it is the base's own momentum, an average of the gradients that it descends."""
+        """Return which rows of the gradient's pass have the sign of their bucket.
+
+        These are the sources, and the direction where it is the base's own momentum, an average of what it descends.
+        """
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
         return slice(DIRECTION if shared else SOURCES, SOURCES + sources)
 
     @torch.no_grad()
-    def guide(self, measured: Measured, base: Optimizer, totals: Tensor) -> None:
-        """Decide: the guided gradient, the new running direction and statistics.
+    def decide(self, state: StepState, base: Optimizer, totals: Tensor) -> None:
+        """Decide on the guided gradient, the new running direction and the statistics.
 
         Args:
-            totals (Tensor): shape [2], steps made and steps left out, counted in place.
+            totals (Tensor): shape [2], steps made and steps skipped, counted in place.
         """
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
-        measured.decision = self._rules_of(measured.survey).decide(
-            measured.span,
+        state.decision = _rules_for(state.plan).decide(
+            state.span,
             self.rules,
             self.scopes.statistics,
-            measured.positions,
+            state.positions,
             totals,
-            finite=measured.found_finite,
-            regularized=measured.regularized,
-            rates=self._rates(measured, base) if shared else None,
+            finite=state.found_finite,
+            regularized=state.regularized,
+            rates=_momentum_rates(state, base) if shared else None,
         )
 
     @torch.no_grad()
-    def combine(self, measured: Measured) -> None:
-        """Write what was decided: the guided gradient and the new running direction."""
-        decided = measured.decided
-        self.before.know([])
+    def combine(self, state: StepState) -> None:
+        """Write the guided gradient and the new running direction."""
+        decided = state.decided
+        self.update_squares = []
         writes = []
-        for bucket, kept in zip(measured.survey.buckets, self._directions_written(measured), strict=True):
+        for bucket, kept in zip(state.plan.buckets, self._written_directions(state), strict=True):
             written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
             writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
-        measured.survey.combine_(measured.rows, writes, self.signed(self.rules.sources))
+        state.plan.combine_(state.rows, writes, self.signed(self.rules.sources))
 
     @torch.no_grad()
-    def step_fused(self, measured: Measured, base: Optimizer) -> bool:
-        """Combine and make the base's step in one pass, if that can be done: see :mod:`gradguide.step.fused_adam`.
+    def step_fused(self, state: StepState, base: Optimizer) -> bool:
+        """Combine and make the base's step in one pass where that is possible: see :mod:`gradguide.step.fused_adam`.
 
         Returns:
-            Whether it was done; if not, nothing was.
+            Whether it was done. If not, nothing was.
         """
-        survey, decided = measured.survey, measured.decided
+        plan, decided = state.plan, state.decided
         count = self.rules.update_sources
-        if count > fused.MOST_SOURCES or survey.sharded:
+        if count > fused_adam.MAX_SOURCES or plan.sharded:
             return False
-        signs = survey.signs(measured.span.gram.shape[1], self.signed(self.rules.sources))
-        parts = fused.parts_of(base, survey, measured.rows, self._directions_written(measured), signs)
-        if parts is None:
+        signs = plan.signs(state.span.gram.shape[1], self.signed(self.rules.sources))
+        launches = fused_adam.launches_of(base, plan, state.rows, self._written_directions(state), signs)
+        if launches is None:
             return False
         scale, pulls = None, None
         if self.rules.limit_update:
-            products = fused.products(parts, decided.gradient, SOURCES, count)
-            limit = self._rules_of(survey).limit_unmade(measured.span, products, self.rules, survey.numbers())
-            measured.limit, scale, pulls = limit, limit.scale, limit.coefficients
-        self.before.know(fused.step(parts, decided.gradient, decided.direction, scale, pulls, decided.go))
+            products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
+            limit = _rules_for(plan).limit_unmade(state.span, products, self.rules, plan.numbers())
+            state.limit, scale, pulls = limit, limit.scale, limit.coefficients
+        self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
         return True
 
     @torch.no_grad()
-    def correct(self, measured: Measured) -> None:
-        """Measure, decide and combine once more, on the update that the base made since ``before`` was kept."""
-        survey = measured.survey
-        if not self.rules.limit_update and not survey.sharded:
-            return  # the update is measured when metrics are read
-        sources = survey.sources[: self.rules.update_sources]
+    def correct(self, state: StepState, before: Sequence[TensorList]) -> None:
+        """Measure, decide and combine on the update that the base made.
+
+        Args:
+            before: for each bucket the parameters before the base's step.
+        """
+        plan = state.plan
+        sources = plan.sources[: self.rules.update_sources]
         rows: Rows = []
-        for bucket in survey.buckets:
-            before = self.before.of(bucket)
-            own = [Row(at=bucket.values, anchor=before), Row(offset=before)]
-            rows.append(Stack([*own, *source_rows(sources, bucket, before)], bucket.sizes))
-        span = survey.gram(rows, SOURCES + len(sources))
-        limit = self._rules_of(survey).limit(span, self.rules, survey.numbers())
-        measured.limit = limit
-        if survey.sharded:
-            # Only a collective could measure it later, and metrics may be read on one rank alone.
-            self.before.know([limit.norm.square()])
+        for bucket, copies in zip(plan.buckets, before, strict=True):
+            own = [Row(at=bucket.values, anchor=copies), Row(offset=copies)]
+            rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
+        span = plan.gram(rows, SOURCES + len(sources))
+        limit = _rules_for(plan).limit(span, self.rules, plan.numbers())
+        state.limit = limit
+        self.update_squares = [limit.norm.square()]
         if not self.rules.limit_update:
-            return
+            return  # only measured, for a history
         assert limit.coefficients is not None
         after: Rows = [
             Stack([Row(offset=bucket.values), *these[1:]], bucket.sizes)
-            for bucket, these in zip(survey.buckets, rows, strict=True)
+            for bucket, these in zip(plan.buckets, rows, strict=True)
         ]
-        writes = [[Write(into=bucket.values, coefficients=limit.coefficients)] for bucket in survey.buckets]
-        survey.combine_(after, writes)
+        plan.combine_(after, [[Write(into=b.values, coefficients=limit.coefficients)] for b in plan.buckets])
 
-    def record(self, measured: Measured) -> Record | None:
+    def record(self, state: StepState) -> Record | None:
         """Return what metrics are read from; None before a decision."""
-        made, bounded = measured.decision, self.rules.max_update is not None
+        made, bounded = state.decision, self.rules.max_update is not None
         if made is None:
             return None
-        drifts = [getattr(source, "drift", None) for source in measured.survey.sources[: self.rules.sources]]
+        drifts = [getattr(source, "drift", None) for source in state.plan.sources[: self.rules.sources]]
         return Record(
-            measured.span, made.guided, made.norm, made.factor, made.coherence, made.damping, measured.limit, bounded,
-            drifts,
-        )  # fmt: skip
+            state.span, made.guided, made.norm, made.factor, made.coherence, made.damping, state.limit, bounded, drifts
+        )
 
-    @staticmethod
-    def _rules_of(survey: Survey) -> ModuleType:
-        """Where decisions are made: by a kernel, or by the operations that say what it must give."""
-        if not survey.fused:
-            return decision
-        from gradguide.rules import triton
+    def update_norm(self, device: torch.device) -> Tensor:
+        """Return the length of the last update, Tensor []; NaN if it was not measured."""
+        if not self.update_squares:
+            return torch.tensor(float("nan"), device=device)
+        sums = [squares.sum(dtype=torch.float64).to(device) for squares in self.update_squares]
+        return torch.stack(sums).sum().sqrt()
 
-        return triton
-
-    def _directions_written(self, measured: Measured) -> list[Sequence[Tensor] | None]:
-        """For each bucket the running direction, where it is ours to write."""
-        if self.rules.direction is None or self.rules.direction.share_momentum:
-            return [None] * len(measured.rows)
-        kept = [rows[DIRECTION] for rows in measured.rows]
-        return [None if row is None else row.offset for row in kept]
-
-    def direction_row(self, base: Optimizer, bucket: Bucket, interned: Interned) -> Row | None:
-        """The running direction over a bucket; None where there is none, or none yet."""
+    def direction_row(self, plan: StepPlan, base: Optimizer, index: int) -> Row | None:
+        """Return the running direction over bucket ``index``; None where there is none, or none yet."""
         if self.rules.direction is None:
             return None
-        key = "direction", bucket.places[0]
         if not self.rules.direction.share_momentum:
-            return Row(offset=self._directions_of(bucket, interned, key))
-        found = momenta(base, bucket.parameters)
+            if plan.cache.directions is None:
+                plan.cache.directions = [self._directions_of(bucket) for bucket in plan.buckets]
+            return Row(offset=plan.cache.directions[index])
+        bucket = plan.buckets[index]
+        found = momentum_buffers(base, bucket.parameters)
         if all(momentum is None for momentum in found):
             return None
         directions = [
             torch.zeros_like(value) if momentum is None else local(momentum)
             for momentum, value in zip(found, bucket.values, strict=True)
         ]
-        return Row(offset=interned.of(key, directions))
+        return Row(offset=plan.cache.metadata.of(("momentum", bucket.positions[0]), directions))
 
-    def _directions_of(self, bucket: Bucket, interned: Interned, key: Hashable) -> Tensors:
-        """The directions that are kept; zeros where there were none, or none of this shape."""
-        found = list(map(self.directions.get, bucket.parameters))
-        there = [direction for direction in found if direction is not None]
-        known = interned.known(key, there)
-        if known is not None and len(known) == len(found):
-            return known
+    def _directions_of(self, bucket: Bucket) -> TensorList:
+        """Return the running directions of a bucket; zeros where there were none, or none of this shape and device."""
+        found = map(self.directions.get, bucket.parameters)
         new = {
             parameter: value
             for parameter, value, direction in zip(bucket.parameters, bucket.values, found, strict=True)
-            if direction is None or direction.shape != value.shape
+            if direction is None or direction.shape != value.shape or direction.device != value.device
         }
-        self.directions.update(zip(new, lay_out(list(new.values()), torch.float32), strict=True))
-        return interned.of(key, [self.directions[p] for p in bucket.parameters])
+        for (parameter, value), memory in zip(new.items(), lay_out(list(new.values()), torch.float32), strict=True):
+            old = self.directions.get(parameter)
+            # A model that was moved keeps its direction. One whose parameter has another shape starts anew.
+            self.directions[parameter] = memory if old is None or old.shape != value.shape else memory.copy_(old)
+        directions = [self.directions[p] for p in bucket.parameters]
+        return TensorList(directions, metadata_of(directions))
 
-    def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
-        """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""
-        gram = measured.span.gram
-        members: dict[int, list[Tensor]] = {}
-        firsts: dict[int, tuple[int, int]] = {}  # place of the first parameter, and its group
-        for bucket, rows in zip(measured.survey.buckets, measured.rows, strict=True):
-            for scope, tensors in enumerate(scopes_of(rows)):
-                if tensors:
-                    first = bucket.places[tensors.start], bucket.groups[tensors.start]
-                    firsts[scope] = min(first, firsts.get(scope, first))
-                    members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
-        found = {scope: rates(base, base.param_groups[firsts[scope][1]], own) for scope, own in members.items()}
-        # A scope without a gradient on this rank adds nothing to its average, whatever its rates.
-        all_rates = (found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0]))
-        decays, gains = zip(*all_rates, strict=True)
-        # Filled on the device: a copy from the host would make it wait.
-        return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])
+    def _written_directions(self, state: StepState) -> list[Sequence[Tensor] | None]:
+        """Return for each bucket the running direction, if the step writes it."""
+        if self.rules.direction is None or self.rules.direction.share_momentum:
+            return [None] * len(state.rows)
+        kept = [rows[DIRECTION] for rows in state.rows]
+        return [None if row is None else row.offset for row in kept]
+
+
+def _rules_for(plan: StepPlan) -> ModuleType:
+    """Return the rules on the device if the plan's kernels are fused, else the PyTorch reference."""
+    if not plan.fused:
+        return reference
+    from gradguide.rules import triton
+
+    return triton
+
+
+def _momentum_rates(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
+    """Return decay and gain of the base's momentum per scope, each [S]: those of the scope's first parameter."""
+    gram = state.span.gram
+    members: dict[int, list[Tensor]] = {}
+    firsts: dict[int, tuple[int, int]] = {}  # position of the first parameter, and its group
+    for bucket, rows in zip(state.plan.buckets, state.rows, strict=True):
+        for scope, tensors in enumerate(scopes_of(rows)):
+            if tensors:
+                first = bucket.positions[tensors.start], bucket.groups[tensors.start]
+                firsts[scope] = min(first, firsts.get(scope, first))
+                members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
+    found = {s: ema_coefficients(base, base.param_groups[firsts[s][1]], own) for s, own in members.items()}
+    # A scope without a gradient on this rank adds nothing to its average, whatever its rates.
+    decays, gains = zip(*(found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0])), strict=True)
+    # Filled on the device: a copy from the host would make it wait.
+    return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])

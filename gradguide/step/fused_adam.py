@@ -20,32 +20,32 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
 from gradguide.ops.row import Stack, Write
-from gradguide.ops.tensors import Interned, Tensors, only
+from gradguide.ops.tensors import MetadataCache, TensorList, common_value
 from gradguide.step.buckets import Bucket
-from gradguide.step.plan import Survey
+from gradguide.step.plan import StepPlan
 
 if TYPE_CHECKING:
     from gradguide.ops.triton.adam import Groups, Moments
 
-__all__ = ["MOST_SETTINGS", "MOST_SOURCES", "Part", "parts_of", "products", "step"]
+__all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "launches_of", "preview_products", "step"]
 
 
-MOST_SOURCES = 4
+MAX_SOURCES = 4
 """Of how many sources an update that is made in one pass can be freed: with sixteen, the kernel spills registers."""
 
 
-MOST_SETTINGS = 16
+MAX_SETTINGS = 16
 """How many param groups with settings of their own a launch knows: each is a handful of its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AdamLaunch:
     """What one launch steps: the parameters of a bucket.
 
     rows: R rows over these parameters.
     direction: the running direction, where the step writes it.
     moments, groups, columns: see ``gradguide.ops.triton.adam``.
-    signs: from ``Survey.signs``, of the rows in the gradient's pass.
+    signs: from ``StepPlan.signs``, of the rows in the gradient's pass.
     """
 
     rows: Stack
@@ -60,13 +60,13 @@ class Part:
         return coefficients if self.signs is None else coefficients * self.signs
 
 
-def parts_of(
+def launches_of(
     base: Optimizer,
-    survey: Survey,
+    plan: StepPlan,
     rows: Sequence[Stack],
     directions: Sequence[Sequence[Tensor] | None],
     signs: Sequence[Tensor | None],
-) -> list[Part] | None:
+) -> list[AdamLaunch] | None:
     """The launches of a fused step, or None where the base has to step by itself.
 
     It has to unless it is exactly Adam or AdamW with ``fused=True`` in every group and no amsgrad, nobody hooks into
@@ -75,47 +75,47 @@ def parts_of(
 
     Args:
         base: the base optimizer.
-        survey: of parameters that lie over no ranks.
+        plan: of parameters that lie over no ranks.
         rows: those of the step, for each bucket.
         directions: for each bucket the running direction that the step writes, or None.
         signs: for each bucket the signs of its rows, or None.
     """
     if not _plain(base) or not all(map(_simple, base.param_groups)):
         return None
-    if any(survey.ops(bucket).__name__ != "gradguide.ops.triton" for bucket in survey.buckets):  # type: ignore[attr-defined]
+    if not plan.fused or any(backend is not plan.backends[0] for backend in plan.backends):
         return None
     # Decisions lie on one device, and kernels read them where they lie.
-    if any(bucket.gradients[0].device != survey.device for bucket in survey.buckets):
+    if any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
         return None
     from gradguide.ops.triton.adam import plan_adam
 
-    parts = []
-    for bucket, these, into, sign in zip(survey.buckets, rows, directions, signs, strict=True):
+    launches = []
+    for bucket, these, into, sign in zip(plan.buckets, rows, directions, signs, strict=True):
         groups = _groups(base, bucket)
         if groups is None:
             return None
-        moments = _moments(base, bucket.values, survey.interned)
-        if only(map(Tensor.get_device, moments.steps)) != bucket.values[0].get_device():
+        moments = _moments(base, bucket.values, plan.cache.metadata)
+        if common_value(map(Tensor.get_device, moments.steps)) != bucket.values[0].get_device():
             return None
         # Coefficients are not known yet, and the columns do not depend on them.
         write = None if into is None else Write(into=into, coefficients=torch.empty(0))
         columns = plan_adam(these, write, moments)
         if columns is None:
             return None
-        parts.append(Part(these, into, moments, groups, columns, sign))
-    return parts
+        launches.append(AdamLaunch(these, into, moments, groups, columns, sign))
+    return launches
 
 
-def _moments(base: Optimizer, parameters: Sequence[Tensor], interned: Interned) -> Moments:
+def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache) -> Moments:
     from gradguide.ops.triton.adam import Moments
 
     states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
     if not all(states):
         states = [_state(base, parameter) for parameter in parameters]
 
-    def held(name: str) -> Tensors:
+    def held(name: str) -> TensorList:
         # No other list of this name has this length and begins with this parameter.
-        return interned.of((name, id(parameters[0]), len(parameters)), [state[name] for state in states])
+        return cache.of((name, id(parameters[0]), len(parameters)), [state[name] for state in states])
 
     return Moments(
         parameters=parameters,
@@ -146,18 +146,18 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
         place_of[index] = places.setdefault(settings, len(places))
         decoupled = isinstance(base, AdamW) or group.get("decoupled_weight_decay", False)
         kinds.add((on_device, decoupled, group["maximize"]))
-    if len(kinds) > 1 or len(places) > MOST_SETTINGS:
+    if len(kinds) > 1 or len(places) > MAX_SETTINGS:
         return None
     on_device, decoupled, maximize = kinds.pop()
     which = array("q", map(place_of.__getitem__, bucket.groups))
     return Groups(settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=maximize)
 
 
-def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) -> Tensor:
+def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: int, sources: int) -> Tensor:
     """What the update is to be judged by, before it is made.
 
     Args:
-        parts: from :func:`parts_of`.
+        launches: from :func:`launches_of`.
         gradient (Tensor): shape [S, R], coordinates of the guided gradient.
         first, sources (int): number of the first source among the rows, and how many there are.
 
@@ -168,19 +168,24 @@ def products(parts: Sequence[Part], gradient: Tensor, first: int, sources: int) 
     from gradguide.ops.triton.adam import launch_probe
 
     sums = (
-        launch_probe(part.columns, part.rows, part.own(gradient), part.moments, part.groups, first, sources)
-        for part in parts
+        launch_probe(launch.columns, launch.rows, launch.own(gradient), launch.moments, launch.groups, first, sources)
+        for launch in launches
     )
     return reduce(torch.add, sums)
 
 
 def step(
-    parts: Sequence[Part], gradient: Tensor, direction: Tensor, scale: Tensor | None, pulls: Tensor | None, go: Tensor
+    launches: Sequence[AdamLaunch],
+    gradient: Tensor,
+    direction: Tensor,
+    scale: Tensor | None,
+    pulls: Tensor | None,
+    go: Tensor,
 ) -> list[Tensor]:
     """Make the step.
 
     Args:
-        parts: from :func:`parts_of`.
+        launches: from :func:`launches_of`.
         gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and the new direction.
         scale (Tensor | None): shape [S], float64, what the update is multiplied by; None is 1.
         pulls (Tensor | None): shape [S, R], coordinates of what is then added to it.
@@ -194,12 +199,22 @@ def step(
 
     scale = numbers_of(gradient.device, [1.0] * len(gradient)) if scale is None else scale
     squares = []
-    for part in parts:
-        write = None if part.direction is None else Write(into=part.direction, coefficients=part.own(direction))
+    for launch in launches:
+        write = None if launch.direction is None else Write(into=launch.direction, coefficients=launch.own(direction))
         squares.append(
-            launch_adam(part.columns, part.rows, part.own(gradient), write, part.moments, part.groups, scale, pulls, go)
+            launch_adam(
+                launch.columns,
+                launch.rows,
+                launch.own(gradient),
+                write,
+                launch.moments,
+                launch.groups,
+                scale,
+                pulls,
+                go,
+            )
         )
-        launch_count(part.columns, part.moments, go)
+        launch_count(launch.columns, launch.moments, go)
     return squares
 
 

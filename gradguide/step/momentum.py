@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
 
-__all__ = ["check_momentum", "momenta", "rates"]
+__all__ = ["check_momentum", "ema_coefficients", "momentum_buffers"]
 
 # AdamW is an Adam in torch.
 _AVERAGING = (Adam, NAdam, RAdam, Adamax)
@@ -27,7 +27,7 @@ def check_momentum(base: Optimizer, groups: Iterable[dict[str, Any]]) -> None:
     )
 
 
-def momenta(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+def momentum_buffers(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor | None]:
     """The momentum of each parameter, in its shape; None before its first step."""
     name = "momentum_buffer" if isinstance(base, SGD) else "exp_avg"
     states: dict[Tensor, dict[str, Any]] = base.state
@@ -35,11 +35,11 @@ def momenta(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor | None
     return [momentum if isinstance(momentum, Tensor) else None for momentum in found]
 
 
-def rates(base: Optimizer, group: dict[str, Any], parameters: Iterable[Tensor]) -> tuple[float, float]:
+def ema_coefficients(base: Optimizer, group: dict[str, Any], parameters: Iterable[Tensor]) -> tuple[float, float]:
     """Decay and gain of the average over these parameters of a group, ``m <- decay * m + gain * g``. SGD's first step
     takes the gradient whole."""
     if isinstance(base, SGD):
-        started = any(momentum is not None for momentum in momenta(base, parameters))
+        started = any(momentum is not None for momentum in momentum_buffers(base, parameters))
         return float(group["momentum"]), 1.0 - float(group["dampening"]) if started else 1.0
     decay = float(group["betas"][0])
     return decay, 1.0 - decay

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.base_checks import evaluates_closures
-from gradguide.step.engine import Measured
+from gradguide.step.engine import StepState
 
-__all__ = ["POLICIES", "TROUBLE", "step", "stops", "warn"]
+__all__ = ["POLICIES", "TROUBLE", "should_skip", "step", "warn"]
 
 POLICIES = ("skip", "raise")
 
@@ -21,43 +21,43 @@ TROUBLE = 5
 """Skipped steps in a row that call for a warning: fewer happen in a run that is well."""
 
 
-def stops(measured: Measured, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
+def should_skip(state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
     """Whether this step is not to be made; the host waits for the answer unless it need not know.
 
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".
     """
-    if _left_to_base(measured, base, policy) or bool(measured.finite):
+    if _left_to_base(state, base, policy) or bool(state.finite):
         return False
     if policy == "raise":
-        raise FloatingPointError(f"{_where(measured, names)} NaN or Inf; nothing was changed")
+        raise FloatingPointError(f"{_where(state, names)} NaN or Inf; nothing was changed")
     return True
 
 
-def warn(measured: Measured, skipped: int, names: Mapping[Tensor, str]) -> None:
+def warn(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
     """Warn that so many steps in a row were skipped.
 
     Warns:
         UserWarning: it names the first parameter whose gradient is not finite.
     """
     warnings.warn(
-        f"the last {skipped} steps were skipped: {_where(measured, names)} NaN or Inf. Nothing was trained in them; "
+        f"the last {skipped} steps were skipped: {_where(state, names)} NaN or Inf. Nothing was trained in them; "
         'metrics()["skipped"] counts them, and nonfinite="raise" makes them an error',
         UserWarning,
-        stacklevel=6,  # the caller of GradGuide.step, which torch wraps three times
+        stacklevel=7,  # the caller of GradGuide.step, which torch wraps three times
     )
 
 
-def step(measured: Measured, base: Optimizer, policy: str) -> None:
+def step(state: StepState, base: Optimizer, policy: str) -> None:
     """Step the base, which leaves its step out where that was left to it.
 
     Raises:
         TypeError: the base's step fails because it evaluates the closure itself.
     """
     flagged: Any = base
-    left = _left_to_base(measured, base, policy)
+    left = _left_to_base(state, base, policy)
     if left:
-        flagged.found_inf = 1.0 - measured.decided.go
+        flagged.found_inf = 1.0 - state.decided.go
     try:
         base.step()
     except Exception as error:
@@ -69,24 +69,24 @@ def step(measured: Measured, base: Optimizer, policy: str) -> None:
             del flagged.found_inf
 
 
-def _left_to_base(measured: Measured, base: Optimizer, policy: str) -> bool:
+def _left_to_base(state: StepState, base: Optimizer, policy: str) -> bool:
     """Whether the base can itself leave a step out by a flag on the device, so that the host need not wait for it.
 
     Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.
     """
     fused = all(group.get("fused") for group in base.param_groups)
-    return policy == "skip" and fused and measured.span.gram.device.type == "cuda"
+    return policy == "skip" and fused and state.span.gram.device.type == "cuda"
 
 
-def _where(measured: Measured, names: Mapping[Tensor, str]) -> str:
+def _where(state: StepState, names: Mapping[Tensor, str]) -> str:
     bad = [
-        (place, p)
-        for bucket in measured.survey.buckets
-        for place, p, g in zip(bucket.places, bucket.parameters, bucket.gradients, strict=True)
+        (position, p)
+        for bucket in state.plan.buckets
+        for position, p, g in zip(bucket.positions, bucket.parameters, bucket.gradients, strict=True)
         if not g.isfinite().all()
     ]
     if not bad:
-        other = "the gradient on another rank, or " if measured.survey.sharded else ""
+        other = "the gradient on another rank, or " if state.plan.sharded else ""
         return f"{other}the source gradient at the present parameters has"
     _, first = min(bad, key=itemgetter(0))
     which = names.get(first) or f"a parameter of shape {tuple(first.shape)}"

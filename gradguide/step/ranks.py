@@ -25,10 +25,6 @@ class Ranks:
         self._agreed: list[Any] | None = None  # the meshes over which the ranks were last compared
         self._shards: tuple[dict[str, Layout], list[Source]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Process groups end with the processes, and parts of the sources are cut anew.
-        return {**vars(Ranks())}
-
     @property
     def agreed(self) -> bool:
         """Whether the ranks were compared since the options last changed."""
@@ -71,10 +67,10 @@ class Ranks:
             check_agreement(described(), groups, local(parameters[0]).device)
         self._agreed = self._meshes
 
-    def parts_of(
+    def shard_sources(
         self, sources: Sequence[Source], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
     ) -> Sequence[Source]:
-        """The sources, for this rank's parts of the parameters that have names."""
+        """Return the sources for this rank's shards of the parameters that have names."""
         if not self.sharded or not sources:
             return sources
         known = {names[p]: layout_of(p) for p in parameters if p in names}

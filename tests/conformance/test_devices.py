@@ -11,7 +11,6 @@ from torch.optim import SGD
 
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.ops import Row, Write
-from gradguide.step.plan import Survey
 
 
 class OneDevice:
@@ -33,7 +32,7 @@ class OneDevice:
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_coefficients_go_to_the_device_of_what_they_write(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = OneDevice()
-    monkeypatch.setattr(Survey, "ops", lambda self, bucket: ops)
+    monkeypatch.setattr("gradguide.ops.select", lambda backend, device: ops)
     held = {"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(3, device="meta"))}
     source = SourceGradient({name: torch.ones(3) for name in held})
     optimizer = GradGuide(

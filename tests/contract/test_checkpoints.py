@@ -215,5 +215,5 @@ def test_counters_on_another_device_are_brought_to_the_host() -> None:
     kit.train(model, optimizer, range(1))
     with FakeTensorMode(allow_non_fake_inputs=True):
         totals = torch.zeros(2, dtype=torch.float64, device="cuda")
-        state = checkpoint.merge(optimizer.base.state_dict(), optimizer.base, optimizer._guidance, totals)
+        state = checkpoint.merge(optimizer.base.state_dict(), optimizer.base, optimizer._engine, totals)
     assert {entry[COUNTERS].device.type for entry in state["state"].values()} == {"cpu"}

@@ -163,7 +163,7 @@ def test_i20_copies_continue_as_the_original_would(way: str, kind: str) -> None:
 
 def test_i20_unknown_attribute_is_an_attribute_error_even_half_built() -> None:
     bare = GradGuide.__new__(GradGuide)
-    for name in ("nonsense", "__deepcopy__", "_guidance", "base"):
+    for name in ("nonsense", "__deepcopy__", "_engine", "base"):
         assert not hasattr(bare, name)
     whole = kit.guide(kit.net(), kit.adamw)
     with pytest.raises(AttributeError, match="nonsense"):

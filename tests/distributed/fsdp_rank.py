@@ -39,9 +39,9 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
             optimizer.step(evaluate)
         metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank may read them alone
     directions = {
-        name: sharding.spread(optimizer._guidance.directions[p], p)
+        name: sharding.spread(optimizer._engine.directions[p], p)
         for name, p in model.named_parameters()
-        if p in optimizer._guidance.directions
+        if p in optimizer._engine.directions
     }
     return {
         "parameters": {name: whole(p) for name, p in model.named_parameters()},

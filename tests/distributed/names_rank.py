@@ -114,8 +114,8 @@ def found_names(
     except ValueError as error:
         return str(error)
     wanted = {p: name for name, p in model.named_parameters() if name in names}
-    surveyor = optimizer._guidance.surveyor
-    return "all" if surveyor.names == wanted else f"{sorted(surveyor.names.values())} for {sorted(wanted.values())}"
+    planner = optimizer._engine.planner
+    return "all" if planner.names == wanted else f"{sorted(planner.names.values())} for {sorted(wanted.values())}"
 
 
 def added(world: int) -> bool:
@@ -127,7 +127,7 @@ def added(world: int) -> bool:
     optimizer = GradGuide(AdamW(parameters[:3]), names=names)
     optimizer.add_param_group({"params": parameters[3:]})
     wanted = {p: name for name, p in model.named_parameters()}
-    return optimizer._guidance.surveyor.names == wanted
+    return optimizer._engine.planner.names == wanted
 
 
 def scoped(early: bool, swapped: bool, world: int) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def scoped(early: bool, swapped: bool, world: int) -> dict[str, Tensor]:
     else:
         optimizer.param_groups[0]["params"] = list(model.parameters())
     problem.train(model, optimizer, range(STEPS))
-    labels = len(set(optimizer._guidance.surveyor.labels(optimizer.base).values()))
+    labels = len(set(optimizer._engine.planner.labels(optimizer.base).values()))
     return {"labels": torch.tensor(labels), **{name: whole(p) for name, p in model.named_parameters()}}
 
 

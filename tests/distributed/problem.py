@@ -132,7 +132,7 @@ def alone(kind: str) -> dict[str, Any]:
 
         optimizer.step(evaluate)
         metrics.append(optimizer.metrics())
-    directions = optimizer._guidance.directions
+    directions = optimizer._engine.directions
     return {
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
         "directions": {name: directions[p] for name, p in model.named_parameters() if p in directions},

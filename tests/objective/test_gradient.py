@@ -124,7 +124,7 @@ def test_gradient_is_that_of_the_regularised_loss(
     case = Case(seed, layers, weights, sources, scope)
     optimizer = case.guide(form)
     for step in range(3):
-        kept = optimizer._guidance.directions
+        kept = optimizer._engine.directions
         parameters = list(case.model.parameters())
         # At the first step there is no direction yet, and so no term for it.
         directions = [kept[p].clone() if p in kept and step else None for p in parameters]
@@ -145,7 +145,7 @@ def test_terms_do_what_they_say(form: str) -> None:
         case = Case(3, 2, weights, 1)
         optimizer = case.guide(form)
         case.step(optimizer, form)
-        directions = [optimizer._guidance.directions[p].clone() for p in case.model.parameters()]
+        directions = [optimizer._engine.directions[p].clone() for p in case.model.parameters()]
         regularised, plain = _descended(case, directions, True), _descended(case, directions, False)
         assert regularised < plain, weights
 

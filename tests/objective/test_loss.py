@@ -19,7 +19,7 @@ def test_its_gradient_is_the_one_that_gradguide_steps_with(weights: tuple[float,
     optimizer = case.guide("exact")
     case.step(optimizer, "exact")
     named = dict(case.model.named_parameters())
-    direction = {name: optimizer._guidance.directions[p].clone() for name, p in named.items()}
+    direction = {name: optimizer._engine.directions[p].clone() for name, p in named.items()}
     found = guided_loss(
         case.loss(),
         named.items(),

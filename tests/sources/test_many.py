@@ -108,7 +108,7 @@ def test_the_regularizers_sources_stay() -> None:
     optimizer.set_alignment(Alignment([source(2), source(3)]))
     optimizer.step(closure)
     assert optimizer.metrics()["steps"] == 2
-    assert len(optimizer._guidance.surveyor.sources) == 3
+    assert len(optimizer._engine.planner.sources) == 3
 
 
 @pytest.mark.parametrize(

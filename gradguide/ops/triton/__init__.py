@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gradguide.ops import foreach
 from gradguide.ops.row import Row, Write
@@ -34,5 +35,8 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
     A coefficient of 0 leaves its row unread, and a write that would add nothing is not made.
     """
-    if not launch_combine(rows, writes):
+    if launch_combine(rows, writes):
+        for write in writes:
+            increment_version(write.into)  # so that autograd notices, as it does with torch's own operations
+    else:
         foreach.combine_(rows, writes)

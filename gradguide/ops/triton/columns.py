@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradguide.ops.row import Row, Stack, Write, sizes_of
-from gradguide.ops.tensors import Facts, located
+from gradguide.ops.tensors import ListMetadata, addresses_of, metadata_of
 
 __all__ = ["Columns", "columns_of"]
 
@@ -54,27 +54,32 @@ class Columns:
 def columns_of(
     rows: Sequence[Row | None], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
 ) -> Columns | None:
-    """The columns of the rows that are there, of writes and other lists; None where a tensor is not contiguous or of a
-    precision without a kernel.
+    """Return the columns of the rows that are there, of writes and other lists.
 
-    Tensors that stand in several lists are one column, read once. Of a Stack's lists addresses are asked for once.
+    Tensors that stand in several lists are one column, read once. A stack's lists are located once per step.
+
+    Returns:
+        None where a kernel cannot read a list by address: see ``ListMetadata.plain``; a list without memory, of mixed
+        devices or precisions, or of a precision without a kernel.
 
     Raises:
         ValueError: lists differ in number or size of their tensors.
     """
     kept = _kept(rows)
 
-    def ask(part: Sequence[Tensor]) -> tuple[Facts, array[int]]:
-        if id(part) not in stacked:
-            return located(part)
-        if id(part) not in kept:
-            kept[id(part)] = located(part)
-        return kept[id(part)]
+    def locate(part: Sequence[Tensor]) -> tuple[ListMetadata, array[int] | None]:
+        found = kept.get(id(part)) if id(part) in stacked else None
+        if found is None:
+            metadata = metadata_of(part)
+            found = metadata, addresses_of(part, metadata) if metadata.plain else None
+            if id(part) in stacked:
+                kept[id(part)] = found
+        return found
 
     present = [row for row in rows if row is not None]
     fields = [part for row in present for part in row.fields]
-    stacked = set(map(id, fields))
-    (lengths, _, device, _), _ = ask(present[0].tensors)
+    stacked = {id(part) for part in fields if part is not None}
+    (lengths, _, device, _), _ = locate(present[0].tensors)
     numbers: dict[int, int] = {}  # of lists seen before
     places: dict[bytes, int] = {}  # of lists with other lists' tensors
     addresses: array[int] = array("q")
@@ -82,16 +87,16 @@ def columns_of(
     for part in [*fields, *(write.into for write in writes), *others]:
         if part is None or id(part) in numbers:
             continue
-        facts, where = ask(part)
+        metadata, where = locate(part)
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
-        if facts.lengths != lengths:
+        if metadata.lengths != lengths:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
-        if device is None or facts.device != device or facts.dtype not in DTYPES or not facts.contiguous:
+        if device is None or where is None or metadata.device != device or metadata.dtype not in DTYPES:
             return None
         place = places.setdefault(where.tobytes(), len(places))
         numbers[id(part)] = place
         if place == len(dtypes):
-            dtypes.append(DTYPES[facts.dtype])
+            dtypes.append(DTYPES[metadata.dtype])
             addresses.extend(where)
 
     def number(part: Sequence[Tensor] | None) -> int:
@@ -114,8 +119,8 @@ def columns_of(
     )
 
 
-def _kept(rows: Sequence[Row | None]) -> dict[int, tuple[Facts, array[int]]]:
-    """What is known of a stack's lists, by identity; they live as long as it. Of other rows nothing is kept."""
+def _kept(rows: Sequence[Row | None]) -> dict[int, tuple[ListMetadata, array[int] | None]]:
+    """Return what was located of a stack's lists, by identity; a stack lasts for one step. Of other rows nothing is."""
     if not isinstance(rows, Stack):
         return {}
     if not isinstance(rows.kept, dict):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.registers import ARCHITECTURES, RESULTS, configurations, decisions
-from gradguide.step.fused_adam import MOST_SETTINGS
+from gradguide.step.fused_adam import MAX_SETTINGS
 
 NAMES = ("fp32, K=1 moving", "bf16, K=1")
 
@@ -69,7 +69,7 @@ def test_every_binary_spills_nothing(tmp_path: Path) -> None:
 
 def test_the_committed_results_spill_nothing() -> None:
     found = rows_of(RESULTS)
-    variants = rf", rows.*|(, pulled)?(, {MOST_SETTINGS} groups)?$"
+    variants = rf", rows.*|(, pulled)?(, {MAX_SETTINGS} groups)?$"
     names = {re.sub(variants, "", row["configuration"]) for row in found}
     assert names == {*configurations(), *decisions()}
     assert {row["arch"] for row in found} == {f"sm_{arch}" for arch in ARCHITECTURES}

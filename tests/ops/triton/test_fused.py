@@ -226,7 +226,7 @@ def test_the_learning_rate_may_be_a_tensor_that_changes(groups: int, fused_steps
     assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize(("groups", "launches"), [(fused.MOST_SETTINGS, [1]), (fused.MOST_SETTINGS + 1, [])])
+@pytest.mark.parametrize(("groups", "launches"), [(fused.MAX_SETTINGS, [1]), (fused.MAX_SETTINGS + 1, [])])
 def test_param_groups_are_stepped_together(groups: int, launches: list[int], fused_steps: list[int]) -> None:
     """As many with settings of their own as a launch knows; more are the base's."""
     results = []
@@ -435,7 +435,7 @@ def test_other_steps_are_the_bases(kind: str, fused_steps: list[int]) -> None:
     make: Make = made(Subclass) if kind == "subclass" else BASES["AdamW"]
     if kind == "SGD":
         make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
-    many: dict[str, Any] = {"source": True, "on": "update", "sources": fused.MOST_SOURCES + 1}
+    many: dict[str, Any] = {"source": True, "on": "update", "sources": fused.MAX_SOURCES + 1}
     options = many if kind == "many sources" else {}
     held, optimizer = guided("foreach" if kind == "foreach" else "triton", make, **options)
     if kind == "not contiguous":

@@ -74,7 +74,7 @@ def test_everything_is_afterwards_as_it_was() -> None:
     model = adapted(llama(), lora_dropout=0.1)
     spread(model, 0.1)
     model.train()
-    model.base_model.model.model.layers[0].eval()  # type: ignore[union-attr, index, operator]
+    model.base_model.model.model.layers[0].eval()  # type: ignore[union-attr, index]
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.ones_like(p)

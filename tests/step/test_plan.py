@@ -1,4 +1,4 @@
-"""What a step takes over from the one before it, and what makes it look anew."""
+"""The plan of a step: what makes it stale, and that nothing outlives it that it should not."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
-from gradguide.ops.tensors import Interned, Tensors, located
-from gradguide.step.buckets import Bucket, gather, labeller
-from gradguide.step.roll import Roll
+from gradguide.ops.tensors import MetadataCache, addresses_of, metadata_of
+from gradguide.step.signature import Signature
 
 
 def parameters() -> list[nn.Parameter]:
@@ -32,25 +31,23 @@ def give_gradients(held: list[nn.Parameter], seed: int) -> None:
 Groups = list[dict[str, list[nn.Parameter]]]
 
 
-def called() -> tuple[Groups, list[nn.Parameter], Roll]:
-    """Two param groups whose buckets a roll has taken down."""
+SIGNS = [1, 1]
+
+
+def signed() -> tuple[Groups, list[nn.Parameter], Signature]:
+    """Two param groups and their signature."""
     held = parameters()
     give_gradients(held, 0)
     groups: Groups = [{"params": held[:2]}, {"params": held[2:]}]
-    return groups, held, Roll(groups, gathered(groups))
+    return groups, held, Signature(groups, SIGNS)
 
 
-def gathered(groups: Groups) -> list[Bucket]:
-    return gather(groups, labeller("group", {}), {}, frozenset(), {}, [1] * len(groups))
-
-
-def test_a_bucket_called_again_is_as_gathered_anew() -> None:
-    groups, held, roll = called()
+def test_a_plan_holds_for_other_gradients_and_other_memory() -> None:
+    groups, held, signature = signed()
     give_gradients(held, 1)
-    found, wanted = roll.call(groups), gathered(groups)
-    assert found is not None
-    assert found == wanted
-    assert [id(g) for bucket in found for g in bucket.gradients] == [id(p.grad) for p in held]
+    for parameter in held:
+        parameter.data = parameter.data.clone()
+    assert signature.holds(groups, SIGNS)
 
 
 def replaced(groups: Groups, held: list[nn.Parameter]) -> None:
@@ -94,17 +91,43 @@ def sparse(groups: Groups, held: list[nn.Parameter]) -> None:
     held[0].grad = torch.ones(3, 4).to_sparse()
 
 
+def parameter_transposed(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[2].data = held[2].data.t()
+
+
+def gradient_expanded(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = torch.ones(3, 1).expand(3, 4)
+
+
+def gradient_negated(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[1].grad = torch.ones(5, dtype=torch.complex64).conj().imag
+
+
+def parameter_of_another_type(groups: Groups, held: list[nn.Parameter]) -> None:
+    class Other(nn.Parameter):
+        pass
+
+    held[1].__class__ = Other
+
+
 @pytest.mark.parametrize(
     "change",
     [
         replaced, moved_between_groups, added, without_gradient, of_another_precision, of_another_size, reshaped,
-        gradient_transposed, sparse,
+        gradient_transposed, sparse, parameter_transposed, gradient_expanded, gradient_negated,
+        parameter_of_another_type,
     ],
 )  # fmt: skip
-def test_whatever_changes_is_looked_at_anew(change: Callable[[Groups, list[nn.Parameter]], None]) -> None:
-    groups, held, roll = called()
+def test_a_plan_is_stale_after(change: Callable[[Groups, list[nn.Parameter]], None]) -> None:
+    groups, held, signature = signed()
     change(groups, held)
-    assert roll.call(groups) is None
+    assert not signature.holds(groups, SIGNS)
+
+
+def test_a_plan_is_stale_after_a_group_maximizes() -> None:
+    groups, _, signature = signed()
+    assert signature.holds(groups, SIGNS)
+    assert not signature.holds(groups, [1, -1])
 
 
 def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_refused() -> None:
@@ -120,13 +143,12 @@ def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_ref
         optimizer.step()
 
 
-def test_nothing_is_taken_over_where_a_parameter_lies_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks may have gradients of different parameters, but must look at them together."""
-    groups, held, roll = called()
-    monkeypatch.setattr("gradguide.step.roll.layout_of", lambda p: object() if p is held[2] else None)
-    other = Roll(groups, gathered(groups))
-    assert roll.call(groups) is not None
-    assert other.call(groups) is None
+def test_no_plan_is_kept_where_a_parameter_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks may have gradients of different parameters, and must plan together."""
+    groups, held, signature = signed()
+    monkeypatch.setattr("gradguide.step.signature.layout_of", lambda p: object() if p is held[2] else None)
+    assert not signature.holds(groups, SIGNS)
+    assert not Signature(groups, SIGNS).holds(groups, SIGNS)
 
 
 def test_between_steps_no_gradient_is_kept_alive() -> None:
@@ -170,7 +192,7 @@ def test_a_parameter_that_grows_gets_a_direction_of_its_size() -> None:
     held[0].data = torch.ones(6, 4)
     give_gradients(held, 1)
     optimizer.step()
-    assert optimizer._guidance.directions[held[0]].shape == (6, 4)
+    assert optimizer._engine.directions[held[0]].shape == (6, 4)
 
 
 def test_momentum_that_is_forgotten_is_not_read_again() -> None:
@@ -201,41 +223,41 @@ def test_a_copy_goes_on_by_itself() -> None:
     assert all(map(torch.equal, held, theirs))
 
 
-def test_notes_are_kept_for_the_same_tensors_alone_and_keep_none_alive() -> None:
-    interned, tensors = Interned(), [torch.ones(2), torch.ones(3)]
-    first = interned.of("a", tensors)
-    assert interned.of("a", list(tensors)).note is first.note
-    assert interned.known("a", tensors) is not None
-    assert interned.known("b", tensors) is None
-    assert interned.of("a", [tensors[0], torch.ones(3)]).note is not first.note
+def test_metadata_is_kept_for_the_same_tensors_alone_and_keeps_none_alive() -> None:
+    cache, tensors = MetadataCache(), [torch.ones(2), torch.ones(3)]
+    first = cache.of("a", tensors).metadata
+    assert cache.of("a", list(tensors)).metadata is first
+    tensors[0].data = torch.ones(1)
+    assert list(cache.of("a", tensors).metadata.lengths) == [1, 3]  # type: ignore[union-attr]
+    assert list(cache.of("a", [tensors[0], torch.ones(4)]).metadata.lengths) == [1, 4]  # type: ignore[union-attr]
     alive = weakref.ref(tensors[1])
-    del tensors, first
+    del tensors
     assert alive() is None
 
 
-def test_facts_of_what_is_mixed_are_none() -> None:
-    facts, addresses = located([torch.ones(2), torch.ones(4, 3, dtype=torch.bfloat16).t()])
-    assert (list(facts.lengths), facts.dtype, facts.contiguous) == ([2, 12], None, False)
-    assert len(addresses) == 2
+def test_metadata_of_mixed_tensors_is_none() -> None:
+    found = metadata_of([torch.ones(2), torch.ones(4, 3, dtype=torch.bfloat16).t()])
+    assert (list(found.lengths), found.dtype, found.plain) == ([2, 12], None, False)
 
 
-@pytest.mark.parametrize("change", ["moved", "cast", "shorter"])
-def test_other_data_have_other_facts(change: str) -> None:
-    tensors = Tensors([torch.ones(4), torch.ones(3)])
-    before = located(tensors)
-    assert located(tensors)[0] is before[0]
-    data = {"moved": torch.ones(4), "cast": torch.ones(4, dtype=torch.bfloat16), "shorter": torch.ones(2)}[change]
-    tensors[0].data = data
-    facts, addresses = located(tensors)
-    assert addresses[0] == data.data_ptr() != before[1][0]
-    assert list(facts.lengths) == [data.numel(), 3]
-    assert facts.dtype == (None if change == "cast" else torch.float32)
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, dtype=torch.complex64).conj().imag,
+        torch.ones(2, 3).t(),
+        torch.ones(1).expand(3),
+        torch.ones(3).to_sparse(),
+        torch.ones(2, dtype=torch.complex64).conj(),
+    ],
+)
+def test_a_tensor_whose_memory_is_not_its_numbers_is_not_plain(tensor: torch.Tensor) -> None:
+    assert not metadata_of([torch.ones(2), tensor]).plain
 
 
-def test_a_copied_list_has_no_note() -> None:
-    tensors = Tensors([torch.ones(4)])
-    located(tensors)
-    assert copy.deepcopy(tensors).note.facts is None
+@pytest.mark.parametrize("tensor", [torch.ones(2, device="meta"), torch._efficientzerotensor(2)])
+def test_a_tensor_without_memory_has_no_address(tensor: torch.Tensor) -> None:
+    assert addresses_of([tensor], metadata_of([tensor])) is None
+    assert addresses_of([torch.ones(0), torch.ones(2)], metadata_of([torch.ones(0), torch.ones(2)])) is not None
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -262,7 +284,7 @@ def test_a_parameter_that_is_transposed_gets_a_direction_of_its_shape() -> None:
     held[0].data = held[0].data.t().contiguous()
     give_gradients(held, 1)
     optimizer.step()
-    assert optimizer._guidance.directions[held[0]].shape == (4, 3)
+    assert optimizer._engine.directions[held[0]].shape == (4, 3)
     optimizer.load_state_dict(optimizer.state_dict())
 
 
@@ -306,7 +328,7 @@ def test_names_follow_parameters_that_are_replaced_after_they_changed_groups() -
     base.param_groups[0]["params"], base.param_groups[1]["params"] = others[:1], others[1:]
     give_gradients(others, 2)
     optimizer.step()
-    assert [optimizer._guidance.surveyor.names.get(p) for p in others] == ["p0", "p1", "p2"]
+    assert [optimizer._engine.planner.names.get(p) for p in others] == ["p0", "p1", "p2"]
 
 
 def test_a_source_of_ones_own_kind_is_refreshed() -> None:

@@ -1,0 +1,190 @@
+"""Make the plan of a step, or take the last one where nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradguide import ops
+from gradguide.base_checks import check_differentiable
+from gradguide.distributed.agreement import describe, is_plain
+from gradguide.distributed.deepspeed import check_zero
+from gradguide.sources.protocol import Source
+from gradguide.sources.stored import SourceGradient
+from gradguide.step.buckets import Label, Scope, build_buckets, scope_labeler, signs_of
+from gradguide.step.plan import StepPlan
+from gradguide.step.ranks import Ranks
+from gradguide.step.signature import Signature
+from gradguide.utils.names import Names
+
+__all__ = ["StepPlanner", "trained_by"]
+
+
+class StepPlanner:
+    """Names, scopes, sources and backend of an optimizer, and the plan of its last step.
+
+    Args:
+        scope: see :class:`gradguide.GradGuide`.
+        names: of the base's parameters.
+        sources: all sources, of alignment and regularizer.
+        options: all that must agree over ranks, by name. :meth:`set_sources` has them compared again.
+        backend: see :class:`gradguide.GradGuide`.
+    """
+
+    def __init__(
+        self, scope: Scope, names: Names, sources: Sequence[Source], options: Mapping[str, object], backend: str
+    ) -> None:
+        self.known = names
+        self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
+        self.options = dict(options)
+        self._backend = backend
+        self._places: dict[tuple[int, int], Tensor] = {}
+        self._plan: tuple[Signature, StepPlan] | None = None
+        self.set_sources(sources)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other parameters and perhaps other ranks, so it plans anew.
+        return {**vars(self), "_plan": None, "_ranks": Ranks()}
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Parameter to name, as far as names were looked up."""
+        return self.known.found
+
+    def set_sources(self, sources: Sequence[Source]) -> None:
+        """Use these sources from now on. They match the parameters that have names."""
+        self.sources = sources
+        # All sources have what is trained, which is checked where they are given. What is frozen only some may have.
+        shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
+        everything = frozenset(self.names.values()) if sources else frozenset()
+        self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
+        self._ranks = Ranks()
+        self.invalidate()
+
+    def set_names(self, names: Names, base: Optimizer) -> None:
+        """Use these names from now on. Call :meth:`set_sources` next."""
+        self.known = names
+        self.track_replaced(base)
+
+    def invalidate(self) -> None:
+        """Discard the plan. The next step makes a new one."""
+        self._plan = None
+
+    def plan(self, base: Optimizer) -> StepPlan | None:
+        """Return the plan of this step, or None if no parameter has a gradient.
+
+        Raises:
+            ValueError: a gradient cannot be guided, or the ranks differ in an option.
+        """
+        signs = signs_of(base)
+        if self._plan is not None and self._plan[0].holds(base.param_groups, signs):
+            gradients = [p.grad for group in base.param_groups for p in group["params"]]
+            return self._plan[1].with_gradients({i: g for i, g in enumerate(gradients) if g is not None})
+        made = self._new_plan(base, signs)
+        # Between steps the memory of gradients belongs to others.
+        self._plan = None if made is None else (Signature(base.param_groups, signs), made.with_gradients(None))
+        return made
+
+    def _new_plan(self, base: Optimizer, signs: Sequence[int]) -> StepPlan | None:
+        trained = self.check_ranks(base)
+        ranks = self._ranks
+        label = scope_labeler(self._scope, self.names)
+        labels: dict[Label, int] = {}
+        if ranks.sharded:
+            # Ranks may lack different gradients. What they sum has the same scopes on all of them.
+            everywhere = self.labels(base)
+            labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
+        buckets = build_buckets(
+            base.param_groups, label, self.names, self._covered, labels, signs, sharded=ranks.sharded
+        )
+        if not buckets and not ranks.sharded:
+            return None
+        sources = ranks.shard_sources(self.sources, trained, self.names)
+        device = trained[0].device
+        backends = [ops.select(self._backend, bucket.gradients[0].device) for bucket in buckets]
+        return StepPlan(buckets, list(labels), sources, device, ranks, backends, ops.is_fused(self._backend, device))
+
+    def check_ranks(self, base: Optimizer) -> list[Tensor]:
+        """Return the trained parameters, after reading their layouts and comparing options over ranks.
+
+        Raises:
+            RuntimeError: DeepSpeed ZeRO divides the parameters.
+            ValueError: FSDP1 divides them, the ranks differ in an option, or a group is differentiable.
+        """
+        self.track_replaced(base)
+        check_differentiable(base.param_groups)
+        check_zero(base.param_groups)
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        self._ranks.update_layouts(trained)
+        self._ranks.check_agreement(trained, lambda: self._described(base))
+        return trained
+
+    def refresh(self, base: Optimizer) -> None:
+        """Before a step: let sources compute what depends on the parameters."""
+        if not self._ranks.agreed:
+            self.check_ranks(base)  # a source's own passes contain collectives
+        if all(type(source).refresh is SourceGradient.refresh for source in self.sources):
+            return  # which does nothing
+        self.track_replaced(base)
+        trained = trained_by(base)
+        covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
+        for source in self.sources:
+            source.refresh(covered, trained)
+
+    def labels(self, base: Optimizer) -> dict[Tensor, Label]:
+        """Return the scope label of every parameter of the base."""
+        self.track_replaced(base)
+        label = scope_labeler(self._scope, self.names)
+        return {
+            parameter: label(parameter, index, place)
+            for index, group in enumerate(base.param_groups)
+            for place, parameter in enumerate(group["params"])
+        }
+
+    def track_replaced(self, base: Optimizer) -> None:
+        """Pass name and scope on to tensors that FSDP2 or a loader put in a parameter's place."""
+        self.known.of(p for group in base.param_groups for p in group["params"])
+        tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
+        if not tables:
+            return
+        held: set[Tensor] | None = None
+        for index, group in enumerate(base.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if any(parameter in table for table in tables):
+                    self._places[index, place] = parameter
+                elif (index, place) in self._places:
+                    # A parameter that is still in a group has moved, and the one in its place now is another.
+                    held = held or {p for each in base.param_groups for p in each["params"]}
+                    old = self._places.pop((index, place))
+                    if old not in held:
+                        self._places[index, place] = parameter
+                        for table in tables:
+                            if old in table:
+                                table[parameter] = table.pop(old)
+
+    def _described(self, base: Optimizer) -> dict[str, str]:
+        """Return what must agree over ranks, as text: options, backend, base, groups and parameters."""
+        labels = self.labels(base)
+        found: dict[str, str] = {}
+        for name, option in self.options.items():
+            found |= describe(name, option)
+        scope = "a mapping" if isinstance(self._scope, Mapping) else self._scope
+        found |= describe("scope", scope) | describe("backend", self._backend) | {"base": type(base).__name__}
+        found["parameters in each group"] = str([len(group["params"]) for group in base.param_groups])
+        for index, group in enumerate(base.param_groups):
+            for key, value in group.items():
+                if key not in ("params", "param_names") and is_plain(value):
+                    found |= describe(f"group {index} {key}", value)
+            for place, p in enumerate(group["params"]):
+                trained = "trained" if p.requires_grad else "frozen"
+                which = self.names.get(p, "no name"), tuple(p.shape), p.dtype, trained, f"scope {labels[p]}"
+                found[f"group {index} parameter {place}"] = ", ".join(map(str, which))
+        return found
+
+
+def trained_by(base: Optimizer) -> list[Tensor]:
+    """Return the base's parameters that are not frozen."""
+    return [p for group in base.param_groups for p in group["params"] if p.requires_grad]

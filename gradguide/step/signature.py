@@ -1,0 +1,63 @@
+"""What makes a plan stale: the identity and the form of every parameter, and the form of every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradguide.distributed.layouts import layout_of
+from gradguide.ops.tensors import same_objects
+
+__all__ = ["Signature"]
+
+_SHAPE, _LAYOUT, _DTYPE, _DEVICE = map(attrgetter, ("shape", "layout", "dtype", "device"))
+
+
+class Signature:
+    """The groups, parameters and gradients that a plan was made for.
+
+    A plan is stale as soon as one of these differs: which parameters the groups hold, whether a group maximizes, which
+    gradients are None; shape, strides, dtype, device, exact type or negative bit of a parameter or a gradient.
+    Addresses are read anew at each step, so memory may change. No gradient is kept.
+
+    Args:
+        groups: param groups of the base optimizer.
+        signs: the sign of each group.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> None:
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._form = _form(groups, signs, self._parameters)
+
+    def holds(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> bool:
+        """Return whether nothing differs. Never where a parameter is a DTensor, whose local shard may change."""
+        parameters = [p for group in groups for p in group["params"]]
+        return (
+            self._form is not None
+            and same_objects(parameters, self._parameters)
+            and _form(groups, signs, parameters) == self._form
+        )
+
+
+def _form(groups: Sequence[dict[str, Any]], signs: Sequence[int], parameters: Sequence[Tensor]) -> Any:
+    gradients = [p.grad for p in parameters]
+    there = [g for g in gradients if g is not None]
+    if any(layout_of(p) is not None for p in parameters) or not _strided(parameters) or not _strided(there):
+        return None
+    return (
+        [len(group["params"]) for group in groups],
+        list(signs),
+        [g is None for g in gradients],
+        *(list(map(read, tensors)) for tensors in (parameters, there) for read in _READERS),
+    )
+
+
+_READERS: tuple[Any, ...] = (type, _SHAPE, Tensor.stride, _DTYPE, _DEVICE, Tensor.is_neg)
+
+
+def _strided(tensors: Sequence[Tensor]) -> bool:
+    return all(layout == torch.strided for layout in map(_LAYOUT, tensors))
