@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradguide.base_checks import check_differentiable
 from gradguide.distributed.layouts import local
 from gradguide.rules.decide import STATISTICS
 
@@ -67,6 +68,7 @@ def check_groups(state: object, base: Optimizer) -> None:
         state["state"].items()  # type: ignore[index]
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not the state dict of an optimizer: {error!r}") from error
+    check_differentiable(state["param_groups"])  # type: ignore[index]
     present = [len(group["params"]) for group in base.param_groups]
     if len(saved) != len(present):
         raise ValueError(

@@ -31,38 +31,26 @@ class Piece(NamedTuple):
     stop: int | None = None
 
 
-def pieces(rows: Sequence[Row | None], writes: Sequence[Write] = (), *, together: int) -> Iterator[Piece]:
-    """Yield the pieces of all scopes, in order.
-
-    Args:
-        rows, writes: what is read and written. A tensor that is not contiguous in some list stays whole.
-        together: on a CPU, tensors of at most so many elements share a piece. Elsewhere all do.
-    """
+def pieces(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[Piece]:
+    """Yield the pieces of all scopes, in order. A tensor that is not contiguous in some list stays whole."""
     lists = [part for row in rows if row is not None for part in row.parts]
     lists += [write.into for write in writes]
     if not lists[0]:
         return
-    large = LARGE
-    if lists[0][0].device.type != "cpu":
-        together = large = DEVICE_LARGE
+    large = LARGE if lists[0][0].device.type == "cpu" else DEVICE_LARGE
     lengths = list(map(Tensor.numel, lists[0]))
     for scope, tensors in enumerate(scopes_of(rows)):
         first, filled = tensors.start, 0
         for index in tensors:
             length = lengths[index]
-            if length > together or filled + length > large:
-                if filled:
-                    yield Piece(scope, range(first, index))
+            if filled and filled + length > large:
+                yield Piece(scope, range(first, index))
                 first, filled = index, 0
-            if length <= together:
-                filled += length
-                continue
-            first = index + 1
-            if length <= large or not all(part[index].is_contiguous() for part in lists):
-                yield Piece(scope, range(index, first))
-                continue
-            for start in range(0, length, large):
-                yield Piece(scope, range(index, first), start, min(start + large, length))
+            filled += length
+            if filled > large and all(part[index].is_contiguous() for part in lists):
+                for start in range(0, length, large):
+                    yield Piece(scope, range(index, index + 1), start, min(start + large, length))
+                first, filled = index + 1, 0
         if filled:
             yield Piece(scope, range(first, tensors.stop))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ def test_no_memory_per_parameter(name: str) -> None:
 def tensors(value: Any, skip: object, seen: set[int] | None = None) -> list[Tensor]:
     """All tensors reachable from a value, but not through ``skip``."""
     seen = set() if seen is None else seen
-    if id(value) in seen or value is skip:
+    if id(value) in seen or value is skip or isinstance(value, ModuleType):
         return []
     seen.add(id(value))
     if isinstance(value, Tensor):
