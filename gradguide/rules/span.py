@@ -55,15 +55,16 @@ class Span:
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the inner product of the vectors with coordinates ``a`` and ``b`` [S, R]: Tensor [S]."""
-        return (a.unsqueeze(1) @ self.gram @ b.unsqueeze(2)).squeeze(2).squeeze(1)
+        # Fewer operations than two products of matrices, which are tiny.
+        return ((self.gram * b.unsqueeze(1)).sum(dim=2) * a).sum(dim=1)
 
     def reach(self, a: Tensor) -> Tensor:
         """Return the sum of the lengths of the terms of ``a`` [S, R]: Tensor [S], the length if nothing cancels."""
         return (a.abs() * self.lengths).sum(dim=1)
 
     def norm(self, a: Tensor) -> Tensor:
-        """Return the length of the vector with coordinates ``a`` [S, R]: Tensor [S], see :meth:`extent`."""
-        return self.extent(a).norm
+        """Return the length of the vector with coordinates ``a`` [S, R]: Tensor [S], as far as ``gram`` says it."""
+        return self.inner(a, a).clamp(min=0.0).sqrt()
 
     def extent(self, a: Tensor) -> Extent:
         """Return the combination ``a`` [S, R], its length and an upper bound of its length.
@@ -73,17 +74,14 @@ class Span:
         true squared length is at most ``a' G a + ROUNDING * (reach(a)^2 - a' G a)``, which ends at ``a' G a`` where
         nothing cancels. The rounding of the vector itself, when it is written in float32, is far smaller.
         """
-        square, longest = self.inner(a, a).clamp(min=0.0), self.reach(a).square()
-        floor = ROUNDING * longest
-        lost = (square <= floor) & (floor > 0) & floor.isfinite()
-        ceiling = (square + ROUNDING * (longest - square)).sqrt()
-        return Extent(
-            torch.where(lost.unsqueeze(1), 0.0, a),
-            torch.where(lost, 0.0, square.sqrt()),
-            torch.where(lost, 0.0, ceiling),
-        )
+        square, floor = self.inner(a, a).clamp(min=0.0), ROUNDING * self.reach(a).square()
+        lost = square < floor  # not where both are 0, Inf or NaN
+        ceiling = (floor + (1.0 - ROUNDING) * square).sqrt()
+        vector, norm = a.masked_fill(lost.unsqueeze(1), 0.0), square.sqrt().masked_fill(lost, 0.0)
+        return Extent(vector, norm, ceiling.masked_fill(lost, 0.0))
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a / b``, and 0 where ``b`` is 0: a vector of no length is evidence of nothing."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
+    none = ~(b > 0)
+    return (a / b.masked_fill(none, 1.0)).masked_fill(none, 0.0)
