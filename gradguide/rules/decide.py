@@ -246,7 +246,7 @@ def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) ->
     gram[:, BEFORE, BEFORE] = products[:, 1]
     gram[:, UPDATE, sources] = gram[:, sources, UPDATE] = products[:, 2:]
     gram[:, sources, sources] = step.gram[:, sources, sources]
-    made = limit(Span(gram), rules, numbers)
+    made = limit(Span(gram, step.rounding), rules, numbers)
     if not count:
         return replace(made, coefficients=None)
     assert made.coefficients is not None

@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-__all__ = ["ROUNDING", "Extent", "Span", "divide"]
+from gradguide.ops.rounding import KERNELS
 
-ROUNDING = 4e-6
-"""Largest error of a product of two rows, relative to the product of their lengths.
-
-Backends multiply in float32 and add up to 128 products before they change to float64. The error found is at most 2e-7
-for random rows, and 2e-6 for rows whose numbers are all alike, where every addition rounds the same way.
-"""
+__all__ = ["Extent", "Span", "divide"]
 
 
 class Extent(NamedTuple):
@@ -38,9 +32,11 @@ class Span:
 
     Args:
         gram (Tensor): shape [S, R, R], positive semidefinite, the inner products of the rows.
+        rounding (float): largest error of a product of two rows, relative to the product of their lengths.
     """
 
     gram: Tensor
+    rounding: float = KERNELS
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -70,13 +66,13 @@ class Span:
         """Return the combination ``a`` [S, R], its length and an upper bound of its length.
 
         The squared length is ``a' G a``. Its terms may cancel, and then the errors of G are what is left: an error of
-        at most ``ROUNDING * reach(a)^2``. A squared length below that is zero, and the vector with it. Otherwise the
-        true squared length is at most ``a' G a + ROUNDING * (reach(a)^2 - a' G a)``, which ends at ``a' G a`` where
-        nothing cancels. The rounding of the vector itself, when it is written in float32, is far smaller.
+        at most ``rounding * reach(a)^2``. A squared length below that is zero, and the vector with it. Otherwise the
+        true squared length is at most ``a' G a + rounding * (reach(a)^2 - a' G a)``, which ends at ``a' G a`` where
+        nothing cancels. The rounding of the vector itself, when it is written in float32, is smaller than either.
         """
-        square, floor = self.inner(a, a).clamp(min=0.0), ROUNDING * self.reach(a).square()
+        square, floor = self.inner(a, a).clamp(min=0.0), self.rounding * self.reach(a).square()
         lost = square < floor  # not where both are 0, Inf or NaN
-        ceiling = (floor + (1.0 - ROUNDING) * square).sqrt()
+        ceiling = (floor + (1.0 - self.rounding) * square).sqrt()
         vector, norm = a.masked_fill(lost.unsqueeze(1), 0.0), square.sqrt().masked_fill(lost, 0.0)
         return Extent(vector, norm, ceiling.masked_fill(lost, 0.0))
 

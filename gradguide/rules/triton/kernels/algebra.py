@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.rules.span import ROUNDING
+from gradguide.ops.rounding import KERNELS
 
 __all__ = ["at", "atmost", "clip", "extent", "inner", "lengths", "load_gram", "norm", "positive", "ratio", "unit"]
 
-SMALLEST: tl.constexpr = tl.constexpr(ROUNDING)
+SMALLEST: tl.constexpr = tl.constexpr(KERNELS)
 
 
 @triton.jit
