@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 from gradguide.ops.rounding import KERNELS
 from gradguide.rules.alignment import project
-from gradguide.rules.projection import RIDGE
+from gradguide.rules.projection import TOLERANCE
 from gradguide.rules.span import Span
 from tests.strategies import span_of
 
@@ -175,5 +175,5 @@ def test_multipliers_of_nearly_opposite_sources_are_bounded(angle: float) -> Non
     )
     span = span_of(vectors)
     found = project(span, span.row(0), 1)
-    assert float(found[:, 1:].max()) <= RIDGE**-0.5 * float(span.lengths[0, 0])
+    assert float(found[:, 1:].max()) <= TOLERANCE**-0.5 * float(span.lengths[0, 0])
     assert float(span.norm(found)) <= float(span.lengths[0, 0])
