@@ -21,6 +21,7 @@ KEYS = {
     "damping",
     "source_cosine",
     "conflict",
+    "source_drift",
     "update_norm",
     "update_factor",
     "steps",
@@ -195,7 +196,7 @@ def test_several_sources() -> None:
         names=known.items(),
     )
     assert optimizer.metrics().keys() == KEYS | {
-        f"{key}/{k}" for key in ("source_cosine", "conflict") for k in range(3)
+        f"{key}/{k}" for key in ("source_cosine", "conflict", "source_drift") for k in range(3)
     }
     set_gradient(known, g)
     optimizer.step()

@@ -139,7 +139,8 @@ def project(span: Span, vector: Tensor, first: int, end: int | None = None) -> T
     """
     inner = (span.gram[:, first:end, :] @ vector.unsqueeze(2)).squeeze(2)
     projected = vector.clone()
-    projected[:, first:end] += multipliers(span.gram[:, first:end, first:end], inner, span.reach(vector))
+    sources = span.gram[:, first:end, first:end]
+    projected[:, first:end] += multipliers(sources, inner, span.reach(vector), span.rounding)
     return projected
 
 

@@ -215,16 +215,17 @@ def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
     # A step raises the source loss where it goes along the source gradient.
     wanted = -aligning.project(span, -update, first=SOURCES) if rules.update_sources else update
     wanted, norm, ceiling = span.extent(wanted)
-    factor = torch.ones_like(norm)
-    if rules.max_update is not None:
+    lost = ~span.gram.isfinite().flatten(1).all(dim=1)
+    if rules.max_update is None:
+        factor = torch.ones_like(norm)
+        wanted, norm = torch.where(lost.unsqueeze(1), update, wanted), norm.masked_fill(lost, torch.nan)
+    else:
         factor = bounding.shrink(torch.maximum(length, ceiling), before, numbers, rules.max_update)
-        factor = torch.where(factor < LEAST_FACTOR, 0.0, factor)
-    known = span.gram.isfinite().all(dim=2).all(dim=1)
-    bounded = rules.max_update is not None
-    factor = torch.where(known, factor, 0.0 if bounded else 1.0)
-    wanted = torch.where(known.unsqueeze(1), wanted, update) * factor.unsqueeze(1)
-    norm = torch.where(known | bounded, norm.nan_to_num() * factor, torch.nan)
-    scale = wanted[:, UPDATE].clone()
+        lost |= factor < LEAST_FACTOR
+        factor = factor.masked_fill(lost, 0.0)
+        wanted = (wanted * factor.unsqueeze(1)).masked_fill(lost.unsqueeze(1), 0.0)
+        norm = (norm * factor).masked_fill(lost, 0.0)
+    scale = wanted[:, UPDATE]
     wanted[:, BEFORE] = 1.0 - scale
     return Limit(scale, wanted, factor, length, norm)
 
@@ -245,7 +246,7 @@ def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) ->
     gram[:, BEFORE, BEFORE] = products[:, 1]
     gram[:, UPDATE, sources] = gram[:, sources, UPDATE] = products[:, 2:]
     gram[:, sources, sources] = step.gram[:, sources, sources]
-    made = limit(Span(gram), rules, numbers)
+    made = limit(Span(gram, step.rounding), rules, numbers)
     if not count:
         return replace(made, coefficients=None)
     assert made.coefficients is not None

@@ -12,11 +12,8 @@ __all__ = ["TOLERANCE", "multipliers"]
 TOLERANCE = 1e-6
 """Cosines of a smaller size than this are rounding in rows of float32, and no conflict."""
 
-RIDGE = TOLERANCE
-"""What is added to the diagonal of the sources' matrix of cosines, whose own errors are about as large."""
 
-
-def multipliers(sources: Tensor, inner: Tensor, length: Tensor) -> Tensor:
+def multipliers(sources: Tensor, inner: Tensor, length: Tensor, rounding: float = TOLERANCE) -> Tensor:
     """Multipliers of the projection of x onto the cone ``{y : <y, s_k> >= 0 for all k}``.
 
     The projection is ``x + sum_k m_k s_k``, where m solves ``min 1/2 m' A m + b' m`` over m >= 0 with A = sources and
@@ -29,6 +26,7 @@ def multipliers(sources: Tensor, inner: Tensor, length: Tensor) -> Tensor:
         inner (Tensor): shape [S, K], ``<x, s_k>``.
         length (Tensor): shape [S], ``|x|``, or the sum of the lengths of the terms of x: products with x have an error
             of ``TOLERANCE * length`` times the length of the source.
+        rounding (float): error of the cosines of sources, of which more than ``TOLERANCE`` counts as that.
 
     Returns:
         Tensor [S, K], at least 0, and all 0 in scopes without a conflict beyond rounding.
@@ -40,11 +38,11 @@ def multipliers(sources: Tensor, inner: Tensor, length: Tensor) -> Tensor:
         solution = (-cosines).clamp(min=0.0)
     else:
         normalised = divide(divide(sources, norms.unsqueeze(1)), norms.unsqueeze(2)).clamp(-1.0, 1.0)
-        solution = _nonnegative(normalised, cosines)
+        solution = _nonnegative(normalised, cosines, min(rounding, TOLERANCE))
     return torch.where(conflict, divide(solution * length.unsqueeze(1), norms), 0.0)
 
 
-def _nonnegative(a: Tensor, b: Tensor) -> Tensor:
+def _nonnegative(a: Tensor, b: Tensor, ridge: float) -> Tensor:
     """``min 1/2 m' a m + b' m`` over m >= 0, for matrices a [S, K, K] with a unit (or zero) diagonal and b [S, K].
 
     All scopes take their rounds together. In each round a trial solution on the active set either is positive, and then
@@ -52,23 +50,23 @@ def _nonnegative(a: Tensor, b: Tensor) -> Tensor:
     multiplier reaches zero and leaves the set.
 
     Multipliers of dependent sources are not unique, and those of nearly dependent ones may be of any size. The ridge
-    bounds them: ``|m| <= RIDGE^-1/2`` times the length of x. Only a violation above ``TOLERANCE`` times the terms of
-    the trial joins, since a smaller one is rounding. A last correction on the active set takes back what the ridge
-    changed in multipliers that are well determined.
+    bounds them: ``|m| <= ridge^-1/2`` times the length of x. It is as large as the errors of a, and only a violation
+    above it, times the terms of the trial, joins. A last correction on the active set takes back what the ridge changed
+    in multipliers that are well determined.
 
     On an accelerator the host reads nothing, so there the number of rounds is fixed.
     """
     k = b.shape[1]
-    eye = torch.eye(k, dtype=a.dtype, device=a.device)
+    diagonal = ridge * torch.eye(k, dtype=a.dtype, device=a.device)
     m = torch.zeros_like(b)
     active = torch.zeros_like(b, dtype=torch.bool)
     for _ in range(6 * k):
-        trial = _solve(a, -b, active, eye)
+        trial = _solve(a, -b, active, diagonal)
         feasible = ((trial > 0) | ~active).all(dim=1, keepdim=True)
 
         violation = torch.where(active, -torch.inf, -(b + (a @ trial.unsqueeze(2)).squeeze(2)))
         worst = violation.argmax(dim=1, keepdim=True)
-        grows = feasible & (violation.gather(1, worst) > TOLERANCE * (1.0 + trial.sum(dim=1, keepdim=True)))
+        grows = feasible & (violation.gather(1, worst) > ridge * (1.0 + trial.sum(dim=1, keepdim=True)))
 
         # The fraction of the way to the trial at which each multiplier that it would make negative reaches zero.
         fraction = torch.where(active & (trial <= 0), divide(m, m - trial), torch.inf)
@@ -82,12 +80,12 @@ def _nonnegative(a: Tensor, b: Tensor) -> Tensor:
         if a.device.type == "cpu" and not bool((grows | ~feasible).any()):
             break
     rest = -(b + (a @ m.unsqueeze(2)).squeeze(2))
-    return (m + _solve(a, rest, active, eye)).clamp(min=0.0)
+    return (m + _solve(a, rest, active, diagonal)).clamp(min=0.0)
 
 
-def _solve(a: Tensor, right: Tensor, active: Tensor, eye: Tensor) -> Tensor:
-    """Solve ``(a + RIDGE) x = right`` on the active rows and columns: Tensor [S, K], 0 elsewhere."""
+def _solve(a: Tensor, right: Tensor, active: Tensor, diagonal: Tensor) -> Tensor:
+    """Solve ``(a + diagonal) x = right`` on the active rows and columns: Tensor [S, K], 0 elsewhere."""
     pairs = active.unsqueeze(1) & active.unsqueeze(2)
-    system = torch.where(pairs, a, 0.0) + eye * torch.where(active, RIDGE, torch.ones_like(right)).unsqueeze(2)
+    system = torch.where(pairs, a, 0.0) + diagonal + torch.diag_embed((~active).to(a.dtype))
     solution = torch.linalg.solve_ex(system, torch.where(active, right, 0.0).unsqueeze(2))[0].squeeze(2)
     return torch.where(active, solution, 0.0)

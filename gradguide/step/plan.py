@@ -55,6 +55,7 @@ class StepPlan:
     device: where Gram matrices of all scopes are summed.
     backends: the passes for each bucket.
     fused (bool): whether decisions are made by a kernel too.
+    rounding: how exact products are, see ``gradguide.ops.rounding``.
     """
 
     buckets: list[Bucket]
@@ -64,6 +65,7 @@ class StepPlan:
     ranks: Ranks
     backends: Sequence[ops.Ops]
     fused: bool
+    rounding: float
     cache: PlanCache = field(default_factory=PlanCache)
 
     def with_gradients(self, gradients: Mapping[int, Tensor] | None) -> StepPlan:
@@ -110,7 +112,7 @@ class StepPlan:
             groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=self._wide, device=self.device)
             for groups in self.ranks.groups  # the same order on all ranks, whatever gradients one of them lacks
         }
-        return Span(self.ranks.add_up(whole))
+        return Span(self.ranks.add_up(whole), self.rounding)
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = UNSIGNED) -> None:
         """For each bucket, write combinations of its rows, of which ``signed`` are those in :meth:`gram`."""

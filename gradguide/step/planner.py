@@ -12,6 +12,7 @@ from gradguide import ops
 from gradguide.base_checks import check_differentiable
 from gradguide.distributed.agreement import describe, is_plain
 from gradguide.distributed.deepspeed import check_zero
+from gradguide.ops.rounding import rounding
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Label, Scope, build_buckets, scope_labeler, signs_of
@@ -105,7 +106,10 @@ class StepPlanner:
         sources = ranks.shard_sources(self.sources, trained, self.names)
         device = trained[0].device
         backends = [ops.select(self._backend, bucket.gradients[0].device) for bucket in buckets]
-        return StepPlan(buckets, list(labels), sources, device, ranks, backends, ops.is_fused(self._backend, device))
+        fused = ops.is_fused(self._backend, device)
+        tensors = [tensor for bucket in buckets for tensor in (*bucket.gradients, *bucket.values)]
+        error = rounding(fused, device, tensors, sharded=ranks.sharded)
+        return StepPlan(buckets, list(labels), sources, device, ranks, backends, fused, error)
 
     def check_ranks(self, base: Optimizer) -> list[Tensor]:
         """Return the trained parameters, after reading their layouts and comparing options over ranks.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.rules.span import ROUNDING
+from gradguide.ops.rounding import KERNELS
 
 __all__ = ["at", "atmost", "clip", "extent", "inner", "lengths", "load_gram", "norm", "positive", "ratio", "unit"]
 
-SMALLEST: tl.constexpr = tl.constexpr(ROUNDING)
+SMALLEST: tl.constexpr = tl.constexpr(KERNELS)
 
 
 @triton.jit
@@ -54,18 +54,16 @@ def extent(gram, of_rows, a):
     """The combination ``a`` of rows with lengths ``of_rows``, its length, and an upper bound of its length; all zeros
     where the rows cancel to rounding."""
     reach = tl.sum(tl.abs(a) * of_rows, axis=0)
-    square, longest = positive(inner(gram, a, a)), reach * reach
-    floor = SMALLEST * longest
-    kept = 1.0 - tl.where((square <= floor) & (floor > 0) & (floor < float("inf")), 1.0, 0.0)
-    ceiling = tl.sqrt(square + SMALLEST * (longest - square))
-    return tl.where(kept != 0.0, a, 0.0), kept * tl.sqrt(square), kept * ceiling
+    square, floor = positive(inner(gram, a, a)), SMALLEST * reach * reach
+    lost = square < floor  # not where both are 0, Inf or NaN
+    ceiling = tl.sqrt(floor + (1.0 - SMALLEST) * square)
+    return tl.where(lost, 0.0, a), tl.where(lost, 0.0, tl.sqrt(square)), tl.where(lost, 0.0, ceiling)
 
 
 @triton.jit
-def norm(gram, of_rows, a):
+def norm(gram, a):
     """Length of the vector with coordinates ``a``."""
-    _, length, _ = extent(gram, of_rows, a)
-    return length
+    return tl.sqrt(positive(inner(gram, a, a)))
 
 
 @triton.jit

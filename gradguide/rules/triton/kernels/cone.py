@@ -5,13 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.rules.projection import RIDGE, TOLERANCE
+from gradguide.rules.projection import TOLERANCE
 from gradguide.rules.triton.kernels.algebra import at, positive, ratio
 
 __all__ = ["projected"]
 
 SLACK: tl.constexpr = tl.constexpr(TOLERANCE)
-DIAGONAL: tl.constexpr = tl.constexpr(RIDGE)
 
 
 @triton.jit
@@ -30,10 +29,10 @@ def solve(system, right, lanes, SIZE: tl.constexpr):
 
 @triton.jit
 def solve_active(a, right, chosen, lanes, SIZE: tl.constexpr):
-    """``(a + RIDGE) x = right`` on the chosen rows and columns; 0 elsewhere."""
+    """``(a + SLACK) x = right`` on the chosen rows and columns; 0 elsewhere."""
     pairs = chosen[:, None] & chosen[None, :]
     eye = lanes[:, None] == lanes[None, :]
-    ridge = tl.where(chosen, DIAGONAL, 1.0)
+    ridge = tl.where(chosen, SLACK, 1.0)
     system = tl.where(pairs, a, 0.0) + tl.where(eye, ridge[:, None], 0.0)
     return tl.where(chosen, solve(system, tl.where(chosen, right, 0.0), lanes, SIZE), 0.0)
 

@@ -170,7 +170,7 @@ def decide(
         new_square = tl.where(moves, decay * decay * square + gain * gain * term_length * term_length, square)
         if not SHARED:
             turned = ahead
-        coherence = unit(ratio(norm(g, of_rows, ahead), new_mass))
+        coherence = unit(ratio(norm(g, ahead), new_mass))
 
     inside = lanes < ROWS
     row = scope * ROWS + lanes
