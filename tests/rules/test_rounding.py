@@ -144,7 +144,7 @@ def test_the_ceiling_is_above_the_true_length_whatever_the_error_of_the_products
         assert float(found.norm) == float(found.ceiling) == 0.0
         assert true <= 2 * math.sqrt(KERNELS) * float(exact.reach(difference))
     else:
-        assert true <= float(found.ceiling) * (1 + ROUNDING)  # the error of a length alone
+        assert true <= float(found.ceiling) * (1 + KERNELS)  # the error of a length alone
         assert float(found.norm) <= float(found.ceiling) * (1 + 1e-9)
 
 
