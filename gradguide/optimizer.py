@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.optim import Optimizer
 
 from gradguide.base_checks import NO_GRADIENTS, check_base, check_differentiable, check_hooks
 from gradguide.checkpoint import state_dict as checkpoint
-from gradguide.distributed.resharded import find_sharded
 from gradguide.ops import check_backend
 from gradguide.recording.history import History
 from gradguide.regularizer.evaluation import evaluate
@@ -24,70 +22,63 @@ from gradguide.rules.magnitude import Magnitude
 from gradguide.sources.protocol import Source
 from gradguide.sources.validation import match_sources
 from gradguide.step import nonfinite
-from gradguide.step.buckets import Scope, scope_labeler
-from gradguide.step.engine import Engine, StepState
-from gradguide.step.metrics import Record, read
+from gradguide.step.buckets import Scope
+from gradguide.step.engine import Engine
+from gradguide.step.metrics import read
 from gradguide.step.momentum import check_momentum
+from gradguide.step.naming import extend_names, resolve_names
 from gradguide.step.nonfinite import POLICIES
 from gradguide.step.planner import StepPlanner
+from gradguide.step.progress import Progress
 from gradguide.utils.checks import check_choice, check_kind
-from gradguide.utils.names import Names, NamesLike, carried
+from gradguide.utils.names import NamesLike, carried
 from gradguide.wrapper import Wrapper
 
 __all__ = ["GradGuide"]
 
+_KINDS = {"direction": Direction, "alignment": Alignment, "magnitude": Magnitude, "regularizer": Regularizer}
+
 
 class GradGuide(Wrapper):
-    """Wrap ``base`` so that each step guides the gradient before, and if asked the update after, the base's step.
+    """Wrap ``base`` so that each step guides the gradient before the base's step, and the update after it.
 
-    One step is three moves. *Measure*: one read of the gradient g, the running direction d and the source gradients s_k
-    gives their Gram matrix. *Decide*: the rules work on that small matrix (direction, alignment on the gradient,
-    magnitude). *Combine*: g and d are written, in place. Then the base steps, and what acts on the update (alignment on
-    "update", magnitude's bound) does the same three moves on it.
+    One step measures the Gram matrix of gradient, running direction and source gradients, decides on that small
+    matrix, and combines: gradient and direction are written in place. Then the base steps, and rules on the update
+    (alignment on "update", magnitude's bound) do the same on it.
 
-    It is an optimizer like any other: ``param_groups``, ``state`` and ``defaults`` *are* the base's; schedulers,
-    GradScaler, Accelerate and the state dict work as with the base alone. With every rule off each step is the base's,
-    bitwise. Hooks registered on it run once per step, and those on the base once; torch's global optimizer hooks run
-    for both.
+    ``param_groups``, ``state`` and ``defaults`` *are* the base's. Schedulers, GradScaler, Accelerate and the state dict
+    work as with the base alone. With every rule off each step is bitwise the base's. Hooks on the wrapper and on the
+    base run once per step; torch's global optimizer hooks run for both. In groups with ``maximize=True`` the trajectory
+    is that of the same problem stated as descent.
 
-    Where the base is ``AdamW`` or ``Adam`` with ``fused=True`` on CUDA and at most four sources project the update, the
-    base's step is made in the same pass, in the base's own state; ``p.grad`` then stays as received (see
-    :mod:`gradguide.step.fused_adam`).
+    With ``AdamW`` or ``Adam`` and ``fused=True`` on CUDA, the base's step is made in the combining pass, and ``p.grad``
+    stays as received: see :mod:`gradguide.step.fused_adam`.
 
-    In groups with ``maximize=True`` the rules see the sign that the step has: the trajectory is that of the same
-    problem stated as descent.
-
-    Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and one copy of the
+    Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and a copy of the
     parameters where a rule acts on the update and the base steps by itself.
 
     Source: built from the abstract of arXiv 2506.00726.
 
     Args:
         base: any first-order ``torch.optim.Optimizer``.
-        direction: options of direction consistency, or None for off.
-        alignment: options of source-target alignment, or None for off.
-        magnitude: options of magnitude control, or None for off.
-        scope: over which parameters one Gram matrix runs: "global", "group" (param group), "module" (needs names; the
-            parts of one layer's LoRA adapter together), "tensor", or a mapping from parameters to labels, as
-            ``gradguide.integrations.peft.lora_scopes`` gives; it is read once.
-        regularizer: terms on the gradient, added to the loss exactly and not to first order, or None; needs
-            ``step(closure)``.
-        names: the parameters that the source is for; others are guided without it. A model, pairs such as
-            ``model.named_parameters()`` or ``gradguide.integrations.peft.lora_parameters(model)``, or a mapping between
-            parameters and names. A model is referenced weakly, and read again when parameters are unknown (after
-            ``fully_shard``, or when a group is added). Not needed if the base was given named parameters.
-            Pairs and scopes may be taken before ``fully_shard`` or after it.
-        nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was, and
-            ``metrics()["skipped"]`` counts it; a UserWarning follows five skipped steps in a row. "raise":
-            FloatingPointError, nothing changed. The host reads one flag per step, except with "skip" on CUDA where the
-            base is fused; there it does not warn.
-        backend: "auto" takes the fused kernels (Triton) on CUDA where they can run, and the portable backend elsewhere;
-            "foreach" is the portable one, "triton" the fused kernels or an error.
+        direction, alignment, magnitude: options of each rule, or None for off.
+        scope: the parameters of one Gram matrix: "global", "group" (param group), "module" (needs names; the parts of
+            one layer's LoRA adapter together), "tensor", or a mapping from parameters to labels.
+        regularizer: terms on the gradient, added to the loss exactly; needs ``step(closure)``. None for off.
+        names: the parameters that sources are for; others are guided without them. A model, pairs such as
+            ``model.named_parameters()`` or ``gradguide.integrations.peft.lora_parameters(model)``, or a mapping. A
+            model is referenced weakly, and read again when parameters are unknown. Not needed if the base was given
+            named parameters. Pairs and scopes may be taken before ``fully_shard`` or after it.
+        nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was; it is counted, and five
+            in a row give a UserWarning. "raise": FloatingPointError, nothing changed. The host reads one flag per step,
+            except with "skip" on CUDA where the base is fused; there it does not warn.
+        backend: "auto" takes Triton kernels on CUDA where they can run, and the portable backend elsewhere; "foreach"
+            is the portable one, "triton" the kernels or an error.
 
     Raises:
-        TypeError, ValueError: the base cannot be guided, an option is out of range, a source comes without names or
-            does not match them. Nothing is changed.
-        RuntimeError: ``backend="triton"`` cannot be had; the message says why.
+        TypeError, ValueError: the base cannot be guided, an option is out of range, or a source does not match the
+            names. Nothing is changed.
+        RuntimeError: ``backend="triton"`` is not available, or DeepSpeed ZeRO holds the parameters.
     """
 
     def __init__(
@@ -106,30 +97,6 @@ class GradGuide(Wrapper):
         if isinstance(base, GradGuide):
             raise TypeError("base is a GradGuide already; give it all rules at once")
         check_base(base)
-        for option, value, kind in (
-            ("direction", direction, Direction),
-            ("alignment", alignment, Alignment),
-            ("magnitude", magnitude, Magnitude),
-            ("regularizer", regularizer, Regularizer),
-        ):
-            check_kind(option, value, kind)
-        check_choice("nonfinite", nonfinite, POLICIES)
-        check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
-        if regularizer is not None and regularizer.direction > 0 and direction is None:
-            raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
-        if direction is not None and direction.share_momentum:
-            check_momentum(base, base.param_groups)
-        known = Names(names if names is not None else carried(base.param_groups))
-        known.of(p for group in base.param_groups for p in group["params"])
-        replaced = find_sharded([*known.found, *(scope if isinstance(scope, Mapping) else ())], base.param_groups)
-        known.replace(replaced)
-        if isinstance(scope, Mapping):
-            scope = {replaced.get(p, p): label for p, label in scope.items()}
-        scope_labeler(scope, known.found)
-        sources = match_sources(_sources(alignment, regularizer), base.param_groups, known)
-        super().__init__(base)
-        self._nonfinite = nonfinite
-        self._regularizer = regularizer
         options = {
             "direction": direction,
             "alignment": alignment,
@@ -137,14 +104,23 @@ class GradGuide(Wrapper):
             "regularizer": regularizer,
             "nonfinite": nonfinite,
         }
+        for name, kind in _KINDS.items():
+            check_kind(name, options[name], kind)
+        check_choice("nonfinite", nonfinite, POLICIES)
+        check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
+        if regularizer is not None and regularizer.direction > 0 and direction is None:
+            raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
+        if direction is not None and direction.share_momentum:
+            check_momentum(base, base.param_groups)
+        known, scope = resolve_names(base.param_groups, names, scope)
+        sources = match_sources(_sources(alignment, regularizer), base.param_groups, known)
+        super().__init__(base)
+        self._nonfinite = nonfinite
+        self._regularizer = regularizer
         planner = StepPlanner(scope, known, sources, options, backend)
         planner.track_replaced(base)
         self._engine = Engine(direction, alignment, magnitude, planner)
-        self._totals = torch.zeros(2, dtype=torch.float64)
-        self._skipped_in_row = 0
-        self._last: Record | None = None
-        self._history: History | None = None
-        self._warned: set[str] = set()
+        self._progress = Progress()
 
     # torch.compile leaves it out and calls it as it is, as it does with zero_grad: its passes are fused already, and a
     # graph would be made anew whenever a gradient is missing.
@@ -180,60 +156,34 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, added)
-        if not self._skips(state):
-            engine.decide(state, self.base, self._totals)
+        if not self._progress.skips(state, self.base, self._nonfinite, engine):
+            engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
-                measures = engine.rules.limit_update or self._history is not None
+                measures = engine.rules.limit_update or self._progress.history is not None
                 before = plan.snapshot() if measures else None
                 nonfinite.step(state, self.base, self._nonfinite)
                 if before is not None:
                     engine.correct(state, before)
-        self._finish(engine.record(state))
+        self._progress.finish(engine.record(state), self.metrics)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
         """Let sources refresh and the closure run. Return its loss, and what a regularizer adds to the gradient."""
         self._engine.planner.refresh(self.base)
         if self._regularizer is not None:
-            return evaluate(closure, self.base, self._engine, self._regularizer, self._totals[0])
+            return evaluate(closure, self.base, self._engine, self._regularizer, self._progress.totals[0])
         if closure is None:
             return None, None
         with torch.enable_grad():
             return closure(), None
 
-    def _skips(self, state: StepState) -> bool:
-        """Return whether the step is skipped, counted and warned of."""
-        if not state.plan.buckets:
-            self._warn_once(NO_GRADIENTS, stacklevel=7)  # other ranks may have gradients, and wait for this one
-        # Changed in place from here on, so that a CUDA graph that replays the step counts on.
-        self._totals = self._totals.to(state.span.gram.device)
-        names = self._engine.planner.names
-        if not nonfinite.should_skip(state, self.base, self._nonfinite, names):
-            self._skipped_in_row = 0
-            return False
-        self._totals[1] += 1
-        self._skipped_in_row += 1
-        if self._skipped_in_row == nonfinite.TROUBLE:
-            nonfinite.warn(state, nonfinite.TROUBLE, names)
-        return True
-
     def _step_unguided(self) -> None:
         """Step the base alone, where no parameter has a gradient."""
         check_hooks(self.base)
-        self._warn_once(NO_GRADIENTS, stacklevel=7)
+        self._progress.warn_once(NO_GRADIENTS, stacklevel=7)
         self.base.step()
-        self._finish(None)
-
-    def _finish(self, record: Record | None) -> None:
-        self._last = record
-        if self._history is not None:
-            self._history.append(self.metrics())
-
-    def _warn_once(self, message: str, stacklevel: int) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=stacklevel)
+        self._progress.finish(None, self.metrics)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base. Parameters without a name are guided without the source.
@@ -262,24 +212,21 @@ class GradGuide(Wrapper):
             return
         planner = engine.planner
         planner.track_replaced(self.base)
-        known = planner.known.merged(carried([param_group]))
         groups = [*self.param_groups, {"params": bare}]
-        known.replace(find_sharded(known.found, groups))
+        known = extend_names(planner.known, carried([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)
         planner.set_sources(sources)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
-        """From the next step on align with other sources, or none. Direction, statistics and the base stay as they are.
+        """Use other sources, or none, from the next step on. Direction, statistics and the base stay as they are.
 
-        A checkpoint holds no sources: after loading one, the sources are those of this optimizer. Where parameters lie
-        over ranks, every rank must call it.
+        A checkpoint holds no sources. Every rank must call it.
 
         Args:
             alignment: the options from now on, or None for off.
-            names: as when a GradGuide is made, added to the names that it has. A parameter that has a name already
-                takes the new one.
+            names: added to the names so far, which they replace for the same parameter.
 
         Raises:
             TypeError, ValueError: as when a GradGuide is made. Nothing is changed.
@@ -287,12 +234,11 @@ class GradGuide(Wrapper):
         check_kind("alignment", alignment, Alignment)
         engine = self._engine
         engine.planner.track_replaced(self.base)
-        known = engine.planner.known.merged(names)
-        known.replace(find_sharded(known.found, self.param_groups))
+        known = extend_names(engine.planner.known, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
         engine.planner.set_names(known, self.base)
         engine.align(alignment, sources)
-        self._last = None
+        self._progress.last = None
 
     def metrics(self) -> dict[str, float]:
         """Return what the last step measured, read from the device at once.
@@ -324,46 +270,22 @@ class GradGuide(Wrapper):
         """
         engine = self._engine
         sources = () if engine.rules.alignment is None else engine.rules.alignment.names
-        norm = engine.update_norm(self._totals.device)
-        return read(self._last, norm, self._totals, sources)
+        totals = self._progress.totals
+        return read(self._progress.last, engine.update_norm(totals.device), totals, sources)
 
     def record(self, history: History | None) -> None:
         """Append the metrics of each step from now on to ``history``; None ends it. It costs a host sync per step."""
-        self._history = history
+        self._progress.history = history
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, and GradGuide's own tensors per parameter under keys ``gradguide.*``."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        state = checkpoint.merge(self.base.state_dict(), self.base, self._engine, self._totals)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state)
-            state = state if replaced is None else replaced
-        return state
+    def _own_state_dict(self) -> dict[str, Any]:
+        return checkpoint.merge(self.base.state_dict(), self.base, self._engine, self._progress.totals)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of GradGuide, or of the base alone; then direction and counters start anew.
-
-        Raises:
-            ValueError: groups or shapes differ, an entry is damaged, or the format is newer. Nothing is changed.
-
-        Warns:
-            UserWarning: the state is that of a plain base optimizer that has stepped.
-        """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        self._totals = checkpoint.load(state_dict, self.base, self._engine)
-        self._last = None
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+    def _load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._progress.restart(checkpoint.load(state_dict, self.base, self._engine))
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
-        kept = (
-            "base", "_nonfinite", "_engine", "_regularizer", "_totals", "_skipped_in_row", "_last", "_history",
-            "_warned",
-        )  # fmt: skip
+        kept = ("base", "_nonfinite", "_engine", "_regularizer", "_progress")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""An optimizer that stands in the place of another: parameters, state and param groups are the base's."""
+"""An optimizer around another one: parameters, state and param groups are the base's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Wrapper(Optimizer):
         self.base = base
 
     def make_hooks(self) -> None:
-        """What ``Optimizer`` needs to have hooks; those that are there stay."""
+        """Create the hook dicts that ``Optimizer`` needs. Existing ones stay."""
         for name in _HOOKS:
             if name not in self.__dict__:
                 setattr(self, name, OrderedDict())
@@ -48,7 +48,7 @@ class Wrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base's state. GradGuide's own lives elsewhere, since bases take an entry here for a step already made."""
+        """The base's state. GradGuide's own is elsewhere: optimizers treat an existing entry as initialised."""
         return self.base.state
 
     @state.setter
@@ -64,18 +64,50 @@ class Wrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    # Truthful, by a property that raises AttributeError: hasattr is what Accelerate and Trainer ask.
+    # Accelerate and Trainer ask hasattr, which a property that raises AttributeError answers truthfully.
 
     @property
     def train(self) -> Callable[[], Any]:
-        """The base's own, to be called before training, where it has one, as schedule-free optimizers do."""
+        """The base's ``train``, if it has one, as schedule-free optimizers do."""
         return self.base.train  # type: ignore[attr-defined, no-any-return]
 
     @property
     def eval(self) -> Callable[[], Any]:
-        """The base's own, to be called before evaluation or a checkpoint, where it has one."""
+        """The base's ``eval``, if it has one."""
         return self.base.eval  # type: ignore[attr-defined, no-any-return]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does."""
         self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state dict, with GradGuide's own tensors per parameter under keys ``gradguide.*``."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = self._own_state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of GradGuide, or of the base alone; then direction and counters start anew.
+
+        Raises:
+            ValueError: groups or shapes differ, an entry is damaged, or the format is newer. Nothing is changed.
+
+        Warns:
+            UserWarning: the state is that of a plain base optimizer that has stepped.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self._load_own_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _own_state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError

@@ -133,7 +133,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
             "counters start anew",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return {**state, "state": rest}, Own(_laid_out(directions, engine), counters)
 
