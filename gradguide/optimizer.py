@@ -186,15 +186,13 @@ class GradGuide(Wrapper):
         self._progress.finish(None, self.metrics)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base. Parameters without a name are guided without the source.
+        """Add a group to the base. Parameters without a name are guided without sources.
 
-        A parameter has a name if the group pairs it with one, or if it is among the ``names`` given before (of a model:
-        among its parameters by now). :meth:`set_alignment` gives names later.
+        Names come from the group, or from ``names`` given before; :meth:`set_alignment` gives them later.
 
         Raises:
             TypeError: it is no dict, or its parameters are a set.
-            ValueError: the source does not match a name that is known, or ``share_momentum`` finds no momentum in the
-                group. Nothing is changed.
+            ValueError: a source does not match a name, or ``share_momentum`` finds no momentum. Nothing is changed.
         """
         engine = self._engine
         added = param_group["params"] if isinstance(param_group, dict) else None
