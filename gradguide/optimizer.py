@@ -297,5 +297,4 @@ class GradGuide(Wrapper):
 
 
 def _sources(alignment: Alignment | None, regularizer: Regularizer | None) -> tuple[Source, ...]:
-    """Those of the alignment first."""
     return (*(alignment.sources if alignment else ()), *(regularizer.sources if regularizer else ()))
