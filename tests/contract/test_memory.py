@@ -22,7 +22,7 @@ if HAVE_KERNELS:
     repair()
 
 NEEDS_KERNELS = pytest.mark.skipif(not HAVE_KERNELS, reason="kernels cannot run here")
-BACKENDS = ["foreach", "auto", pytest.param("triton", marks=NEEDS_KERNELS)]
+BACKENDS = ["foreach", "auto", pytest.param("triton", marks=[NEEDS_KERNELS, pytest.mark.slow])]
 
 
 class Wrapped(Tensor):

@@ -10,6 +10,7 @@ from gradguide.ops.rounding import KERNELS
 __all__ = ["at", "atmost", "clip", "extent", "inner", "lengths", "load_gram", "norm", "positive", "ratio", "unit"]
 
 SMALLEST: tl.constexpr = tl.constexpr(KERNELS)
+REMAINDER: tl.constexpr = tl.constexpr(1.0 - KERNELS)
 
 
 @triton.jit
@@ -54,9 +55,9 @@ def extent(gram, of_rows, a):
     """The combination ``a`` of rows with lengths ``of_rows``, its length, and an upper bound of its length; all zeros
     where the rows cancel to rounding."""
     reach = tl.sum(tl.abs(a) * of_rows, axis=0)
-    square, floor = positive(inner(gram, a, a)), SMALLEST * reach * reach
+    square, floor = positive(inner(gram, a, a)), reach * reach * SMALLEST
     lost = square < floor  # not where both are 0, Inf or NaN
-    ceiling = tl.sqrt(floor + (1.0 - SMALLEST) * square)
+    ceiling = tl.sqrt(floor + square * REMAINDER)
     return tl.where(lost, 0.0, a), tl.where(lost, 0.0, tl.sqrt(square)), tl.where(lost, 0.0, ceiling)
 
 
