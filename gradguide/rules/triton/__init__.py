@@ -18,6 +18,7 @@ from gradguide.rules.triton.kernels.decision import limit_unmade as limit_unmade
 __all__ = ["decide", "limit", "limit_unmade"]
 
 WARPS = 4
+"""Of a program whose Gram matrix has up to 16 rows; with more it has twice as many, so that no register spills."""
 
 BLOCK = 256
 """Numbers that a program looks through at a time."""
@@ -49,16 +50,17 @@ def decide(
     numbers = torch.empty(4, scopes, dtype=gram.dtype, device=gram.device)
     go = torch.empty((), dtype=torch.float32, device=gram.device)
     decays, gains = (gram, gram) if rates is None else rates
+    size = triton.next_power_of_2(rows)
     with on(gram.device):
         decide_kernel[(scopes,)](
             gram, statistics, positions, totals, settings, decays, gains, gradient, turned, guided, numbers, go, scopes,
-            BLOCK=BLOCK, ROWS=rows, SIZE=triton.next_power_of_2(rows),
+            BLOCK=BLOCK, ROWS=rows, SIZE=size,
             SOURCE_COUNT=rules.sources, REGULARIZED=regularized,
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
             PROJECTED=rules.gradient_sources,
             CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive,
-            num_warps=WARPS, **FUSION,
+            num_warps=_warps(size), **FUSION,
         )  # fmt: skip
     norm, factor, coherence, damping = numbers
     return Decision(
@@ -98,6 +100,10 @@ def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) ->
     return Limit(scale, pulls if rules.update_sources else None, factor, length, norm)
 
 
+def _warps(size: int) -> int:
+    return WARPS if size <= 16 else 2 * WARPS
+
+
 def _numbers(gram: Tensor) -> Tensor:
     return torch.empty(4, len(gram), dtype=gram.dtype, device=gram.device)
 
@@ -109,7 +115,8 @@ def _bound(gram: Tensor, rules: Rules) -> Tensor:
 def _layout(rules: Rules) -> dict[str, Any]:
     """What kernels that limit an update are specialised on."""
     rows = SOURCES + rules.update_sources
+    size = triton.next_power_of_2(rows)
     return {
-        "ROWS": rows, "SIZE": triton.next_power_of_2(rows), "SOURCE_COUNT": rules.update_sources,
-        "BOUNDED": rules.max_update is not None, "num_warps": WARPS, **FUSION,
+        "ROWS": rows, "SIZE": size, "SOURCE_COUNT": rules.update_sources, "BOUNDED": rules.max_update is not None,
+        "num_warps": _warps(size), **FUSION,
     }  # fmt: skip

@@ -56,7 +56,7 @@ def extent(gram, of_rows, a):
     reach = tl.sum(tl.abs(a) * of_rows, axis=0)
     square, floor = positive(inner(gram, a, a)), SMALLEST * reach * reach
     lost = square < floor  # not where both are 0, Inf or NaN
-    ceiling = tl.sqrt(floor + (1.0 - SMALLEST) * square)
+    ceiling = tl.sqrt(square + (floor - SMALLEST * square))
     return tl.where(lost, 0.0, a), tl.where(lost, 0.0, tl.sqrt(square)), tl.where(lost, 0.0, ceiling)
 
 
