@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gradguide.ops.triton.launch import FUSION, numbers_of, on
+from gradguide.ops.triton.launch import FUSION, REGISTERS, numbers_of, on
 from gradguide.rules.decide import SOURCES, Decision, Limit, Rules
 from gradguide.rules.span import Span
 from gradguide.rules.triton.kernels.decision import decide as decide_kernel
@@ -18,7 +18,6 @@ from gradguide.rules.triton.kernels.decision import limit_unmade as limit_unmade
 __all__ = ["decide", "limit", "limit_unmade"]
 
 WARPS = 4
-"""Of a program whose Gram matrix has up to 16 rows; with more it has twice as many, so that no register spills."""
 
 BLOCK = 256
 """Numbers that a program looks through at a time."""
@@ -60,7 +59,7 @@ def decide(
             SHARED=rates is not None, PULLED=any(weights),
             PROJECTED=rules.gradient_sources,
             CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive,
-            num_warps=_warps(size), **FUSION,
+            num_warps=WARPS, maxnreg=REGISTERS, **FUSION,
         )  # fmt: skip
     norm, factor, coherence, damping = numbers
     return Decision(
@@ -100,10 +99,6 @@ def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) ->
     return Limit(scale, pulls if rules.update_sources else None, factor, length, norm)
 
 
-def _warps(size: int) -> int:
-    return WARPS if size <= 16 else 2 * WARPS
-
-
 def _numbers(gram: Tensor) -> Tensor:
     return torch.empty(4, len(gram), dtype=gram.dtype, device=gram.device)
 
@@ -118,5 +113,5 @@ def _layout(rules: Rules) -> dict[str, Any]:
     size = triton.next_power_of_2(rows)
     return {
         "ROWS": rows, "SIZE": size, "SOURCE_COUNT": rules.update_sources, "BOUNDED": rules.max_update is not None,
-        "num_warps": _warps(size), **FUSION,
+        "num_warps": WARPS, "maxnreg": REGISTERS, **FUSION,
     }  # fmt: skip
