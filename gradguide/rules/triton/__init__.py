@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gradguide.ops.triton.launch import FUSION, numbers_of, on
+from gradguide.ops.triton.launch import FUSION, REGISTERS, numbers_of, on
 from gradguide.rules.decide import SOURCES, Decision, Limit, Rules
 from gradguide.rules.span import Span
 from gradguide.rules.triton.kernels.decision import decide as decide_kernel
@@ -49,16 +49,17 @@ def decide(
     numbers = torch.empty(4, scopes, dtype=gram.dtype, device=gram.device)
     go = torch.empty((), dtype=torch.float32, device=gram.device)
     decays, gains = (gram, gram) if rates is None else rates
+    size = triton.next_power_of_2(rows)
     with on(gram.device):
         decide_kernel[(scopes,)](
             gram, statistics, positions, totals, settings, decays, gains, gradient, turned, guided, numbers, go, scopes,
-            BLOCK=BLOCK, ROWS=rows, SIZE=triton.next_power_of_2(rows),
+            BLOCK=BLOCK, ROWS=rows, SIZE=size,
             SOURCE_COUNT=rules.sources, REGULARIZED=regularized,
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
             PROJECTED=rules.gradient_sources,
             CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive,
-            num_warps=WARPS, **FUSION,
+            num_warps=WARPS, maxnreg=REGISTERS, **FUSION,
         )  # fmt: skip
     norm, factor, coherence, damping = numbers
     return Decision(
@@ -109,7 +110,8 @@ def _bound(gram: Tensor, rules: Rules) -> Tensor:
 def _layout(rules: Rules) -> dict[str, Any]:
     """What kernels that limit an update are specialised on."""
     rows = SOURCES + rules.update_sources
+    size = triton.next_power_of_2(rows)
     return {
-        "ROWS": rows, "SIZE": triton.next_power_of_2(rows), "SOURCE_COUNT": rules.update_sources,
-        "BOUNDED": rules.max_update is not None, "num_warps": WARPS, **FUSION,
+        "ROWS": rows, "SIZE": size, "SOURCE_COUNT": rules.update_sources, "BOUNDED": rules.max_update is not None,
+        "num_warps": WARPS, "maxnreg": REGISTERS, **FUSION,
     }  # fmt: skip

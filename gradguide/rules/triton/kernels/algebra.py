@@ -10,7 +10,6 @@ from gradguide.ops.rounding import KERNELS
 __all__ = ["at", "atmost", "clip", "extent", "inner", "lengths", "load_gram", "norm", "positive", "ratio", "unit"]
 
 SMALLEST: tl.constexpr = tl.constexpr(KERNELS)
-REMAINDER: tl.constexpr = tl.constexpr(1.0 - KERNELS)
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def extent(gram, of_rows, a):
     reach = tl.sum(tl.abs(a) * of_rows, axis=0)
     square, floor = positive(inner(gram, a, a)), reach * reach * SMALLEST
     lost = square < floor  # not where both are 0, Inf or NaN
-    ceiling = tl.sqrt(floor + square * REMAINDER)
+    ceiling = tl.sqrt(square + (floor - square * SMALLEST))
     return tl.where(lost, 0.0, a), tl.where(lost, 0.0, tl.sqrt(square)), tl.where(lost, 0.0, ceiling)
 
 
