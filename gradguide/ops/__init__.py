@@ -54,9 +54,14 @@ def select(backend: str, device: torch.device) -> Ops:
     portable one, "triton" the fused kernels.
 
     Raises:
-        RuntimeError: backend "triton" cannot be had for ``device``.
+        RuntimeError: backend "triton" cannot run on ``device``, or that is the meta device.
     """
     check_backend(backend, [device])
+    if device.type == "meta":
+        raise RuntimeError(
+            "parameters are on the meta device, which holds no numbers: materialise the model (to_empty, or load its "
+            "weights) before step()"
+        )
     if is_fused(backend, device):
         from gradguide.ops import triton
 

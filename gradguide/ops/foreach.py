@@ -12,9 +12,9 @@ from operator import is_
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradguide.ops.pieces import Piece, copy_into, pieces, row_tensors, row_vector, store, tensors_of, vector
+from gradguide.ops.pieces import Piece, pieces, row_tensors, row_vector, store, tensors_of, vector
 from gradguide.ops.row import Row, Write, check_shapes, check_writes, compute_dtype, sizes_of
 
 __all__ = ["combine_", "gram"]
@@ -190,7 +190,7 @@ def _combine_on_cpu(rows: Sequence[Row | None], writes: Sequence[Write]) -> None
         if not _combined_in_place(plan[-1], values, piece, dtype):
             results.append(_combined(plan[-1], values, piece, dtype))
         for planned, result in zip(plan, results, strict=False):
-            copy_into(tensors_of(planned.write.into, piece), result)
+            torch._foreach_copy_(tensors_of(planned.write.into, piece), result)
 
 
 def _plans(rows: Sequence[Row | None], writes: Sequence[Write]) -> list[list[_Planned]]:
@@ -237,8 +237,8 @@ def _combined_in_place(planned: _Planned, values: Values, piece: Piece, dtype: t
     accumulate, terms = planned.write.accumulate, planned.terms
     own = planned.own & terms.keys()
     into = tensors_of(planned.write.into, piece)
-    if into[0].dtype != dtype or not (own or accumulate) or any(map(Tensor.is_neg, into)):
-        return False
+    if into[0].dtype != dtype or not (own or accumulate) or type(into[0]) not in (Tensor, nn.Parameter):
+        return False  # also of subclasses, which may have fewer operations
     factor = float(accumulate) + sum(terms[index] for index in own)
     if factor != 1.0:
         torch._foreach_mul_(into, factor)

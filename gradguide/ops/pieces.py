@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradguide.ops.row import Row, Write, scopes_of
 
-__all__ = ["LARGE", "Piece", "copy_into", "pieces", "row_tensors", "row_vector", "store", "tensors_of", "vector"]
+__all__ = ["LARGE", "Piece", "pieces", "row_tensors", "row_vector", "store", "tensors_of", "vector"]
 
 LARGE = 1 << 17
 """Most elements of a piece on a CPU: 512 KiB in float32, so that a piece stays in cache while it is worked on."""
@@ -109,13 +109,4 @@ def store(into: Sequence[Tensor], piece: Piece, result: Tensor) -> None:
     """Write a vector [elements] into a piece."""
     targets = tensors_of(into, piece)
     parts = result.split([target.numel() for target in targets])
-    copy_into(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
-
-
-def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into targets. Lists of negated tensors have no ``torch._foreach_*`` operation."""
-    if any(map(Tensor.is_neg, targets)):
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)
-    else:
-        torch._foreach_copy_(list(targets), list(values))
+    torch._foreach_copy_(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])

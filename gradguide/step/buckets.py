@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradguide.distributed.layouts import layout_of, local, unsupported
 from gradguide.ops.tensors import TensorList
+from gradguide.step.memory import check_numbers, with_memory
 from gradguide.utils.names import module_of
 
 __all__ = ["Bucket", "Label", "Labeler", "Scope", "build_buckets", "scope_labeler", "signs_of"]
@@ -107,55 +108,79 @@ def build_buckets(
         sharded: whether any parameter is a DTensor.
 
     Raises:
-        ValueError: a gradient is sparse, complex, or of a kind that no pass can read.
+        ValueError: a gradient is sparse, complex, or shared by two parameters, or a parameter is a negated view.
+        RuntimeError: a gradient is a fake tensor.
     """
     found: dict[tuple[Hashable, ...], list[_Entry]] = {}
-    number = count()
+    counter = count()
     for index, group in enumerate(groups):
         for place, parameter in enumerate(group["params"]):
-            gradient, position = parameter.grad, next(number)
+            gradient, position = parameter.grad, next(counter)
             if gradient is None:
                 continue
             uneven = unsupported(parameter, gradient) if sharded else None
             if uneven is not None or gradient.layout != torch.strided or not gradient.is_floating_point():
                 _refuse(gradient, names.get(parameter), uneven)
+            check_numbers(parameter, gradient, names.get(parameter))
+            value = local(parameter) if sharded else parameter
+            part = local(gradient) if sharded else gradient
+            plain = _is_plain(value) and _is_plain(part)
+            if not plain and part is gradient:
+                part = with_memory(parameter, gradient)
             layout = layout_of(parameter) if sharded else None
             summed = () if layout is None else layout.summed
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
             # One tensor that no kernel reads would take its whole bucket to the portable backend.
-            plain = _is_plain(gradient) and _is_plain(parameter)
-            key = (summed, signs[index], gradient.device, gradient.dtype, parameter.dtype, name is not None, plain)
-            entry = _Entry(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
+            key = (summed, signs[index], part.device, part.dtype, value.dtype, name is not None, plain)
+            number = labels.setdefault(scope, len(labels))
+            entry = _Entry(number, parameter, value, part, name, index, position)
             found.setdefault(key, []).append(entry)
-    return [_bucket(key[0], signs[entries[0].group], entries, len(labels), sharded) for key, entries in found.items()]
+    _check_apart((entry for each in found.values() for entry in each), names)
+    return [_bucket(key[0], signs[entries[0].group], entries, len(labels)) for key, entries in found.items()]
 
 
 class _Entry(NamedTuple):
-    """A parameter with a gradient: its scope, its name if the sources have it, its group, and its number."""
+    """A parameter with a gradient, and this rank's part of both: scope, name if the sources have it, group, number."""
 
     scope: int
     parameter: Tensor
+    value: Tensor
     gradient: Tensor
     name: str | None
     group: int
     position: int
 
 
-def _bucket(summed: Any, sign: int, entries: list[_Entry], scopes: int, sharded: bool) -> Bucket:
+def _bucket(summed: Any, sign: int, entries: list[_Entry], scopes: int) -> Bucket:
     bucket = Bucket(summed, [0] * scopes, [0] * scopes, sign=sign)
-    for scope, parameter, gradient, name, group, position in sorted(entries, key=itemgetter(0)):
+    for scope, parameter, value, gradient, name, group, position in sorted(entries, key=itemgetter(0)):
         bucket.sizes[scope] += 1
         bucket.elements[scope] += parameter.numel()
         bucket.parameters.append(parameter)
-        bucket.values.append(local(parameter) if sharded else parameter)
-        bucket.gradients.append(local(gradient) if sharded else gradient)
+        bucket.values.append(value)
+        bucket.gradients.append(gradient)
         bucket.groups.append(group)
         bucket.positions.append(position)
         if name is not None:
             bucket.names.append(name)
     return bucket
+
+
+def _check_apart(entries: Iterable[_Entry], names: Mapping[Tensor, str]) -> None:
+    """Raise ValueError where two parameters share the memory of a gradient: each needs a guided gradient of its own."""
+    seen: dict[int, _Entry] = {}
+    for entry in entries:
+        address = entry.gradient.data_ptr() if entry.gradient.numel() and type(entry.gradient) is Tensor else 0
+        if address and address in seen:
+            pair = (seen[address].parameter, entry.parameter)
+            first, second = (names.get(p) or f"a parameter of shape {tuple(p.shape)}" for p in pair)
+            raise ValueError(
+                f"{first} and {second} share one gradient tensor, which can hold the guided gradient of one of them "
+                "only: give each its own, p.grad = p.grad.clone()"
+            )
+        seen[address] = entry
 
 
 def _is_plain(tensor: Tensor) -> bool:

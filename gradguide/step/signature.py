@@ -21,7 +21,7 @@ class Signature:
     """The groups, parameters and gradients that a plan was made for.
 
     A plan is stale as soon as one of these differs: which parameters the groups hold, whether a group maximizes, which
-    gradients are None; shape, strides, dtype, device, exact type or negative bit of a parameter or a gradient.
+    gradients are None or shared; shape, strides, dtype, device, exact type or negative bit of a parameter or gradient.
     Addresses are read anew at each step, so memory may change. No gradient is kept.
 
     Args:
@@ -52,6 +52,8 @@ def _form(groups: Sequence[dict[str, Any]], signs: Sequence[int], parameters: Se
         [len(group["params"]) for group in groups],
         list(signs),
         [g is None for g in gradients],
+        len(set(map(id, there))),  # fewer where parameters share a gradient
+        [torch._is_zerotensor(g) for g in there],
         *(list(map(read, tensors)) for tensors in (parameters, there) for read in _READERS),
     )
 

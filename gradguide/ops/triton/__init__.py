@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from gradguide.ops import foreach
 from gradguide.ops.row import Row, Write
@@ -35,8 +34,5 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
     A coefficient of 0 leaves its row unread, and a write that would add nothing is not made.
     """
-    if launch_combine(rows, writes):
-        for write in writes:
-            increment_version(write.into)  # so that autograd notices, as it does with torch's own operations
-    else:
+    if not launch_combine(rows, writes):
         foreach.combine_(rows, writes)
