@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
 from gradguide.sharding import check_divided
 from gradguide.zero import check_zero
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_hooks", "evaluates_closures"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "evaluates_closures"]
 
 # Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
 _EATERS = {
@@ -62,6 +64,16 @@ def check_base(base: object) -> None:
         )
     check_divided(parameters)
     check_zero(base.param_groups)
+    check_differentiable(base.param_groups)
+
+
+def check_differentiable(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError if a param group has ``differentiable=True``: writes in place break a graph through the step."""
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(
+            "differentiable=True needs a step through which gradients flow, but GradGuide writes gradients and "
+            "parameters in place: set differentiable=False, or step the base alone"
+        )
 
 
 def evaluates_closures(base: Optimizer) -> str:

@@ -18,7 +18,7 @@ from gradguide.momentum import momenta, rates
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import scopes_of
-from gradguide.ops.tensors import Interned, Tensors
+from gradguide.ops.tensors import Interned, Note, Tensors
 from gradguide.rules import decision
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decision import DIRECTION, SOURCES, Decision, Limit, Rules
@@ -191,6 +191,7 @@ class Guidance:
         sources = survey.sources[: self.rules.update_sources]
         rows: Rows = []
         for bucket in survey.buckets:
+            bucket.values.note.trusted = False  # the base may have given parameters other memory
             before = self.before.of(bucket)
             own = [Row(at=bucket.values, anchor=before), Row(offset=before)]
             rows.append(Stack([*own, *source_rows(sources, bucket, before)], bucket.sizes))
@@ -253,18 +254,20 @@ class Guidance:
 
     def _directions_of(self, bucket: Bucket, interned: Interned, key: Hashable) -> Tensors:
         """The directions that are kept; zeros where there were none, or none of this shape."""
-        found = list(map(self.directions.get, bucket.parameters))
-        there = [direction for direction in found if direction is not None]
-        known = interned.known(key, there)
-        if known is not None and len(known) == len(found):
-            return known
-        new = {
-            parameter: value
-            for parameter, value, direction in zip(bucket.parameters, bucket.values, found, strict=True)
-            if direction is None or direction.shape != value.shape
-        }
+        owner, kept = interned.own.get(key, (None, None))
+        if kept is not None and owner is self.directions:  # no state was loaded since
+            return kept
+        new: dict[Tensor, Tensor] = {}
+        for parameter, value in zip(bucket.parameters, bucket.values, strict=True):
+            direction = self.directions.get(parameter)
+            if direction is None or direction.shape != value.shape:
+                new[parameter] = value
+            elif direction.device != value.device:
+                self.directions[parameter] = direction.to(value.device)
         self.directions.update(zip(new, lay_out(list(new.values()), torch.float32), strict=True))
-        return interned.of(key, [self.directions[p] for p in bucket.parameters])
+        directions = Tensors((self.directions[p] for p in bucket.parameters), Note(trusted=True))
+        interned.own[key] = self.directions, directions
+        return directions
 
     def _rates(self, measured: Measured, base: Optimizer) -> tuple[Tensor, Tensor]:
         """Decay and gain of the base's momentum per scope, those of the scope's first parameter."""

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.optim import Optimizer
 
 from gradguide import checkpoint, finite
-from gradguide.bases import NO_GRADIENTS, check_base, check_hooks
+from gradguide.bases import NO_GRADIENTS, check_base, check_differentiable, check_hooks
 from gradguide.buckets import Scope, labeller
 from gradguide.checks import check_choice, check_kind
 from gradguide.finite import POLICIES
@@ -170,6 +170,7 @@ class GradGuide(Wrapper):
         guidance = self._guidance
         if not guidance.active and self._regularizer is None:
             return self.base.step(closure) if closure is not None else self.base.step()
+        check_differentiable(self.base.param_groups)
         guidance.surveyor.refresh(self.base)
         loss, added = None, None
         if self._regularizer is not None:
@@ -239,6 +240,7 @@ class GradGuide(Wrapper):
             return
         if guidance.rules.direction is not None and guidance.rules.direction.share_momentum:
             check_momentum(self.base, [param_group])
+        check_differentiable([param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}
         surveyor = guidance.surveyor

@@ -118,8 +118,8 @@ class Survey:
         return ops.is_fused(self.backend, self.device)
 
     def ops(self, bucket: Bucket) -> ops.Ops:
-        """The backend for a bucket."""
-        return ops.select(self.backend, bucket.gradients[0].device)
+        """Return the backend for a bucket: the portable one where passes may not go by address."""
+        return ops.select(self.backend if bucket.plain else "foreach", bucket.gradients[0].device)
 
 
 class Surveyor:

@@ -215,7 +215,7 @@ def test_notes_are_kept_for_the_same_tensors_alone_and_keep_none_alive() -> None
 
 def test_facts_of_what_is_mixed_are_none() -> None:
     facts, addresses = located([torch.ones(2), torch.ones(4, 3, dtype=torch.bfloat16).t()])
-    assert (list(facts.lengths), facts.dtype, facts.contiguous) == ([2, 12], None, False)
+    assert (list(facts.lengths), facts.dtype, facts.plain) == ([2, 12], None, False)
     assert len(addresses) == 2
 
 

@@ -54,8 +54,13 @@ def select(backend: str, device: torch.device) -> Ops:
     portable one, "triton" the fused kernels.
 
     Raises:
-        RuntimeError: backend "triton" cannot be had for ``device``.
+        RuntimeError: backend "triton" cannot be had for ``device``, or that is the meta device.
     """
+    if device.type == "meta":
+        raise RuntimeError(
+            "parameters lie on the meta device, which holds no numbers: materialise the model (to_empty, or load its "
+            "weights) before step()"
+        )
     check_backend(backend, [device])
     if is_fused(backend, device):
         from gradguide.ops import triton

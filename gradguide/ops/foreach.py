@@ -12,7 +12,7 @@ from operator import is_
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradguide.ops.pieces import Piece, pieces, row_tensors, row_vector, store, tensors_of, vector
 from gradguide.ops.row import Row, Write, check_shapes, check_writes, compute_dtype, sizes_of
@@ -237,8 +237,8 @@ def _combined_in_place(planned: _Planned, values: Values, piece: Piece, dtype: t
     accumulate, terms = planned.write.accumulate, planned.terms
     own = planned.own & terms.keys()
     into = tensors_of(planned.write.into, piece)
-    if into[0].dtype != dtype or not (own or accumulate):
-        return False
+    if into[0].dtype != dtype or not (own or accumulate) or type(into[0]) not in (Tensor, nn.Parameter):
+        return False  # also of subclasses, which may know fewer operations
     factor = float(accumulate) + sum(terms[index] for index in own)
     if factor != 1.0:
         torch._foreach_mul_(into, factor)

@@ -1,8 +1,7 @@
-"""Lists of tensors that passes go over, and what a pass has to know of one before it goes by address.
+"""Lists of tensors that passes go over, and what a pass by address has to know of one.
 
-Asking 300 tensors one question takes the host 15 to 30 microseconds, and a step on a GPU is to take less than a
-millisecond. So of a list that a step has in common with the one before, only addresses and precision are asked: where
-they are as they were, so is all else.
+Asking 300 tensors one question takes the host 25 to 60 microseconds, and a step on a GPU is to take less than a
+millisecond. So what was found out about a list is kept in a note, for as long as the note's owner can promise.
 """
 
 from __future__ import annotations
@@ -14,31 +13,54 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["DTYPE", "Facts", "Interned", "Note", "Tensors", "facts_of", "located", "only", "same"]
+__all__ = [
+    "DTYPE",
+    "LAYOUT",
+    "Facts",
+    "Interned",
+    "Note",
+    "Tensors",
+    "are_plain",
+    "facts_of",
+    "located",
+    "only",
+    "same",
+]
 
-DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+DTYPE, LAYOUT, _DEVICE = attrgetter("dtype"), attrgetter("layout"), attrgetter("device")
+
+_TYPES = {Tensor, nn.Parameter}
+"""Exactly these: a subclass may keep its numbers elsewhere, or have none."""
 
 
 class Facts(NamedTuple):
     """Of a list of tensors: numbers of elements, the dtype and the device that all have (None where they differ), and
-    whether all are contiguous."""
+    whether all are plain, see :func:`are_plain`."""
 
     lengths: array[int]
     dtype: torch.dtype | None
     device: torch.device | None
-    contiguous: bool
+    plain: bool
 
 
 class Note:
-    """What was found out about a list: its facts, and the addresses at which they held; None for facts of this step."""
+    """What was found out about a list.
 
-    __slots__ = ("addresses", "facts")
+    facts, addresses: what was found; None if nothing was.
+    trusted (bool): they hold without a further look. Who sets it promises that nobody else changes the tensors: of
+        memory of our own for ever, of parameters and gradients from ``gradguide.roll`` until the base's step.
+    """
 
-    def __init__(self, facts: Facts | None = None) -> None:
+    __slots__ = ("addresses", "facts", "trusted")
+
+    def __init__(
+        self, facts: Facts | None = None, addresses: array[int] | None = None, *, trusted: bool = False
+    ) -> None:
         self.facts = facts
-        self.addresses: array[int] | None = None
+        self.addresses = addresses
+        self.trusted = trusted
 
 
 class Tensors(list[Tensor]):
@@ -54,55 +76,67 @@ class Tensors(list[Tensor]):
 
 
 def located(tensors: Sequence[Tensor]) -> tuple[Facts, array[int]]:
-    """The facts of a list, and the addresses of its tensors: all that a pass goes by."""
-    addresses = array("q", map(Tensor.data_ptr, tensors))
-    if not isinstance(tensors, Tensors):
-        return facts_of(tensors), addresses
-    note = tensors.note
-    if note.facts is None or not _holds(note.facts, note.addresses, tensors, addresses):
-        note.facts = facts_of(tensors)
-    note.addresses = addresses
-    return note.facts, addresses
-
-
-def _holds(facts: Facts, before: array[int] | None, tensors: Sequence[Tensor], now: array[int]) -> bool:
-    """Whether facts that held at the addresses ``before`` still do: between steps, tensors may be given other data.
-
-    Data of another size or on another device lie elsewhere; memory that was freed and taken again may hold another
-    precision.
-    """
-    return before is None or (before == now and only(map(DTYPE, tensors)) == facts.dtype)
+    """Return the facts of a list, and the addresses of its tensors, which are meaningless unless all are plain."""
+    note = tensors.note if isinstance(tensors, Tensors) else Note()
+    if note.facts is not None and note.addresses is not None and note.facts.plain:
+        if note.trusted:
+            return note.facts, note.addresses
+        addresses = array("q", map(Tensor.data_ptr, tensors))
+        # Other data lie elsewhere; memory that was freed and taken again may hold another dtype.
+        if note.addresses == addresses and only(map(DTYPE, tensors)) == note.facts.dtype:
+            return note.facts, addresses
+    note.facts = facts_of(tensors)
+    note.addresses = array("q", map(Tensor.data_ptr, tensors) if note.facts.plain else [0] * len(tensors))
+    return note.facts, note.addresses
 
 
 def facts_of(tensors: Sequence[Tensor]) -> Facts:
-    """The facts of a list, found out anew."""
+    """Return the facts of a list, found out anew."""
     lengths = array("q", map(Tensor.numel, tensors))
-    contiguous = all(map(Tensor.is_contiguous, tensors))
-    return Facts(lengths, only(map(DTYPE, tensors)), only(map(_DEVICE, tensors)), contiguous)
+    return Facts(lengths, only(map(DTYPE, tensors)), only(map(_DEVICE, tensors)), are_plain(tensors))
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether the numbers of all tensors lie contiguously at their addresses, as they are.
+
+    A subclass may keep them elsewhere, a fake or meta tensor has none, a zero tensor has no memory, and a lazily
+    negated or conjugated one holds other numbers than it stands for.
+    """
+    return (
+        set(map(type, tensors)) <= _TYPES
+        and set(map(LAYOUT, tensors)) <= {torch.strided}
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor.is_conj, tensors))
+        and all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
+    )
 
 
 def only(values: Iterable[Any]) -> Any:
-    """The one value that all of them are; None where they differ."""
+    """Return the one value that all of them are; None where they differ."""
     different = set(values)
     return different.pop() if len(different) == 1 else None
 
 
 def same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Whether two lists hold the same objects."""
+    """Return whether two lists hold the same objects."""
     return len(left) == len(right) and all(map(is_, left, right))
 
 
 class Interned:
     """Notes by key, for lists that are drawn up at every step and mostly hold the same tensors.
 
-    It keeps no tensor alive: what is not ours may be freed, or moved to the host, between steps.
+    It keeps no tensor of others alive: what is not ours may be freed, or moved to the host, between steps.
+
+    own: whole lists of our own memory, each with the dict that it was drawn up from.
     """
 
     def __init__(self) -> None:
+        self.own: dict[Hashable, tuple[object, Tensors]] = {}
         self._kept: dict[Hashable, tuple[list[ref[Tensor]], Note]] = {}
 
     def of(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensors:
-        """These tensors, with the note that is kept under ``key`` if that is of them, else with a new one."""
+        """Return these tensors, with the note kept under ``key`` if that is of them, else with a new one."""
         known = self.known(key, tensors)
         if known is not None:
             return known
@@ -111,7 +145,7 @@ class Interned:
         return Tensors(tensors, note)
 
     def known(self, key: Hashable, tensors: Sequence[Tensor]) -> Tensors | None:
-        """These tensors, with the note that is kept under ``key``; None if there is none, or of others."""
+        """Return these tensors, with the note kept under ``key``; None if there is none, or of others."""
         kept = self._kept.get(key)
         if kept is None or not same(list(map(ref.__call__, kept[0])), tensors):
             return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradguide.naming import NamesLike
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
-from gradguide.ops.tensors import Tensors
+from gradguide.ops.tensors import Note, Tensors
 from gradguide.sharding import Layout, shard
 from gradguide.sources import file
 from gradguide.sources.anchoring import stiffness
@@ -332,6 +332,6 @@ class SourceGradient:
         table = self._tables[label]
         for name in names:
             table[name] = table[name].to(device)
-        rows = Tensors(table[name] for name in names)
+        rows = Tensors((table[name] for name in names), Note(trusted=True))
         self._lists[label, names[0]] = (list(names), rows)
         return rows

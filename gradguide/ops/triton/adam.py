@@ -23,6 +23,7 @@ from gradguide.ops.triton.launch import (
     WIDE,
     WIDE_BLOCK,
     WIDEST_BLOCK,
+    mark_written,
     on,
     sums_of,
     table_of,
@@ -118,6 +119,7 @@ def launch_adam(
             D=columns.writes[0][0] if columns.writes else -1, PULLED=pulls is not None,
             **_layout(columns, rows, groups),
         )  # fmt: skip
+    mark_written(moments.parameters)
     return squares
 
 

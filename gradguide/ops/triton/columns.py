@@ -54,7 +54,7 @@ class Columns:
 def columns_of(
     rows: Sequence[Row | None], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
 ) -> Columns | None:
-    """The columns of the rows that are there, of writes and other lists; None where a tensor is not contiguous or of a
+    """The columns of the rows that are there, of writes and other lists; None where a tensor is not plain or of a
     precision without a kernel.
 
     Tensors that stand in several lists are one column, read once. Of a Stack's lists addresses are asked for once.
@@ -86,7 +86,7 @@ def columns_of(
         # Kernels go by address: a shorter tensor would have them read or write memory of others.
         if facts.lengths != lengths:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
-        if device is None or facts.device != device or facts.dtype not in DTYPES or not facts.contiguous:
+        if device is None or facts.device != device or facts.dtype not in DTYPES or not facts.plain:
             return None
         place = places.setdefault(where.tobytes(), len(places))
         numbers[id(part)] = place

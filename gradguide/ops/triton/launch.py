@@ -9,6 +9,7 @@ from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gradguide.ops.row import Row, Stack, Write, check_writes, sizes_of
 from gradguide.ops.triton.columns import Columns, columns_of
@@ -29,6 +30,7 @@ __all__ = [
     "WIDE_BLOCK",
     "launch_combine",
     "launch_measure",
+    "mark_written",
     "numbers_of",
     "on",
     "sums_of",
@@ -132,7 +134,17 @@ def launch_combine(rows: Sequence[Row | None], writes: Sequence[Write]) -> bool:
                 BLOCK=WIDEST_BLOCK if len(columns.dtypes) > WIDE else block_for(columns), CHUNK=CHUNK,
                 num_warps=WARPS, maxnreg=REGISTERS, **FUSION,
             )  # fmt: skip
+    for write in writes:
+        mark_written(write.into)
     return True
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Raise the version of tensors that a kernel wrote, so that autograd refuses a graph that needs what they held."""
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # of inference tensors, which have no version
+        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def tables_of(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
