@@ -20,9 +20,12 @@ def stiffness(fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> dic
 
     Returns:
         H by name, as precise as F. Where F is zero throughout, nothing tells the numbers apart: all are held alike.
+        Tables without numbers stay as they are.
     """
     roots = {name: table.double().sqrt() for name, table in fisher.items()}
     numbers = sum(root.numel() for root in roots.values())
+    if numbers == 0:
+        return dict(fisher)
     total = sum(float(root.sum()) for root in roots.values())
     squared = sum(float(table.double().square().sum()) for table in anchor.values())
     length = max(squared, LEAST_LENGTH**2 * numbers) ** 0.5

@@ -94,8 +94,9 @@ class ReplaySource:
         self._steps += 1
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
-        """The gradient as last evaluated; zero for what it did not reach."""
-        return Row(offset=[self._rows[name] for name in names])
+        """Return the gradient as last evaluated; zero for what it did not reach, as a parameter that is frozen."""
+        rows = [self._rows.get(name) for name in names]
+        return Row(offset=[torch.zeros_like(p) if row is None else row for row, p in zip(rows, at, strict=True)])
 
     def __getstate__(self) -> dict[str, Any]:
         # An iterator can be neither copied nor pickled; a copy begins its batches anew.

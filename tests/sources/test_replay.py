@@ -262,3 +262,18 @@ def test_i25_hooks_that_a_replay_would_set_off_are_refused() -> None:
     assert calls == []
     handle.remove()
     optimizer.step()
+
+
+def test_a_frozen_parameter_that_keeps_its_gradient_is_stepped_with_a_zero_row() -> None:
+    """Freezing leaves the gradient where it is, and every base steps what has one."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    source = ReplaySource([0], lambda _: a.square().sum() + b.square().sum())
+    alignment = Alignment(source, on="gradient", weight=1.0)
+    base = torch.optim.SGD([a, b], lr=0.1)
+    optimizer = GradGuide(base, direction=None, magnitude=None, alignment=alignment, names={"a": a, "b": b})
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    b.requires_grad_(False)
+    optimizer.step()
+    torch.testing.assert_close(a.grad, torch.full((2,), 3.0), rtol=0, atol=0)
+    torch.testing.assert_close(b.grad, torch.ones(2), rtol=0, atol=0)
+    torch.testing.assert_close(b.detach(), torch.full((2,), 0.9), rtol=0, atol=0)

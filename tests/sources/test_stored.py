@@ -162,3 +162,9 @@ def test_numbers_that_no_capture_gives_are_refused(
     made = {name: {"w": value} for name, value in (good | {table: tensor}).items()}
     with pytest.raises(error, match=message):
         SourceGradient(made["gradient"], fisher=made["fisher"], anchor=made["anchor"])
+
+
+def test_a_source_without_numbers_can_be_anchored() -> None:
+    empty = {"p": torch.zeros(0)}
+    held = SourceGradient(empty, fisher=empty, anchor=empty).anchored()
+    assert held.fisher["p"].shape == (0,)
