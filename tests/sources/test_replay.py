@@ -162,13 +162,33 @@ def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer()
     assert torch.equal(flat(source.row(list(named), list(named.values())).tensors), first)
 
 
-def test_copies_begin_the_batches_anew() -> None:
+class LossOf:
+    """The loss of a batch. A deep copy evaluates the copied model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return kit.loss_of(self.model, batch)
+
+
+def test_a_copy_starts_again_at_the_first_batch_and_steps_by_itself() -> None:
     model = kit.net()
-    optimizer = guide(model, replay_of(model))
+    source = ReplaySource([old(i) for i in range(3)], LossOf(model))
+    optimizer = guide(model, source, alignment={"weight": 1.0, "project": False})
     kit.train(model, optimizer, range(2))
-    twin = copy.deepcopy(optimizer)
-    assert isinstance(twin, GradGuide)
-    kit.train(model, optimizer, [2])
+    twin, copied = copy.deepcopy((model, optimizer))
+
+    def step_matches(model: nn.Module, optimizer: GradGuide, source_batch: int) -> None:
+        gradient = gradient_of(model, kit.batch(2)) + gradient_of(model, old(source_batch))
+        wanted = flat(model.parameters()) - 0.1 * gradient
+        kit.train(model, optimizer, [2])
+        torch.testing.assert_close(flat(model.parameters()), wanted)
+
+    untouched = kit.parameters_of(model)
+    step_matches(twin, copied, source_batch=0)
+    kit.assert_same(kit.parameters_of(model), untouched)
+    step_matches(model, optimizer, source_batch=2)
 
 
 @pytest.mark.parametrize(
