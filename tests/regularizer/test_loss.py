@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradguide import guided_loss
 from tests.contract import kit
-from tests.objective.test_gradient import Case
+from tests.regularizer.test_gradient import Case
 
 
 @pytest.mark.parametrize("weights", [(0.3, 0.0, 0.0), (0.0, 0.2, 0.0), (0.0, 0.0, 0.4), (0.3, 0.2, 0.4)])
