@@ -11,10 +11,10 @@ from torch.optim import LBFGS, Optimizer
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import check_divided
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "evaluates_closures"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "closure_error"]
 
 # Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
-_EATERS = {
+_UNSUPPORTED_BASES = {
     "OptimizerInBackwardWrapper": "runs inside backward",
     "LOMO": "runs inside backward",
     "AdaLomo": "runs inside backward",
@@ -41,8 +41,10 @@ def check_base(base: object) -> None:
         RuntimeError: DeepSpeed ZeRO holds its parameters.
     """
     kind = type(base).__name__
-    if kind in _EATERS:
-        raise TypeError(f"{kind} {_EATERS[kind]}, so at step() no gradient is left to guide; use a plain optimizer")
+    if kind in _UNSUPPORTED_BASES:
+        raise TypeError(
+            f"{kind} {_UNSUPPORTED_BASES[kind]}, so at step() no gradient is left to guide; use a plain optimizer"
+        )
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"base must be a torch.optim.Optimizer, found {kind}; write GradGuide(AdamW(parameters, lr=...))"
@@ -53,7 +55,7 @@ def check_base(base: object) -> None:
             "guided gradient would contradict; use a first-order optimizer"
         )
     if _needs_closure(base):
-        raise TypeError(evaluates_closures(base))
+        raise TypeError(closure_error(base))
     parameters = [p for group in base.param_groups for p in group["params"]]
     if not parameters:
         raise ValueError("the base optimizer has no parameters; pass it those to train")
@@ -80,7 +82,7 @@ def check_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def evaluates_closures(base: Optimizer) -> str:
+def closure_error(base: Optimizer) -> str:
     """Return why a base that evaluates the closure within its own step is refused, and the way out."""
     kind = type(base).__name__
     return (

@@ -72,10 +72,10 @@ def _guided_class(base: Callable[..., Optimizer], options: dict[str, Any]) -> ty
 
 def _reduce(made: _GuidedType) -> str | tuple[Any, ...]:
     # A class that inherits from a guided one is found under its own name.
-    return (_again, vars(made)["_recipe"]) if "_recipe" in vars(made) else made.__qualname__
+    return (_rebuild, vars(made)["_recipe"]) if "_recipe" in vars(made) else made.__qualname__
 
 
-def _again(base: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., GradGuide]:
+def _rebuild(base: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., GradGuide]:
     return guided(base, **options)
 
 
@@ -95,16 +95,21 @@ def unwrap(optimizer: object) -> GradGuide | None:
     seen: set[int] = set()
     while optimizer is not None and id(optimizer) not in seen:
         # Lightning's wrapper is made an instance of the class it wraps, so the class alone says nothing.
-        if isinstance(optimizer, GradGuide) and "base" in vars_of(optimizer):
+        if isinstance(optimizer, GradGuide) and "base" in _own_attributes(optimizer):
             return optimizer
         seen.add(id(optimizer))
         # Wrappers keep what they wrap under one of these names.
         optimizer = next(
-            (inner for name in ("optimizer", "_optimizer") if (inner := vars_of(optimizer).get(name)) is not None), None
+            (
+                inner
+                for name in ("optimizer", "_optimizer")
+                if (inner := _own_attributes(optimizer).get(name)) is not None
+            ),
+            None,
         )
     return None
 
 
-def vars_of(thing: object) -> dict[str, Any]:
+def _own_attributes(thing: object) -> dict[str, Any]:
     """Attributes set on the object itself; a wrapper's forwarding ``__getattr__`` is not asked."""
     return getattr(thing, "__dict__", {})

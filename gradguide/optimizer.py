@@ -156,13 +156,13 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, added)
-        if not self._progress.skips(state, self.base, self._nonfinite, engine):
+        if not self._progress.should_skip(state, self.base, self._nonfinite, engine):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
                 measures = engine.rules.limit_update or self._progress.history is not None
                 before = plan.snapshot() if measures else None
-                nonfinite.step(state, self.base, self._nonfinite)
+                nonfinite.step_base(state, self.base, self._nonfinite)
                 if before is not None:
                     engine.correct(state, before)
         self._progress.finish(engine.record(state), self.metrics)
@@ -211,7 +211,7 @@ class GradGuide(Wrapper):
         planner = engine.planner
         planner.track_replaced(self.base)
         groups = [*self.param_groups, {"params": bare}]
-        known = extend_names(planner.known, carried([param_group]), groups)
+        known = extend_names(planner.name_lookup, carried([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)
@@ -232,10 +232,10 @@ class GradGuide(Wrapper):
         check_kind("alignment", alignment, Alignment)
         engine = self._engine
         engine.planner.track_replaced(self.base)
-        known = extend_names(engine.planner.known, names, self.param_groups)
+        known = extend_names(engine.planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
         engine.planner.set_names(known, self.base)
-        engine.align(alignment, sources)
+        engine.set_alignment(alignment, sources)
         self._progress.last = None
 
     def metrics(self) -> dict[str, float]:

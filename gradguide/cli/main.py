@@ -116,19 +116,19 @@ def _demo(options: dict[str, Any]) -> None:
 
 
 def _inspect(options: dict[str, Any]) -> None:
-    from gradguide.cli import inspect as description
+    from gradguide.cli import inspect
 
-    found = {"source": description.describe(options["file"])}
+    found = {"source": inspect.describe(options["file"])}
     if options["against"] is not None:
-        found["against"] = description.compare(options["file"], options["against"])
+        found["against"] = inspect.compare(options["file"], options["against"])
     if options["adapter"] is not None:
-        found["drift"] = description.drift(options["file"], options["adapter"])
+        found["drift"] = inspect.drift(options["file"], options["adapter"])
     if options["json"]:
         print(json.dumps(found, indent=2))
     else:
-        from gradguide.cli import tables as inspection
+        from gradguide.cli import tables
 
-        inspection.show(found)
+        tables.show(found)
 
 
 def _plot(options: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from gradguide.rules.span import Span, divide
 from gradguide.sources.side_effects import Randomness, buffers_kept, gradients_kept
 from gradguide.step.engine import Engine
 from gradguide.step.plan import Rows, StepPlan
-from gradguide.step.planner import trained_by
+from gradguide.step.planner import trainable_parameters
 from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["evaluate"]
@@ -69,32 +69,32 @@ def evaluate(
     """
     if closure is None:
         raise RuntimeError(NEEDS_CLOSURE)
-    rise = torch.ones_like(steps)
+    warmup_factor = torch.ones_like(steps)
     if regularizer.warmup:
-        rise = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
-    how = _difference if regularizer.hessian == "finite-difference" else _exact
-    return how(closure, base, engine, regularizer, rise)
+        warmup_factor = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
+    how = _finite_difference if regularizer.hessian == "finite-difference" else _exact
+    return how(closure, base, engine, regularizer, warmup_factor)
 
 
-def _difference(
-    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor
+def _finite_difference(
+    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """``(g(theta + e v) - g(theta)) / e``, both under the same randomness."""
-    parameters = trained_by(base)
+    parameters = trainable_parameters(base)
     start = Randomness(parameters)
     with torch.enable_grad():
         loss = closure()
-    slope = _slope(base, engine, regularizer, rise)
+    slope = _slope(base, engine, regularizer, warmup_factor)
     if slope is None:
         return loss, {}
     end = Randomness(parameters)
     copies = slope.plan.snapshot()
     try:
-        inverse = _move(slope)
+        inverse = _perturb(slope)
         with gradients_kept(parameters) as first, buffers_kept(), torch.enable_grad():
             start.restore()
             closure()
-            products = _quotients(slope, first, inverse)
+            products = _difference_quotients(slope, first, inverse)
     finally:
         with torch.no_grad():
             for bucket, copy in zip(slope.plan.buckets, copies, strict=True):
@@ -104,7 +104,7 @@ def _difference(
 
 
 @torch.no_grad()
-def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
+def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
     """Differences first, and only then the division: what both gradients share cancels without rounding."""
     parameters = [p for bucket in slope.plan.buckets for p in bucket.parameters]
     if parameters and all(p.grad is None for p in parameters):
@@ -126,7 +126,7 @@ def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) ->
 
 
 def _exact(
-    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor
+    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """The gradient of ``g . v`` with v held fixed."""
     if several_ranks():
@@ -134,7 +134,7 @@ def _exact(
             "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
             "use hessian='finite-difference'"
         )
-    parameters = trained_by(base)
+    parameters = trainable_parameters(base)
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -145,36 +145,36 @@ def _exact(
         )
     before = {p: p.grad for p in parameters}
     try:
-        gradients = _differentiated(loss, parameters, create_graph=True)
+        gradients = _grad(loss, parameters, create_graph=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             # A copy: autograd may give two parameters the same tensor, and this one will be written to.
             parameter.grad = None if gradient is None else gradient.detach().clone()
-        slope = _slope(base, engine, regularizer, rise)
+        slope = _slope(base, engine, regularizer, warmup_factor)
         if slope is None:
             return loss.detach(), {}
-        toward = _vector(slope)
+        vectors_of = _vectors(slope)
         signs = {p: bucket.sign for bucket in slope.plan.buckets for p in bucket.parameters}
         curved = [
-            (g, toward[p])
+            (g, vectors_of[p])
             for p, g in zip(parameters, gradients, strict=True)
-            if g is not None and p in toward and g.requires_grad
+            if g is not None and p in vectors_of and g.requires_grad
         ]
         products: Sequence[Tensor | None] = [None] * len(parameters)
         if curved:
             outputs, vectors = zip(*curved, strict=True)
-            products = _differentiated(outputs, parameters, grad_outputs=vectors)
+            products = _grad(outputs, parameters, grad_outputs=vectors)
     except RuntimeError:
         for parameter, old in before.items():
             parameter.grad = old
         raise
     return loss.detach(), {
-        p: torch.zeros_like(toward[p]) if product is None else product.contiguous() * signs[p]
+        p: torch.zeros_like(vectors_of[p]) if product is None else product.contiguous() * signs[p]
         for p, product in zip(parameters, products, strict=True)
-        if p in toward
+        if p in vectors_of
     }
 
 
-def _differentiated(outputs: Any, parameters: Sequence[Tensor], **options: Any) -> Sequence[Tensor | None]:
+def _grad(outputs: Any, parameters: Sequence[Tensor], **options: Any) -> Sequence[Tensor | None]:
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(outputs, parameters, allow_unused=True, **options)
     except RuntimeError as error:
@@ -194,8 +194,8 @@ def _differentiated(outputs: Any, parameters: Sequence[Tensor], **options: Any) 
 
 
 @torch.no_grad()
-def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor) -> Slope | None:
-    """What the regularizer, its weights times ``rise`` (Tensor []), makes of the gradients that are there."""
+def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor) -> Slope | None:
+    """What the regularizer, its weights times ``warmup_factor`` (Tensor []), makes of the gradients that are there."""
     plan = engine.planner.plan(base)
     if plan is None:
         return None
@@ -212,14 +212,14 @@ def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tens
         )
         for index, bucket in enumerate(plan.buckets)
     ]
-    signed = engine.signed(len(sources))
+    signed = engine.signed_rows(len(sources))
     span = plan.gram(rows, SOURCES + len(sources) + 1, signed)
     v = slope(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
-    return Slope(plan, rows, span, v * rise.to(v), signed)
+    return Slope(plan, rows, span, v * warmup_factor.to(v), signed)
 
 
 @torch.no_grad()
-def _move(slope: Slope) -> Tensor:
+def _perturb(slope: Slope) -> Tensor:
     """Move the parameters to ``theta + e v``: Tensor [], one over e, 0 where v is zero.
 
     One e for all scopes: the curvature between them counts too.
@@ -229,7 +229,7 @@ def _move(slope: Slope) -> Tensor:
     long as the bound on the update takes them to be, so that LoRA's B moves when it starts at zero.
     """
     plan = slope.plan
-    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.numbers().sqrt())
+    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.element_counts().sqrt())
     epsilon = max((torch.finfo(v.dtype).eps for bucket in plan.buckets for v in bucket.values), default=0.0) ** 0.5
     step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(slope.span.norm(slope.v)))
     moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in plan.buckets]
@@ -238,7 +238,7 @@ def _move(slope: Slope) -> Tensor:
 
 
 @torch.no_grad()
-def _vector(slope: Slope) -> dict[Tensor, Tensor]:
+def _vectors(slope: Slope) -> dict[Tensor, Tensor]:
     """v itself, by parameter."""
     made = [lay_out(bucket.gradients) for bucket in slope.plan.buckets]
     writes = [[Write(into=into, coefficients=slope.v)] for into in made]

@@ -30,7 +30,7 @@ class Bucket:
     All or none of them are contiguous, and all or none have an entry in the sources. Lists are aligned, and the
     parameters of a scope follow one another.
 
-    summed: process groups over which products are summed, for DTensors.
+    reduce_groups: process groups over which products are summed, for DTensors.
     sizes, elements: for each of S scopes the number of its parameters, and of their elements in all shards.
     values, gradients: this rank's part of parameters and gradients.
     names: empty where the sources have no entry.
@@ -38,7 +38,7 @@ class Bucket:
     sign: -1 where the param groups maximize, else 1: ``sign`` times the gradient is what the step descends.
     """
 
-    summed: tuple[Any, ...] = ()
+    reduce_groups: tuple[Any, ...] = ()
     sizes: list[int] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
@@ -118,15 +118,23 @@ def build_buckets(
                 continue
             uneven = unsupported(parameter, gradient) if sharded else None
             if uneven is not None or gradient.layout != torch.strided or not gradient.is_floating_point():
-                _refuse(gradient, names.get(parameter), uneven)
+                _raise_unsupported(gradient, names.get(parameter), uneven)
             layout = layout_of(parameter) if sharded else None
-            summed = () if layout is None else layout.summed
+            reduce_groups = () if layout is None else layout.summed
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
             # One tensor that no kernel reads would take its whole bucket to the portable backend.
             plain = _is_plain(gradient) and _is_plain(parameter)
-            key = (summed, signs[index], gradient.device, gradient.dtype, parameter.dtype, name is not None, plain)
+            key = (
+                reduce_groups,
+                signs[index],
+                gradient.device,
+                gradient.dtype,
+                parameter.dtype,
+                name is not None,
+                plain,
+            )
             entry = _Entry(labels.setdefault(scope, len(labels)), parameter, gradient, name, index, position)
             found.setdefault(key, []).append(entry)
     return [_bucket(key[0], signs[entries[0].group], entries, len(labels), sharded) for key, entries in found.items()]
@@ -143,8 +151,8 @@ class _Entry(NamedTuple):
     position: int
 
 
-def _bucket(summed: Any, sign: int, entries: list[_Entry], scopes: int, sharded: bool) -> Bucket:
-    bucket = Bucket(summed, [0] * scopes, [0] * scopes, sign=sign)
+def _bucket(reduce_groups: Any, sign: int, entries: list[_Entry], scopes: int, sharded: bool) -> Bucket:
+    bucket = Bucket(reduce_groups, [0] * scopes, [0] * scopes, sign=sign)
     for scope, parameter, gradient, name, group, position in sorted(entries, key=itemgetter(0)):
         bucket.sizes[scope] += 1
         bucket.elements[scope] += parameter.numel()
@@ -163,7 +171,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return exact and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _refuse(gradient: Tensor, name: str | None, uneven: str | None) -> None:
+def _raise_unsupported(gradient: Tensor, name: str | None, uneven: str | None) -> None:
     which = f"of {name} " if name else ""
     if uneven is not None:
         raise ValueError(f"the gradient {which}{uneven}; GradGuide measures DTensors that lie as their parameters do")

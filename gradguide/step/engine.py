@@ -87,12 +87,12 @@ class Engine:
     ) -> None:
         self.planner = planner
         self.rules = Rules(direction, None, magnitude)
-        self.align(alignment, planner.sources)
+        self.set_alignment(alignment, planner.sources)
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = ScopeState()
         self.update_squares: list[Tensor] = []
 
-    def align(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
+    def set_alignment(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
         """Use ``alignment`` from now on. ``sources`` are its own, then those of a regularizer."""
         self.rules = replace(self.rules, alignment=alignment)
         self.planner.options["alignment"] = alignment
@@ -117,12 +117,12 @@ class Engine:
             more = [] if added is None else [Row(offset=[added[p] for p in bucket.parameters])]
             pulls = plan.source_rows(sources, bucket, bucket.values, "gradient")
             rows.append(Stack([*own, *pulls, *more], bucket.sizes))
-        span = plan.gram(rows, SOURCES + len(sources) + (added is not None), self.signed(len(sources)))
+        span = plan.gram(rows, SOURCES + len(sources) + (added is not None), self.signed_rows(len(sources)))
         if plan.cache.positions is None:
             plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
         return StepState(plan, rows, span, plan.cache.positions, added is not None)
 
-    def signed(self, sources: int) -> slice:
+    def signed_rows(self, sources: int) -> slice:
         """Return which rows of the gradient's pass have the sign of their bucket.
 
         These are the sources, and the direction where it is the base's own momentum, an average of what it descends.
@@ -146,7 +146,7 @@ class Engine:
             totals,
             finite=state.found_finite,
             regularized=state.regularized,
-            rates=_momentum_rates(state, base) if shared else None,
+            rates=_ema_coefficients_by_scope(state, base) if shared else None,
         )
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class Engine:
         for bucket, kept in zip(state.plan.buckets, self._written_directions(state), strict=True):
             written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
             writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
-        state.plan.combine_(state.rows, writes, self.signed(self.rules.sources))
+        state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.sources))
 
     @torch.no_grad()
     def step_fused(self, state: StepState, base: Optimizer) -> bool:
@@ -171,14 +171,14 @@ class Engine:
         count = self.rules.update_sources
         if count > fused_adam.MAX_SOURCES or plan.sharded:
             return False
-        signs = plan.signs(state.span.gram.shape[1], self.signed(self.rules.sources))
-        launches = fused_adam.launches_of(base, plan, state.rows, self._written_directions(state), signs)
+        signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.sources))
+        launches = fused_adam.plan_launches(base, plan, state.rows, self._written_directions(state), signs)
         if launches is None:
             return False
         scale, pulls = None, None
         if self.rules.limit_update:
             products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
-            limit = _rules_for(plan).limit_unmade(state.span, products, self.rules, plan.numbers())
+            limit = _rules_for(plan).limit_unmade(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
         self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
         return True
@@ -197,7 +197,7 @@ class Engine:
             own = [Row(at=bucket.values, anchor=copies), Row(offset=copies)]
             rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
-        limit = _rules_for(plan).limit(span, self.rules, plan.numbers())
+        limit = _rules_for(plan).limit(span, self.rules, plan.element_counts())
         state.limit = limit
         self.update_squares = [limit.norm.square()]
         if not self.rules.limit_update:
@@ -269,14 +269,14 @@ class Engine:
 
 def _rules_for(plan: StepPlan) -> ModuleType:
     """Return the rules on the device if the plan's kernels are fused, else the PyTorch reference."""
-    if not plan.fused:
+    if not plan.uses_triton:
         return reference
     from gradguide.rules import triton
 
     return triton
 
 
-def _momentum_rates(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
+def _ema_coefficients_by_scope(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
     """Return decay and gain of the base's momentum per scope, each [S]: those of the scope's first parameter."""
     gram = state.span.gram
     members: dict[int, list[Tensor]] = {}

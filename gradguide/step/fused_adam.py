@@ -27,7 +27,7 @@ from gradguide.step.plan import StepPlan
 if TYPE_CHECKING:
     from gradguide.ops.triton.adam import Groups, Moments
 
-__all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "launches_of", "preview_products", "step"]
+__all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "plan_launches", "preview_products", "step"]
 
 
 MAX_SOURCES = 4
@@ -55,12 +55,12 @@ class AdamLaunch:
     columns: Any
     signs: Tensor | None
 
-    def own(self, coefficients: Tensor) -> Tensor:
+    def signed(self, coefficients: Tensor) -> Tensor:
         """Return the coefficients [S, R] of this part's rows."""
         return coefficients if self.signs is None else coefficients * self.signs
 
 
-def launches_of(
+def plan_launches(
     base: Optimizer,
     plan: StepPlan,
     rows: Sequence[Stack],
@@ -80,9 +80,9 @@ def launches_of(
         directions: for each bucket the running direction that the step writes, or None.
         signs: for each bucket the signs of its rows, or None.
     """
-    if not _plain(base) or not all(map(_simple, base.param_groups)):
+    if not _is_replaceable(base) or not all(map(_is_supported, base.param_groups)):
         return None
-    if not plan.fused or any(backend is not plan.backends[0] for backend in plan.backends):
+    if not plan.uses_triton or any(backend is not plan.backends[0] for backend in plan.backends):
         return None
     # Decisions lie on one device, and kernels read them where they lie.
     if any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
@@ -111,7 +111,7 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache
 
     states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
     if not all(states):
-        states = [_state(base, parameter) for parameter in parameters]
+        states = [_initialized_state(base, parameter) for parameter in parameters]
 
     def held(name: str) -> TensorList:
         # No other list of this name has this length and begins with this parameter.
@@ -157,7 +157,7 @@ def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: in
     """What the update is to be judged by, before it is made.
 
     Args:
-        launches: from :func:`launches_of`.
+        launches: from :func:`plan_launches`.
         gradient (Tensor): shape [S, R], coordinates of the guided gradient.
         first, sources (int): number of the first source among the rows, and how many there are.
 
@@ -168,7 +168,9 @@ def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: in
     from gradguide.ops.triton.adam import launch_probe
 
     sums = (
-        launch_probe(launch.columns, launch.rows, launch.own(gradient), launch.moments, launch.groups, first, sources)
+        launch_probe(
+            launch.columns, launch.rows, launch.signed(gradient), launch.moments, launch.groups, first, sources
+        )
         for launch in launches
     )
     return reduce(torch.add, sums)
@@ -185,7 +187,7 @@ def step(
     """Make the step.
 
     Args:
-        launches: from :func:`launches_of`.
+        launches: from :func:`plan_launches`.
         gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and the new direction.
         scale (Tensor | None): shape [S], float64, what the update is multiplied by; None is 1.
         pulls (Tensor | None): shape [S, R], coordinates of what is then added to it.
@@ -200,12 +202,14 @@ def step(
     scale = numbers_of(gradient.device, [1.0] * len(gradient)) if scale is None else scale
     squares = []
     for launch in launches:
-        write = None if launch.direction is None else Write(into=launch.direction, coefficients=launch.own(direction))
+        write = (
+            None if launch.direction is None else Write(into=launch.direction, coefficients=launch.signed(direction))
+        )
         squares.append(
             launch_adam(
                 launch.columns,
                 launch.rows,
-                launch.own(gradient),
+                launch.signed(gradient),
                 write,
                 launch.moments,
                 launch.groups,
@@ -218,7 +222,7 @@ def step(
     return squares
 
 
-def _plain(base: Optimizer) -> bool:
+def _is_replaceable(base: Optimizer) -> bool:
     """Whether stepping in the base's place goes unnoticed: it is no subclass, and nobody waits for its step."""
     waiting = (
         base._optimizer_step_pre_hooks
@@ -229,7 +233,7 @@ def _plain(base: Optimizer) -> bool:
     return type(base) in (Adam, AdamW) and not waiting and "step" not in vars(base)
 
 
-def _simple(group: dict[str, Any]) -> bool:
+def _is_supported(group: dict[str, Any]) -> bool:
     numbers = [*group["betas"], group["eps"], group["weight_decay"]]
     return bool(
         group["fused"]
@@ -239,7 +243,7 @@ def _simple(group: dict[str, Any]) -> bool:
     )
 
 
-def _state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+def _initialized_state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """The base's state of a parameter, made as a fused Adam makes it if there is none."""
     state: dict[str, Tensor] = base.state[parameter]
     if not state:

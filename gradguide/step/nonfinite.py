@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.base_checks import evaluates_closures
+from gradguide.base_checks import closure_error
 from gradguide.step.engine import StepState
 
-__all__ = ["POLICIES", "TROUBLE", "should_skip", "step", "warn"]
+__all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "should_skip", "step_base", "warn_skipped"]
 
 POLICIES = ("skip", "raise")
 
-TROUBLE = 5
+SKIPS_BEFORE_WARNING = 5
 """Skipped steps in a row that call for a warning: fewer happen in a run that is well."""
 
 
@@ -27,14 +27,14 @@ def should_skip(state: StepState, base: Optimizer, policy: str, names: Mapping[T
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".
     """
-    if _left_to_base(state, base, policy) or bool(state.finite):
+    if _uses_found_inf(state, base, policy) or bool(state.finite):
         return False
     if policy == "raise":
         raise FloatingPointError(f"{_where(state, names)} NaN or Inf; nothing was changed")
     return True
 
 
-def warn(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
+def warn_skipped(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
     """Warn that so many steps in a row were skipped.
 
     Warns:
@@ -48,28 +48,28 @@ def warn(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
     )
 
 
-def step(state: StepState, base: Optimizer, policy: str) -> None:
+def step_base(state: StepState, base: Optimizer, policy: str) -> None:
     """Step the base, which leaves its step out where that was left to it.
 
     Raises:
         TypeError: the base's step fails because it evaluates the closure itself.
     """
     flagged: Any = base
-    left = _left_to_base(state, base, policy)
+    left = _uses_found_inf(state, base, policy)
     if left:
         flagged.found_inf = 1.0 - state.decided.go
     try:
         base.step()
     except Exception as error:
         if "closure" in str(error):
-            raise TypeError(evaluates_closures(base)) from error
+            raise TypeError(closure_error(base)) from error
         raise
     finally:
         if left:
             del flagged.found_inf
 
 
-def _left_to_base(state: StepState, base: Optimizer, policy: str) -> bool:
+def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
     """Whether the base can itself leave a step out by a flag on the device, so that the host need not wait for it.
 
     Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.

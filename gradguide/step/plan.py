@@ -35,14 +35,14 @@ class PlanCache:
     directions: for each bucket the running directions, once there are any.
     snapshots: for each bucket memory for a copy of its parameters.
     positions (Tensor): where the scopes' statistics are.
-    numbers (Tensor): how many elements each scope has.
+    element_counts (Tensor): how many elements each scope has.
     """
 
     metadata: MetadataCache = field(default_factory=MetadataCache)
     directions: list[TensorList] | None = None
     snapshots: list[TensorList] | None = None
     positions: Tensor | None = None
-    numbers: Tensor | None = None
+    element_counts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class StepPlan:
     sources: all sources, for this rank's shards.
     device: where Gram matrices of all scopes are summed.
     backends: the passes for each bucket.
-    fused (bool): whether decisions are made by a kernel too.
+    uses_triton (bool): whether decisions are made by a kernel too.
     rounding: how exact products are, see ``gradguide.ops.rounding``.
     """
 
@@ -64,7 +64,7 @@ class StepPlan:
     device: torch.device
     ranks: Ranks
     backends: Sequence[ops.Ops]
-    fused: bool
+    uses_triton: bool
     rounding: float
     cache: PlanCache = field(default_factory=PlanCache)
 
@@ -106,13 +106,13 @@ class StepPlan:
         for bucket, backend, these, signs in zip(self.buckets, self.backends, rows, signs_of, strict=True):
             part = backend.gram(these).to(self.device)
             part = part if signs is None else part * signs.outer(signs)
-            parts[bucket.summed] = parts[bucket.summed] + part if bucket.summed in parts else part
+            parts[bucket.reduce_groups] = parts[bucket.reduce_groups] + part if bucket.reduce_groups in parts else part
         shape = len(self.labels), size, size
         whole = {
             groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=self._wide, device=self.device)
             for groups in self.ranks.groups  # the same order on all ranks, whatever gradients one of them lacks
         }
-        return Span(self.ranks.add_up(whole), self.rounding)
+        return Span(self.ranks.all_reduce_sum(whole), self.rounding)
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = UNSIGNED) -> None:
         """For each bucket, write combinations of its rows, of which ``signed`` are those in :meth:`gram`."""
@@ -137,19 +137,19 @@ class StepPlan:
             torch._foreach_copy_(copy, bucket.values)
         return self.cache.snapshots
 
-    def numbers(self) -> Tensor:
+    def element_counts(self) -> Tensor:
         """Return how many elements each scope has: Tensor [S], float64."""
-        if self.cache.numbers is None:
+        if self.cache.element_counts is None:
             elements = (bucket.elements for bucket in self.buckets)
             counts = list(map(sum, zip([0] * len(self.labels), *elements, strict=True)))
-            if self.fused:
+            if self.uses_triton:
                 from gradguide.ops.triton.launch import numbers_of
 
                 return numbers_of(self.device, counts)  # which keeps tables itself, for CUDA graphs
             # Filled on the device: a copy from the host would make it wait.
             parts = [torch.full((1,), count, dtype=self._wide, device=self.device) for count in counts]
-            self.cache.numbers = torch.cat(parts)
-        return self.cache.numbers
+            self.cache.element_counts = torch.cat(parts)
+        return self.cache.element_counts
 
     def source_rows(
         self, sources: Sequence[Source], bucket: Bucket, at: Sequence[Tensor], stage: str

@@ -21,7 +21,7 @@ from gradguide.step.ranks import Ranks
 from gradguide.step.signature import Signature
 from gradguide.utils.names import Names
 
-__all__ = ["StepPlanner", "trained_by"]
+__all__ = ["StepPlanner", "trainable_parameters"]
 
 
 class StepPlanner:
@@ -38,7 +38,7 @@ class StepPlanner:
     def __init__(
         self, scope: Scope, names: Names, sources: Sequence[Source], options: Mapping[str, object], backend: str
     ) -> None:
-        self.known = names
+        self.name_lookup = names
         self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
         self.options = dict(options)
         self._backend = backend
@@ -53,7 +53,7 @@ class StepPlanner:
     @property
     def names(self) -> dict[Tensor, str]:
         """Parameter to name, as far as names were looked up."""
-        return self.known.found
+        return self.name_lookup.found
 
     def set_sources(self, sources: Sequence[Source]) -> None:
         """Use these sources from now on. They match the parameters that have names."""
@@ -67,7 +67,7 @@ class StepPlanner:
 
     def set_names(self, names: Names, base: Optimizer) -> None:
         """Use these names from now on. Call :meth:`set_sources` next."""
-        self.known = names
+        self.name_lookup = names
         self.track_replaced(base)
 
     def invalidate(self) -> None:
@@ -81,7 +81,7 @@ class StepPlanner:
             ValueError: a gradient cannot be guided, or the ranks differ in an option.
         """
         signs = signs_of(base)
-        if self._plan is not None and self._plan[0].holds(base.param_groups, signs):
+        if self._plan is not None and self._plan[0].matches(base.param_groups, signs):
             gradients = [p.grad for group in base.param_groups for p in group["params"]]
             return self._plan[1].with_gradients({i: g for i, g in enumerate(gradients) if g is not None})
         made = self._new_plan(base, signs)
@@ -123,7 +123,7 @@ class StepPlanner:
         check_zero(base.param_groups)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
         self._ranks.update_layouts(trained)
-        self._ranks.check_agreement(trained, lambda: self._described(base))
+        self._ranks.check_agreement(trained, lambda: self._describe_options(base))
         return trained
 
     def refresh(self, base: Optimizer) -> None:
@@ -133,7 +133,7 @@ class StepPlanner:
         if all(type(source).refresh is SourceGradient.refresh for source in self.sources):
             return  # which does nothing
         self.track_replaced(base)
-        trained = trained_by(base)
+        trained = trainable_parameters(base)
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         for source in self.sources:
             source.refresh(covered, trained)
@@ -150,7 +150,7 @@ class StepPlanner:
 
     def track_replaced(self, base: Optimizer) -> None:
         """Pass name and scope on to tensors that FSDP2 or a loader put in a parameter's place."""
-        self.known.of(p for group in base.param_groups for p in group["params"])
+        self.name_lookup.of(p for group in base.param_groups for p in group["params"])
         tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
         if not tables:
             return
@@ -169,7 +169,7 @@ class StepPlanner:
                             if old in table:
                                 table[parameter] = table.pop(old)
 
-    def _described(self, base: Optimizer) -> dict[str, str]:
+    def _describe_options(self, base: Optimizer) -> dict[str, str]:
         """Return what must agree over ranks, as text: options, backend, base, groups and parameters."""
         labels = self.labels(base)
         found: dict[str, str] = {}
@@ -189,6 +189,6 @@ class StepPlanner:
         return found
 
 
-def trained_by(base: Optimizer) -> list[Tensor]:
+def trainable_parameters(base: Optimizer) -> list[Tensor]:
     """Return the base's parameters that are not frozen."""
     return [p for group in base.param_groups for p in group["params"] if p.requires_grad]

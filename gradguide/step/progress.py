@@ -31,7 +31,7 @@ class Progress:
         self._skipped_in_row = 0
         self._warned: set[str] = set()
 
-    def skips(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
+    def should_skip(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
         """Return whether the step is skipped; if so, count it, and warn after several in a row.
 
         Raises:
@@ -47,8 +47,8 @@ class Progress:
             return False
         self.totals[1] += 1
         self._skipped_in_row += 1
-        if self._skipped_in_row == nonfinite.TROUBLE:
-            nonfinite.warn(state, nonfinite.TROUBLE, names)
+        if self._skipped_in_row == nonfinite.SKIPS_BEFORE_WARNING:
+            nonfinite.warn_skipped(state, nonfinite.SKIPS_BEFORE_WARNING, names)
         return True
 
     def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]]) -> None:

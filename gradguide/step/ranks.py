@@ -44,7 +44,7 @@ class Ranks:
         # Largest first: an order that does not depend on the order of the parameters, which may differ between ranks.
         self._meshes = sorted(meshes, key=lambda mesh: -mesh.size())
 
-    def check_agreement(self, parameters: Sequence[Tensor], described: Callable[[], Mapping[str, str]]) -> None:
+    def check_agreement(self, parameters: Sequence[Tensor], describe_options: Callable[[], Mapping[str, str]]) -> None:
         """Compare options over the ranks that share the parameters, once per set of meshes.
 
         This comes before every other collective of a step, since ranks with other options may wait for each other.
@@ -52,7 +52,7 @@ class Ranks:
 
         Args:
             parameters: all that are trained.
-            described: gives what must be the same on all ranks, by name.
+            describe_options: gives what must be the same on all ranks, by name.
 
         Raises:
             ValueError: the ranks differ, on each of them.
@@ -64,7 +64,7 @@ class Ranks:
         if not groups and several_ranks():
             groups = _ddp_groups(parameters)
         if groups:
-            check_agreement(described(), groups, local(parameters[0]).device)
+            check_agreement(describe_options(), groups, local(parameters[0]).device)
         self._agreed = self._meshes
 
     def shard_sources(
@@ -79,7 +79,7 @@ class Ranks:
             self._shards = layouts, [source.shards(layouts) for source in sources]
         return self._shards[1]
 
-    def add_up(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
+    def all_reduce_sum(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
         """Sum over ranks and over ``parts``, which has a tensor for each of ``groups``."""
         total = add_up_(parts)
         assert total is not None

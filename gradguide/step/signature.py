@@ -33,7 +33,7 @@ class Signature:
         self._parameters = [p for group in groups for p in group["params"]]
         self._form = _form(groups, signs, self._parameters)
 
-    def holds(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> bool:
+    def matches(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> bool:
         """Return whether nothing differs. Never where a parameter is a DTensor, whose local shard may change."""
         parameters = [p for group in groups for p in group["params"]]
         return (
