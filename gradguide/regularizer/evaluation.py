@@ -1,4 +1,4 @@
-"""Evaluating the exact objective: the gradient of the loss, and what a term on that gradient adds to it."""
+"""Evaluation of the exact objective: the gradient of the loss, and the gradient of the regularizer."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ NEEDS_CLOSURE = (
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Where a regularizer wants the gradient to go, for the parameters of a step.
+    """The derivative dR/dg of a regularizer, for the parameters of a step.
 
-    rows: for each bucket gradient, direction, the regularizer's sources, and the parameters themselves.
+    rows: per bucket the gradient, the direction, the regularizer's sources, and the parameters.
     span: Gram matrices of the rows, [S, R, R].
     v (Tensor): coordinates [S, R] of dR/dg.
-    signed: rows with the sign of their bucket, see ``StepPlan.signs``.
+    signed: rows multiplied by the sign of their bucket, see ``StepPlan.signs``.
 
     In a group that maximizes, R is a function of the negative gradient. With v in coordinates of the gradient as
-    received, the gradient of R is ``H v`` either way, and the step descends it: the gradient as received becomes
+    received, the gradient of R is ``H v`` for both signs. The step descends it, so the gradient as received becomes
     ``g + sign * H v``.
     """
 
@@ -54,18 +54,18 @@ class Slope:
 def evaluate(
     closure: Callable[[], Any] | None, base: Optimizer, engine: Engine, regularizer: Regularizer, steps: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
-    """Leave the gradient of the loss in ``p.grad``, and give what the regularizer adds to it.
+    """Store the gradient of the loss in ``p.grad`` and return the regularizer's gradient.
 
     Args:
         closure: see ``Regularizer.hessian``.
-        steps (Tensor): 0-d, steps made before this one.
+        steps (Tensor): 0-d, number of earlier steps.
 
     Returns:
-        What the closure returned at first, and ``sign * H v`` by parameter (this rank's part of it).
+        The result of the first closure call, and ``sign * H v`` by parameter (this rank's shard).
 
     Raises:
-        RuntimeError: there is no closure, or it does not do what ``Regularizer.hessian`` asks. Parameters, buffers and
-            gradients are then as they were before, or, after the first evaluation, as it left them.
+        RuntimeError: the closure is missing or violates ``Regularizer.hessian``. Parameters, buffers and gradients are
+            restored to their state before the call, or to their state after the first evaluation.
     """
     if closure is None:
         raise RuntimeError(NEEDS_CLOSURE)
@@ -79,7 +79,7 @@ def evaluate(
 def _finite_difference(
     closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
-    """``(g(theta + e v) - g(theta)) / e``, both under the same randomness."""
+    """Return ``(g(theta + e v) - g(theta)) / e``. Both gradients use the same random state."""
     parameters = trainable_parameters(base)
     start = Randomness(parameters)
     with torch.enable_grad():
@@ -105,7 +105,7 @@ def _finite_difference(
 
 @torch.no_grad()
 def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
-    """Differences first, and only then the division: what both gradients share cancels without rounding."""
+    """Return the difference quotients. Subtract before dividing: the common part cancels without rounding."""
     parameters = [p for bucket in slope.plan.buckets for p in bucket.parameters]
     if parameters and all(p.grad is None for p in parameters):
         raise RuntimeError(
@@ -115,7 +115,7 @@ def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse:
     found: dict[Tensor, Tensor] = {}
     for bucket in slope.plan.buckets:
         before = [first[p] for p in bucket.parameters]
-        # A parameter that the second evaluation did not use has no difference to tell.
+        # If the second evaluation did not use a parameter, its difference is zero.
         pairs = zip(bucket.parameters, before, strict=True)
         changed = lay_out(before)
         torch._foreach_copy_(changed, [old if p.grad is None else local(p.grad) for p, old in pairs])
@@ -128,7 +128,7 @@ def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse:
 def _exact(
     closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
-    """The gradient of ``g . v`` with v held fixed."""
+    """Return ``H v`` as the gradient of ``g . v`` with constant v."""
     if several_ranks():
         raise RuntimeError(
             "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
@@ -147,7 +147,7 @@ def _exact(
     try:
         gradients = _grad(loss, parameters, create_graph=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            # A copy: autograd may give two parameters the same tensor, and this one will be written to.
+            # A copy: autograd may return the same tensor for two parameters, and the step writes into it.
             parameter.grad = None if gradient is None else gradient.detach().clone()
         slope = _slope(base, engine, regularizer, warmup_factor)
         if slope is None:
@@ -195,7 +195,7 @@ def _grad(outputs: Any, parameters: Sequence[Tensor], **options: Any) -> Sequenc
 
 @torch.no_grad()
 def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor) -> Slope | None:
-    """What the regularizer, its weights times ``warmup_factor`` (Tensor []), makes of the gradients that are there."""
+    """Return dR/dg at the current gradients. ``warmup_factor`` (Tensor []) scales the regularizer's weights."""
     plan = engine.planner.plan(base)
     if plan is None:
         return None
@@ -220,13 +220,13 @@ def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_fac
 
 @torch.no_grad()
 def _perturb(slope: Slope) -> Tensor:
-    """Move the parameters to ``theta + e v``: Tensor [], one over e, 0 where v is zero.
+    """Move the parameters to ``theta + e v``. Return 1 / e, Tensor [], or 0 if v is zero.
 
-    One e for all scopes: the curvature between them counts too.
+    All scopes share one e, since ``H v`` includes the curvature between scopes.
 
-    The move is the square root of the precision's epsilon relative to the length of the parameters: there the error of
-    the quotient, which grows with e, meets that of rounding, which grows with 1 / e. Parameters count as at least as
-    long as the bound on the update takes them to be, so that LoRA's B moves when it starts at zero.
+    The norm of ``e v`` is the norm of the parameters times the square root of the precision's epsilon. This balances
+    truncation error, which grows with e, and rounding error, which grows with 1 / e. The norm of the parameters has the
+    same lower limit as in the bound on the update, so that LoRA's B moves when it starts at zero.
     """
     plan = slope.plan
     length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.element_counts().sqrt())
@@ -239,7 +239,7 @@ def _perturb(slope: Slope) -> Tensor:
 
 @torch.no_grad()
 def _vectors(slope: Slope) -> dict[Tensor, Tensor]:
-    """v itself, by parameter."""
+    """Return v by parameter."""
     made = [lay_out(bucket.gradients) for bucket in slope.plan.buckets]
     writes = [[Write(into=into, coefficients=slope.v)] for into in made]
     slope.plan.combine_(slope.rows, writes, slope.signed)
