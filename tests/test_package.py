@@ -1,4 +1,4 @@
-"""What `import gradguide` gives, and what it leaves alone."""
+"""Effects of `import gradguide`: exported names, and no side effects."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_docstring_example_runs() -> None:
 
 
 def test_import_is_light_and_silent() -> None:
-    """Nothing heavy before a name is used, and no optional package after all were."""
+    """No heavy import before a name is used, and no optional package after all names were used."""
     code = """
 import sys, gradguide
 print(*sorted({name.partition('.')[0] for name in sys.modules}))
@@ -96,7 +96,7 @@ def test_typed() -> None:
 
 
 def test_every_module_lists_what_it_offers() -> None:
-    """Of the core; each name in ``__all__`` exists there."""
+    """Core modules only. Each name in ``__all__`` exists in its module."""
     for info in pkgutil.walk_packages(gradguide.__path__, "gradguide."):
         if info.name.startswith(("gradguide.demo", "gradguide.cli", "gradguide.__main__")) or "triton" in info.name:
             continue

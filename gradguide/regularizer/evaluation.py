@@ -152,12 +152,12 @@ def _exact(
         slope = _slope(base, engine, regularizer, warmup_factor)
         if slope is None:
             return loss.detach(), {}
-        vectors_of = _vectors(slope)
+        vector_of = _vectors(slope)
         signs = {p: bucket.sign for bucket in slope.plan.buckets for p in bucket.parameters}
         curved = [
-            (g, vectors_of[p])
+            (g, vector_of[p])
             for p, g in zip(parameters, gradients, strict=True)
-            if g is not None and p in vectors_of and g.requires_grad
+            if g is not None and p in vector_of and g.requires_grad
         ]
         products: Sequence[Tensor | None] = [None] * len(parameters)
         if curved:
@@ -168,9 +168,9 @@ def _exact(
             parameter.grad = old
         raise
     return loss.detach(), {
-        p: torch.zeros_like(vectors_of[p]) if product is None else product.contiguous() * signs[p]
+        p: torch.zeros_like(vector_of[p]) if product is None else product.contiguous() * signs[p]
         for p, product in zip(parameters, products, strict=True)
-        if p in vectors_of
+        if p in vector_of
     }
 
 

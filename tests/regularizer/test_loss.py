@@ -1,4 +1,4 @@
-"""guided_loss: the objective as a function, against what GradGuide steps with and by itself."""
+"""guided_loss: the objective as a function, alone and compared with GradGuide's gradient."""
 
 from __future__ import annotations
 

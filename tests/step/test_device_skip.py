@@ -1,4 +1,4 @@
-"""Steps left out by a flag on the device: only CUDA needs it, every fused base can do it, so it is tested here too."""
+"""Steps skipped by a flag on the device. Only CUDA uses it; fused bases on the CPU support it and are tested here."""
 
 from __future__ import annotations
 

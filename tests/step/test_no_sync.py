@@ -1,4 +1,4 @@
-"""No read by the host within a step of the portable backend: each would make it wait for an accelerator."""
+"""A step of the portable backend reads no value on the host: each read would synchronize with the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradguide.step import nonfinite as finite
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations by which the host asks for a number that a device holds."""
+    """Counts operations that transfer a value from the device to the host."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
