@@ -18,7 +18,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(autouse=True)
 def _seeded_on_one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Use one thread: the suite runs in several processes, one per core. Long tests run alone."""
+    """Seed torch and use one thread: the suite runs in one process per core. Long tests run alone."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     if request.node.get_closest_marker("slow") is None:
