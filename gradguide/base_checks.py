@@ -1,4 +1,4 @@
-"""Which optimizers can be wrapped, and why not the others."""
+"""Checks that an optimizer can be wrapped, with an error message for each unsupported case."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.optim import LBFGS, Optimizer
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import check_divided
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "evaluates_closures"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "closure_error"]
 
-# Optimizers that run inside the backward pass, or keep gradients elsewhere: at step() there is nothing left to guide.
-_EATERS = {
+# Optimizers that run inside backward or store gradients elsewhere: at step() no gradient is left to guide.
+_UNSUPPORTED_BASES = {
     "OptimizerInBackwardWrapper": "runs inside backward",
     "LOMO": "runs inside backward",
     "AdaLomo": "runs inside backward",
@@ -28,7 +28,7 @@ _EATERS = {
 
 NO_GRADIENTS = (
     "no parameter has a gradient, so this step changes nothing: call loss.backward() before step(), and zero_grad() "
-    "after it. This is as it should be where no batch reached these parameters; further such steps give no warning"
+    "after it. If no batch reached these parameters, this is expected; further such steps give no warning"
 )
 
 
@@ -36,13 +36,15 @@ def check_base(base: object) -> None:
     """Raise unless GradGuide can guide the gradients that ``base`` reads.
 
     Raises:
-        TypeError: it is no optimizer, or one whose steps cannot be guided.
-        ValueError: it has no parameter that takes a gradient, or FSDP1 holds those that it has.
-        RuntimeError: DeepSpeed ZeRO holds its parameters.
+        TypeError: ``base`` is not an optimizer, or its steps cannot be guided.
+        ValueError: no parameter requires a gradient, a group is differentiable, or FSDP1 shards the parameters.
+        RuntimeError: DeepSpeed ZeRO shards the parameters.
     """
     kind = type(base).__name__
-    if kind in _EATERS:
-        raise TypeError(f"{kind} {_EATERS[kind]}, so at step() no gradient is left to guide; use a plain optimizer")
+    if kind in _UNSUPPORTED_BASES:
+        raise TypeError(
+            f"{kind} {_UNSUPPORTED_BASES[kind]}, so at step() no gradient is left to guide; use a plain optimizer"
+        )
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"base must be a torch.optim.Optimizer, found {kind}; write GradGuide(AdamW(parameters, lr=...))"
@@ -53,7 +55,7 @@ def check_base(base: object) -> None:
             "guided gradient would contradict; use a first-order optimizer"
         )
     if _needs_closure(base):
-        raise TypeError(evaluates_closures(base))
+        raise TypeError(closure_error(base))
     parameters = [p for group in base.param_groups for p in group["params"]]
     if not parameters:
         raise ValueError("the base optimizer has no parameters; pass it those to train")
@@ -68,10 +70,10 @@ def check_base(base: object) -> None:
 
 
 def check_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise if a param group asks for a step that autograd can differentiate.
+    """Raise if a param group has ``differentiable=True``.
 
     Raises:
-        ValueError: ``differentiable=True``.
+        ValueError: GradGuide writes in place, which autograd cannot record.
     """
     if any(group.get("differentiable", False) for group in groups):
         raise ValueError(
@@ -80,8 +82,8 @@ def check_differentiable(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def evaluates_closures(base: Optimizer) -> str:
-    """Return why a base that evaluates the closure within its own step is refused, and the way out."""
+def closure_error(base: Optimizer) -> str:
+    """Return the error message for a base that evaluates the closure within its own step."""
     kind = type(base).__name__
     return (
         f"{kind} evaluates the closure within its own step, where GradGuide cannot guide the gradient. Guide the "
@@ -91,8 +93,10 @@ def evaluates_closures(base: Optimizer) -> str:
 
 
 def _needs_closure(base: Optimizer) -> bool:
-    """Whether ``base.step()`` cannot be called without a closure: it takes one by its signature, or steps twice as the
-    sharpness-aware optimizers do, whose ``step`` is ``first_step``, the closure, ``second_step``."""
+    """Return whether ``base.step()`` needs a closure.
+
+    Its signature may require one. Sharpness-aware optimizers call it between ``first_step`` and ``second_step``.
+    """
     if hasattr(base, "first_step") and hasattr(base, "second_step"):
         return True
     closure = inspect.signature(type(base).step).parameters.get("closure")
@@ -100,10 +104,10 @@ def _needs_closure(base: Optimizer) -> bool:
 
 
 def check_hooks(base: Optimizer) -> None:
-    """Raise if hooks on the parameters run during backward, where no parameter has a gradient after it.
+    """Raise if parameters have hooks that run during backward. Call it if no parameter has a gradient.
 
     Raises:
-        RuntimeError: such hooks have consumed the gradients.
+        RuntimeError: there are such hooks, which have probably consumed the gradients.
     """
     if any(getattr(p, "_post_accumulate_grad_hooks", None) for group in base.param_groups for p in group["params"]):
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""GradGuide where an optimizer class is wanted, and GradGuide found again inside other wrappers."""
+"""Make GradGuide from an optimizer class, and find a GradGuide inside other wrappers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _P = ParamSpec("_P")
 
 
 def guided(base: Callable[_P, Optimizer], **guide_options: Any) -> Callable[_P, GradGuide]:
-    """Return a subclass of GradGuide whose instances are made as those of ``base``: ``(params, lr, ...)``.
+    """Return a subclass of GradGuide with the constructor arguments of ``base``: ``(params, lr, ...)``.
 
-    It serves places that want an optimizer class, as Trainer's
+    Use it for arguments that take an optimizer class, such as Trainer's
     ``optimizer_cls_and_kwargs=(guided(AdamW, direction=Direction()), {"lr": 1e-3})``. The class can be subclassed and
-    pickled. Equal arguments give the same class.
+    pickled. Equal arguments return the same class.
 
     Args:
-        base: an optimizer class, or a function that makes an optimizer.
+        base: an optimizer class, or a function that returns an optimizer.
         guide_options: keyword arguments of :class:`gradguide.GradGuide`.
 
     Raises:
-        TypeError: ``base`` cannot be called (an optimizer that exists already goes into GradGuide itself).
+        TypeError: ``base`` is not callable. Pass an existing optimizer to :class:`gradguide.GradGuide` instead.
     """
     if not callable(base):
         raise TypeError(
@@ -46,12 +46,12 @@ def guided(base: Callable[_P, Optimizer], **guide_options: Any) -> Callable[_P, 
 
 
 class _GuidedType(type):
-    """The class of guided classes: pickle asks it how to make one again."""
+    """Metaclass of guided classes. Its pickle reducer rebuilds a class from its recipe."""
 
     _recipe: tuple[Callable[..., Optimizer], dict[str, Any]]
 
 
-# One class per recipe, as long as it is in use.
+# One class per recipe. Weak values, so that unused classes are freed.
 _classes: WeakValueDictionary[Hashable, type[GradGuide]] = WeakValueDictionary()
 
 
@@ -63,7 +63,7 @@ def _guided_class(base: Callable[..., Optimizer], options: dict[str, Any]) -> ty
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         like = inspect.signature(base)
         __init__.__signature__ = like.replace(parameters=[own, *like.parameters.values()])  # type: ignore[attr-defined]
-    except (TypeError, ValueError):  # compiled functions may have none
+    except (TypeError, ValueError):  # compiled functions may have no signature
         pass
     name = f"Guided{getattr(base, '__name__', type(base).__name__)}"
     members = {"__init__": __init__, "__doc__": f"GradGuide around {base!r}.", "_recipe": (base, options)}
@@ -71,11 +71,11 @@ def _guided_class(base: Callable[..., Optimizer], options: dict[str, Any]) -> ty
 
 
 def _reduce(made: _GuidedType) -> str | tuple[Any, ...]:
-    # A class that inherits from a guided one is found under its own name.
-    return (_again, vars(made)["_recipe"]) if "_recipe" in vars(made) else made.__qualname__
+    # A subclass of a guided class is pickled by its qualified name.
+    return (_rebuild, vars(made)["_recipe"]) if "_recipe" in vars(made) else made.__qualname__
 
 
-def _again(base: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., GradGuide]:
+def _rebuild(base: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., GradGuide]:
     return guided(base, **options)
 
 
@@ -91,20 +91,25 @@ def _hashable(*values: object) -> bool:
 
 
 def unwrap(optimizer: object) -> GradGuide | None:
-    """The GradGuide inside the wrappers of Accelerate, Lightning and the like, or None if there is none."""
+    """Return the GradGuide inside wrappers such as those of Accelerate and Lightning, or None."""
     seen: set[int] = set()
     while optimizer is not None and id(optimizer) not in seen:
-        # Lightning's wrapper is made an instance of the class it wraps, so the class alone says nothing.
-        if isinstance(optimizer, GradGuide) and "base" in vars_of(optimizer):
+        # Lightning's wrapper is an instance of the wrapped class, so isinstance alone is not enough.
+        if isinstance(optimizer, GradGuide) and "base" in _own_attributes(optimizer):
             return optimizer
         seen.add(id(optimizer))
-        # Wrappers keep what they wrap under one of these names.
+        # Wrappers store the wrapped optimizer under one of these names.
         optimizer = next(
-            (inner for name in ("optimizer", "_optimizer") if (inner := vars_of(optimizer).get(name)) is not None), None
+            (
+                inner
+                for name in ("optimizer", "_optimizer")
+                if (inner := _own_attributes(optimizer).get(name)) is not None
+            ),
+            None,
         )
     return None
 
 
-def vars_of(thing: object) -> dict[str, Any]:
-    """Attributes set on the object itself; a wrapper's forwarding ``__getattr__`` is not asked."""
+def _own_attributes(thing: object) -> dict[str, Any]:
+    """Return the object's ``__dict__``, which excludes attributes that a wrapper forwards by ``__getattr__``."""
     return getattr(thing, "__dict__", {})

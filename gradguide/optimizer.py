@@ -1,4 +1,4 @@
-"""GradGuide: an optimizer that guides the gradient, then lets another one step."""
+"""GradGuide: an optimizer that guides the gradient, then steps another optimizer."""
 
 from __future__ import annotations
 
@@ -42,43 +42,43 @@ _KINDS = {"direction": Direction, "alignment": Alignment, "magnitude": Magnitude
 class GradGuide(Wrapper):
     """Wrap ``base`` so that each step guides the gradient before the base's step, and the update after it.
 
-    One step measures the Gram matrix of gradient, running direction and source gradients, decides on that small
-    matrix, and combines: gradient and direction are written in place. Then the base steps, and rules on the update
-    (alignment on "update", magnitude's bound) do the same on it.
+    Each step measures the Gram matrix of gradient, running direction and source gradients, decides on that small
+    matrix, and combines: gradient and direction are written in place. Then the base steps. Rules on the update
+    (alignment on "update", magnitude's bound) repeat this on the update.
 
     ``param_groups``, ``state`` and ``defaults`` *are* the base's. Schedulers, GradScaler, Accelerate and the state dict
-    work as with the base alone. With every rule off each step is bitwise the base's. Hooks on the wrapper and on the
-    base run once per step; torch's global optimizer hooks run for both. In groups with ``maximize=True`` the trajectory
-    is that of the same problem stated as descent.
+    work as with the base alone. With all rules off, each step is bitwise the base's. Hooks on the wrapper and on the
+    base run once per step; torch's global optimizer hooks run for both. Groups with ``maximize=True`` follow the
+    trajectory of the same problem written as descent.
 
-    With ``AdamW`` or ``Adam`` and ``fused=True`` on CUDA, the base's step is made in the combining pass, and ``p.grad``
+    With ``AdamW`` or ``Adam`` and ``fused=True`` on CUDA, the combining pass also makes the base's step, and ``p.grad``
     stays as received: see :mod:`gradguide.step.fused_adam`.
 
-    Memory: one float32 row for the direction (none with ``share_momentum``), the sources' rows, and a copy of the
-    parameters where a rule acts on the update and the base steps by itself.
+    Memory: one float32 row for the direction (0 with ``share_momentum``), the sources' rows, and a copy of the
+    parameters if a rule acts on the update and the base steps itself.
 
     Source: built from the abstract of arXiv 2506.00726.
 
     Args:
         base: any first-order ``torch.optim.Optimizer``.
-        direction, alignment, magnitude: options of each rule, or None for off.
-        scope: the parameters of one Gram matrix: "global", "group" (param group), "module" (needs names; the parts of
-            one layer's LoRA adapter together), "tensor", or a mapping from parameters to labels.
-        regularizer: terms on the gradient, added to the loss exactly; needs ``step(closure)``. None for off.
-        names: the parameters that sources are for; others are guided without them. A model, pairs such as
+        direction, alignment, magnitude: options of each rule. None turns the rule off.
+        scope: the parameters of one Gram matrix: "global", "group" (param group), "module" (needs names; one scope per
+            layer's LoRA adapter), "tensor", or a mapping from parameters to labels.
+        regularizer: terms on the gradient, added to the loss exactly; needs ``step(closure)``. None turns it off.
+        names: the parameters that sources act on; others are guided without sources. A model, pairs such as
             ``model.named_parameters()`` or ``gradguide.integrations.peft.lora_parameters(model)``, or a mapping. A
-            model is referenced weakly, and read again when parameters are unknown. Not needed if the base was given
-            named parameters. Pairs and scopes may be taken before ``fully_shard`` or after it.
-        nonfinite: what a NaN or Inf gradient does. "skip": no step, everything stays as it was; it is counted, and five
-            in a row give a UserWarning. "raise": FloatingPointError, nothing changed. The host reads one flag per step,
-            except with "skip" on CUDA where the base is fused; there it does not warn.
-        backend: "auto" takes Triton kernels on CUDA where they can run, and the portable backend elsewhere; "foreach"
-            is the portable one, "triton" the kernels or an error.
+            model is referenced weakly, and read again for unknown parameters. Not needed if the base was given named
+            parameters. Pairs and scopes may be taken before or after ``fully_shard``.
+        nonfinite: handling of NaN or Inf gradients. "skip": the step changes nothing and is counted; five in a row give
+            a UserWarning. "raise": FloatingPointError, nothing is changed. The host reads one flag per step, except
+            with "skip" and a fused base on CUDA, which gives no warning.
+        backend: "auto" uses Triton kernels on CUDA if they can run, else the portable backend. "foreach" is the
+            portable backend. "triton" uses the kernels or raises.
 
     Raises:
         TypeError, ValueError: the base cannot be guided, an option is out of range, or a source does not match the
             names. Nothing is changed.
-        RuntimeError: ``backend="triton"`` is not available, or DeepSpeed ZeRO holds the parameters.
+        RuntimeError: ``backend="triton"`` is not available, or DeepSpeed ZeRO shards the parameters.
     """
 
     def __init__(
@@ -122,30 +122,30 @@ class GradGuide(Wrapper):
         self._engine = Engine(direction, alignment, magnitude, planner)
         self._progress = Progress()
 
-    # torch.compile leaves it out and calls it as it is, as it does with zero_grad: its passes are fused already, and a
-    # graph would be made anew whenever a gradient is missing.
+    # Not traced by torch.compile, like zero_grad: the passes are fused already, and every missing gradient would cause
+    # a recompilation.
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Guide the gradients in place, then step the base.
 
         Args:
-            closure: evaluated once, with gradients enabled, before anything else; with a regularizer perhaps twice: see
+            closure: evaluated once, with gradients enabled, before the step. A regularizer may evaluate it twice: see
                 :class:`gradguide.Regularizer`.
 
         Returns:
-            What the closure returned, or None. ``p.grad`` is then the gradient that the base received, guided and
-            clipped. It is as received from backward after a skipped step, with every rule off, and where the base's
-            step is fused into the combining pass (see above), which never stores the guided gradient.
+            The closure's result, or None. Then ``p.grad`` is the guided and clipped gradient.
+            It stays as received from backward after a skipped step, with all rules off, and if the base's step is
+            fused into the combining pass (see above).
 
         Raises:
-            RuntimeError: DeepSpeed ZeRO divides the parameters; hooks consume the gradients during backward; or, with
-                a regularizer, there is no closure, or none that does what the regularizer asks.
+            RuntimeError: DeepSpeed ZeRO shards the parameters, or hooks consume the gradients during backward. With a
+                regularizer: the closure is missing, or does not do what the regularizer requires.
             ValueError: a gradient is sparse or complex, or ranks that share the parameters differ in an option.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
-            UserWarning: no parameter has a gradient, the first time; the base then steps alone, and nothing changes.
-                Or five steps in a row were skipped; once for each such run of steps.
+            UserWarning: no parameter has a gradient (once; the base then steps alone, and nothing changes), or five
+                steps in a row were skipped (once for each such sequence).
         """
         engine = self._engine
         if not engine.active and self._regularizer is None:
@@ -156,20 +156,20 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, added)
-        if not self._progress.skips(state, self.base, self._nonfinite, engine):
+        if not self._progress.should_skip(state, self.base, self._nonfinite, engine):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
                 measures = engine.rules.limit_update or self._progress.history is not None
                 before = plan.snapshot() if measures else None
-                nonfinite.step(state, self.base, self._nonfinite)
+                nonfinite.step_base(state, self.base, self._nonfinite)
                 if before is not None:
                     engine.correct(state, before)
         self._progress.finish(engine.record(state), self.metrics)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
-        """Let sources refresh and the closure run. Return its loss, and what a regularizer adds to the gradient."""
+        """Refresh the sources and run the closure. Return its loss, and the regularizer's gradient by parameter."""
         self._engine.planner.refresh(self.base)
         if self._regularizer is not None:
             return evaluate(closure, self.base, self._engine, self._regularizer, self._progress.totals[0])
@@ -179,7 +179,7 @@ class GradGuide(Wrapper):
             return closure(), None
 
     def _step_unguided(self) -> None:
-        """Step the base alone, where no parameter has a gradient."""
+        """Step the base alone, if no parameter has a gradient."""
         check_hooks(self.base)
         self._progress.warn_once(NO_GRADIENTS, stacklevel=7)
         self.base.step()
@@ -188,16 +188,16 @@ class GradGuide(Wrapper):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base. Parameters without a name are guided without sources.
 
-        Names come from the group, or from ``names`` given before; :meth:`set_alignment` gives them later.
+        Names come from the group or from earlier ``names``. :meth:`set_alignment` can add them later.
 
         Raises:
-            TypeError: it is no dict, or its parameters are a set.
+            TypeError: the group is not a dict, or its parameters are a set.
             ValueError: a source does not match a name, or ``share_momentum`` finds no momentum. Nothing is changed.
         """
         engine = self._engine
         added = param_group["params"] if isinstance(param_group, dict) else None
         if added is None or isinstance(added, set):
-            self.base.add_param_group(param_group)  # which says what is wrong with it
+            self.base.add_param_group(param_group)  # raises the base's own error
             return
         check_differentiable([param_group])
         if engine.rules.direction is not None and engine.rules.direction.share_momentum:
@@ -211,60 +211,60 @@ class GradGuide(Wrapper):
         planner = engine.planner
         planner.track_replaced(self.base)
         groups = [*self.param_groups, {"params": bare}]
-        known = extend_names(planner.known, carried([param_group]), groups)
+        known = extend_names(planner.name_lookup, carried([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)
         planner.set_sources(sources)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
-        """Use other sources, or none, from the next step on. Direction, statistics and the base stay as they are.
+        """Replace the sources from the next step on. Direction, statistics and the base are unchanged.
 
-        A checkpoint holds no sources. Every rank must call it.
+        Checkpoints contain no sources. Call this on every rank.
 
         Args:
-            alignment: the options from now on, or None for off.
-            names: added to the names so far, which they replace for the same parameter.
+            alignment: the new options. None turns the rule off.
+            names: added to the existing names. For the same parameter the new name replaces the old one.
 
         Raises:
-            TypeError, ValueError: as when a GradGuide is made. Nothing is changed.
+            TypeError, ValueError: see :class:`GradGuide`. Nothing is changed.
         """
         check_kind("alignment", alignment, Alignment)
         engine = self._engine
         engine.planner.track_replaced(self.base)
-        known = extend_names(engine.planner.known, names, self.param_groups)
+        known = extend_names(engine.planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
         engine.planner.set_names(known, self.base)
-        engine.align(alignment, sources)
+        engine.set_alignment(alignment, sources)
         self._progress.last = None
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last step measured, read from the device at once.
+        """Return the metrics of the last step, with one transfer from the device.
 
-        Values of several scopes are of all of them together: norms and cosines of all parameters, lengths after a bound
-        over lengths before it, means of ``coherence`` and ``damping`` over the scopes that have a gradient.
+        Values cover all scopes together: norms and cosines over all parameters, norms after a bound over norms before
+        it, means of ``coherence`` and ``damping`` over the scopes that have a gradient.
 
         Returns:
-            Floats by name. NaN where nothing was measured, where the rule is off, or where the step was skipped.
+            Floats by name. NaN if the value was not measured, the rule is off, or the step was skipped.
 
-            - ``grad_norm``: length of the gradient as received.
-            - ``guided_norm``: length of the guided gradient before clipping.
-            - ``clip_factor``: what clipping multiplied it by, in [0, 1].
-            - ``direction_cosine``: of the gradient as received with the running direction before it.
-            - ``coherence``: how far the recent gradients agree, in [0, 1].
-            - ``damping``: share of the part orthogonal to the direction that was removed, in [0, 1].
-            - ``source_cosine``: of the gradient as received with the source gradient. In a group with
-              ``maximize=True`` both count as the loss that the step makes smaller has them.
-            - ``source_drift``: modelled KL in nats per token from where a structured source was captured, before the
+            - ``grad_norm``: norm of the gradient as received.
+            - ``guided_norm``: norm of the guided gradient before clipping.
+            - ``clip_factor``: factor of clipping, in [0, 1].
+            - ``direction_cosine``: cosine of the gradient as received with the running direction before the step.
+            - ``coherence``: agreement of the recent gradients, in [0, 1].
+            - ``damping``: removed share of the gradient part orthogonal to the direction, in [0, 1].
+            - ``source_cosine``: cosine of the gradient as received with the source gradient. With ``maximize=True``
+              both are those of the loss that the step decreases.
+            - ``source_drift``: modelled KL in nats per token from the capture of a structured source, before the
               step.
-            - ``conflict``: 1 if that cosine is negative beyond rounding in any scope, else 0.
-            - ``update_norm``: length of the update, where a rule acts on it or a history is recorded.
-            - ``update_factor``: what the bound multiplied the base's update by, in [0, 1]: 1 where it did not act, 0
-              where an update that is not finite was undone.
-            - ``skipped``, ``steps``: counts. A step whose gradients were all zero is none.
+            - ``conflict``: 1 if ``source_cosine`` is negative beyond rounding in any scope, else 0.
+            - ``update_norm``: norm of the update, if a rule acts on it or a history is recorded.
+            - ``update_factor``: factor of the bound on the base's update, in [0, 1]: 1 if the bound was inactive, 0
+              if an update that is not finite was undone.
+            - ``skipped``, ``steps``: counts. Steps with only zero gradients are not counted.
 
-            With several sources also ``source_cosine/NAME`` and so on, by number where they have no names;
-            the plain keys are the worst.
+            With several sources also ``source_cosine/NAME`` and so on (numbers if sources have no names). The plain
+            keys then contain the worst value.
         """
         engine = self._engine
         sources = () if engine.rules.alignment is None else engine.rules.alignment.names
@@ -272,7 +272,7 @@ class GradGuide(Wrapper):
         return read(self._progress.last, engine.update_norm(totals.device), totals, sources)
 
     def record(self, history: History | None) -> None:
-        """Append the metrics of each step from now on to ``history``; None ends it. It costs a host sync per step."""
+        """Append the metrics of each further step to ``history``; None stops it. It costs a host sync per step."""
         self._progress.history = history
 
     def _own_state_dict(self) -> dict[str, Any]:
@@ -282,7 +282,7 @@ class GradGuide(Wrapper):
         self._progress.restart(checkpoint.load(state_dict, self.base, self._engine))
 
     def __getstate__(self) -> dict[str, Any]:
-        # As torch does, without hooks, which may be anything, and without the method that a scheduler puts over step.
+        # Like torch: without hooks, which may not be picklable, and without the step method that schedulers patch in.
         kept = ("base", "_nonfinite", "_engine", "_regularizer", "_progress")
         return {name: self.__dict__[name] for name in kept}
 

@@ -1,4 +1,4 @@
-"""An optimizer around another one: parameters, state and param groups are the base's."""
+"""An optimizer that wraps another one and shares its state and param groups."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HOOKS = (
 
 
 class Wrapper(Optimizer):
-    """Forwards to ``base``, and has hooks of its own."""
+    """Optimizer that forwards to ``base`` and has its own hooks."""
 
     def __init__(self, base: Optimizer) -> None:
-        # Optimizer.__init__ would make param groups of its own; the dicts of hooks are all else that it sets up.
+        # Optimizer.__init__ would create separate param groups. Besides those it only creates the hook dicts.
         self.make_hooks()
         self.base = base
 
@@ -35,7 +35,7 @@ class Wrapper(Optimizer):
                 setattr(self, name, OrderedDict())
         self._patch_step_function()
 
-    # Forwarded, never copied: schedulers and checkpoint loaders replace them.
+    # Forwarded rather than copied: schedulers and checkpoint loaders replace these attributes.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class Wrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base's state. GradGuide's own is elsewhere: optimizers treat an existing entry as initialised."""
+        """The base's state. GradGuide's state is separate: optimizers treat an existing entry as initialised."""
         return self.base.state
 
     @state.setter
@@ -64,24 +64,24 @@ class Wrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    # Accelerate and Trainer ask hasattr, which a property that raises AttributeError answers truthfully.
+    # Properties, since Accelerate and Trainer use hasattr: it is False if the base lacks the method.
 
     @property
     def train(self) -> Callable[[], Any]:
-        """The base's ``train``, if it has one, as schedule-free optimizers do."""
+        """The base's ``train``, which schedule-free optimizers have. AttributeError if the base has no such method."""
         return self.base.train  # type: ignore[attr-defined, no-any-return]
 
     @property
     def eval(self) -> Callable[[], Any]:
-        """The base's ``eval``, if it has one."""
+        """The base's ``eval``. AttributeError if the base has no such method."""
         return self.base.eval  # type: ignore[attr-defined, no-any-return]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the base does."""
+        """Clear the gradients by the base's ``zero_grad``."""
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict, with GradGuide's own tensors per parameter under keys ``gradguide.*``."""
+        """Return the base's state dict, with GradGuide's tensors per parameter under keys ``gradguide.*``."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state = self._own_state_dict()
@@ -91,13 +91,13 @@ class Wrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of GradGuide, or of the base alone; then direction and counters start anew.
+        """Load a state dict of GradGuide or of the base alone. From the base alone, direction and counters are reset.
 
         Raises:
             ValueError: groups or shapes differ, an entry is damaged, or the format is newer. Nothing is changed.
 
         Warns:
-            UserWarning: the state is that of a plain base optimizer that has stepped.
+            UserWarning: the state belongs to a plain base optimizer that has stepped.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+# Set before Triton is imported: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -18,7 +18,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(autouse=True)
 def _seeded_on_one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The suite runs in several processes side by side, one per core; long tests run alone."""
+    """Seed torch and use one thread: the suite runs in one process per core. Long tests run alone."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     if request.node.get_closest_marker("slow") is None:
@@ -29,7 +29,7 @@ def _seeded_on_one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in singletons."""
+    """Reset Accelerate's state, which is in singletons."""
     accelerate = pytest.importorskip("accelerate.state")
     yield
     accelerate.AcceleratorState._reset_state(reset_partial_state=True)

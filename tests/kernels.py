@@ -1,4 +1,4 @@
-"""Whether the kernels can run here: on the GPU if there is one, else in Triton's interpreter."""
+"""Check whether the kernels can run: on a GPU if available, else in Triton's interpreter."""
 
 from __future__ import annotations
 

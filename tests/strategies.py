@@ -15,7 +15,7 @@ EXTREMES = (1e-30, 1e-8, 1.0, 1e8, 1e30)
 
 @st.composite
 def rows(draw: st.DrawFn, count: int, length: int = 12, scopes: int = 2) -> Tensor:
-    """Rows [scopes, count, length] in float64: each is drawn anew, or made zero, parallel or opposite to another."""
+    """Draw float64 rows [scopes, count, length]: random, zero, or parallel or opposite to another row."""
     seed = draw(st.integers(0, 2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
     result = torch.randn(scopes, count, length, generator=generator, dtype=torch.float64)
@@ -32,5 +32,5 @@ def rows(draw: st.DrawFn, count: int, length: int = 12, scopes: int = 2) -> Tens
 
 
 def span_of(vectors: Tensor) -> Span:
-    """The span of rows [S, R, n]."""
+    """Return the span of rows [S, R, n]."""
     return Span(vectors @ vectors.transpose(1, 2))

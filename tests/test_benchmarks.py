@@ -1,4 +1,4 @@
-"""The cost benchmarks run, and write what they measured."""
+"""The cost benchmarks run and write their results."""
 
 from __future__ import annotations
 

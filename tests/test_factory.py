@@ -1,4 +1,4 @@
-"""GradGuide where an optimizer class is wanted, and found again inside what wraps it."""
+"""guided() as an optimizer class, and unwrap() inside other wrappers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Wrapper:
 
 
 class Forwarding(Wrapper):
-    """Answers for whatever it wraps, as some wrappers do."""
+    """Forwards all attributes of the wrapped object, as some wrappers do."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["optimizer"], name)
@@ -59,7 +59,7 @@ def test_guided_builds_base_and_guide() -> None:
     model.weight.grad = torch.full((1, 2), torch.nan)
     with pytest.raises(FloatingPointError):
         optimizer.step()
-    # Two of them share no state.
+    # Two instances share no state.
     assert make(nn.Linear(2, 1).parameters(), lr=1.0).base is not optimizer.base
 
 
@@ -98,7 +98,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 class Own(guided(AdamW, nonfinite="raise")):  # type: ignore[misc]
-    """A subclass as people write them, found by its own name."""
+    """A usual subclass, pickled by its own name."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.5)
@@ -248,7 +248,7 @@ assert len(history) == 1
 
 
 def test_unwrap_lightning() -> None:
-    """In a process of its own: lightning sets up logging and warning filters when it is imported."""
+    """In a separate process: importing lightning changes logging and warning filters."""
     root = Path(gradguide.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", LIGHTNING],

@@ -1,4 +1,4 @@
-"""Imports between the library's folders only go down, so that data flows one way."""
+"""Imports between the library's folders only go down the layers, so that data flows one way."""
 
 from __future__ import annotations
 

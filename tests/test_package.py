@@ -1,4 +1,4 @@
-"""What `import gradguide` gives, and what it leaves alone."""
+"""Effects of `import gradguide`: exported names, and no side effects."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_docstring_example_runs(name: str) -> None:
 
 
 def test_import_is_light_and_silent() -> None:
-    """Nothing heavy before a name is used, and no optional package after all were."""
+    """No heavy import before a name is used, and no optional package after all names were used."""
     code = """
 import sys, gradguide
 print(*sorted({name.partition('.')[0] for name in sys.modules}))
@@ -115,7 +115,7 @@ def test_typed() -> None:
 
 
 def test_every_module_lists_what_it_offers() -> None:
-    """Of the core; each name in ``__all__`` exists there."""
+    """Core modules only. Each name in ``__all__`` exists in its module."""
     for module in map(importlib.import_module, _modules()):
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"

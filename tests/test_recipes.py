@@ -1,4 +1,4 @@
-"""Every recipe of the README and of the integrations' docstrings, copied into an empty folder and run."""
+"""Copy every recipe of the README and the integrations' docstrings into an empty folder and run it."""
 
 from __future__ import annotations
 

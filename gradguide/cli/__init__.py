@@ -1,4 +1,5 @@
 """The command line, ``gradguide demo | inspect | plot``.
 
-``main`` parses and dispatches, ``inspect`` reads source files as plain data, ``tables`` prints that. Start at ``main``.
+``main`` parses arguments and runs a command. Start there. ``inspect`` reads source files into JSON types, ``tables``
+prints them.
 """

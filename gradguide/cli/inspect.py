@@ -31,7 +31,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         list of the same values by layer.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file is not a source file, is damaged, or has a newer format.
     """
     tables, metadata = _read(path)
@@ -114,8 +114,8 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
-    """Return tables and metadata of a source file, which ``SourceGradient.load`` accepts."""
-    SourceGradient.load(path)
+    """Return tables and metadata of a source file."""
+    SourceGradient.load(path)  # validates the file
     return file.read(path)
 
 
@@ -133,9 +133,9 @@ def _adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapter's tensors by the source's names.
+    """Return the adapter's tensors under the source's names.
 
-    PEFT saves names without the adapter's name and without the prefix of modules around its model.
+    PEFT saves names without the adapter's name and without the prefix of outer modules.
     """
     short = {name: ".".join(part for part in name.split(".") if part != "default") for name in anchor}
     result = {}

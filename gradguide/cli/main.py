@@ -22,13 +22,13 @@ class _UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raise an exception for bad arguments, so that they are printed like every other error: as one line."""
+    """Parser that raises an exception for bad arguments, so that they print as one line like other errors."""
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see {self.prog} --help)")
 
 
-# The messages of these errors are written for users. For other errors, type and location are printed as well.
+# These errors have messages for users. Other errors are printed with type and location.
 _EXPECTED = (_UsageError, OSError, ValueError, ImportError)
 _INTERRUPTED = 130
 _LONGEST = 1000
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name. Default: those of the process.
+        argv: arguments without the program's name. Default: the arguments of the process.
 
     Returns:
         int: exit code: 0 for success or a closed pipe, 2 for an error, which is one line on stderr.
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(argv))
         {"demo": _demo, "inspect": _inspect, "plot": _plot}[str(options.pop("command"))](options)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
+            sys.stdout.flush()  # raises here at a closed pipe, rather than at interpreter shutdown
     except SystemExit as end:  # --help and --version; rich, at a closed pipe
         return 0 if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
@@ -116,19 +116,19 @@ def _demo(options: dict[str, Any]) -> None:
 
 
 def _inspect(options: dict[str, Any]) -> None:
-    from gradguide.cli import inspect as description
+    from gradguide.cli import inspect
 
-    found = {"source": description.describe(options["file"])}
+    found = {"source": inspect.describe(options["file"])}
     if options["against"] is not None:
-        found["against"] = description.compare(options["file"], options["against"])
+        found["against"] = inspect.compare(options["file"], options["against"])
     if options["adapter"] is not None:
-        found["drift"] = description.drift(options["file"], options["adapter"])
+        found["drift"] = inspect.drift(options["file"], options["adapter"])
     if options["json"]:
         print(json.dumps(found, indent=2))
     else:
-        from gradguide.cli import tables as inspection
+        from gradguide.cli import tables
 
-        inspection.show(found)
+        tables.show(found)
 
 
 def _plot(options: dict[str, Any]) -> None:

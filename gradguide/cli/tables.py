@@ -22,7 +22,7 @@ def show(found: dict[str, Any]) -> None:
         from rich.console import Console
     except ImportError as error:
         raise ImportError('tables need rich: pip install "gradguide[demo]", or use --json') from error
-    console = Console(markup=False)  # names may hold brackets
+    console = Console(markup=False)  # names may contain brackets
     source = found["source"]
     console.print(_summary(source))
     console.print(
@@ -84,7 +84,7 @@ def _layers(title: str, layers: list[dict[str, Any]], columns: dict[str, str]) -
 
 
 def _common(names: list[str]) -> str:
-    """Return the common prefix of dotted names, with its last dot. At least the last part of each name is left."""
+    """Return the common prefix of dotted names, with its last dot. It excludes the last part of each name."""
     parts = [name.split(".") for name in names]
     shared = []
     for column in zip(*(part[:-1] for part in parts), strict=False):

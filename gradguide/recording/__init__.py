@@ -1,1 +1,1 @@
-"""Metrics of a run, step by step: ``history`` keeps and saves them, ``plotting`` draws them. Start at ``history``."""
+"""Metrics of a run per step: ``history`` stores and saves them, ``plotting`` draws them. Start at ``history``."""

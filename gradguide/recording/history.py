@@ -1,4 +1,4 @@
-"""The metrics of a run, step by step: kept, saved, drawn."""
+"""Store, save and plot the metrics of every step of a run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _PANELS = {
 
 
 class History:
-    """One row of metrics per step; ``optimizer.record(history)`` fills it."""
+    """One row of metrics per step, filled by ``optimizer.record(history)``."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
     def append(self, metrics: Mapping[str, float]) -> None:
-        """Add a step. ``clipped_norm``, the norm that the base received, is added to the row."""
+        """Append a step. Add ``clipped_norm`` to the row: the norm of the gradient that the base received."""
         row = dict(metrics)
         if "guided_norm" in row and "clip_factor" in row:
             row["clipped_norm"] = row["guided_norm"] * row["clip_factor"]
@@ -43,17 +43,17 @@ class History:
         return iter(self.rows)
 
     def columns(self) -> list[str]:
-        """Names of all metrics seen, in the order of their first appearance."""
+        """Return the names of all metrics, in order of first appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all rows to a .csv or .jsonl file, which appears whole or not at all.
+        """Write all rows to a .csv or .jsonl file atomically.
 
-        A value that is not finite becomes an empty cell, or null.
+        A value that is not finite is written as an empty cell or null.
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: the suffix is another one.
+            ValueError: the suffix is neither .csv nor .jsonl.
         """
         suffix = Path(path).suffix.lower()
         if suffix not in (".csv", ".jsonl"):
@@ -70,11 +70,11 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read a file of :meth:`save`.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not a .csv or .jsonl file of numbers.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a .csv or .jsonl file of numbers.
         """
         history = cls()
         suffix = Path(path).suffix.lower()
@@ -92,11 +92,11 @@ class History:
         return history
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw cosines, coherence, norms and conflicts over the steps to an image file (needs the extra ``plot``).
+        """Plot cosines, coherence, norms and conflicts over the steps to an image file. Needs the extra ``plot``.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: there is nothing to draw, or the suffix is no image format.
+            ValueError: the history is empty, or the suffix is not an image format.
         """
         if not self.rows:
             raise ValueError("the history is empty: record(history) before training, and plot after it")

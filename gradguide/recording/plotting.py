@@ -1,4 +1,4 @@
-"""Figures of recorded runs. This is the only module of the package that imports matplotlib, and only when used."""
+"""Figures of recorded runs. matplotlib is imported only here, and only when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOGARITHMIC = ("grad_norm", "update_norm")
 
 
 def draw(runs: Mapping[str, History], path: str | os.PathLike[str]) -> None:
-    """Draw several runs into one image file, one panel per metric and one line per run.
+    """Draw several runs into one image file: one panel per metric, one line per run.
 
     Args:
         runs: histories, by the name shown in the legend.
@@ -46,7 +46,7 @@ def draw(runs: Mapping[str, History], path: str | os.PathLike[str]) -> None:
         for number, (name, history) in enumerate(runs.items()):
             steps, values = curve(history, key)
             if values:
-                # A run keeps its colour in panels that lack an earlier run.
+                # Fixed colours: a panel may lack an earlier run.
                 (lines[name],) = axes.plot(steps, values, label=name, color=f"C{number}", linewidth=1.2)
             if values and key in _LOGARITHMIC and min(values) > 0:
                 axes.set_yscale("log")
@@ -79,15 +79,15 @@ def figure_for(path: str | os.PathLike[str], size: tuple[float, float], user: st
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int) -> None:
-    """Write a figure to an image file, which appears whole or not at all."""
+    """Write a figure to an image file atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
 
 
 def curve(rows: Iterable[Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
-    """Return steps, counted from 1, and values of a metric, without values that are not finite.
+    """Return steps, counted from 1, and values of a metric. Values that are not finite are left out.
 
-    Conflicts are summed over steps.
+    Conflicts are cumulative.
     """
     points = [(step, row[key]) for step, row in enumerate(rows, 1) if math.isfinite(row.get(key, math.nan))]
     values = [value for _, value in points]

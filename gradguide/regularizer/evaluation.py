@@ -1,4 +1,4 @@
-"""Evaluating the exact objective: the gradient of the loss, and what a term on that gradient adds to it."""
+"""Evaluation of the exact objective: the gradient of the loss, and the gradient of the regularizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradguide.rules.span import Span, divide
 from gradguide.sources.side_effects import Randomness, buffers_kept, gradients_kept
 from gradguide.step.engine import Engine
 from gradguide.step.plan import Rows, StepPlan
-from gradguide.step.planner import trained_by
+from gradguide.step.planner import trainable_parameters
 from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["evaluate"]
@@ -32,15 +32,15 @@ NEEDS_CLOSURE = (
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Where a regularizer wants the gradient to go, for the parameters of a step.
+    """The derivative dR/dg of a regularizer, for the parameters of a step.
 
-    rows: for each bucket gradient, direction, the regularizer's sources, and the parameters themselves.
+    rows: per bucket the gradient, the direction, the regularizer's sources, and the parameters.
     span: Gram matrices of the rows, [S, R, R].
     v (Tensor): coordinates [S, R] of dR/dg.
-    signed: rows with the sign of their bucket, see ``StepPlan.signs``.
+    signed: rows multiplied by the sign of their bucket, see ``StepPlan.signs``.
 
     In a group that maximizes, R is a function of the negative gradient. With v in coordinates of the gradient as
-    received, the gradient of R is ``H v`` either way, and the step descends it: the gradient as received becomes
+    received, the gradient of R is ``H v`` for both signs. The step descends it, so the gradient as received becomes
     ``g + sign * H v``.
     """
 
@@ -54,47 +54,47 @@ class Slope:
 def evaluate(
     closure: Callable[[], Any] | None, base: Optimizer, engine: Engine, regularizer: Regularizer, steps: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
-    """Leave the gradient of the loss in ``p.grad``, and give what the regularizer adds to it.
+    """Store the gradient of the loss in ``p.grad`` and return the regularizer's gradient.
 
     Args:
         closure: see ``Regularizer.hessian``.
-        steps (Tensor): 0-d, steps made before this one.
+        steps (Tensor): 0-d, number of earlier steps.
 
     Returns:
-        What the closure returned at first, and ``sign * H v`` by parameter (this rank's part of it).
+        The result of the first closure call, and ``sign * H v`` by parameter (this rank's shard).
 
     Raises:
-        RuntimeError: there is no closure, or it does not do what ``Regularizer.hessian`` asks. Parameters, buffers and
-            gradients are then as they were before, or, after the first evaluation, as it left them.
+        RuntimeError: the closure is missing or violates ``Regularizer.hessian``. Parameters, buffers and gradients are
+            restored to their state before the call, or to their state after the first evaluation.
     """
     if closure is None:
         raise RuntimeError(NEEDS_CLOSURE)
-    rise = torch.ones_like(steps)
+    warmup_factor = torch.ones_like(steps)
     if regularizer.warmup:
-        rise = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
-    how = _difference if regularizer.hessian == "finite-difference" else _exact
-    return how(closure, base, engine, regularizer, rise)
+        warmup_factor = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
+    how = _finite_difference if regularizer.hessian == "finite-difference" else _exact
+    return how(closure, base, engine, regularizer, warmup_factor)
 
 
-def _difference(
-    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor
+def _finite_difference(
+    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
-    """``(g(theta + e v) - g(theta)) / e``, both under the same randomness."""
-    parameters = trained_by(base)
+    """Return ``(g(theta + e v) - g(theta)) / e``. Both gradients use the same random state."""
+    parameters = trainable_parameters(base)
     start = Randomness(parameters)
     with torch.enable_grad():
         loss = closure()
-    slope = _slope(base, engine, regularizer, rise)
+    slope = _slope(base, engine, regularizer, warmup_factor)
     if slope is None:
         return loss, {}
     end = Randomness(parameters)
     copies = slope.plan.snapshot()
     try:
-        inverse = _move(slope)
+        inverse = _perturb(slope)
         with gradients_kept(parameters) as first, buffers_kept(), torch.enable_grad():
             start.restore()
             closure()
-            products = _quotients(slope, first, inverse)
+            products = _difference_quotients(slope, first, inverse)
     finally:
         with torch.no_grad():
             for bucket, copy in zip(slope.plan.buckets, copies, strict=True):
@@ -104,8 +104,8 @@ def _difference(
 
 
 @torch.no_grad()
-def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
-    """Differences first, and only then the division: what both gradients share cancels without rounding."""
+def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
+    """Return the difference quotients. Subtract before dividing: the common part cancels without rounding."""
     parameters = [p for bucket in slope.plan.buckets for p in bucket.parameters]
     if parameters and all(p.grad is None for p in parameters):
         raise RuntimeError(
@@ -115,7 +115,7 @@ def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) ->
     found: dict[Tensor, Tensor] = {}
     for bucket in slope.plan.buckets:
         before = [first[p] for p in bucket.parameters]
-        # A parameter that the second evaluation did not use has no difference to tell.
+        # If the second evaluation did not use a parameter, its difference is zero.
         pairs = zip(bucket.parameters, before, strict=True)
         changed = lay_out(before)
         torch._foreach_copy_(changed, [old if p.grad is None else local(p.grad) for p, old in pairs])
@@ -126,15 +126,15 @@ def _quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) ->
 
 
 def _exact(
-    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor
+    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
-    """The gradient of ``g . v`` with v held fixed."""
+    """Return ``H v`` as the gradient of ``g . v`` with constant v."""
     if several_ranks():
         raise RuntimeError(
             "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
             "use hessian='finite-difference'"
         )
-    parameters = trained_by(base)
+    parameters = trainable_parameters(base)
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -145,36 +145,36 @@ def _exact(
         )
     before = {p: p.grad for p in parameters}
     try:
-        gradients = _differentiated(loss, parameters, create_graph=True)
+        gradients = _grad(loss, parameters, create_graph=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            # A copy: autograd may give two parameters the same tensor, and this one will be written to.
+            # A copy: autograd may return the same tensor for two parameters, and the step writes into it.
             parameter.grad = None if gradient is None else gradient.detach().clone()
-        slope = _slope(base, engine, regularizer, rise)
+        slope = _slope(base, engine, regularizer, warmup_factor)
         if slope is None:
             return loss.detach(), {}
-        toward = _vector(slope)
+        vector_of = _vectors(slope)
         signs = {p: bucket.sign for bucket in slope.plan.buckets for p in bucket.parameters}
         curved = [
-            (g, toward[p])
+            (g, vector_of[p])
             for p, g in zip(parameters, gradients, strict=True)
-            if g is not None and p in toward and g.requires_grad
+            if g is not None and p in vector_of and g.requires_grad
         ]
         products: Sequence[Tensor | None] = [None] * len(parameters)
         if curved:
             outputs, vectors = zip(*curved, strict=True)
-            products = _differentiated(outputs, parameters, grad_outputs=vectors)
+            products = _grad(outputs, parameters, grad_outputs=vectors)
     except RuntimeError:
         for parameter, old in before.items():
             parameter.grad = old
         raise
     return loss.detach(), {
-        p: torch.zeros_like(toward[p]) if product is None else product.contiguous() * signs[p]
+        p: torch.zeros_like(vector_of[p]) if product is None else product.contiguous() * signs[p]
         for p, product in zip(parameters, products, strict=True)
-        if p in toward
+        if p in vector_of
     }
 
 
-def _differentiated(outputs: Any, parameters: Sequence[Tensor], **options: Any) -> Sequence[Tensor | None]:
+def _grad(outputs: Any, parameters: Sequence[Tensor], **options: Any) -> Sequence[Tensor | None]:
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(outputs, parameters, allow_unused=True, **options)
     except RuntimeError as error:
@@ -194,8 +194,8 @@ def _differentiated(outputs: Any, parameters: Sequence[Tensor], **options: Any) 
 
 
 @torch.no_grad()
-def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tensor) -> Slope | None:
-    """What the regularizer, its weights times ``rise`` (Tensor []), makes of the gradients that are there."""
+def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor) -> Slope | None:
+    """Return dR/dg at the current gradients. ``warmup_factor`` (Tensor []) scales the regularizer's weights."""
     plan = engine.planner.plan(base)
     if plan is None:
         return None
@@ -212,24 +212,24 @@ def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, rise: Tens
         )
         for index, bucket in enumerate(plan.buckets)
     ]
-    signed = engine.signed(len(sources))
+    signed = engine.signed_rows(len(sources))
     span = plan.gram(rows, SOURCES + len(sources) + 1, signed)
     v = slope(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
-    return Slope(plan, rows, span, v * rise.to(v), signed)
+    return Slope(plan, rows, span, v * warmup_factor.to(v), signed)
 
 
 @torch.no_grad()
-def _move(slope: Slope) -> Tensor:
-    """Move the parameters to ``theta + e v``: Tensor [], one over e, 0 where v is zero.
+def _perturb(slope: Slope) -> Tensor:
+    """Move the parameters to ``theta + e v``. Return 1 / e, Tensor [], or 0 if v is zero.
 
-    One e for all scopes: the curvature between them counts too.
+    All scopes share one e, since ``H v`` includes the curvature between scopes.
 
-    The move is the square root of the precision's epsilon relative to the length of the parameters: there the error of
-    the quotient, which grows with e, meets that of rounding, which grows with 1 / e. Parameters count as at least as
-    long as the bound on the update takes them to be, so that LoRA's B moves when it starts at zero.
+    The norm of ``e v`` is the norm of the parameters times the square root of the precision's epsilon. This balances
+    truncation error, which grows with e, and rounding error, which grows with 1 / e. The norm of the parameters has the
+    same lower limit as in the bound on the update, so that LoRA's B moves when it starts at zero.
     """
     plan = slope.plan
-    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.numbers().sqrt())
+    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.element_counts().sqrt())
     epsilon = max((torch.finfo(v.dtype).eps for bucket in plan.buckets for v in bucket.values), default=0.0) ** 0.5
     step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(slope.span.norm(slope.v)))
     moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in plan.buckets]
@@ -238,8 +238,8 @@ def _move(slope: Slope) -> Tensor:
 
 
 @torch.no_grad()
-def _vector(slope: Slope) -> dict[Tensor, Tensor]:
-    """v itself, by parameter."""
+def _vectors(slope: Slope) -> dict[Tensor, Tensor]:
+    """Return v by parameter."""
     made = [lay_out(bucket.gradients) for bucket in slope.plan.buckets]
     writes = [[Write(into=into, coefficients=slope.v)] for into in made]
     slope.plan.combine_(slope.rows, writes, slope.signed)

@@ -1,4 +1,4 @@
-"""The exact objective as a plain function, for loops that call backward themselves."""
+"""The exact objective as a plain function, for training loops that call backward themselves."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ def guided_loss(
     magnitude_weight: float = 0.0,
     alignment_weight: float = 0.0,
 ) -> Tensor:
-    """``L + R``, whose ``backward()`` gives the gradient that :class:`gradguide.Regularizer` steps with.
+    """Return ``L + R``. Its ``backward()`` computes the gradient that :class:`gradguide.Regularizer` uses.
 
     ``R(g) = direction_weight * (1 - cos(g, d)) + magnitude_weight * |g|^2 + alignment_weight * sum_k (1 - cos(g,
-    s_k))`` over all parameters together, with d and the source gradients s_k at the present parameters as constants.
-    The gradient g is taken with its graph, so every operation has to have a second derivative.
+    s_k))`` over all parameters together. d and the source gradients s_k at the current parameters are constants.
+    The gradient g is computed with its graph, so every operation must be twice differentiable.
 
     Args:
         loss (Tensor): a scalar with its graph.
-        parameters: ``model.named_parameters()``, or those of them that count; those that the loss does not use, and
-            those that are frozen, are left out.
-        direction: d by name; the names must be there for all that count.
-        sources: one source or several, which speak of every parameter that counts.
+        parameters: ``model.named_parameters()`` or a part of it. Frozen parameters, and those that the loss does not
+            use, are left out.
+        direction: d by name, for all remaining parameters.
+        sources: one source or several, for all remaining parameters.
         direction_weight, magnitude_weight, alignment_weight (float): at least 0.
 
     Returns:
-        Tensor: a scalar, ``loss`` itself where every weight is 0.
+        Tensor: a scalar; ``loss`` itself if all weights are 0.
 
     Raises:
-        ValueError: a weight is negative or has nothing to work on, the loss depends on no parameter, or a name is
-            missing from ``direction`` or a source.
-        TypeError: a source is none.
+        ValueError: a weight is negative or lacks its direction or source, the loss depends on no parameter, or a name
+            is missing from ``direction`` or a source.
+        TypeError: a source does not implement the protocol.
     """
     weights = {"direction": direction_weight, "magnitude": magnitude_weight, "alignment": alignment_weight}
     for name, weight in weights.items():
         check_range(f"{name}_weight", weight, 0, float("inf"), open_high=True)
-    known = sources_of(sources)
+    source_list = sources_of(sources)
     if direction_weight > 0 and direction is None:
         raise ValueError(f"direction_weight={direction_weight} needs a direction, found None")
-    if alignment_weight > 0 and not known:
+    if alignment_weight > 0 and not source_list:
         raise ValueError(f"alignment_weight={alignment_weight} needs a source, found none")
     if not any(weights.values()):
         return loss
@@ -64,12 +64,12 @@ def guided_loss(
     if not used:
         raise ValueError("the loss depends on none of the parameters given")
     names, values, gradients = (list(part) for part in zip(*used, strict=True))
-    asked: list[tuple[str, Iterable[str]]] = []
+    required: list[tuple[str, Iterable[str]]] = []
     if direction is not None and direction_weight > 0:
-        asked.append(("direction", direction))
+        required.append(("direction", direction))
     if alignment_weight > 0:
-        asked += [(f"source {k}", source.shapes() or names) for k, source in enumerate(known)]
-    for label, held in asked:
+        required += [(f"source {k}", source.shapes() or names) for k, source in enumerate(source_list)]
+    for label, held in required:
         missing = [name for name in names if name not in held]
         if missing:
             raise ValueError(f"{label} lacks {len(missing)} of the parameters ({', '.join(missing[:5])})")
@@ -78,7 +78,7 @@ def guided_loss(
     if direction is not None and direction_weight > 0:
         d = torch.cat([direction[name].detach().to(p).reshape(-1) for name, p in zip(names, values, strict=True)])
         total = total + direction_weight * (1.0 - _cosine(g, d))
-    for source in known if alignment_weight > 0 else ():
+    for source in source_list if alignment_weight > 0 else ():
         row = source.row(names, [p.detach() for p in values])
         s = torch.cat([row.value(index, g.dtype) for index in range(len(names))])
         total = total + alignment_weight * (1.0 - _cosine(g, s))
@@ -86,6 +86,6 @@ def guided_loss(
 
 
 def _cosine(g: Tensor, other: Tensor) -> Tensor:
-    """Cosine, and 1 (no term) where one of the two has no length."""
+    """Return the cosine of two vectors; 1 (no term) if one of them is zero."""
     lengths = torch.linalg.vector_norm(g) * torch.linalg.vector_norm(other)
     return torch.where(lengths > 0, divide(torch.dot(g, other), lengths), 1.0)

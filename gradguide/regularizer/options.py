@@ -1,4 +1,4 @@
-"""What a term on the gradient adds to the loss, and its slope: where the gradient would have to go for it to fall."""
+"""Options of the regularizer, and the derivative of its terms with respect to the gradient."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ HESSIANS = ("finite-difference", "exact")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regularizer:
-    """Train on the loss plus terms on its gradient, rather than on a gradient that was changed afterwards.
+    """Add terms on the gradient to the loss, instead of changing the gradient afterwards.
 
     The objective is ``L + R`` with ``R(g) = direction * (1 - cos(g, d)) + magnitude * |g|^2 + alignment * sum_k (1 -
     cos(g, s_k))``, where g is the gradient of L, d the running direction before the step and s_k the source gradients
-    at the present parameters; d and s_k count as constants. Its gradient is ``g + H v``, where H is the Hessian of L
-    and ``v = dR/dg`` a combination of g, d and s_k. With several scopes R is the sum over them.
+    at the current parameters; d and s_k are constants. The gradient of the objective is ``g + H v``, where H is the
+    Hessian of L and ``v = dR/dg`` a combination of g, d and s_k. With several scopes R is the sum over scopes.
 
-    It needs ``step(closure)``, whose closure must give the same batch whenever it is called.
+    It needs ``step(closure)``. The closure must use the same batch on every call.
 
     Source: the terms of the abstract of arXiv 2506.00726; the difference quotient for ``H v`` is that of arXiv
     2202.03599 (penalising gradient norm), section 3.
 
     Args:
         direction, magnitude, alignment (float): weights of the three terms, at least 0, not all 0. ``direction`` needs
-            a GradGuide with a direction, ``alignment`` a source.
+            a GradGuide with a direction. ``alignment`` needs a source.
         source: one source or several, for the alignment term.
-        hessian (str): "finite-difference" evaluates the closure once more, at parameters moved a little along v: one
-            more forward and backward pass. The closure is torch's: clear the gradients, backward, return the loss. The
-            error of ``H v`` is about 1e-8 with float64 parameters, 1e-3 with float32, and up to a third with bfloat16,
-            whose numbers are too coarse for a small move.
-            "exact" takes the gradient of the gradient: the closure returns the loss and leaves the backward pass to
-            GradGuide. It needs operations that can be differentiated twice, and one process.
-        warmup (int): steps over which the weights rise to their value, at least 0. Gradient penalties from the first
-            step on unsettle Adam, whose second moments are still small then (arXiv 2406.09723).
+        hessian (str): "finite-difference" evaluates the closure a second time at parameters perturbed along v, which
+            costs one more forward and backward pass. The closure is a usual one: clear the gradients, call backward,
+            return the loss. The error of ``H v`` is about 1e-8 with float64 parameters, 1e-3 with float32, and up to a
+            third with bfloat16, whose resolution is too coarse for a small perturbation.
+            "exact" differentiates the gradient. The closure returns the loss and does not call backward. All
+            operations must be twice differentiable, and only one process is supported.
+        warmup (int): steps over which the weights grow linearly to their value, at least 0. Gradient penalties from
+            the first step destabilize Adam, whose second moments are still small then (arXiv 2406.09723).
 
     Raises:
-        ValueError, TypeError: an option is out of range, or a weight has nothing to work on.
+        ValueError, TypeError: an option is out of range, or a weight lacks its source.
     """
 
     direction: float = 0.0
@@ -72,15 +72,15 @@ class Regularizer:
 
 
 def slope(span: Span, regularizer: Regularizer, gradient: int, direction: int, sources: Sequence[int]) -> Tensor:
-    """``v = dR/dg`` for each scope.
+    """Return ``v = dR/dg`` for each scope.
 
     Args:
-        span: the rows.
+        span: Gram matrices of the rows.
         regularizer: weights of the terms.
-        gradient, direction, sources: indices of their rows. A row of no length adds no term.
+        gradient, direction, sources: row indices. A row of norm 0 adds no term.
 
     Returns:
-        Coordinates [S, R].
+        Tensor [S, R]: coordinates of v.
     """
     v = torch.zeros_like(span.row(gradient))
     v[:, gradient] += 2.0 * regularizer.magnitude

@@ -1,7 +1,10 @@
 """One guided step.
 
-``plan`` finds the parameters that have gradients and groups them in ``buckets``; ``engine`` measures, decides and
-combines, then corrects the base's update. ``scope_state`` holds statistics between steps, ``snapshot`` the parameters
-before the base's step, ``momentum`` the base's own running average. ``fused_adam`` makes Adam's step in the combining
-pass, ``nonfinite`` skips a step, ``metrics`` turns the last one into numbers. Start at ``engine``.
+``engine`` measures, decides and combines, then corrects the base's update. Start there.
+
+- ``planner`` makes a ``plan``: the parameters that have gradients, grouped in ``buckets``. ``signature`` detects stale
+  plans. ``naming`` resolves names and scopes, ``ranks`` handles distributed training.
+- ``scope_state`` stores statistics between steps. ``momentum`` reads the base's running average.
+- ``fused_adam`` runs Adam's step inside the combining pass. ``nonfinite`` skips steps.
+- ``progress`` counts steps. ``metrics`` converts the last step to floats.
 """

@@ -1,4 +1,4 @@
-"""From param groups to buckets: lists of tensors that a pass can take together."""
+"""Group parameters into buckets: lists of tensors that one pass can process."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Labeler: TypeAlias = Callable[[Tensor, int, int], Label]
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters with gradients, of one device, precision and sign.
+    """Parameters with gradients that share device, precision and sign.
 
-    All or none of them are contiguous, and all or none have an entry in the sources. Lists are aligned, and the
-    parameters of a scope follow one another.
+    Either all or no tensors are contiguous. Either all or no parameters have an entry in the sources. Lists are
+    aligned, and the parameters of a scope are adjacent.
 
-    summed: process groups over which products are summed, for DTensors.
-    sizes, elements: for each of S scopes the number of its parameters, and of their elements in all shards.
-    values, gradients: this rank's part of parameters and gradients.
-    names: empty where the sources have no entry.
-    groups, positions: index of each parameter's group, and of the parameter, counted through all groups.
-    sign: -1 where the param groups maximize, else 1: ``sign`` times the gradient is what the step descends.
+    reduce_groups: process groups over which products are summed, for DTensors.
+    sizes, elements: number of parameters, and of elements in all shards, for each of S scopes.
+    values, gradients: this rank's shards of parameters and gradients.
+    names: empty if the sources have no entry.
+    groups, positions: index of each parameter's group, and of the parameter over all groups.
+    sign: -1 if the param groups maximize, else 1. The step descends along ``sign`` times the gradient.
     """
 
-    summed: tuple[Any, ...] = ()
+    reduce_groups: tuple[Any, ...] = ()
     sizes: list[int] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
@@ -52,23 +52,23 @@ class Bucket:
 
 
 def signs_of(base: Optimizer) -> list[int]:
-    """Return the sign of each param group: -1 where it maximizes, else 1."""
+    """Return the sign of each param group: -1 if it maximizes, else 1."""
     default = getattr(base, "maximize", False)
     return [-1 if group.get("maximize", default) else 1 for group in base.param_groups]
 
 
 def scope_labeler(scope: Scope, names: Mapping[Tensor, str]) -> Labeler:
-    """Return a function from a parameter, the index of its group and its place there to the label of its scope.
+    """Return a function from a parameter, its group index and its index in the group to its scope label.
 
-    A parameter that is a scope of its own is labelled by its place, which copies and checkpoints keep.
+    A parameter with its own scope is labelled by its indices, which copies and checkpoints preserve.
 
     Raises:
-        ValueError: the scope is unknown, or needs names that are not there.
+        ValueError: the scope is unknown, or needs names and none are given.
         TypeError: the scope is neither a string nor a mapping.
     """
     if isinstance(scope, Mapping):
         labels: dict[Tensor, str] = dict(scope.items())
-        # A parameter outside the mapping (a new head beside the adapters) is a scope of its own.
+        # A parameter outside the mapping, such as a new head, has its own scope.
         return lambda parameter, group, place: labels.get(parameter, (group, place))
     if not isinstance(scope, str):
         raise TypeError(f"scope must be a string or map parameters to scopes, found {type(scope).__name__}")
@@ -96,15 +96,15 @@ def build_buckets(
     *,
     sharded: bool = False,
 ) -> list[Bucket]:
-    """Return the buckets of this step, in a fixed order, without parameters whose gradient is None.
+    """Return the buckets of this step in a fixed order. Parameters whose gradient is None are left out.
 
     Args:
-        groups: the base optimizer's param groups, read anew at each step, since loaders and wrappers replace them.
+        groups: the base's param groups. Pass them at each step: loaders and wrappers replace them.
         label: from :func:`scope_labeler`.
-        names: the names of parameters.
-        covered: the names that the sources have.
-        labels: numbers of the scopes so far; new ones are added.
-        signs: of each group, from :func:`signs_of`.
+        names: parameter names.
+        covered: names that the sources contain.
+        labels: index of each scope. New scopes are added in place.
+        signs: sign of each group, from :func:`signs_of`.
         sharded: whether any parameter is a DTensor.
 
     Raises:
@@ -120,7 +120,7 @@ def build_buckets(
                 continue
             uneven = unsupported(parameter, gradient) if sharded else None
             if uneven is not None or gradient.layout != torch.strided or not gradient.is_floating_point():
-                _refuse(gradient, names.get(parameter), uneven)
+                _raise_unsupported(gradient, names.get(parameter), uneven)
             check_numbers(parameter, gradient, names.get(parameter))
             value = local(parameter) if sharded else parameter
             part = local(gradient) if sharded else gradient
@@ -128,12 +128,12 @@ def build_buckets(
             if not plain and part is gradient:
                 part = with_memory(parameter, gradient)
             layout = layout_of(parameter) if sharded else None
-            summed = () if layout is None else layout.summed
+            reduce_groups = () if layout is None else layout.summed
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None
             # One tensor that no kernel reads would take its whole bucket to the portable backend.
-            key = (summed, signs[index], part.device, part.dtype, value.dtype, name is not None, plain)
+            key = (reduce_groups, signs[index], part.device, part.dtype, value.dtype, name is not None, plain)
             number = labels.setdefault(scope, len(labels))
             entry = _Entry(number, parameter, value, part, name, index, position)
             found.setdefault(key, []).append(entry)
@@ -153,8 +153,8 @@ class _Entry(NamedTuple):
     position: int
 
 
-def _bucket(summed: Any, sign: int, entries: list[_Entry], scopes: int) -> Bucket:
-    bucket = Bucket(summed, [0] * scopes, [0] * scopes, sign=sign)
+def _bucket(reduce_groups: Any, sign: int, entries: list[_Entry], scopes: int) -> Bucket:
+    bucket = Bucket(reduce_groups, [0] * scopes, [0] * scopes, sign=sign)
     for scope, parameter, value, gradient, name, group, position in sorted(entries, key=itemgetter(0)):
         bucket.sizes[scope] += 1
         bucket.elements[scope] += parameter.numel()
@@ -188,10 +188,10 @@ def _is_plain(tensor: Tensor) -> bool:
     return exact and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _refuse(gradient: Tensor, name: str | None, uneven: str | None) -> None:
+def _raise_unsupported(gradient: Tensor, name: str | None, uneven: str | None) -> None:
     which = f"of {name} " if name else ""
     if uneven is not None:
-        raise ValueError(f"the gradient {which}{uneven}; GradGuide measures DTensors that lie as their parameters do")
+        raise ValueError(f"the gradient {which}{uneven}; GradGuide needs gradients laid out as their parameters")
     if gradient.is_complex():
         raise ValueError(f"the gradient {which}is complex ({gradient.dtype}); GradGuide guides real parameters")
     raise ValueError(

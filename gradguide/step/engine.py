@@ -1,4 +1,4 @@
-"""One guided step: measure the rows, decide on their Gram matrix, combine; then the same on the base's update."""
+"""One guided step: measure the rows, decide on their Gram matrix, combine; then repeat on the base's update."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = ["Engine", "StepState"]
 
 @dataclass(slots=True)
 class StepState:
-    """A step after its measuring pass.
+    """State of a step after its measuring pass.
 
-    plan: its parameters, in S scopes.
+    plan: the parameters of the step, in S scopes.
     rows: for each bucket its R rows.
     span: Gram matrices of the rows, [S, R, R].
-    positions (Tensor): shape [S], where the scopes' statistics are.
-    regularized: whether the last row is to be added to the gradient.
-    found_finite (Tensor | None): whether all products are finite, once it was asked.
-    decision: the decision, once it was made.
-    limit: what the rules left of the base's update, once it was measured.
+    positions (Tensor): shape [S], indices into the scopes' statistics.
+    regularized: whether to add the last row to the gradient.
+    found_finite (Tensor | None): whether all products are finite; None until computed.
+    decision: None before :meth:`Engine.decide`.
+    limit: the constrained update; None until the update is measured.
     """
 
     plan: StepPlan
@@ -58,24 +58,24 @@ class StepState:
 
     @property
     def finite(self) -> Tensor:
-        """Whether all products are finite, 0-d bool. Computed when asked: a kernel that decides computes it too."""
+        """Whether all products are finite, 0-d bool. Computed on first use, since the Triton rules compute it too."""
         if self.found_finite is None:
             self.found_finite = self.span.gram.isfinite().all()
         return self.found_finite
 
     @property
     def decided(self) -> Decision:
-        """The decision, which must have been made."""
+        """The decision. It must exist."""
         assert self.decision is not None
         return self.decision
 
 
 class Engine:
-    """The rules that are on, and their state between steps.
+    """The enabled rules and their state between steps.
 
     directions: the running direction of each parameter, float32.
     scopes: statistics of each scope.
-    update_squares: squared lengths whose sum is that of the last update; empty if it was not measured.
+    update_squares: partial sums of the last update's squared norm; empty if it was not measured.
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class Engine:
     ) -> None:
         self.planner = planner
         self.rules = Rules(direction, None, magnitude)
-        self.align(alignment, planner.sources)
+        self.set_alignment(alignment, planner.sources)
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = ScopeState()
         self.update_squares: list[Tensor] = []
 
-    def align(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
-        """Use ``alignment`` from now on. ``sources`` are its own, then those of a regularizer."""
+    def set_alignment(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
+        """Replace the alignment. ``sources`` are those of the alignment, then those of the regularizer."""
         self.rules = replace(self.rules, alignment=alignment)
         self.planner.options["alignment"] = alignment
         self.planner.set_sources(sources)
 
     @property
     def active(self) -> bool:
-        """Whether any rule is on."""
+        """Whether any rule is enabled."""
         return self.rules != Rules(None, None, None)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Engine:
         """Compute the Gram matrices of gradient, direction and sources.
 
         Args:
-            added: by parameter, what a regularizer adds to the gradient: one more row.
+            added: the regularizer's gradient by parameter. It becomes the last row.
         """
         sources = plan.sources[: self.rules.sources]
         rows: Rows = []
@@ -117,15 +117,16 @@ class Engine:
             more = [] if added is None else [Row(offset=[added[p] for p in bucket.parameters])]
             pulls = plan.source_rows(sources, bucket, bucket.values, "gradient")
             rows.append(Stack([*own, *pulls, *more], bucket.sizes))
-        span = plan.gram(rows, SOURCES + len(sources) + (added is not None), self.signed(len(sources)))
+        span = plan.gram(rows, SOURCES + len(sources) + (added is not None), self.signed_rows(len(sources)))
         if plan.cache.positions is None:
             plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
         return StepState(plan, rows, span, plan.cache.positions, added is not None)
 
-    def signed(self, sources: int) -> slice:
-        """Return which rows of the gradient's pass have the sign of their bucket.
+    def signed_rows(self, sources: int) -> slice:
+        """Return the rows of the gradient pass that are multiplied by the sign of their bucket.
 
-        These are the sources, and the direction where it is the base's own momentum, an average of what it descends.
+        These are the sources. With ``share_momentum`` also the direction: the base's momentum is an average of the
+        descended gradient.
         """
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
         return slice(DIRECTION if shared else SOURCES, SOURCES + sources)
@@ -135,7 +136,7 @@ class Engine:
         """Decide on the guided gradient, the new running direction and the statistics.
 
         Args:
-            totals (Tensor): shape [2], steps made and steps skipped, counted in place.
+            totals (Tensor): shape [2], steps made and steps skipped, updated in place.
         """
         shared = self.rules.direction is not None and self.rules.direction.share_momentum
         state.decision = _rules_for(state.plan).decide(
@@ -146,7 +147,7 @@ class Engine:
             totals,
             finite=state.found_finite,
             regularized=state.regularized,
-            rates=_momentum_rates(state, base) if shared else None,
+            rates=_ema_coefficients_by_scope(state, base) if shared else None,
         )
 
     @torch.no_grad()
@@ -158,37 +159,37 @@ class Engine:
         for bucket, kept in zip(state.plan.buckets, self._written_directions(state), strict=True):
             written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
             writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
-        state.plan.combine_(state.rows, writes, self.signed(self.rules.sources))
+        state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.sources))
 
     @torch.no_grad()
     def step_fused(self, state: StepState, base: Optimizer) -> bool:
-        """Combine and make the base's step in one pass where that is possible: see :mod:`gradguide.step.fused_adam`.
+        """Combine and make the base's step in one pass if possible: see :mod:`gradguide.step.fused_adam`.
 
         Returns:
-            Whether it was done. If not, nothing was.
+            True if the step was made. If False, nothing was changed.
         """
         plan, decided = state.plan, state.decided
         count = self.rules.update_sources
         if count > fused_adam.MAX_SOURCES or plan.sharded:
             return False
-        signs = plan.signs(state.span.gram.shape[1], self.signed(self.rules.sources))
-        launches = fused_adam.launches_of(base, plan, state.rows, self._written_directions(state), signs)
+        signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.sources))
+        launches = fused_adam.plan_launches(base, plan, state.rows, self._written_directions(state), signs)
         if launches is None:
             return False
         scale, pulls = None, None
         if self.rules.limit_update:
             products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
-            limit = _rules_for(plan).limit_unmade(state.span, products, self.rules, plan.numbers())
+            limit = _rules_for(plan).limit_unmade(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
         self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
         return True
 
     @torch.no_grad()
     def correct(self, state: StepState, before: Sequence[TensorList]) -> None:
-        """Measure, decide and combine on the update that the base made.
+        """Measure, decide and combine on the base's update.
 
         Args:
-            before: for each bucket the parameters before the base's step.
+            before: the parameters of each bucket before the base's step.
         """
         plan = state.plan
         sources = plan.sources[: self.rules.update_sources]
@@ -197,11 +198,11 @@ class Engine:
             own = [Row(at=bucket.values, anchor=copies), Row(offset=copies)]
             rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
-        limit = _rules_for(plan).limit(span, self.rules, plan.numbers())
+        limit = _rules_for(plan).limit(span, self.rules, plan.element_counts())
         state.limit = limit
         self.update_squares = [limit.norm.square()]
         if not self.rules.limit_update:
-            return  # only measured, for a history
+            return  # measured for the history only
         assert limit.coefficients is not None
         after: Rows = [
             Stack([Row(offset=bucket.values), *these[1:]], bucket.sizes)
@@ -210,7 +211,7 @@ class Engine:
         plan.combine_(after, [[Write(into=b.values, coefficients=limit.coefficients)] for b in plan.buckets])
 
     def record(self, state: StepState) -> Record | None:
-        """Return what metrics are read from; None before a decision."""
+        """Return the record that metrics are read from; None before a decision."""
         made, bounded = state.decision, self.rules.max_update is not None
         if made is None:
             return None
@@ -220,14 +221,14 @@ class Engine:
         )
 
     def update_norm(self, device: torch.device) -> Tensor:
-        """Return the length of the last update, Tensor []; NaN if it was not measured."""
+        """Return the norm of the last update, Tensor []; NaN if it was not measured."""
         if not self.update_squares:
             return torch.tensor(float("nan"), device=device)
         sums = [squares.sum(dtype=torch.float64).to(device) for squares in self.update_squares]
         return torch.stack(sums).sum().sqrt()
 
     def direction_row(self, plan: StepPlan, base: Optimizer, index: int) -> Row | None:
-        """Return the running direction over bucket ``index``; None where there is none, or none yet."""
+        """Return the running direction of bucket ``index``; None if the rule is off or no momentum exists yet."""
         if self.rules.direction is None:
             return None
         if not self.rules.direction.share_momentum:
@@ -245,7 +246,7 @@ class Engine:
         return Row(offset=plan.cache.metadata.of(("momentum", bucket.positions[0]), directions))
 
     def _directions_of(self, bucket: Bucket) -> TensorList:
-        """Return the running directions of a bucket; zeros where there were none, or none of this shape and device."""
+        """Return the running directions of a bucket. Missing ones, and those of another shape, start at zero."""
         found = map(self.directions.get, bucket.parameters)
         new = {
             parameter: value
@@ -254,13 +255,13 @@ class Engine:
         }
         for (parameter, value), memory in zip(new.items(), lay_out(list(new.values()), torch.float32), strict=True):
             old = self.directions.get(parameter)
-            # A model that was moved keeps its direction. One whose parameter has another shape starts anew.
+            # A model moved to another device keeps its direction.
             self.directions[parameter] = memory if old is None or old.shape != value.shape else memory.copy_(old)
         directions = [self.directions[p] for p in bucket.parameters]
         return TensorList(directions, metadata_of(directions))
 
     def _written_directions(self, state: StepState) -> list[Sequence[Tensor] | None]:
-        """Return for each bucket the running direction, if the step writes it."""
+        """Return the running direction of each bucket, or None if the step does not write it."""
         if self.rules.direction is None or self.rules.direction.share_momentum:
             return [None] * len(state.rows)
         kept = [rows[DIRECTION] for rows in state.rows]
@@ -268,19 +269,19 @@ class Engine:
 
 
 def _rules_for(plan: StepPlan) -> ModuleType:
-    """Return the rules on the device if the plan's kernels are fused, else the PyTorch reference."""
-    if not plan.fused:
+    """Return the Triton rules if the plan uses Triton, else the PyTorch reference."""
+    if not plan.uses_triton:
         return reference
     from gradguide.rules import triton
 
     return triton
 
 
-def _momentum_rates(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
-    """Return decay and gain of the base's momentum per scope, each [S]: those of the scope's first parameter."""
+def _ema_coefficients_by_scope(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
+    """Return decay and gain of the base's momentum, each [S], from the first parameter of each scope."""
     gram = state.span.gram
     members: dict[int, list[Tensor]] = {}
-    firsts: dict[int, tuple[int, int]] = {}  # position of the first parameter, and its group
+    firsts: dict[int, tuple[int, int]] = {}  # position and group of the first parameter
     for bucket, rows in zip(state.plan.buckets, state.rows, strict=True):
         for scope, tensors in enumerate(scopes_of(rows)):
             if tensors:
@@ -288,7 +289,7 @@ def _momentum_rates(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
                 firsts[scope] = min(first, firsts.get(scope, first))
                 members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
     found = {s: ema_coefficients(base, base.param_groups[firsts[s][1]], own) for s, own in members.items()}
-    # A scope without a gradient on this rank adds nothing to its average, whatever its rates.
+    # Without a gradient on this rank nothing is added to the average, so the coefficients do not matter.
     decays, gains = zip(*(found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0])), strict=True)
-    # Filled on the device: a copy from the host would make it wait.
+    # Filled on the device: a copy from the host would synchronize.
     return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])

@@ -1,9 +1,10 @@
-"""The step of a fused Adam or AdamW, made in the same pass that combines the rows.
+"""A fused Adam or AdamW step in the pass that combines the rows.
 
-Where it applies, the guided gradient is never stored: ``p.grad`` stays as received, and no copy of the parameters is
-made. Where a rule acts on the update, its products are measured before it is made: it is computed twice and written
-once. The base's state keeps its own format, so checkpoints are those of the base, and a step can be made by either at
-any time: ``group["fused"] = False`` hands the next one to the base.
+The guided gradient is not stored: ``p.grad`` stays as received. No copy of the parameters is made. If a rule acts on
+the update, a preview pass computes the update's products first: the update is computed twice and written once.
+
+The base's state keeps its format, so checkpoints are those of the base. Both ways of stepping can alternate: with
+``group["fused"] = False`` the base makes the next step.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from gradguide.step.plan import StepPlan
 if TYPE_CHECKING:
     from gradguide.ops.triton.adam import Groups, Moments
 
-__all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "launches_of", "preview_products", "step"]
+__all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "plan_launches", "preview_products", "step"]
 
 
 MAX_SOURCES = 4
-"""Of how many sources an update that is made in one pass can be freed: with sixteen, the kernel spills registers."""
+"""Most sources that one pass can project the update against. With 16 the kernel spills registers."""
 
 
 MAX_SETTINGS = 16
-"""How many param groups with settings of their own a launch knows: each is a handful of its arguments."""
+"""Most param groups with different settings in one launch. Each adds several kernel arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdamLaunch:
-    """What one launch steps: the parameters of a bucket.
+    """Operands of one launch, which steps the parameters of a bucket.
 
     rows: R rows over these parameters.
-    direction: the running direction, where the step writes it.
+    direction: the running direction; None if the step does not write it.
     moments, groups, columns: see ``gradguide.ops.triton.adam``.
-    signs: from ``StepPlan.signs``, of the rows in the gradient's pass.
+    signs: signs of the rows in the gradient pass, from ``StepPlan.signs``.
     """
 
     rows: Stack
@@ -55,36 +56,41 @@ class AdamLaunch:
     columns: Any
     signs: Tensor | None
 
-    def own(self, coefficients: Tensor) -> Tensor:
-        """Return the coefficients [S, R] of this part's rows."""
+    def signed(self, coefficients: Tensor) -> Tensor:
+        """Return the coefficients [S, R] multiplied by the signs of the rows."""
         return coefficients if self.signs is None else coefficients * self.signs
 
 
-def launches_of(
+def plan_launches(
     base: Optimizer,
     plan: StepPlan,
     rows: Sequence[Stack],
     directions: Sequence[Sequence[Tensor] | None],
     signs: Sequence[Tensor | None],
 ) -> list[AdamLaunch] | None:
-    """The launches of a fused step, or None where the base has to step by itself.
+    """Return the launches of a fused step, or None if the base must step itself.
 
-    It has to unless it is exactly Adam or AdamW with ``fused=True`` in every group and no amsgrad, nobody hooks into
-    its step or wraps it, all parameters are on one device, every tensor has a kernel, and the param groups differ in
-    numbers alone, of which there are not too many. States that are not there yet are made as the base makes them.
+    Launches need all of these:
+
+    - The base is exactly Adam or AdamW, with ``fused=True`` and without amsgrad in every group.
+    - Its step has no hooks and is not wrapped.
+    - All parameters are on one device, and every tensor has a kernel.
+    - The groups of a bucket differ only in numeric settings, in at most ``MAX_SETTINGS`` ways.
+
+    Missing states are initialized as in the base.
 
     Args:
         base: the base optimizer.
-        plan: of parameters that lie over no ranks.
-        rows: those of the step, for each bucket.
-        directions: for each bucket the running direction that the step writes, or None.
-        signs: for each bucket the signs of its rows, or None.
+        plan: a plan of unsharded parameters.
+        rows: the rows of the step, per bucket.
+        directions: the running direction that the step writes, or None, per bucket.
+        signs: the signs of the rows, or None, per bucket.
     """
-    if not _plain(base) or not all(map(_simple, base.param_groups)):
+    if not _is_replaceable(base) or not all(map(_is_supported, base.param_groups)):
         return None
-    if not plan.fused or any(backend is not plan.backends[0] for backend in plan.backends):
+    if not plan.uses_triton or any(backend is not plan.backends[0] for backend in plan.backends):
         return None
-    # Decisions lie on one device, and kernels read them where they lie.
+    # Kernels read the decision on its device.
     if any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
         return None
     from gradguide.ops.triton.adam import plan_adam
@@ -97,7 +103,7 @@ def launches_of(
         moments = _moments(base, bucket.values, plan.cache.metadata)
         if common_value(map(Tensor.get_device, moments.steps)) != bucket.values[0].get_device():
             return None
-        # Coefficients are not known yet, and the columns do not depend on them.
+        # The columns do not depend on the coefficients, which are computed later.
         write = None if into is None else Write(into=into, coefficients=torch.empty(0))
         columns = plan_adam(these, write, moments)
         if columns is None:
@@ -111,10 +117,10 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache
 
     states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
     if not all(states):
-        states = [_state(base, parameter) for parameter in parameters]
+        states = [_initialized_state(base, parameter) for parameter in parameters]
 
     def held(name: str) -> TensorList:
-        # No other list of this name has this length and begins with this parameter.
+        # Unique: lists of one name differ in their first parameter or their length.
         return cache.of((name, id(parameters[0]), len(parameters)), [state[name] for state in states])
 
     return Moments(
@@ -126,7 +132,7 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache
 
 
 def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
-    """The param groups of a bucket, those with the same settings as one; None where one launch cannot step them all."""
+    """Return the param groups of a bucket, equal settings merged; None if one launch cannot step all of them."""
     from gradguide.ops.triton.adam import Groups, Settings
 
     kinds: set[tuple[bool, bool, bool]] = set()
@@ -135,7 +141,7 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
     for index in dict.fromkeys(bucket.groups):
         group = base.param_groups[index]
         lr = group["lr"]
-        # On the device it is what it is, whatever it holds: looking would make the host wait.
+        # A learning rate on the device is not read: that would synchronize.
         on_device = isinstance(lr, Tensor) and lr.device == bucket.gradients[0].device
         settings = Settings(
             lr=lr if on_device else float(lr),
@@ -154,21 +160,23 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
 
 
 def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: int, sources: int) -> Tensor:
-    """What the update is to be judged by, before it is made.
+    """Return the products of the update before it is made.
 
     Args:
-        launches: from :func:`launches_of`.
+        launches: from :func:`plan_launches`.
         gradient (Tensor): shape [S, R], coordinates of the guided gradient.
-        first, sources (int): number of the first source among the rows, and how many there are.
+        first, sources (int): index of the first source row, and the number of sources.
 
     Returns:
-        For each scope the update with itself, the parameters with themselves, the update with each source: Tensor
-        [S, 2 + sources], float64.
+        Tensor [S, 2 + sources], float64: per scope the squared norm of the update, the squared norm of the parameters,
+        and the dot product of the update with each source.
     """
     from gradguide.ops.triton.adam import launch_probe
 
     sums = (
-        launch_probe(launch.columns, launch.rows, launch.own(gradient), launch.moments, launch.groups, first, sources)
+        launch_probe(
+            launch.columns, launch.rows, launch.signed(gradient), launch.moments, launch.groups, first, sources
+        )
         for launch in launches
     )
     return reduce(torch.add, sums)
@@ -182,17 +190,17 @@ def step(
     pulls: Tensor | None,
     go: Tensor,
 ) -> list[Tensor]:
-    """Make the step.
+    """Make the step in place.
 
     Args:
-        launches: from :func:`launches_of`.
+        launches: from :func:`plan_launches`.
         gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and the new direction.
-        scale (Tensor | None): shape [S], float64, what the update is multiplied by; None is 1.
-        pulls (Tensor | None): shape [S, R], coordinates of what is then added to it.
-        go (Tensor): 0-d float32, 1; or 0 to leave everything as it is.
+        scale (Tensor | None): shape [S], float64, factor on the update. None: 1.
+        pulls (Tensor | None): shape [S, R], coordinates of a vector that is added to the scaled update.
+        go (Tensor): 0-d float32. 1 makes the step, 0 changes nothing.
 
     Returns:
-        Squared lengths of the update, each a Tensor [chunks]: their sum is that of the whole update.
+        Partial sums of the update's squared norm, each a Tensor [chunks].
     """
     from gradguide.ops.triton.adam import launch_adam, launch_count
     from gradguide.ops.triton.launch import numbers_of
@@ -200,12 +208,14 @@ def step(
     scale = numbers_of(gradient.device, [1.0] * len(gradient)) if scale is None else scale
     squares = []
     for launch in launches:
-        write = None if launch.direction is None else Write(into=launch.direction, coefficients=launch.own(direction))
+        write = (
+            None if launch.direction is None else Write(into=launch.direction, coefficients=launch.signed(direction))
+        )
         squares.append(
             launch_adam(
                 launch.columns,
                 launch.rows,
-                launch.own(gradient),
+                launch.signed(gradient),
                 write,
                 launch.moments,
                 launch.groups,
@@ -218,18 +228,18 @@ def step(
     return squares
 
 
-def _plain(base: Optimizer) -> bool:
-    """Whether stepping in the base's place goes unnoticed: it is no subclass, and nobody waits for its step."""
-    waiting = (
+def _is_replaceable(base: Optimizer) -> bool:
+    """Return whether the base's step can be replaced: it is not a subclass, and its step has no hooks or wrapper."""
+    has_hooks = (
         base._optimizer_step_pre_hooks
         or base._optimizer_step_post_hooks
         or hooks._global_optimizer_pre_hooks
         or hooks._global_optimizer_post_hooks
     )
-    return type(base) in (Adam, AdamW) and not waiting and "step" not in vars(base)
+    return type(base) in (Adam, AdamW) and not has_hooks and "step" not in vars(base)
 
 
-def _simple(group: dict[str, Any]) -> bool:
+def _is_supported(group: dict[str, Any]) -> bool:
     numbers = [*group["betas"], group["eps"], group["weight_decay"]]
     return bool(
         group["fused"]
@@ -239,8 +249,8 @@ def _simple(group: dict[str, Any]) -> bool:
     )
 
 
-def _state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The base's state of a parameter, made as a fused Adam makes it if there is none."""
+def _initialized_state(base: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return the base's state of a parameter. If it is empty, initialize it as a fused Adam does."""
     state: dict[str, Tensor] = base.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

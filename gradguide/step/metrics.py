@@ -1,4 +1,4 @@
-"""What a step measured, turned into numbers only when somebody reads them."""
+"""Metrics of a step, transferred to the host only when they are read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["Record", "read"]
 
 @dataclass(slots=True)
 class Record:
-    """The last step on the device, over S scopes.
+    """Measurements of the last step on the device, over S scopes.
 
     span: rows of gradient, direction and sources, [S, R, R].
     guided (Tensor): coordinates [S, R] of the guided gradient before clipping.
     guided_norm, clip_factor (Tensor): shape [S].
     coherence, damping (Tensor | None): shape [S], None without a direction.
-    limit: what the rules left of the update, None where it was not measured.
+    limit: the constrained update, None if it was not measured.
     bounded (bool): whether the update is bounded.
-    drifts: for each source its modelled KL in nats per token, Tensor []; None for one that models none.
+    drifts: per source the modelled KL in nats per token, Tensor []; None if the source has no such model.
     """
 
     span: Span
@@ -42,19 +42,23 @@ class Record:
 
 @torch.no_grad()
 def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Sequence[str]) -> dict[str, float]:
-    """The metrics of a step, over all scopes together, with one transfer to the host.
+    """Return the metrics of a step over all scopes together, with one transfer to the host.
 
     Args:
         record: the last step that was not skipped; None before the first.
         update_norm (Tensor): 0-d, length of the update of that step.
         totals (Tensor): shape [2], steps and skipped steps.
-        sources: their names.
+        sources: names of the sources.
 
     Returns:
-        Floats by name; NaN for what was not measured. Norms and cosines are those of all scopes together. Factors are
-        the length of all scopes together after clipping, or bounding, over that before. Coherence and damping are means
-        over scopes. There is a conflict where any scope has one. With several sources, ``source_cosine`` is the
-        lowest, ``source_drift`` the highest and ``conflict`` any, and each has its own, ``source_cosine/NAME``.
+        Floats by name; NaN for unmeasured metrics.
+
+            - Norms and cosines are computed over all scopes together.
+            - Factors are the norm over all scopes after clipping (or bounding), divided by the norm before.
+            - Coherence and damping are means over scopes.
+            - ``conflict`` is 1 if any scope has a conflict.
+            - With several sources, ``source_cosine`` is the lowest, ``source_drift`` the highest, and ``conflict`` 1 if
+              any source conflicts. Metrics of each source are under ``source_cosine/NAME`` and so on.
     """
     keys = [
         "grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "damping", "update_norm",
@@ -79,7 +83,7 @@ def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Se
 
 def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
     gram = record.span.gram
-    # A scope without a gradient has no say; one whose gradient is not finite makes the sums NaN, as it should.
+    # A scope without a gradient adds zeros. A gradient that is not finite makes the sums NaN, as intended.
     squares = gram.diagonal(dim1=1, dim2=2).clamp(min=0.0)
     lengths = squares.sum(dim=0).sqrt()
     cosines = divide(gram[:, 0, :].sum(dim=0), lengths[0] * lengths).clamp(-1.0, 1.0)
@@ -92,7 +96,7 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         guided,
         torch.where(guided > 0, divide(clipped, guided), 1.0),
         nan if record.coherence is None else cosines[1],
-        # A scope that never had a gradient has no coherence.
+        # Coherence is 0 for a scope that never had a gradient: leave it out of the mean.
         nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
         nan if record.damping is None else _mean(record.damping, gram[:, 0, 0] > 0),
         update_norm.to(gram),
@@ -104,12 +108,12 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of ``values`` [S] over the scopes that are ``counted``, 0 where none is: Tensor []."""
+    """Return the mean of ``values`` [S] over the ``counted`` scopes, or 0 if the count is 0: Tensor []."""
     return divide(torch.where(counted, values, 0.0).sum(), counted.sum().to(values))
 
 
 def _update_factor(limit: Limit) -> Tensor:
-    """Length of all scopes' updates after the bound over that before it, 0 if that is not finite: Tensor []."""
+    """Return the norm of the whole update after the bound over the norm before it: Tensor []; 0 if not finite."""
     made = limit.length.square().sum().sqrt()
     left = torch.where(limit.factor > 0, limit.factor * limit.length, 0.0).square().sum().sqrt()
     return torch.where(made.isfinite(), torch.where(made > 0, divide(left, made), 1.0), 0.0)

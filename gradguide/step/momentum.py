@@ -1,4 +1,4 @@
-"""The base optimizer's own momentum, read as the running direction."""
+"""The base optimizer's momentum, used as the running direction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
 
 __all__ = ["check_momentum", "ema_coefficients", "momentum_buffers"]
 
-# AdamW is an Adam in torch.
+# AdamW is a subclass of Adam in recent versions of torch.
 _AVERAGING = (Adam, NAdam, RAdam, Adamax)
 
 
 def check_momentum(base: Optimizer, groups: Iterable[dict[str, Any]]) -> None:
-    """Raise ValueError unless ``base`` keeps a running average of the gradients of these groups in a known form."""
+    """Raise ValueError unless ``base`` stores a running average of these groups' gradients in a supported form."""
     if isinstance(base, (*_AVERAGING, torch.optim.AdamW)):
         return
     if isinstance(base, SGD) and all(group.get("momentum", base.defaults.get("momentum")) != 0 for group in groups):
@@ -28,7 +28,7 @@ def check_momentum(base: Optimizer, groups: Iterable[dict[str, Any]]) -> None:
 
 
 def momentum_buffers(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor | None]:
-    """The momentum of each parameter, in its shape; None before its first step."""
+    """Return the momentum of each parameter, in the parameter's shape; None before its first step."""
     name = "momentum_buffer" if isinstance(base, SGD) else "exp_avg"
     states: dict[Tensor, dict[str, Any]] = base.state
     found = [states.get(parameter, {}).get(name) for parameter in parameters]
@@ -36,8 +36,10 @@ def momentum_buffers(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tens
 
 
 def ema_coefficients(base: Optimizer, group: dict[str, Any], parameters: Iterable[Tensor]) -> tuple[float, float]:
-    """Decay and gain of the average over these parameters of a group, ``m <- decay * m + gain * g``. SGD's first step
-    takes the gradient whole."""
+    """Return decay and gain of the momentum of these parameters of a group: ``m <- decay * m + gain * g``.
+
+    In SGD's first step the gain is 1.
+    """
     if isinstance(base, SGD):
         started = any(momentum is not None for momentum in momentum_buffers(base, parameters))
         return float(group["momentum"]), 1.0 - float(group["dampening"]) if started else 1.0

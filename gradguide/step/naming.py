@@ -1,4 +1,4 @@
-"""Names and scopes of an optimizer's parameters, also where ``fully_shard`` replaced the named ones."""
+"""Names and scopes of an optimizer's parameters, including parameters that ``fully_shard`` replaced."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tuple[Names, Scope]:
-    """Return names and scope for the parameters that the groups hold.
+    """Return names and scope of the parameters in the groups.
 
     Args:
-        groups: param groups of the base optimizer, which may carry names themselves.
+        groups: param groups of the base optimizer, which may contain names.
         names, scope: as given to :class:`gradguide.GradGuide`.
 
     Raises:
-        TypeError, ValueError: names or scope are of another form, or a replaced parameter cannot be told for certain.
+        TypeError, ValueError: names or scope have an unsupported form, or a replaced parameter is ambiguous.
     """
     held = [dict(group) for group in groups]
     known = Names(names if names is not None else carried(held))
@@ -36,10 +36,10 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
 
 
 def extend_names(known: Names, given: NamesLike | None, groups: Groups) -> Names:
-    """Return the names with those of ``given`` added, for the parameters that the groups hold.
+    """Add the names in ``given`` and return all names of the parameters in the groups.
 
     Raises:
-        TypeError, ValueError: as :func:`resolve_names`.
+        TypeError, ValueError: see :func:`resolve_names`.
     """
     extended = known.merged(given)
     extended.replace(find_sharded(extended.found, [dict(group) for group in groups]))

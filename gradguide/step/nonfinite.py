@@ -1,4 +1,4 @@
-"""What a gradient that is not finite does: the host leaves the step out, or a base that can does so by a flag."""
+"""Skip steps with NaN or Inf gradients: on the host, or with ``found_inf`` in bases that support it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.base_checks import evaluates_closures
+from gradguide.base_checks import closure_error
 from gradguide.step.engine import StepState
 
-__all__ = ["POLICIES", "TROUBLE", "should_skip", "step", "warn"]
+__all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "should_skip", "step_base", "warn_skipped"]
 
 POLICIES = ("skip", "raise")
 
-TROUBLE = 5
-"""Skipped steps in a row that call for a warning: fewer happen in a run that is well."""
+SKIPS_BEFORE_WARNING = 5
+"""Skipped steps in a row that trigger a warning. Fewer also occur in healthy runs."""
 
 
 def should_skip(state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
-    """Whether this step is not to be made; the host waits for the answer unless it need not know.
+    """Return whether to skip this step. This synchronizes with the host, unless the base skips by itself.
 
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".
     """
-    if _left_to_base(state, base, policy) or bool(state.finite):
+    if _uses_found_inf(state, base, policy) or bool(state.finite):
         return False
     if policy == "raise":
         raise FloatingPointError(f"{_where(state, names)} NaN or Inf; nothing was changed")
     return True
 
 
-def warn(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
-    """Warn that so many steps in a row were skipped.
+def warn_skipped(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
+    """Warn that ``skipped`` steps in a row were skipped.
 
     Warns:
-        UserWarning: it names the first parameter whose gradient is not finite.
+        UserWarning: names the first parameter whose gradient is not finite.
     """
     warnings.warn(
         f"the last {skipped} steps were skipped: {_where(state, names)} NaN or Inf. Nothing was trained in them; "
@@ -48,31 +48,31 @@ def warn(state: StepState, skipped: int, names: Mapping[Tensor, str]) -> None:
     )
 
 
-def step(state: StepState, base: Optimizer, policy: str) -> None:
-    """Step the base, which leaves its step out where that was left to it.
+def step_base(state: StepState, base: Optimizer, policy: str) -> None:
+    """Step the base. If it supports ``found_inf``, it skips the step itself when a gradient is not finite.
 
     Raises:
         TypeError: the base's step fails because it evaluates the closure itself.
     """
     flagged: Any = base
-    left = _left_to_base(state, base, policy)
-    if left:
+    uses_flag = _uses_found_inf(state, base, policy)
+    if uses_flag:
         flagged.found_inf = 1.0 - state.decided.go
     try:
         base.step()
     except Exception as error:
         if "closure" in str(error):
-            raise TypeError(evaluates_closures(base)) from error
+            raise TypeError(closure_error(base)) from error
         raise
     finally:
-        if left:
+        if uses_flag:
             del flagged.found_inf
 
 
-def _left_to_base(state: StepState, base: Optimizer, policy: str) -> bool:
-    """Whether the base can itself leave a step out by a flag on the device, so that the host need not wait for it.
+def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
+    """Return whether the base skips the step itself by a flag on the device, which avoids a host sync.
 
-    Those are the fused bases, for GradScaler's sake. On the CPU reading the flag costs nothing.
+    Fused bases support this for GradScaler. On the CPU, reading the flag costs nothing.
     """
     fused = all(group.get("fused") for group in base.param_groups)
     return policy == "skip" and fused and state.span.gram.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The plan of a step: what holds while parameters stay as they are, and the passes over their buckets."""
+"""The plan of a step: buckets and backends, reused until parameters change, and the passes over the buckets."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from gradguide.step.ranks import Ranks
 __all__ = ["UNSIGNED", "Rows", "StepPlan"]
 
 UNSIGNED = slice(0, 0)
-"""No row has a sign: for rows of the update, which is what the base really did."""
+"""No row has a sign. For the update pass: the base's update already has its sign."""
 
 Rows = list[Stack]
-"""For each bucket its R rows."""
+"""The R rows of each bucket."""
 
 
 @dataclass(slots=True)
 class PlanCache:
-    """What is computed once for a plan, and is discarded with it.
+    """Values computed once per plan and discarded with it.
 
-    metadata: of lists of the base's state and of sources.
-    directions: for each bucket the running directions, once there are any.
-    snapshots: for each bucket memory for a copy of its parameters.
-    positions (Tensor): where the scopes' statistics are.
-    numbers (Tensor): how many elements each scope has.
+    metadata: metadata of lists of the base's state and of sources.
+    directions: the running directions of each bucket.
+    snapshots: memory for a copy of each bucket's parameters.
+    positions (Tensor): indices into the scopes' statistics.
+    element_counts (Tensor): number of elements of each scope.
     """
 
     metadata: MetadataCache = field(default_factory=MetadataCache)
     directions: list[TensorList] | None = None
     snapshots: list[TensorList] | None = None
     positions: Tensor | None = None
-    numbers: Tensor | None = None
+    element_counts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The parameters of one step.
+    """Parameters, scopes, sources and backends of one step.
 
-    buckets: with this step's gradients.
-    labels: of the S scopes.
-    sources: all sources, for this rank's shards.
-    device: where Gram matrices of all scopes are summed.
-    backends: the passes for each bucket.
-    fused (bool): whether decisions are made by a kernel too.
-    rounding: how exact products are, see ``gradguide.ops.rounding``.
+    buckets: parameters with this step's gradients.
+    labels: labels of the S scopes.
+    sources: all sources, restricted to this rank's shards.
+    device: device of the summed Gram matrices.
+    backends: the backend of each bucket.
+    uses_triton (bool): whether the rules also run as Triton kernels.
+    rounding: relative error of products, see ``gradguide.ops.rounding``.
     """
 
     buckets: list[Bucket]
@@ -64,12 +64,12 @@ class StepPlan:
     device: torch.device
     ranks: Ranks
     backends: Sequence[ops.Ops]
-    fused: bool
+    uses_triton: bool
     rounding: float
     cache: PlanCache = field(default_factory=PlanCache)
 
     def with_gradients(self, gradients: Mapping[int, Tensor] | None) -> StepPlan:
-        """Return the plan with other gradients of the same metadata, by position; with None, without gradients."""
+        """Return the plan with new gradients of the same metadata, by position. None removes the gradients."""
         buckets = []
         for bucket in self.buckets:
             metadata = bucket.gradients.metadata
@@ -83,11 +83,11 @@ class StepPlan:
         return self.ranks.sharded
 
     def signs(self, size: int, signed: slice) -> list[Tensor | None]:
-        """Return for each bucket the signs of its rows: Tensor [size], -1 at ``signed``; None where all are 1.
+        """Return the signs of each bucket's rows: Tensor [size], -1 at ``signed``; None if all are 1.
 
-        Gradients and running directions are kept as received. In a group that maximizes, the step descends along the
-        negative gradient. There the rows ``signed``, which are those of what is descended (sources, the base's own
-        momentum), count with the opposite sign, so that all rows of a scope belong to one descent.
+        Gradients and running directions are stored as received. In a group that maximizes, the step descends along the
+        negative gradient. There the ``signed`` rows (sources, the base's momentum), which belong to the descended
+        gradient, have the opposite sign. So all rows of a scope refer to one descent.
         """
         if all(bucket.sign > 0 for bucket in self.buckets):
             return [None] * len(self.buckets)
@@ -96,26 +96,26 @@ class StepPlan:
         return [None if bucket.sign > 0 else signs for bucket in self.buckets]
 
     def gram(self, rows: Rows, size: int, signed: slice = UNSIGNED) -> Span:
-        """Return Gram matrices [S, size, size] of the scopes, summed over buckets, and of shards over ranks.
+        """Return the Gram matrices [S, size, size] of the scopes, summed over buckets and over shards on all ranks.
 
         Args:
-            signed: rows with the sign of their bucket, see :meth:`signs`.
+            signed: rows multiplied by the sign of their bucket, see :meth:`signs`.
         """
         parts: dict[tuple[Any, ...], Tensor] = {}
         signs_of = self.signs(size, signed)
         for bucket, backend, these, signs in zip(self.buckets, self.backends, rows, signs_of, strict=True):
             part = backend.gram(these).to(self.device)
             part = part if signs is None else part * signs.outer(signs)
-            parts[bucket.summed] = parts[bucket.summed] + part if bucket.summed in parts else part
+            parts[bucket.reduce_groups] = parts[bucket.reduce_groups] + part if bucket.reduce_groups in parts else part
         shape = len(self.labels), size, size
         whole = {
             groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=self._wide, device=self.device)
-            for groups in self.ranks.groups  # the same order on all ranks, whatever gradients one of them lacks
+            for groups in self.ranks.groups  # the same order on all ranks, even if some lack gradients
         }
-        return Span(self.ranks.add_up(whole), self.rounding)
+        return Span(self.ranks.all_reduce_sum(whole), self.rounding)
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = UNSIGNED) -> None:
-        """For each bucket, write combinations of its rows, of which ``signed`` are those in :meth:`gram`."""
+        """Write combinations of the rows of each bucket. ``signed`` as in :meth:`gram`."""
         size = max((write.coefficients.shape[1] for each in writes for write in each), default=0)
         signs_of = self.signs(size, signed)
         for bucket, backend, these, wanted, signs in zip(
@@ -129,7 +129,7 @@ class StepPlan:
             backend.combine_(these, wanted)
 
     def snapshot(self) -> list[TensorList]:
-        """Copy the parameters: for each bucket a list in memory that the plan keeps."""
+        """Copy the parameters of each bucket into memory owned by the plan, and return the copies."""
         if self.cache.snapshots is None:
             copies = [lay_out(bucket.values) for bucket in self.buckets]
             self.cache.snapshots = [TensorList(each, metadata_of(each)) for each in copies]
@@ -137,24 +137,24 @@ class StepPlan:
             torch._foreach_copy_(copy, bucket.values)
         return self.cache.snapshots
 
-    def numbers(self) -> Tensor:
-        """Return how many elements each scope has: Tensor [S], float64."""
-        if self.cache.numbers is None:
+    def element_counts(self) -> Tensor:
+        """Return the number of elements of each scope: Tensor [S], float64."""
+        if self.cache.element_counts is None:
             elements = (bucket.elements for bucket in self.buckets)
             counts = list(map(sum, zip([0] * len(self.labels), *elements, strict=True)))
-            if self.fused:
+            if self.uses_triton:
                 from gradguide.ops.triton.launch import numbers_of
 
-                return numbers_of(self.device, counts)  # which keeps tables itself, for CUDA graphs
-            # Filled on the device: a copy from the host would make it wait.
+                return numbers_of(self.device, counts)  # cached there, for CUDA graphs
+            # Filled on the device: a copy from the host would synchronize.
             parts = [torch.full((1,), count, dtype=self._wide, device=self.device) for count in counts]
-            self.cache.numbers = torch.cat(parts)
-        return self.cache.numbers
+            self.cache.element_counts = torch.cat(parts)
+        return self.cache.element_counts
 
     def source_rows(
         self, sources: Sequence[Source], bucket: Bucket, at: Sequence[Tensor], stage: str
     ) -> list[Row | None]:
-        """Return the source gradients of a bucket at ``at``; None for all in a bucket without names."""
+        """Return the rows of the source gradients of a bucket at parameters ``at``; None in a bucket without names."""
         if not bucket.names:
             return [None] * len(sources)
         found: list[Row | None] = []
@@ -170,5 +170,5 @@ class StepPlan:
 
     @property
     def _wide(self) -> torch.dtype:
-        """Float64 where the device has it."""
+        """Float64 if the device supports it, else float32."""
         return torch.float32 if self.device.type == "mps" else torch.float64

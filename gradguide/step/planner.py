@@ -1,4 +1,4 @@
-"""Make the plan of a step, or take the last one where nothing has changed."""
+"""Make the plan of a step, or reuse the last one if only gradients changed."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from gradguide.step.ranks import Ranks
 from gradguide.step.signature import Signature
 from gradguide.utils.names import Names
 
-__all__ = ["StepPlanner", "trained_by"]
+__all__ = ["StepPlanner", "trainable_parameters"]
 
 
 class StepPlanner:
-    """Names, scopes, sources and backend of an optimizer, and the plan of its last step.
+    """Names, scopes, sources and backend of an optimizer, and the plan of the last step.
 
     Args:
         scope: see :class:`gradguide.GradGuide`.
-        names: of the base's parameters.
-        sources: all sources, of alignment and regularizer.
-        options: all that must agree over ranks, by name. :meth:`set_sources` has them compared again.
+        names: names of the base's parameters.
+        sources: the sources of alignment and regularizer.
+        options: options that must agree over ranks, by name. They are compared again after :meth:`set_sources`.
         backend: see :class:`gradguide.GradGuide`.
     """
 
     def __init__(
         self, scope: Scope, names: Names, sources: Sequence[Source], options: Mapping[str, object], backend: str
     ) -> None:
-        self.known = names
+        self.name_lookup = names
         self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
         self.options = dict(options)
         self._backend = backend
@@ -47,18 +47,18 @@ class StepPlanner:
         self.set_sources(sources)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has other parameters and perhaps other ranks, so it plans anew.
+        # A copy has other parameters and perhaps other ranks, so its plan is stale.
         return {**vars(self), "_plan": None, "_ranks": Ranks()}
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """Parameter to name, as far as names were looked up."""
-        return self.known.found
+        """Names by parameter, for all parameters looked up so far."""
+        return self.name_lookup.found
 
     def set_sources(self, sources: Sequence[Source]) -> None:
-        """Use these sources from now on. They match the parameters that have names."""
+        """Replace the sources. They must match the named parameters."""
         self.sources = sources
-        # All sources have what is trained, which is checked where they are given. What is frozen only some may have.
+        # Validation ensured that all sources have the trained parameters. Frozen ones may be missing in some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
         everything = frozenset(self.names.values()) if sources else frozenset()
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
@@ -66,8 +66,8 @@ class StepPlanner:
         self.invalidate()
 
     def set_names(self, names: Names, base: Optimizer) -> None:
-        """Use these names from now on. Call :meth:`set_sources` next."""
-        self.known = names
+        """Replace the names. Call :meth:`set_sources` afterwards."""
+        self.name_lookup = names
         self.track_replaced(base)
 
     def invalidate(self) -> None:
@@ -81,11 +81,11 @@ class StepPlanner:
             ValueError: a gradient cannot be guided, or the ranks differ in an option.
         """
         signs = signs_of(base)
-        if self._plan is not None and self._plan[0].holds(base.param_groups, signs):
+        if self._plan is not None and self._plan[0].matches(base.param_groups, signs):
             gradients = [p.grad for group in base.param_groups for p in group["params"]]
             return self._plan[1].with_gradients({i: g for i, g in enumerate(gradients) if g is not None})
         made = self._new_plan(base, signs)
-        # Between steps the memory of gradients belongs to others.
+        # A reference would keep the memory of gradients alive between steps.
         self._plan = None if made is None else (Signature(base.param_groups, signs), made.with_gradients(None))
         return made
 
@@ -95,7 +95,7 @@ class StepPlanner:
         label = scope_labeler(self._scope, self.names)
         labels: dict[Label, int] = {}
         if ranks.sharded:
-            # Ranks may lack different gradients. What they sum has the same scopes on all of them.
+            # Ranks may lack different gradients, but collectives need the same scopes on all ranks.
             everywhere = self.labels(base)
             labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
         buckets = build_buckets(
@@ -112,28 +112,28 @@ class StepPlanner:
         return StepPlan(buckets, list(labels), sources, device, ranks, backends, fused, error)
 
     def check_ranks(self, base: Optimizer) -> list[Tensor]:
-        """Return the trained parameters, after reading their layouts and comparing options over ranks.
+        """Read layouts, compare options over ranks, and return the trained parameters.
 
         Raises:
-            RuntimeError: DeepSpeed ZeRO divides the parameters.
-            ValueError: FSDP1 divides them, the ranks differ in an option, or a group is differentiable.
+            RuntimeError: DeepSpeed ZeRO shards the parameters.
+            ValueError: FSDP1 shards them, the ranks differ in an option, or a group is differentiable.
         """
         self.track_replaced(base)
         check_differentiable(base.param_groups)
         check_zero(base.param_groups)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
         self._ranks.update_layouts(trained)
-        self._ranks.check_agreement(trained, lambda: self._described(base))
+        self._ranks.check_agreement(trained, lambda: self._describe_options(base))
         return trained
 
     def refresh(self, base: Optimizer) -> None:
-        """Before a step: let sources compute what depends on the parameters."""
+        """Refresh the sources, before a step."""
         if not self._ranks.agreed:
-            self.check_ranks(base)  # a source's own passes contain collectives
+            self.check_ranks(base)  # before the collectives in a source's own passes
         if all(type(source).refresh is SourceGradient.refresh for source in self.sources):
-            return  # which does nothing
+            return  # the default refresh does nothing
         self.track_replaced(base)
-        trained = trained_by(base)
+        trained = trainable_parameters(base)
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         for source in self.sources:
             source.refresh(covered, trained)
@@ -149,8 +149,8 @@ class StepPlanner:
         }
 
     def track_replaced(self, base: Optimizer) -> None:
-        """Pass name and scope on to tensors that FSDP2 or a loader put in a parameter's place."""
-        self.known.of(p for group in base.param_groups for p in group["params"])
+        """Transfer name and scope to tensors that replace a parameter, as FSDP2 and some loaders do."""
+        self.name_lookup.of(p for group in base.param_groups for p in group["params"])
         tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
         if not tables:
             return
@@ -160,7 +160,7 @@ class StepPlanner:
                 if any(parameter in table for table in tables):
                     self._places[index, place] = parameter
                 elif (index, place) in self._places:
-                    # A parameter that is still in a group has moved, and the one in its place now is another.
+                    # If the old parameter is still in a group, it has moved and was not replaced.
                     held = held or {p for each in base.param_groups for p in each["params"]}
                     old = self._places.pop((index, place))
                     if old not in held:
@@ -169,8 +169,8 @@ class StepPlanner:
                             if old in table:
                                 table[parameter] = table.pop(old)
 
-    def _described(self, base: Optimizer) -> dict[str, str]:
-        """Return what must agree over ranks, as text: options, backend, base, groups and parameters."""
+    def _describe_options(self, base: Optimizer) -> dict[str, str]:
+        """Return the values that must agree over ranks, as text: options, backend, base, groups and parameters."""
         labels = self.labels(base)
         found: dict[str, str] = {}
         for name, option in self.options.items():
@@ -189,6 +189,6 @@ class StepPlanner:
         return found
 
 
-def trained_by(base: Optimizer) -> list[Tensor]:
-    """Return the base's parameters that are not frozen."""
+def trainable_parameters(base: Optimizer) -> list[Tensor]:
+    """Return the base's parameters that require a gradient."""
     return [p for group in base.param_groups for p in group["params"] if p.requires_grad]

@@ -1,4 +1,4 @@
-"""What a run has come to: steps made and skipped, the last step's record, warnings given."""
+"""Progress of a run: counts of steps, the last step's record, and warnings already given."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Counters, the last record, and the history that is recorded.
+    """Step counts, the last record, and the history to append to.
 
-    totals (Tensor): shape [2], float64: steps made and steps skipped. A step of zero gradients is none.
+    totals (Tensor): shape [2], float64: steps made and steps skipped. A step with only zero gradients is not counted.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,15 @@ class Progress:
         self._skipped_in_row = 0
         self._warned: set[str] = set()
 
-    def skips(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
-        """Return whether the step is skipped; if so, count it, and warn after several in a row.
+    def should_skip(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
+        """Return whether to skip the step. A skipped step is counted; several in a row give a warning.
 
         Raises:
             FloatingPointError: the gradient is not finite and the policy is "raise".
         """
         if not state.plan.buckets:
-            self.warn_once(NO_GRADIENTS, stacklevel=7)  # other ranks may have gradients, and wait for this one
-        # Changed in place from here on, so that a CUDA graph that replays the step counts on.
+            self.warn_once(NO_GRADIENTS, stacklevel=7)  # other ranks may have gradients and wait in a collective
+        # Later updates are in place, so that a replayed CUDA graph continues the count.
         self.totals = self.totals.to(state.span.gram.device)
         names = engine.planner.names
         if not nonfinite.should_skip(state, base, policy, names):
@@ -47,23 +47,23 @@ class Progress:
             return False
         self.totals[1] += 1
         self._skipped_in_row += 1
-        if self._skipped_in_row == nonfinite.TROUBLE:
-            nonfinite.warn(state, nonfinite.TROUBLE, names)
+        if self._skipped_in_row == nonfinite.SKIPS_BEFORE_WARNING:
+            nonfinite.warn_skipped(state, nonfinite.SKIPS_BEFORE_WARNING, names)
         return True
 
     def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]]) -> None:
-        """Keep the record of a step, and append its metrics to the history if there is one."""
+        """Store the record of a step. If a history is set, append the metrics to it."""
         self.last = record
         if self.history is not None:
             self.history.append(metrics())
 
     def warn_once(self, message: str, stacklevel: int) -> None:
-        """Give a UserWarning the first time."""
+        """Give a UserWarning, once per message."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=stacklevel)
 
     def restart(self, totals: Tensor) -> None:
-        """Go on from the totals of a checkpoint."""
+        """Continue from the totals of a checkpoint."""
         self.totals = totals
         self.last = None

@@ -1,4 +1,4 @@
-"""What ranks have to do together: agree on their options, keep their parts of the sources, sum over shards."""
+"""Distributed training: compare options over ranks, shard the sources, sum over shards."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ __all__ = ["Ranks"]
 
 
 class Ranks:
-    """One process among those that share the parameters; of no effect in a process that is alone."""
+    """Layouts and process groups of the parameters. No effect in a single process."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[Any, ...]] = [()]
         self.sharded = False  # whether any parameter is a DTensor
         self._meshes: list[Any] = []
-        self._agreed: list[Any] | None = None  # the meshes over which the ranks were last compared
+        self._agreed: list[Any] | None = None  # meshes of the last comparison
         self._shards: tuple[dict[str, Layout], list[Source]] | None = None
 
     @property
     def agreed(self) -> bool:
-        """Whether the ranks were compared since the options last changed."""
+        """Whether the ranks were compared after the last change of options."""
         return self._agreed is not None
 
     def update_layouts(self, parameters: Sequence[Tensor]) -> None:
-        """Read how the parameters lie over ranks, which wrappers may change between steps.
+        """Read the layouts of the parameters over ranks. Wrappers may change them between steps.
 
         Raises:
-            ValueError: FSDP1 divides them.
+            ValueError: FSDP1 shards the parameters.
         """
         check_divided(parameters)
         layouts = [layout_of(p) for p in parameters]
         self.groups = list(dict.fromkeys(() if lay is None else lay.summed for lay in layouts)) or [()]
         self.sharded = any(lay is not None for lay in layouts)
         meshes = list({id(lay.mesh): lay.mesh for lay in layouts if lay is not None}.values())
-        # Largest first: an order that does not depend on the order of the parameters, which may differ between ranks.
+        # Largest first: the order of the parameters may differ between ranks.
         self._meshes = sorted(meshes, key=lambda mesh: -mesh.size())
 
-    def check_agreement(self, parameters: Sequence[Tensor], described: Callable[[], Mapping[str, str]]) -> None:
+    def check_agreement(self, parameters: Sequence[Tensor], describe_options: Callable[[], Mapping[str, str]]) -> None:
         """Compare options over the ranks that share the parameters, once per set of meshes.
 
-        This comes before every other collective of a step, since ranks with other options may wait for each other.
-        Ranks share parameters that are DTensors, or that DistributedDataParallel holds.
+        This runs before every other collective of a step, since ranks with different options could deadlock there.
+        Ranks share DTensors and the parameters of DistributedDataParallel.
 
         Args:
-            parameters: all that are trained.
-            described: gives what must be the same on all ranks, by name.
+            parameters: all trained parameters.
+            describe_options: returns the values that must be equal on all ranks, by name.
 
         Raises:
-            ValueError: the ranks differ, on each of them.
+            ValueError: the ranks differ. It is raised on every rank.
         """
         if self._agreed is not None and list(map(id, self._agreed)) == list(map(id, self._meshes)):
             return
-        # All dimensions of a mesh: replicas of a shard have to agree too.
+        # All dimensions of a mesh: replicas of a shard must agree too.
         groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
         if not groups and several_ranks():
             groups = _ddp_groups(parameters)
         if groups:
-            check_agreement(described(), groups, local(parameters[0]).device)
+            check_agreement(describe_options(), groups, local(parameters[0]).device)
         self._agreed = self._meshes
 
     def shard_sources(
         self, sources: Sequence[Source], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
     ) -> Sequence[Source]:
-        """Return the sources for this rank's shards of the parameters that have names."""
+        """Return the sources restricted to this rank's shards of the named parameters."""
         if not self.sharded or not sources:
             return sources
         known = {names[p]: layout_of(p) for p in parameters if p in names}
@@ -79,24 +79,24 @@ class Ranks:
             self._shards = layouts, [source.shards(layouts) for source in sources]
         return self._shards[1]
 
-    def add_up(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
-        """Sum over ranks and over ``parts``, which has a tensor for each of ``groups``."""
+    def all_reduce_sum(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        """Sum over ranks and over ``parts``, which has one tensor per entry of ``groups``."""
         total = add_up_(parts)
         assert total is not None
         return total
 
 
 def _ddp_groups(parameters: Sequence[Tensor]) -> list[Any]:
-    """Return the process group of the DistributedDataParallel that holds the parameters, if there is one.
+    """Return the process group of the DistributedDataParallel module that contains the parameters, if any.
 
-    Parameters have no reference to it. It has a list of them, which the garbage collector finds: about 0.1 s.
+    Parameters do not reference the module. The garbage collector finds its parameter list in about 0.1 s.
     """
     first = next((p for p in parameters if p.requires_grad), None)
     if first is None:
         return []
     lists = [holder for holder in gc.get_referrers(first) if type(holder) is list]
     for holder in gc.get_referrers(*lists) if lists else []:
-        # The module itself, or its __dict__.
+        # The referrer is the module or its __dict__.
         attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
         held = attributes.get("_module_parameters")
         if any(held is each for each in lists) and "process_group" in attributes:

@@ -1,4 +1,4 @@
-"""Statistics of each scope between steps: a handful of float64 numbers on the device."""
+"""Statistics of each scope between steps: a few float64 values on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ScopeState:
         self._values = torch.zeros(0, len(STATISTICS), dtype=torch.float64)
 
     def locate(self, labels: list[Label], device: torch.device) -> Tensor:
-        """Return the positions of the labels: Tensor [len(labels)], int64 on ``device``. Move the statistics there."""
+        """Move the statistics to ``device`` and return the indices of the labels there: Tensor [len(labels)], int64."""
         for label in labels:
             self._index.setdefault(label, len(self._index))
         missing = len(self._index) - self._values.shape[0]
@@ -31,7 +31,7 @@ class ScopeState:
 
     @property
     def statistics(self) -> Tensor:
-        """Statistics of all scopes: Tensor [T, len(STATISTICS)], to be changed in place at their positions."""
+        """Statistics of all T scopes: Tensor [T, len(STATISTICS)]. Rules update rows in place."""
         return self._values
 
     def export(self, label: Label) -> Tensor:
@@ -41,7 +41,7 @@ class ScopeState:
         return self._values[self._index[label]].clone()
 
     def restore(self, statistics: dict[Label, Tensor]) -> None:
-        """Replace everything by the statistics of each label [len(STATISTICS)]."""
+        """Replace all statistics by those given, one Tensor [len(STATISTICS)] per label."""
         self._index = {label: position for position, label in enumerate(statistics)}
         empty = torch.zeros(0, len(STATISTICS), dtype=torch.float64)
         self._values = torch.stack([values.double() for values in statistics.values()]) if statistics else empty

@@ -1,4 +1,4 @@
-"""What makes a plan stale: the identity and the form of every parameter, and the form of every gradient."""
+"""Detection of stale plans: identity and metadata of every parameter, metadata of every gradient."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ _SHAPE, _LAYOUT, _DTYPE, _DEVICE = map(attrgetter, ("shape", "layout", "dtype", 
 class Signature:
     """The groups, parameters and gradients that a plan was made for.
 
-    A plan is stale as soon as one of these differs: which parameters the groups hold, whether a group maximizes, which
-    gradients are None or shared; shape, strides, dtype, device, exact type or negative bit of a parameter or gradient.
-    Addresses are read anew at each step, so memory may change. No gradient is kept.
+    A plan is stale if any of these changes:
+
+    - the parameters in the groups, whether a group maximizes, which gradients are None or shared;
+    - shape, strides, dtype, device, exact type or negative bit of a parameter or a gradient.
+
+    Addresses are read at each step, so memory may change. The signature does not reference gradients.
 
     Args:
         groups: param groups of the base optimizer.
@@ -33,8 +36,8 @@ class Signature:
         self._parameters = [p for group in groups for p in group["params"]]
         self._form = _form(groups, signs, self._parameters)
 
-    def holds(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> bool:
-        """Return whether nothing differs. Never where a parameter is a DTensor, whose local shard may change."""
+    def matches(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> bool:
+        """Return whether nothing changed. Always False if a parameter is a DTensor: its local shard may change."""
         parameters = [p for group in groups for p in group["params"]]
         return (
             self._form is not None

@@ -1,4 +1,4 @@
-"""Small problems, GradGuides of every kind over them, and comparisons of all that an optimizer holds."""
+"""Small problems, GradGuides of every kind over them, and comparisons of the whole state of an optimizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCOPES = ("global", "group", "module", "tensor", "mapping")
 
 
 def net(*, bias: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """A classifier of 4 features and 3 classes; its values depend on the seed alone."""
+    """Return a classifier of 4 features and 3 classes. Its values depend only on the seed."""
     model = nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def net(*, bias: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 
 def batch(step: int, size: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of a step, the same at every call."""
+    """Return inputs and labels of a step, the same on every call."""
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randn(size, 4, generator=generator)
     return x.to(dtype), torch.randint(3, (size,), generator=generator)
@@ -41,7 +41,7 @@ def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: Iterable[int]) -> None:
-    """Steps on the batches of ``steps``, with fresh gradients each."""
+    """Train on the batches of ``steps``, with new gradients for each."""
     dtype = next(model.parameters()).dtype
     for step in steps:
         optimizer.zero_grad()
@@ -50,7 +50,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: Iterable[int]) -> None:
 
 
 def give_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
-    """Gradients that agree in part, the same at every call with one step, times ``scale``."""
+    """Set partly correlated gradients times ``scale``, the same on every call with one step."""
     common, own = torch.Generator().manual_seed(1999), torch.Generator().manual_seed(2000 + step)
     for parameter in model.parameters():
         gradient = torch.randn(parameter.shape, generator=common, dtype=torch.float64)
@@ -59,7 +59,7 @@ def give_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
 
 
 def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> SourceGradient:
-    """A source over all parameters of ``model``: random s0 and, if it moves, random F >= 0 and anchors nearby."""
+    """Return a source over all parameters: random s0 and, if it moves, random F >= 0 and nearby anchors."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(like: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> Source
 
 
 def options(kind: str, model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of GradGuide; every kind but the first two keeps sources."""
+    """Return keyword arguments of GradGuide. All kinds except the first two have sources."""
     named: dict[str, Any] = {"names": list(model.named_parameters())}
     if kind == "default":
         return named
@@ -93,7 +93,7 @@ def options(kind: str, model: nn.Module) -> dict[str, Any]:
 
 
 def scope_of(scope: str, model: nn.Module) -> Any:
-    """The value of GradGuide's ``scope``; "mapping" puts weights and biases apart and leaves the last one out."""
+    """Return the value of ``scope``; "mapping" separates weights and biases and leaves out the last one."""
     if scope != "mapping":
         return scope
     pairs = list(model.named_parameters())[:-1]
@@ -101,7 +101,7 @@ def scope_of(scope: str, model: nn.Module) -> Any:
 
 
 def guide(model: nn.Module, make: MakeBase, kind: str = "default", scope: str = "global", **extra: Any) -> GradGuide:
-    """A GradGuide over two param groups, so that scopes by group differ from the global one."""
+    """Return a GradGuide over two param groups, so that scopes by group differ from the global one."""
     parameters = list(model.parameters())
     base = make([{"params": parameters[:1]}, {"params": parameters[1:]}])
     return GradGuide(base, **(options(kind, model) | {"scope": scope_of(scope, model)} | extra))
@@ -116,7 +116,7 @@ def sgd(params: Any, **extra: Any) -> Optimizer:
 
 
 def snapshot(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """A copy of all that a step may change: parameters, gradients, state dict, counts."""
+    """Return a copy of everything that a step may change: parameters, gradients, state dict, counts."""
     held: dict[str, Any] = {
         "parameters": [p.detach() for p in model.parameters()],
         "gradients": [p.grad for p in model.parameters()],
@@ -132,13 +132,13 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 
 
 def directions_of(optimizer: GradGuide) -> dict[Any, Tensor]:
-    """The running direction, as the state dict shows it, by position of the parameter."""
+    """Return the running directions in the state dict, by position of the parameter."""
     state = optimizer.state_dict()["state"]
     return {k: entry["gradguide.direction"].clone() for k, entry in state.items() if "gradguide.direction" in entry}
 
 
 def assert_same(found: Any, wanted: Any, where: str = "") -> None:
-    """Equal in structure and in every bit of every tensor (NaN equals NaN)."""
+    """Assert that structure and every bit of every tensor are equal. NaN equals NaN."""
     if isinstance(wanted, Tensor):
         assert isinstance(found, Tensor), where
         assert found.dtype == wanted.dtype, f"{where}: {found.dtype} for {wanted.dtype}"
@@ -157,7 +157,7 @@ def assert_same(found: Any, wanted: Any, where: str = "") -> None:
 
 
 def differ(a: Any, b: Any) -> bool:
-    """Whether two snapshots differ anywhere; guards tests of sameness against comparing nothing."""
+    """Return whether two snapshots differ. Tests of equality use it to check that something changed."""
     try:
         assert_same(a, b)
     except AssertionError:

@@ -1,4 +1,4 @@
-"""Optimizers whose state has torch's names but shapes of its own, as public ones have."""
+"""Optimizers whose state has torch's names but other shapes, as in public optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SHAPED"]
 
 
 class Descent(Optimizer):
-    """Descent with a rate of 0.01 times what ``direction`` makes of the gradient and the parameter's state."""
+    """Descent with learning rate 0.01 along the result of ``direction(gradient, state)``."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.01})
@@ -34,7 +34,7 @@ class Descent(Optimizer):
 
 
 class PerTensor(Descent):
-    """One second moment per tensor, as Adam-mini and LARS-like optimizers."""
+    """One second moment per tensor, as in Adam-mini and LARS-like optimizers."""
 
     def direction(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         square: Tensor = state.setdefault("exp_avg_sq", torch.zeros(()))
@@ -43,7 +43,7 @@ class PerTensor(Descent):
 
 
 class Factored(Descent):
-    """Second moments of rows and columns, as Adafactor; vectors keep theirs whole."""
+    """Second moments of rows and columns, as in Adafactor. Vectors have full second moments."""
 
     def direction(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         if gradient.dim() < 2:
@@ -57,7 +57,7 @@ class Factored(Descent):
 
 
 class LowRank(Descent):
-    """A momentum in a subspace, as GaLore, and what else people keep: lists, numbers, None, nested dicts."""
+    """A momentum in a subspace, as in GaLore, and other kinds of state: lists, numbers, None, nested dicts."""
 
     def direction(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         if not state:
@@ -75,20 +75,20 @@ class LowRank(Descent):
 
 
 class LowRankAdam(torch.optim.Adam):
-    """A subclass of torch's Adam that keeps its first moment as one number."""
+    """A subclass of torch's Adam whose first moment is a scalar."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter].setdefault("step", torch.zeros(()))  # which Adam's loader looks for
+                self.state[parameter].setdefault("step", torch.zeros(()))  # Adam's loader reads it
                 average = self.state[parameter].setdefault("exp_avg", torch.zeros(1))
                 average.lerp_(parameter.grad.mean(), 0.1)
                 parameter.sub_(group["lr"] * (parameter.grad + average))
 
 
 class Named(torch.optim.SGD):
-    """A state dict that calls the parameters by names rather than numbers."""
+    """A state dict with parameter names as keys instead of numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -1,4 +1,4 @@
-"""Loss scaling: all work happens inside one step, on unscaled gradients (rows 2, 12)."""
+"""Loss scaling: GradGuide works within one step, on unscaled gradients (rows 2, 12)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fused(params: Any, **extra: Any) -> Optimizer:
 
 
 def amp_step(model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler, step: int, *, unscale: bool) -> None:
-    """One step of the usual loop in float16."""
+    """Make one step of the usual float16 loop."""
     optimizer.zero_grad()
     x, y = kit.batch(step)
     with autocast("cpu", dtype=torch.float16):
@@ -37,7 +37,7 @@ def amp_step(model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler, s
 
 
 def overflow(model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler, *, unscale: bool) -> None:
-    """A step whose scaled gradients hold an Inf."""
+    """Make a step whose scaled gradients contain an Inf."""
     optimizer.zero_grad()
     scaler.scale(kit.loss_of(model, kit.batch(0))).backward()
     gradient = next(model.parameters()).grad
@@ -72,7 +72,7 @@ def test_i02_same_with_and_without_explicit_unscale(kind: str, make: kit.MakeBas
 
 
 def test_i02_the_loss_scale_does_not_matter() -> None:
-    """A power of two only moves the exponent, so the run is the same to the last bit."""
+    """A power of two changes only the exponent, so the run is bitwise the same."""
     small, large = (run(kit.adamw, "on update", unscale=False, scale=scale) for scale in (2.0**10, 2.0**14))
     kit.assert_same(large[1], small[1])
     kit.assert_same(large[0]["parameters"], small[0]["parameters"])

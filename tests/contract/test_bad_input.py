@@ -1,4 +1,4 @@
-"""Bad input: the message names what was found, and nothing has changed (rows 15, 21, 23, 25 and the options)."""
+"""Bad input: the message names the value found, and nothing is changed (rows 15, 21, 23, 25 and the options)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def source() -> SourceGradient:
 
 nan, inf = float("nan"), float("inf")
 
-# Each: what makes the options, the error, and what the message says.
+# Each: function that makes the options, error type, and pattern of the message.
 OPTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     *[(lambda v=v: Direction(decay=v), ValueError, rf"decay.*\[0, 1\).*{v}") for v in (1.0, -0.1, 2, nan, inf)],
     *[(lambda v=v: Direction(damping=v), ValueError, rf"damping.*\[0, 1\].*{v}") for v in (1.5, -1e-3, nan)],
@@ -77,7 +77,7 @@ def test_names_that_are_not_unique_are_refused() -> None:
 
 
 class Empty(Optimizer):
-    """An optimizer that lost its parameters, as some engines leave it."""
+    """An optimizer without parameters, as some engines leave it."""
 
     def __init__(self) -> None:
         super().__init__([nn.Parameter(torch.ones(1))], {})

@@ -20,7 +20,7 @@ from tests.contract import kit
 
 
 def through_file(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as it comes back from a file that refuses to unpickle objects."""
+    """Return the state after saving it and loading it without unpickling objects."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -51,7 +51,7 @@ def test_i03_save_load_continue_equals_uninterrupted_bitwise(kind: str, scope: s
     resumed_model = kit.net(seed=1)
     resumed_model.load_state_dict(saved["model"])
     resumed = kit.guide(resumed_model, kit.adamw, kind, scope)
-    # The source is not part of the state: it is built anew, from the model as it was when it was captured.
+    # The source is not part of the state. Rebuild it from the model at capture.
     if kind not in ("default", "adaptive"):
         names = list(resumed_model.named_parameters())
         resumed = kit.guide(resumed_model, kit.adamw, kind, scope, **(kit.options(kind, kit.net()) | {"names": names}))
@@ -67,7 +67,7 @@ def test_i03_save_load_continue_equals_uninterrupted_bitwise(kind: str, scope: s
 
 
 def test_i03_a_lost_direction_would_show() -> None:
-    """The test above can fail: without what GradGuide keeps, the run goes elsewhere."""
+    """The test above can fail: without GradGuide's state, the run differs."""
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     kit.train(model, optimizer, range(4))
@@ -93,7 +93,7 @@ def test_i03_skipped_steps_are_counted_on_across_a_load() -> None:
 
 
 def test_i03_loaded_direction_and_counters_are_not_shared_with_the_state() -> None:
-    """Torch shares the base's own tensors with the dict that it loads; ours are copied."""
+    """Torch shares the base's tensors with the loaded dict; GradGuide copies its own."""
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     kit.train(model, optimizer, range(2))
@@ -131,7 +131,7 @@ def test_i21_before_the_first_step_the_state_is_the_bases() -> None:
 
 
 def plain_state() -> dict[str, Any]:
-    """The state of a bare AdamW after three steps, over the groups that kit.guide makes."""
+    """Return the state of a plain AdamW after three steps over the groups of kit.guide."""
     model = kit.net()
     parameters = list(model.parameters())
     bare = kit.adamw([{"params": parameters[:1]}, {"params": parameters[1:]}])
@@ -172,7 +172,7 @@ def test_i21_plain_checkpoint_does_not_warn_where_nothing_is_missed() -> None:
 
 
 def test_i21_state_of_other_rules_loads() -> None:
-    """Rules may be switched between runs: a direction that is not wanted is dropped, one that is missing is new."""
+    """Rules may change between runs: an unused direction is dropped, a missing one starts at zero."""
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     kit.train(model, optimizer, range(3))
@@ -209,7 +209,7 @@ def test_i14_direction_of_low_precision_parameters_is_float32_after_loading(dtyp
 
 
 def test_counters_on_another_device_are_brought_to_the_host() -> None:
-    """As on CUDA, where totals lie on the device from the first step on; fake tensors know devices that are absent."""
+    """On CUDA, totals are on the device after the first step. Fake tensors simulate a missing device."""
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     kit.train(model, optimizer, range(1))

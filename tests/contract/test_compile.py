@@ -16,7 +16,7 @@ from tests.contract import kit
 def test_compiled_is_bitwise_the_same(what: str, kind: str) -> None:
     plain, model = kit.net(), kit.net()
     one, other = kit.guide(plain, kit.adamw, kind), kit.guide(model, kit.adamw, kind)
-    # The eager backend: what is traced runs as it was traced, without a compiler.
+    # The eager backend runs the traced graph without a compiler.
     compiled: Any = torch.compile(model, backend="eager") if what == "model" else model
     step = torch.compile(other.step, backend="eager") if what == "step" else other.step
 
@@ -27,7 +27,7 @@ def test_compiled_is_bitwise_the_same(what: str, kind: str) -> None:
 
     run = torch.compile(training_step, backend="eager") if what == "whole" else training_step
     for number in range(4):
-        run(kit.batch(number))  # drawn outside: older versions of torch do not trace a generator
+        run(kit.batch(number))  # outside the graph: older versions of torch do not trace a generator
     kit.train(plain, one, range(4))
     kit.assert_same(kit.parameters_of(model), kit.parameters_of(plain))
     kit.assert_same(other.state_dict(), one.state_dict())

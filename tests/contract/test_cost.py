@@ -1,4 +1,4 @@
-"""No step waits for the device unless it must (row 24): reads by the host, counted on the CPU."""
+"""No step synchronizes with the device unnecessarily (row 24): host reads, counted on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract import kit
 
 
 class Reads(TorchDispatchMode):
-    """Counts operations that copy a number to the host."""
+    """Counts operations that copy a value to the host."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -40,15 +40,15 @@ def test_i24_the_counter_counts() -> None:
 def test_i24_no_host_read_in_a_step_of_the_portable_backend(
     kind: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One source at most: with several the cone has a shortcut that reads, on the CPU only."""
+    """At most one source: with several, the projection has a shortcut on the CPU that reads."""
     monkeypatch.setattr("gradguide.ops.foreach._on_cpu", lambda device: False)
-    monkeypatch.setattr(finite, "_left_to_base", lambda measured, base, policy: True)  # as with a fused base on CUDA
+    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as with a fused base on CUDA
     model = kit.net()
     optimizer = kit.guide(model, lambda groups: kit.sgd(groups, fused=True), kind, scope, backend="foreach")
     kit.train(model, optimizer, range(2))
     kit.give_gradients(model, 5)
     with Reads() as reads, monkeypatch.context() as patch:
-        # These read without an operation that the mode would see.
+        # These read without an operation that the mode can intercept.
         for name in ("tolist", "numpy"):
             patch.setattr(torch.Tensor, name, None, raising=False)
         optimizer.step()

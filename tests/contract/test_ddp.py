@@ -16,7 +16,7 @@ from tests.contract import kit
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
-    """A gloo group of this process alone."""
+    """Create a gloo group of this process only."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         yield
@@ -36,17 +36,17 @@ def test_i18_ddp_with_bucket_views_equals_the_plain_model(kind: str) -> None:
     optimizer, other = kit.guide(model, kit.adamw, kind), kit.guide(plain, kit.adamw, kind)
     pointers = []
     for step in range(5):
-        optimizer.zero_grad(set_to_none=False)  # so that the gradients stay the buckets' views
+        optimizer.zero_grad(set_to_none=False)  # keeps the gradients as views of the buckets
         kit.loss_of(wrapped, kit.batch(step)).backward()
         held = [p.grad for p in model.parameters()]
         pointers.append([g.data_ptr() for g in held if g is not None])
         optimizer.step()
         assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
         kit.train(plain, other, [step])
-        # Not bitwise: a view begins anywhere in its bucket, and sums round differently there.
+        # Not bitwise: the alignment of a view changes the rounding of sums.
         close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
     assert len(pointers[-1]) == 4
-    # From the second step on: DDP rebuilds its buckets once, after the first backward.
+    # From the second step: DDP rebuilds its buckets once, after the first backward.
     assert all(p == pointers[-1] for p in pointers[2:])
     storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     assert len(storages) == 1, "the gradients are views of one bucket"

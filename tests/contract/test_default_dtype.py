@@ -1,4 +1,4 @@
-"""torch's default dtype, which loops set to bfloat16 to make a model, is none of a step's business."""
+"""A step does not depend on torch's default dtype, which training loops may set to bfloat16."""
 
 from __future__ import annotations
 

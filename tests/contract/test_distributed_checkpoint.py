@@ -1,4 +1,4 @@
-"""What distributed checkpointing does to an optimizer (rows 6, 7, 14)."""
+"""Effects of distributed checkpointing on an optimizer (rows 6, 7, 14)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.contract import kit
 
 
 def step_on_zeros(model: torch.nn.Module, optimizer: GradGuide) -> None:
-    """The step with which distributed checkpointing makes an optimizer allocate its state."""
+    """Make the step by which distributed checkpointing initializes an optimizer's state."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -28,7 +28,7 @@ def step_on_zeros(model: torch.nn.Module, optimizer: GradGuide) -> None:
 
 
 def own(optimizer: GradGuide) -> dict[str, torch.Tensor]:
-    """Direction and counters of every parameter, zeros where there are none yet."""
+    """Return direction and counters of every parameter, zeros for missing ones."""
     return {
         f"{index}/{key}": value.clone()
         for index, entry in optimizer.state_dict()["state"].items()
@@ -71,7 +71,7 @@ def test_i07_zero_gradient_step_allocates_and_counts_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", kit.KINDS)
 def test_i07_zero_gradient_step_before_training_does_not_change_the_run(kind: str) -> None:
-    """SGD keeps nothing, so a run that starts with the allocating step equals one that does not."""
+    """SGD has no state, so the initializing step must not change the run."""
     runs = []
     for allocate in (False, True):
         model = kit.net()

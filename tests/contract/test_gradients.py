@@ -1,4 +1,4 @@
-"""What happens to gradients: their scale, dtype, memory and absence (rows 9, 10, 13, 14, 15, 18, 25)."""
+"""Handling of gradients: scale, dtype, memory and absence (rows 9, 10, 13, 14, 15, 18, 25)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECISIONS = ("direction_cosine", "coherence", "source_cosine", "conflict", "clip
 
 @functools.cache
 def scaled_run(kind: str, scope: str, factor: float) -> tuple[list[dict[str, float]], list[Any], list[Any]]:
-    """Metrics, directions and guided gradients of five steps whose gradients are all times ``factor``."""
+    """Return metrics, directions and guided gradients of five steps with gradients times ``factor``."""
     model = kit.net()
     sources = [kit.source_of(model, seed=7, moving=False), kit.source_of(model, seed=8, moving=False)]
     extra: dict[str, Any] = {
@@ -68,7 +68,7 @@ def test_i09_norms_are_as_received_guided_and_clipped() -> None:
         assert metrics["grad_norm"] == pytest.approx(received.norm().item(), rel=1e-5)
         assert given.norm().item() == pytest.approx(0.5, rel=1e-5)
         assert metrics["guided_norm"] * metrics["clip_factor"] == pytest.approx(0.5, rel=1e-5)
-        if step < 2:  # one gradient before it is no evidence of a direction
+        if step < 2:  # one earlier gradient gives no coherence
             assert metrics["guided_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-6)
         else:
             assert 0.5 < metrics["guided_norm"] < metrics["grad_norm"], "damping shortens a gradient"
@@ -165,7 +165,7 @@ def test_i13_all_zero_gradients_from_the_start_stay_finite(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_i14_direction_does_not_stall_in_low_precision(dtype: torch.dtype) -> None:
-    """A constant gradient: in bf16 with decay 0.99 its running direction would stop at 0.98 of where it must be."""
+    """With a constant gradient and decay 0.99, a bf16 direction would stop at 0.98 of its limit."""
     parameter = nn.Parameter(torch.zeros(4, dtype=dtype))
     optimizer = GradGuide(kit.sgd([parameter], lr=0.0), direction=Direction(decay=0.99, damping=0.0))
     for _ in range(300):
@@ -212,7 +212,7 @@ def test_i18_gradients_are_written_in_place(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "foreach"])
 def test_i18_gradients_that_are_views_are_written_through(backend: str) -> None:
-    """Rows of one flat buffer, one of them transposed: what DDP's buckets and channels-last layers give."""
+    """Rows of one flat buffer, one of them transposed, as in DDP's buckets and channels-last layers."""
     views, plain = kit.net(), kit.net()
     one, other = kit.guide(views, kit.sgd, backend=backend), kit.guide(plain, kit.sgd, backend=backend)
     buffer = torch.zeros(sum(p.numel() for p in views.parameters()))

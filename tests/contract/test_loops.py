@@ -59,7 +59,7 @@ def test_i10_accelerate_with_accumulation_equals_large_batches(kind: str) -> Non
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_i04_accelerate_prepares_a_gradguide_that_has_stepped() -> None:
-    """prepare() sends the state through state_dict and load_state_dict; nothing may be lost on the way."""
+    """prepare() passes the state through state_dict and load_state_dict, which must be lossless."""
     from accelerate import Accelerator
 
     model = kit.net()
@@ -121,12 +121,12 @@ def lightning_module(kind: str, *, automatic: bool = True) -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("accumulate", "automatic"), [(1, True), (2, True), (1, False)])
 def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, automatic: bool, tmp_path: Path) -> None:
-    """Lightning wraps the optimizer in a class of its own, and steps with a closure unless the module steps itself."""
+    """Lightning wraps the optimizer in its own class, and steps with a closure unless the module steps itself."""
     pytest.importorskip("lightning")
     from lightning.pytorch import Trainer
 
     module = lightning_module("on update", automatic=automatic)
-    # Its source is built on `net`'s own names; the plain twin has the same ones.
+    # Its source uses the names of `net`, which the plain copy shares.
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -141,7 +141,7 @@ def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, automatic:
     trainer.fit(module, DataLoader(rows(24), batch_size=6 // accumulate))
     plain = kit.net()
     other = kit.guide(plain, kit.adamw, "on update")
-    torch.optim.lr_scheduler.LinearLR(other, total_iters=4)  # Lightning steps it after the epoch only
+    torch.optim.lr_scheduler.LinearLR(other, total_iters=4)  # Lightning steps it only after the epoch
     for x, y in DataLoader(rows(24), batch_size=6):
         other.zero_grad()
         kit.loss_of(plain, (x, y)).backward()
@@ -156,7 +156,7 @@ def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, automatic:
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_i22_accelerate_train_and_eval_are_no_ops_over_gradguide() -> None:
-    """Accelerate asks with hasattr before it forwards; a GradGuide that claimed train() would break here."""
+    """Accelerate checks hasattr before it forwards, so GradGuide must not always have train()."""
     optimizer = kit.guide(kit.net(), kit.adamw)
     from accelerate import Accelerator
 
@@ -168,7 +168,7 @@ def test_i22_accelerate_train_and_eval_are_no_ops_over_gradguide() -> None:
 
 
 class Holder(nn.Module):
-    """A module that keeps its optimizer, as trainers do."""
+    """A module that stores its optimizer, as trainers do."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Groups that maximize (row 28): the trajectory of the same problem stated as descent, for every rule."""
+"""Groups that maximize (row 28): same trajectory as the problem written as descent, for every rule."""
 
 from __future__ import annotations
 
@@ -72,20 +72,20 @@ SIGNS = {"one sign": (-1, -1), "both signs": (1, -1)}
 
 
 def problem(named: dict[str, nn.Parameter], signs: Sequence[int], step: int) -> Tensor:
-    """The sum over groups of ``sign`` times what the group's step is to make small."""
+    """Return the sum over groups of ``sign`` times the loss that the group's step decreases."""
     loss = torch.zeros(())
     for sign, prefix in zip(signs, ("a.", "b."), strict=True):
         for name, parameter in named.items():
             if name.startswith(prefix):
                 target = draw(50 + step % 3)[name]
                 loss = loss + sign * ((parameter - target).square() + torch.cos(3 * parameter)).mean()
-    return loss * (30.0 if step == 4 else 1.0)  # which stands out, so that adaptive clipping acts
+    return loss * (30.0 if step == 4 else 1.0)  # an outlier, so that adaptive clipping acts
 
 
 def run(
     base: str, rules: str, scope: str, signs: Sequence[int], stated: bool, backend: str, steps: int = STEPS
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
-    """Parameters and metrics after each step; ``stated`` as descent, or with ``maximize`` where the sign is -1."""
+    """Return parameters and metrics per step; ``stated`` as descent, or with ``maximize`` if the sign is -1."""
     named = {name: nn.Parameter(table) for name, table in draw(0).items()}
     groups = [
         {
@@ -121,7 +121,7 @@ def test_i28_maximize_is_the_same_problem_stated_as_descent(base: str, rules: st
     backend = "foreach" if scope == "tensor" else "auto"
     found, metrics = run(base, rules, scope, SIGNS[signs], False, backend)
     wanted, expected = run(base, rules, scope, SIGNS[signs], True, backend)
-    # A difference quotient divides what rounding leaves by a small move.
+    # A difference quotient divides rounding errors by a small step.
     rtol, atol = (1e-2, 3e-4) if "quotient" in rules else (1e-4, 1e-5)
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
@@ -131,16 +131,16 @@ def test_i28_maximize_is_the_same_problem_stated_as_descent(base: str, rules: st
 
 @pytest.mark.parametrize("rules", [rules for rules in RULES if "quotient" not in rules])
 def test_i28_of_one_sign_every_bit_is_the_same(rules: str) -> None:
-    """But of a difference quotient, which is taken on the other side."""
+    """Except for a difference quotient, which is taken on the other side."""
     found, metrics = run("AdamW", rules, "global", (-1, -1), False, "auto")
     wanted, expected = run("AdamW", rules, "global", (-1, -1), True, "auto")
     assert all(map(torch.equal, found, wanted))
-    assert repr(metrics) == repr(expected)  # NaN and all
+    assert repr(metrics) == repr(expected)  # repr, so that NaN equals NaN
 
 
 @pytest.mark.parametrize("rules", RULES)
 def test_i28_every_rule_changes_this_trajectory(rules: str) -> None:
-    """So that none of these tests compares what does nothing."""
+    """Ensures that the other tests compare rules that act."""
     guided, _ = run("SGD", rules, "global", (-1, -1), False, "auto")
     named = {name: nn.Parameter(table) for name, table in draw(0).items()}
     plain = BASES["SGD"]([{"params": list(named.values()), "maximize": True}])
@@ -170,7 +170,7 @@ def test_i28_a_sign_that_changes_within_a_run_counts_from_then_on() -> None:
 
 
 class Climbing(Optimizer):
-    """Says on itself, not in its groups, that it maximizes."""
+    """Sets ``maximize`` on the optimizer, not in its groups."""
 
     maximize = True
 

@@ -38,7 +38,9 @@ class Wrapped(Tensor):
         self.held = inner
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any,  # type: ignore[override] types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         inner = tree_map(lambda x: x.held if isinstance(x, Wrapped) else x, (args, kwargs or {}))
         found = func(*inner[0], **inner[1])
         if func is torch.ops.aten.detach.default:

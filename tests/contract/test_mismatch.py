@@ -1,4 +1,4 @@
-"""State that does not fit: an error that says why, and nothing changed (row 21)."""
+"""State that does not fit: an error gives the reason, and nothing is changed (row 21)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained(model: nn.Module, **extra: Any) -> GradGuide:
 
 
 def state_over(parameters: list[nn.Parameter], groups: int = 1) -> State:
-    """The state of a GradGuide over these parameters after a step."""
+    """Return the state of a GradGuide over these parameters after a step."""
     split = [{"params": parameters}] if groups == 1 else [{"params": [p]} for p in parameters]
     optimizer = GradGuide(kit.adamw(split))
     for parameter in parameters:
@@ -49,7 +49,7 @@ def own_state() -> State:
 
 
 def without_own(state: State) -> State:
-    """The base's part alone, as a run with a bare AdamW leaves it."""
+    """Return only the base's state, as after a run with a plain AdamW."""
     state = copy.deepcopy(state)
     for entry in state["state"].values():
         for key in [key for key in entry if key.startswith("gradguide.")]:
@@ -57,7 +57,7 @@ def without_own(state: State) -> State:
     return state
 
 
-# Each: what makes the state, and what the message must say.
+# Each: function that makes the state, and pattern of the message.
 MISFITS: dict[str, tuple[Callable[[], State], list[str]]] = {
     "more groups": (lambda: state_over(parameters((6, 4), (6,), (3, 6), (3,)), groups=4), ["4", "1", "groups"]),
     "fewer parameters": (lambda: state_over(parameters((6, 4), (6,))), ["group 0", "2 ", "4 ", "frozen|adapter"]),
@@ -100,7 +100,7 @@ def test_i21_misfit_is_explained_and_changes_nothing(misfit: str) -> None:
 
 
 def test_i21_misfit_in_the_bases_own_tensors_is_seen_without_a_direction() -> None:
-    """With share_momentum there is no direction to compare, but a momentum of another shape fits as little."""
+    """With share_momentum there is no direction to compare, but a momentum of another shape must be found."""
     shared = Direction(share_momentum=True)
     other_model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     state = copy.deepcopy(trained(other_model, direction=shared).state_dict())
@@ -151,7 +151,7 @@ def test_i21_groups_keep_their_options_when_a_load_fails() -> None:
 
 
 def test_i21_load_hooks_see_and_replace_the_state() -> None:
-    """Torch's hooks around loading work as on any optimizer; a replaced state is what is loaded."""
+    """Torch's load hooks work as on any optimizer. If a hook replaces the state, the new one is loaded."""
     model = kit.net()
     optimizer = trained(model)
     state = own_state()

@@ -50,7 +50,7 @@ def test_i15_training_goes_on_after_a_step_without_gradients_as_if_it_had_not_be
 
 
 class Counting(torch.optim.SGD):
-    """A base that counts its steps, whatever gradients there are."""
+    """A base that counts its steps, with or without gradients."""
 
     count = 0
 
@@ -126,7 +126,7 @@ def test_i15_a_head_without_a_batch_is_as_if_its_optimizer_had_not_stepped() -> 
 
 @pytest.mark.filterwarnings("ignore:no parameter has a gradient")
 def test_i15_a_gan_trains_each_side_on_its_own_steps() -> None:
-    """Both optimizers step after each backward pass; gradients are only of the side whose turn it is."""
+    """Both optimizers step after each backward pass, but only one side has gradients."""
 
     def train(both: bool) -> list[Tensor]:
         torch.manual_seed(0)

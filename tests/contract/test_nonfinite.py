@@ -16,7 +16,7 @@ PAIRS = [(BAD[0], "auto"), (BAD[1], "foreach"), (BAD[2], "auto")]
 
 
 def spoil(model: torch.nn.Module, value: float, step: int = 50) -> None:
-    """Good gradients but for one element."""
+    """Set finite gradients except for one element."""
     kit.give_gradients(model, step)
     gradient = list(model.parameters())[2].grad
     assert gradient is not None
@@ -70,7 +70,7 @@ def test_i19_raise_names_the_parameter_and_changes_nothing(kind: str, value: flo
 
 
 def test_i19_huge_but_finite_gradients_are_no_fault() -> None:
-    """Their squares overflow float32; the step is made all the same, clipped."""
+    """Their squares overflow float32. The step is still made, and clipped."""
     for backend in BACKENDS:
         model = kit.net()
         optimizer = kit.guide(model, kit.sgd, backend=backend, nonfinite="raise")

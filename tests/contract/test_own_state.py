@@ -1,4 +1,4 @@
-"""State dicts: one that the same optimizer gave loads, a damaged one changes nothing (rows 21, 33)."""
+"""State dicts: one from the same optimizer loads, a damaged one changes nothing (rows 21, 33)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def set_to(index: int, value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
-# Each: what is put in the place of a direction, and what the message says.
+# Each: replacement of a direction, and pattern of the message.
 DIRECTIONS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "text": (lambda d: "text", "must be a tensor, found str"),
     "none": (lambda d: None, "must be a tensor, found NoneType"),
@@ -228,7 +228,7 @@ def lose_step(state: State) -> None:
 
 
 class Late(torch.optim.SGD):
-    """Fails after it has loaded."""
+    """Raises an error after loading."""
 
     def load_state_dict(self, state_dict: State) -> None:
         super().load_state_dict(state_dict)
@@ -246,7 +246,7 @@ def test_i21_a_base_that_fails_to_load_leaves_everything_as_it_was(case: str, mo
     before, held = kit.snapshot(model, optimizer), (base.state, base.param_groups)
     error: type[BaseException] = RuntimeError
     if case.startswith("torch"):
-        lose_step(state)  # torch's loader notices when state and groups are replaced already
+        lose_step(state)  # torch's loader fails after it replaced state and groups
         error = ValueError
     elif case == "interrupted":
         error = KeyboardInterrupt
@@ -263,7 +263,7 @@ def test_i21_a_base_that_fails_to_load_leaves_everything_as_it_was(case: str, mo
     kit.train(model, optimizer, range(4, 5))
 
 
-# What the fuzz puts in the place of a value, by chance.
+# Random replacements of values in the fuzz test.
 THINGS: list[Callable[[random.Random, Any], Any]] = [
     lambda r, v: None,
     lambda r, v: "text",
@@ -289,7 +289,7 @@ THINGS: list[Callable[[random.Random, Any], Any]] = [
 
 
 def mutate(state: State, chance: random.Random) -> State:
-    """A copy with one or two changes anywhere: a value, a key, an entry, a group."""
+    """Return a copy with one or two random changes: a value, a key, an entry, a group."""
     state = copy.deepcopy(state)
     for _ in range(chance.choice([1, 1, 2])):
         entries = [entry for entry in state["state"].values() if isinstance(entry, dict) and entry]
@@ -319,7 +319,7 @@ def mutate(state: State, chance: random.Random) -> State:
 
 
 def without_own(state: State) -> State:
-    """The base's part alone."""
+    """Return only the base's state."""
     kept: dict[Any, Any] = {}
     for key, entry in state["state"].items():
         if isinstance(entry, dict):
@@ -362,7 +362,7 @@ def test_i21_any_damage_is_refused_with_nothing_changed_or_does_what_it_does_to_
             kit.assert_same(kit.snapshot(model, optimizer), before)
             continue
         except Exception as error:
-            # Only what the base alone does with its own part.
+            # Accept the errors that the base alone gives for its state.
             assert fails(partial(make(list(plain.parameters())).load_state_dict, without_own(given))), error
             kit.assert_same(kit.snapshot(model, optimizer), before)
             continue

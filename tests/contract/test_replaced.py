@@ -1,4 +1,4 @@
-"""Parameters that are replaced, resized or joined by others after construction."""
+"""Parameters that are replaced, resized or added after construction."""
 
 from __future__ import annotations
 

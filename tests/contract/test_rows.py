@@ -1,4 +1,4 @@
-"""Every row of the contract has a test that is named after it, and every such test has a row."""
+"""Every row of the contract has a test named after it, and every such test has a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every scheduler of torch drives GradGuide as it drives the base, without a warning of its own (rows 1, 26)."""
+"""Every scheduler of torch works with GradGuide as with the base, without additional warnings (rows 1, 26)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SCHEDULERS: dict[str, Make] = {
 
 
 def schedule(scheduler: Any, model: torch.nn.Module, optimizer: Optimizer, steps: range) -> list[Any]:
-    """What the optimizer's groups say after each step."""
+    """Return the settings of the optimizer's groups after each step."""
     seen = []
     for step in steps:
         kit.train(model, optimizer, [step])
@@ -105,7 +105,7 @@ def test_i26_no_warning_in_the_right_order_whatever_the_rules(kind: str) -> None
         optimizer = kit.guide(model, kit.adamw, kind)
         scheduler = lr_scheduler.StepLR(optimizer, 1)
         schedule(scheduler, model, optimizer, range(3))
-        scheduler = lr_scheduler.StepLR(optimizer, 1)  # a second one, as when training in phases
+        scheduler = lr_scheduler.StepLR(optimizer, 1)  # a second scheduler, as for training in phases
         schedule(scheduler, model, optimizer, range(3, 6))
         optimizer.load_state_dict(optimizer.state_dict())
 
@@ -133,7 +133,7 @@ def test_i26_the_warning_of_the_wrong_order_still_comes(active: bool) -> None:
 
 
 def test_i01_a_guided_update_scales_with_the_scheduled_rate() -> None:
-    """The rate that the scheduler set is the one in effect: an SGD step of a tenth of the rate is a tenth as long."""
+    """The scheduled rate is in effect: with a tenth of the rate, an SGD step is a tenth as long."""
     lengths = []
     for factor in (1.0, 0.1):
         model = kit.net()

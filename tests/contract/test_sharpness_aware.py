@@ -1,4 +1,4 @@
-"""Optimizers that evaluate the closure within their own step (row 23): refused, with the way out, which works."""
+"""Optimizers that evaluate the closure within their own step (row 23) are rejected. The suggested fix works."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.contract import kit
 
 
 class Sharp(Optimizer):
-    """Sharpness-aware minimization as its public implementations have it; no closure is an error."""
+    """Sharpness-aware minimization as in public implementations. It raises without a closure."""
 
     def __init__(self, params: Any, base: Callable[..., Optimizer], rho: float = 0.05, **options: Any) -> None:
         super().__init__(params, {"rho": rho, **options})
@@ -49,7 +49,7 @@ class Sharp(Optimizer):
 
 
 class Required(Optimizer):
-    """Its signature says that there must be a closure."""
+    """Its signature requires a closure."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})
@@ -59,7 +59,7 @@ class Required(Optimizer):
 
 
 class Late(SGD):
-    """Nothing but its step says so."""
+    """Only its step requires a closure."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None:

@@ -111,7 +111,7 @@ def test_i05_trainer_takes_class_and_options(tmp_path: Path) -> None:
     assert optimizer is not None
     assert isinstance(optimizer.base, torch.optim.AdamW)
     assert optimizer.metrics()["steps"] == 4
-    # Trainer's own groups: with weight decay, and without it for biases and norms.
+    # Trainer makes two groups: without weight decay for biases and norms, and with it.
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert optimizer.base.defaults["betas"] == (0.8, 0.9)
     assert optimizer.param_groups[0]["lr"] == 0.0, "the linear schedule ran to its end"
@@ -119,7 +119,7 @@ def test_i05_trainer_takes_class_and_options(tmp_path: Path) -> None:
 
 
 def test_i03_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
-    """The checkpoint of step 2, loaded by a new Trainer in another model, ends where the first run ended."""
+    """A new Trainer with another model loads the checkpoint of step 2 and ends like the first run."""
     model = bert()
     optimizer, scheduler = wrapped_adamw(model)
     trainer_of(model, tmp_path, optimizers=(optimizer, scheduler)).train()
@@ -137,7 +137,7 @@ def test_i03_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_i10_trainer_with_accumulation_counts_real_steps(tmp_path: Path) -> None:
-    """At a rate of 0 both runs see the same gradients but for their scale: Trainer sums some micro-batches."""
+    """At a rate of 0 both runs have the same gradients up to scale: Trainer sums some micro-batches."""
     runs = []
     for size, accumulate in ((4, 1), (2, 2)):
         model = bert()

@@ -1,4 +1,4 @@
-"""GradGuide as an optimizer among others: what is forwarded, copies, wrappers (rows 1, 4, 5, 6, 8, 20, 22)."""
+"""GradGuide as an optimizer: forwarded attributes, copies, wrappers (rows 1, 4, 5, 6, 8, 20, 22)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_i04_groups_swapped_after_construction_are_the_ones_stepped() -> None:
 
 @pytest.mark.parametrize("scope", ["global", "module"])
 def test_i08_source_and_scopes_follow_parameters_that_are_swapped_in(scope: str) -> None:
-    """FSDP2 puts other parameters in the places of those that GradGuide was made with; the run must be the same."""
+    """FSDP2 replaces the parameters after construction. The run must be the same."""
     model, twin, plain = kit.net(), kit.net(), kit.net()
     optimizer, other = (kit.guide(m, kit.adamw, "on update", scope) for m in (model, plain))
     swapped = iter(twin.parameters())
@@ -146,7 +146,7 @@ def test_i06_parameter_without_gradient_until_after_a_load_starts_late() -> None
 def test_i20_copies_continue_as_the_original_would(way: str, kind: str) -> None:
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw, kind, "module")
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts a method over step, which no copy may keep
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # patches step on the instance, which a copy must not have
     kit.train(model, optimizer, range(3))
     kept = kit.snapshot(model, optimizer)
 
@@ -212,7 +212,7 @@ def test_i05_guided_builds_what_gradguide_over_the_base_is() -> None:
 
 
 def test_i05_guided_looks_like_an_optimizer_class() -> None:
-    """Trainer takes whatever is no subclass of Optimizer for a factory, and calls it in another way."""
+    """Trainer treats anything that is not a subclass of Optimizer as a factory, with other arguments."""
     made: Any = guided(torch.optim.AdamW)
     assert isinstance(made, type)
     assert issubclass(made, Optimizer)

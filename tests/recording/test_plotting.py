@@ -24,7 +24,7 @@ def history(*rows: dict[str, float]) -> History:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Every figure that was saved; the files stay empty."""
+    """Record all saved figures. The files stay empty."""
     figure = pytest.importorskip("matplotlib.figure")
     found: list[Any] = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: found.append(self))
@@ -62,7 +62,7 @@ def test_runs_are_drawn_with_their_values(drawn: list[Any], tmp_path: Path) -> N
 
 
 def test_a_run_has_one_colour_in_all_panels_and_in_the_legend(drawn: list[Any], tmp_path: Path) -> None:
-    """Also where runs recorded different metrics, so that no panel has all runs."""
+    """Also if runs recorded different metrics, so that no panel contains all runs."""
     runs = {
         "first": history({"coherence": 0.5}),
         "second": history({"grad_norm": 1.0}),

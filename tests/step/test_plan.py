@@ -1,4 +1,4 @@
-"""The plan of a step: what makes it stale, and that nothing outlives it that it should not."""
+"""The plan of a step: changes that make it stale, and references that it must not keep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIGNS = [1, 1]
 
 
 def signed() -> tuple[Groups, list[nn.Parameter], Signature]:
-    """Two param groups and their signature."""
+    """Return two param groups and their signature."""
     held = parameters()
     give_gradients(held, 0)
     groups: Groups = [{"params": held[:2]}, {"params": held[2:]}]
@@ -47,7 +47,7 @@ def test_a_plan_holds_for_other_gradients_and_other_memory() -> None:
     give_gradients(held, 1)
     for parameter in held:
         parameter.data = parameter.data.clone()
-    assert signature.holds(groups, SIGNS)
+    assert signature.matches(groups, SIGNS)
 
 
 def replaced(groups: Groups, held: list[nn.Parameter]) -> None:
@@ -121,13 +121,13 @@ def parameter_of_another_type(groups: Groups, held: list[nn.Parameter]) -> None:
 def test_a_plan_is_stale_after(change: Callable[[Groups, list[nn.Parameter]], None]) -> None:
     groups, held, signature = signed()
     change(groups, held)
-    assert not signature.holds(groups, SIGNS)
+    assert not signature.matches(groups, SIGNS)
 
 
 def test_a_plan_is_stale_after_a_group_maximizes() -> None:
     groups, _, signature = signed()
-    assert signature.holds(groups, SIGNS)
-    assert not signature.holds(groups, [1, -1])
+    assert signature.matches(groups, SIGNS)
+    assert not signature.matches(groups, [1, -1])
 
 
 def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_refused() -> None:
@@ -144,11 +144,11 @@ def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_ref
 
 
 def test_no_plan_is_kept_where_a_parameter_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks may have gradients of different parameters, and must plan together."""
+    """Ranks may have gradients of different parameters, and planning uses collectives."""
     groups, held, signature = signed()
     monkeypatch.setattr("gradguide.step.signature.layout_of", lambda p: object() if p is held[2] else None)
-    assert not signature.holds(groups, SIGNS)
-    assert not Signature(groups, SIGNS).holds(groups, SIGNS)
+    assert not signature.matches(groups, SIGNS)
+    assert not Signature(groups, SIGNS).matches(groups, SIGNS)
 
 
 def test_between_steps_no_gradient_is_kept_alive() -> None:
@@ -166,7 +166,7 @@ def test_between_steps_no_gradient_is_kept_alive() -> None:
 
 @pytest.mark.parametrize("share", [False, True])
 def test_parameters_whose_data_change_between_steps_are_guided_on(share: bool) -> None:
-    """As when a model is cast, or its parameters are laid into other memory."""
+    """This happens when a model is cast, or its parameters move to other memory."""
     runs = []
     for moving in (False, True):
         held = parameters()
@@ -262,7 +262,7 @@ def test_a_tensor_without_memory_has_no_address(tensor: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("share", [False, True])
 def test_no_state_of_the_base_is_kept_alive(share: bool) -> None:
-    """As when it is moved to the host between steps."""
+    """The state may move to the host between steps."""
     held = parameters()
     optimizer = GradGuide(AdamW(held), direction=Direction(share_momentum=share))
     for step in range(3):

@@ -51,7 +51,7 @@ class Operations(TorchDispatchMode):
 
 def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], list[str]]:
     """Kernels and operations of the third step."""
-    monkeypatch.setattr(finite, "_left_to_base", lambda measured, base, policy: True)  # as on CUDA, where it is fused
+    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as on CUDA, where it is fused
     held = [nn.Parameter(torch.ones(5, 3)) for _ in range(4)]
     names = [(f"layer{i // 2}.p{i}", p) for i, p in enumerate(held)]
     if "on" in options:

@@ -1,4 +1,4 @@
-"""gradguide demo: its options, and its errors as one line."""
+"""gradguide demo: options, and errors as one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[DemoConfig]:
-    """The options of every demo that was started; none is run."""
+    """Record the options of every started demo. No demo runs."""
     found: list[DemoConfig] = []
     monkeypatch.setattr(run_file, "run", found.append)
     return found
@@ -97,7 +97,7 @@ def test_bad_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, "demo", *argv)
-    # Nothing but the empty output folder, which is checked before the data are read.
+    # Only the empty output folder exists: it is checked before the data are read.
     assert [path.name for path in tmp_path.rglob("*")] in ([], ["gradguide-demo"])
 
 

@@ -1,4 +1,4 @@
-"""Five skipped steps in a row are worth one warning, which names the first parameter with a NaN."""
+"""Five skipped steps in a row give one warning, which names the first parameter with a NaN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract import kit
 
 
 def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:
-    """Steps with good (g) and bad (b) gradients, and what was warned of."""
+    """Run steps with good (g) and bad (b) gradients, and return the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for kind in kinds:

@@ -1,4 +1,4 @@
-"""Names without what wrappers add, the module and adapter of a parameter, and what may be given as names."""
+"""Names without wrapper prefixes, the module and adapter of a parameter, and accepted forms of ``names``."""
 
 from __future__ import annotations
 

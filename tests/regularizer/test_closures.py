@@ -1,4 +1,4 @@
-"""What a second evaluation must not leave behind, and closures that cannot work."""
+"""Side effects that the second evaluation must not have, and closures that cannot work."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_buffers_and_randomness_are_those_of_one_evaluation(form: str) -> None:
 
 
 def test_dropout_draws_the_same_mask_in_both_evaluations() -> None:
-    """With other masks the quotient would be dominated by their difference, which the division blows up."""
+    """With different masks, their difference would dominate the quotient."""
     found = []
     for form in FORMS:
         model = Noisy().double()
@@ -127,7 +127,7 @@ def test_a_closure_that_fails_the_second_time_leaves_everything_as_the_first_lef
 
 
 def test_gradients_that_are_views_of_a_shared_buffer_survive() -> None:
-    """As under DDP, where the second backward pass fills the very memory of the first one's gradients."""
+    """As under DDP, where the second backward pass writes to the memory of the first one's gradients."""
     found = []
     for shared in (False, True):
         model = kit.net()
@@ -330,7 +330,7 @@ def test_what_a_regularizer_needs_of_gradguide() -> None:
 
 
 def test_it_works_beside_every_rule_and_survives_copies() -> None:
-    """Sources of the alignment and of the regularizer are told apart; a copy goes on bit for bit."""
+    """Sources of alignment and regularizer are kept apart, and a copy continues bit for bit."""
     model = kit.net()
     source, other = kit.source_of(model, seed=7), kit.source_of(model, seed=8)
     optimizer = GradGuide(

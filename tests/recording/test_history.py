@@ -1,4 +1,4 @@
-"""The history of a run: rows, files and pictures."""
+"""The history of a run: rows, files and plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def history(*rows: dict[str, float]) -> History:
 
 
 def same(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> bool:
-    """Same keys in the same order, and the same numbers, NaN for NaN."""
+    """Return whether keys, their order and values are equal. NaN equals NaN."""
     left, right = ([[(k, None if math.isnan(v) else v) for k, v in row.items()] for row in r] for r in (found, wanted))
     return left == right
 
@@ -116,12 +116,12 @@ def test_round_trip_of_anything(
     kept = history(*rows)
     path = tmp_path_factory.mktemp("history") / f"h.{suffix}"
     kept.save(path)
-    # A metric that a row lacks is one that was not measured.
+    # A metric missing in a row was not measured.
     assert same(History.load(path).rows, [{key: row.get(key, NAN) for key in kept.columns()} for row in kept.rows])
 
 
 class Counted(dict[str, float]):
-    """A row that counts how often it is looked through or into."""
+    """A row that counts iterations and look-ups."""
 
     reads = 0
 

@@ -1,4 +1,4 @@
-"""No read by the host within a step of the portable backend: each would make it wait for an accelerator."""
+"""A step of the portable backend reads no value on the host: each read would synchronize with the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradguide.step import nonfinite as finite
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations by which the host asks for a number that a device holds."""
+    """Counts operations that transfer a value from the device to the host."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -30,7 +30,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("on", ["update", "gradient"])
 def test_a_step_reads_nothing(scope: str, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradguide.ops.foreach._on_cpu", lambda device: False)
-    monkeypatch.setattr(finite, "_left_to_base", lambda measured, base, policy: True)  # as with a fused base on CUDA
+    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as with a fused base on CUDA
     model = nn.Linear(4, 3)
     named = dict(model.named_parameters())
     tables = ({name: torch.rand_like(p) for name, p in named.items()} for _ in range(3))

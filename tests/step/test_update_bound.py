@@ -1,4 +1,4 @@
-"""The bound on the update holds for what is written, whatever the gradient, the rate, the precision and the rules."""
+"""The bound holds for the written update, for every gradient, learning rate, precision and set of rules."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def guided(
 
 
 def excess(before: Sequence[Tensor], after: Sequence[Tensor], scope: str, largest: float) -> float:
-    """How far the update is beyond the bound and rounding, over the bound: at most 0 where it holds."""
+    """Return the excess of the update over bound and rounding, relative to the bound: at most 0 if the bound holds."""
     groups = [[i] for i in range(len(before))] if scope == "tensor" else [list(range(len(before)))]
     worst = -math.inf
     for group in groups:
         old, new = (torch.cat([side[i].double().reshape(-1) for i in group]) for side in (before, after))
         bound = largest * max(float(old.norm()), 0.01 * math.sqrt(len(old)))
         about = torch.finfo(before[0].dtype)
-        # Coefficients and sums are in float32, and what is written is rounded to a multiple of the precision's steps.
+        # Coefficients and sums are in float32. The written values are rounded to the parameter's precision.
         rounding = (about.eps + 4 * 2**-23) * float(new.abs().maximum(old.abs()).norm())
         rounding += about.smallest_normal * about.eps * math.sqrt(len(old))
         worst = max(worst, (float((new - old).norm()) - rounding) / bound - 1 - 1e-5)
@@ -69,7 +69,7 @@ def test_the_bound_holds(
     backend: str, seed: int,
 ) -> None:  # fmt: skip
     held = [nn.Parameter(t) for t in draw(seed, length, dtype)]
-    largest = 1e4 if dtype == torch.float16 else 1e30  # torch refuses a rate that the precision does not hold
+    largest = 1e4 if dtype == torch.float16 else 1e30  # torch rejects a rate that the precision cannot represent
     made = {"SGD": SGD, "AdamW": AdamW}[base](held, lr=min(rate, largest))
     optimizer = guided(held, made, sources, scope, 0.05, direction=None, backend=backend)
     for step in range(2):

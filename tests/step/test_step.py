@@ -1,4 +1,4 @@
-"""Whole steps against a second writing of the method: flat float64 vectors, no Gram matrix."""
+"""Compare whole steps with a second implementation of the method: flat float64 vectors, no Gram matrix."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_steps_are_the_methods(
         fill(trained, gradient)
         optimizer.step()
         oracle.step(gradient)
-        # The direction is kept in float32, and everything that follows from it is as exact as that.
+        # The direction is stored in float32, which limits the accuracy of everything computed from it.
         assert torch.allclose(flat(trained), oracle.theta, rtol=1e-5, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""gradguide inspect: what it says against sums done by hand."""
+"""gradguide inspect: compare its output with sums computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps left out by a flag on the device: only CUDA needs it, every fused base can do it, so it is tested here too."""
+"""Steps skipped by a flag on the device. Only CUDA uses it; fused bases on the CPU support it and are tested here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradguide.step import nonfinite as finite
 
 @pytest.mark.parametrize("kind", [AdamW, Adam, SGD])
 def test_a_fused_base_leaves_the_step_out_itself(kind: type[AdamW], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "_left_to_base", lambda measured, base, policy: True)
+    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)
     results = []
     for skipped in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The metrics of a step against a float64 computation on flat vectors."""
+"""Compare the metrics of a step with a float64 computation on flat vectors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parameters() -> dict[str, nn.Parameter]:
 
 
 def vectors(count: int, seed: int, drift: float = 0.0) -> list[Tensor]:
-    """Flat vectors [10] in float64 with a common part."""
+    """Return flat float64 vectors [10] with a common component."""
     generator = torch.Generator().manual_seed(seed)
     return [drift + torch.randn(10, generator=generator, dtype=torch.float64) for _ in range(count)]
 
@@ -83,7 +83,7 @@ def test_before_the_first_step() -> None:
 
 
 def test_values_over_steps() -> None:
-    """Everything at once but damping: a moving source, pull, projection of the gradient, clipping."""
+    """All features except damping: a moving source, pull, projection of the gradient, clipping."""
     known = parameters()
     s0, theta0 = vectors(2, seed=7)
     curve = vectors(1, seed=8)[0].abs()
@@ -232,7 +232,7 @@ def test_update_norm_is_what_the_parameters_moved_under_adam() -> None:
         optimizer.step()
         moved = flat(list(known.values())) - before
         same(optimizer.metrics(), {"update_norm": float(moved.norm())}, rel=1e-9)
-        # A step raises the source loss where it goes along s; one that would have is now orthogonal to it.
+        # A step along s increases the source loss. A conflicting step was projected and is orthogonal to s.
         assert cosine(moved, s) <= 1e-6
         touching += abs(cosine(moved, s)) < 1e-6
     assert touching >= 1
@@ -288,7 +288,7 @@ def test_skipped_steps_are_counted_and_not_measured() -> None:
         assert found["steps"] == (1, 1, 1, 2)[step]
         assert found["skipped"] == (0, 1, 2, 2)[step]
         assert math.isnan(found["grad_norm"]) == (g is bad)
-    # The direction has seen the good gradient only.
+    # Only the finite gradient entered the direction.
     same(found, {"direction_cosine": 1.0, "coherence": 1.0})
 
 
@@ -302,7 +302,7 @@ def test_zero_gradient() -> None:
 
 
 def test_damping_is_the_mean_over_scopes_that_have_a_gradient() -> None:
-    """Of two scopes one never has one. One gradient alone is no evidence."""
+    """One of two scopes never has a gradient. A single gradient gives no damping."""
     known = parameters()
     optimizer = GradGuide(SGD(known.values(), lr=0.1), direction=Direction(decay=DECAY, damping=0.5), scope="tensor")
     for step in range(30):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_two_writers_at_once_do_not_share_a_temporary(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.txt"]
 
 
-# Writers in processes of their own. The module is loaded alone: importing the package takes seconds.
+# Writers in separate processes. They load only this module, since importing the package takes seconds.
 WRITER = """
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
@@ -121,7 +121,7 @@ with atomic.replacing(sys.argv[2]) as temporary:
 
 @contextmanager
 def writer(target: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that is in the midst of writing ``target``, and goes on after a line of input."""
+    """Start a process that pauses while writing ``target``, and continues after a line of input."""
     command = [sys.executable, "-c", WRITER, str(atomic.__file__), str(target)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -264,7 +264,7 @@ def as_source(path: Path) -> None:
 @posix
 @pytest.mark.parametrize(("write", "name"), [(as_history, "a.csv"), (as_history, "a.jsonl"), (as_source, "a")])
 def test_a_full_disk_is_an_os_error_and_the_old_file_stays(tmp_path: Path, write: object, name: str) -> None:
-    """The system's limit on file sizes stands in for a full disk; Python ignores its signal."""
+    """The limit on file sizes simulates a full disk. Python ignores its signal."""
     import resource
 
     assert callable(write)

@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line of a command that ends with exit code 2."""
+    """Return the one line on stderr of a command that ends with exit code 2."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -78,7 +78,7 @@ def test_inspect_refuses_what_load_refuses_after_any_flipped_bit_of_the_header(
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """A source file whose metadata was changed by hand."""
+    """Write a source file with changed metadata."""
     metadata = {"format": 1, "names": ["w"], "examples": 1}
     change(metadata)
     save_file({"gradient/w": torch.ones(2)}, path, metadata={"gradguide": json.dumps(metadata)})
@@ -190,7 +190,7 @@ def test_a_closed_pipe_ends_quietly(
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["inspect", str(file), *arguments]) == 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what the buffer still holds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for data left in the buffer
     assert capsys.readouterr().err == ""
 
 
@@ -210,7 +210,7 @@ def test_a_closed_pipe_leaves_nothing_to_complain_about_when_the_interpreter_end
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr after Ctrl-C."""
+    """Return exit code, stdout and stderr after Ctrl-C."""
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
@@ -226,7 +226,7 @@ def started(tmp_path: Path, *argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
 
 
-# Takes the place of torch, whose import takes seconds, and waits to be interrupted.
+# Replaces torch, whose import takes seconds, and waits for the interrupt.
 TORCH = """
 import time, weakref
 

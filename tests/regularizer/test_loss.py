@@ -1,4 +1,4 @@
-"""guided_loss: the objective as a function, against what GradGuide steps with and by itself."""
+"""guided_loss: the objective as a function, alone and compared with GradGuide's gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradguide import guided_loss
 from tests.contract import kit
-from tests.objective.test_gradient import Case
+from tests.regularizer.test_gradient import Case
 
 
 @pytest.mark.parametrize("weights", [(0.3, 0.0, 0.0), (0.0, 0.2, 0.0), (0.0, 0.0, 0.4), (0.3, 0.2, 0.4)])

@@ -1,4 +1,4 @@
-"""The gradient of the regularised loss, in both forms, against autograd on the whole objective in float64."""
+"""Compare the gradient of the regularized loss, in both forms, with autograd on the objective in float64."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Case:
         return evaluate
 
     def step(self, optimizer: GradGuide, form: str) -> list[Tensor]:
-        """One step; the gradient that it took."""
+        """Make one step and return the gradient that it used."""
         before = kit.parameters_of(self.model)
         optimizer.step(self.closure(optimizer, form))
         return [old - new for old, new in zip(before, kit.parameters_of(self.model), strict=True)]
 
     def wanted(self, directions: Sequence[Tensor | None]) -> list[Tensor]:
-        """Autograd's gradient of L + R, one R per scope."""
+        """Return autograd's gradient of L + R, with one R per scope."""
         parameters = list(self.model.parameters())
         loss = self.loss()
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
@@ -126,21 +126,21 @@ def test_gradient_is_that_of_the_regularised_loss(
     for step in range(3):
         kept = optimizer._engine.directions
         parameters = list(case.model.parameters())
-        # At the first step there is no direction yet, and so no term for it.
+        # The first step has no direction yet, so that term is zero.
         directions = [kept[p].clone() if p in kept and step else None for p in parameters]
         wanted = case.wanted(directions)
         before = kit.parameters_of(case.model)
         found = case.step(optimizer, form)
         assert _error(found, wanted) < FORMS[form], step
         with torch.no_grad():
-            # A step at rate 1 leads far away, to where units are saturated; go on nearby.
+            # A step at rate 1 would saturate the units, so use a nearby point.
             for parameter, old in zip(parameters, before, strict=True):
                 parameter.copy_(old + 0.05 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_terms_do_what_they_say(form: str) -> None:
-    """Descent on L + R with one term: that term ends up smaller than descent on L alone leaves it."""
+    """Descent on L + R with one term makes that term smaller than descent on L alone."""
     for weights in ((0.5, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.5)):
         case = Case(3, 2, weights, 1)
         optimizer = case.guide(form)
@@ -173,7 +173,7 @@ def _descended(case: Case, directions: list[Tensor], regularised: bool) -> float
 
 @pytest.mark.parametrize("form", FORMS)
 def test_metrics_tell_of_the_loss_alone(form: str) -> None:
-    """The gradient as received is that of the loss, and so is what the direction remembers."""
+    """The gradient as received is that of the loss, and so is the running direction."""
     case, plain = Case(5, 2, (0.3, 0.2, 0.0), 0), Case(5, 2, (0.3, 0.2, 0.0), 0)
     optimizer = case.guide(form)
     case.step(optimizer, form)
@@ -196,7 +196,7 @@ def test_weights_rise_over_the_warmup(form: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-3), (torch.float16, 0.15), (torch.bfloat16, 0.4)])
 def test_finite_differences_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
-    """The error of H v itself, which is what rounding of the moved parameters leaves."""
+    """The error of H v, which comes from rounding the perturbed parameters."""
     case = Case(11, 2, (0.0, 0.5, 0.0), 0)
     wanted = case.wanted([None] * 4)
     gradients = torch.autograd.grad(case.loss(), list(case.model.parameters()))
