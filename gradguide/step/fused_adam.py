@@ -165,10 +165,12 @@ def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: in
         For each scope the update with itself, the parameters with themselves, the update with each source: Tensor
         [S, 2 + sources], float64.
     """
-    from gradguide.ops.triton.adam import launch_probe
+    from gradguide.ops.triton.adam import launch_preview_update
 
     sums = (
-        launch_probe(launch.columns, launch.rows, launch.own(gradient), launch.moments, launch.groups, first, sources)
+        launch_preview_update(
+            launch.columns, launch.rows, launch.own(gradient), launch.moments, launch.groups, first, sources
+        )
         for launch in launches
     )
     return reduce(torch.add, sums)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradguide import ops
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
@@ -131,7 +131,7 @@ class StepPlan:
     def snapshot(self) -> list[TensorList]:
         """Copy the parameters: for each bucket a list in memory that the plan keeps."""
         if self.cache.snapshots is None:
-            copies = [lay_out(bucket.values) for bucket in self.buckets]
+            copies = [allocate_contiguous(bucket.values) for bucket in self.buckets]
             self.cache.snapshots = [TensorList(each, metadata_of(each)) for each in copies]
         for bucket, copy in zip(self.buckets, self.cache.snapshots, strict=True):
             torch._foreach_copy_(copy, bucket.values)

@@ -1,4 +1,4 @@
-"""Cuts a bucket's tensors into pieces of bounded size, and reads and writes them."""
+"""Split a bucket's tensors into blocks of bounded size, and read and write the blocks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from gradguide.ops.row import Row, Write, scopes_of
 
-__all__ = ["LARGE", "Piece", "copy_into", "pieces", "row_tensors", "row_vector", "store", "tensors_of", "vector"]
+__all__ = ["LARGE", "Block", "blocks", "copy_into", "row_tensors", "row_vector", "store", "tensors_of", "vector"]
 
 LARGE = 1 << 17
-"""Most elements of a piece on a CPU: 512 KiB in float32, so that a piece stays in cache while it is worked on."""
+"""Maximum number of elements of a block on a CPU: 512 KiB in float32, so that a block stays in cache."""
 
 DEVICE_LARGE = 1 << 22
-"""The same on other devices, where each call costs a launch."""
+"""Maximum number of elements of a block on other devices. It is larger because each call costs a launch."""
 
 
-class Piece(NamedTuple):
+class Block(NamedTuple):
     """Part of a scope: several whole tensors, or elements ``start:stop`` of one.
 
     ``stop`` is None for whole tensors.
@@ -31,8 +31,8 @@ class Piece(NamedTuple):
     stop: int | None = None
 
 
-def pieces(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[Piece]:
-    """Yield the pieces of all scopes, in order. A tensor that is not contiguous in some list stays whole."""
+def blocks(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[Block]:
+    """Yield the blocks of all scopes, in order. A tensor that is not contiguous in every list is not split."""
     lists = [part for row in rows if row is not None for part in row.parts]
     lists += [write.into for write in writes]
     if not lists[0]:
@@ -44,30 +44,30 @@ def pieces(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator
         for index in tensors:
             length = lengths[index]
             if filled and filled + length > large:
-                yield Piece(scope, range(first, index))
+                yield Block(scope, range(first, index))
                 first, filled = index, 0
             filled += length
             if filled > large and all(part[index].is_contiguous() for part in lists):
                 for start in range(0, length, large):
-                    yield Piece(scope, range(index, index + 1), start, min(start + large, length))
+                    yield Block(scope, range(index, index + 1), start, min(start + large, length))
                 first, filled = index + 1, 0
         if filled:
-            yield Piece(scope, range(first, tensors.stop))
+            yield Block(scope, range(first, tensors.stop))
 
 
-def tensors_of(part: Sequence[Tensor], piece: Piece) -> list[Tensor]:
-    """Return the tensors of a piece, or a flat view of part of one."""
-    first = piece.tensors.start
-    if piece.stop is not None:
-        return [part[first].view(-1)[piece.start : piece.stop]]
-    return list(part[first : piece.tensors.stop])
+def tensors_of(part: Sequence[Tensor], block: Block) -> list[Tensor]:
+    """Return the tensors of a block, or a flat view of part of one."""
+    first = block.tensors.start
+    if block.stop is not None:
+        return [part[first].view(-1)[block.start : block.stop]]
+    return list(part[first : block.tensors.stop])
 
 
-def row_tensors(row: Row, piece: Piece, dtype: torch.dtype) -> list[Tensor]:
-    """Return the row in a piece: tensors of ``dtype``, for reading. They may be those of the row."""
+def row_tensors(row: Row, block: Block, dtype: torch.dtype) -> list[Tensor]:
+    """Return the row in a block: tensors of ``dtype``, read-only. They may alias the tensors of the row."""
 
     def taken(part: Sequence[Tensor]) -> list[Tensor]:
-        found = tensors_of(part, piece)
+        found = tensors_of(part, block)
         return found if found[0].dtype == dtype else [tensor.to(dtype) for tensor in found]
 
     if row.at is None or row.anchor is None:
@@ -81,33 +81,33 @@ def row_tensors(row: Row, piece: Piece, dtype: torch.dtype) -> list[Tensor]:
     return result
 
 
-def vector(part: Sequence[Tensor], piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Return the elements of a piece: Tensor [elements] of ``dtype``. It may be a view of the tensor's own memory."""
-    if len(piece.tensors) > 1:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors_of(part, piece)])
+def vector(part: Sequence[Tensor], block: Block, dtype: torch.dtype) -> Tensor:
+    """Return the elements of a block: Tensor [elements] of ``dtype``. It may be a view of the tensor."""
+    if len(block.tensors) > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors_of(part, block)])
     else:
-        flat = part[piece.tensors.start].reshape(-1)
-        if piece.stop is not None:
-            flat = flat[piece.start : piece.stop]
+        flat = part[block.tensors.start].reshape(-1)
+        if block.stop is not None:
+            flat = flat[block.start : block.stop]
     return flat if flat.dtype == dtype else flat.to(dtype)
 
 
-def row_vector(row: Row, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Return the row's elements in a piece: Tensor [elements] of ``dtype``, for reading."""
+def row_vector(row: Row, block: Block, dtype: torch.dtype) -> Tensor:
+    """Return the row's elements in a block: Tensor [elements] of ``dtype``, read-only."""
     if row.at is None or row.anchor is None:
         assert row.offset is not None
-        return vector(row.offset, piece, dtype)
-    result = vector(row.at, piece, dtype) - vector(row.anchor, piece, dtype)
+        return vector(row.offset, block, dtype)
+    result = vector(row.at, block, dtype) - vector(row.anchor, block, dtype)
     if row.scale is not None:
-        result.mul_(vector(row.scale, piece, dtype))
+        result.mul_(vector(row.scale, block, dtype))
     if row.offset is not None:
-        result.add_(vector(row.offset, piece, dtype))
+        result.add_(vector(row.offset, block, dtype))
     return result
 
 
-def store(into: Sequence[Tensor], piece: Piece, result: Tensor) -> None:
-    """Write a vector [elements] into a piece."""
-    targets = tensors_of(into, piece)
+def store(into: Sequence[Tensor], block: Block, result: Tensor) -> None:
+    """Write a vector [elements] into a block."""
+    targets = tensors_of(into, block)
     parts = result.split([target.numel() for target in targets])
     copy_into(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
 
