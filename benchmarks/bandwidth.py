@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
-from gradguide.ops.triton.adam import Groups, Moments, Settings, launch_adam, launch_probe, plan_adam
+from gradguide.ops.triton.adam import Groups, Moments, Settings, launch_adam, launch_preview_update, plan_adam
 
 ELEMENTS = 1 << 28
 """In 64 tensors. A row in float32 has 1 GiB, which no cache holds."""
@@ -80,7 +80,7 @@ def kernels(elements: int, device: torch.device) -> dict[str, Kernel]:
         lambda: launch_adam(own_columns, own, weights[:, :2], write, moments, groups, one, None, one.float()), 36.0
     )
     found["measure the update, g, d"] = Kernel(
-        lambda: launch_probe(own_columns, own, weights[:, :2], moments, groups, 2, 0), 20.0
+        lambda: launch_preview_update(own_columns, own, weights[:, :2], moments, groups, 2, 0), 20.0
     )
     return found
 

@@ -22,7 +22,7 @@ from benchmarks.sets import SETS
 from benchmarks.step import Option, Problem, Provider, base
 from gradguide import Alignment, GradGuide
 from gradguide.ops import Row, Stack, Write, foreach
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 
 SET = SETS["LoRA r16 of a 1.1B Llama"]
 PORTABLE, PLAIN = "portable backend", "plain torch code"
@@ -51,7 +51,7 @@ def passes(rounds: int) -> list[Result]:
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.randn(shape, generator=generator) for shape in SET.shapes]
     fresh = [torch.randn(shape, generator=generator) for shape in SET.shapes]
-    gradient, direction = [torch.empty_like(p) for p in parameters], lay_out(parameters)
+    gradient, direction = [torch.empty_like(p) for p in parameters], allocate_contiguous(parameters)
     rows = [Row(offset=gradient), Row(offset=direction)]
     turned, guided = (torch.tensor([pair], dtype=torch.float64) for pair in ([0.05, 0.95], [0.5, 0.3]))
     writes = [Write(into=direction, coefficients=turned), Write(into=gradient, coefficients=guided)]

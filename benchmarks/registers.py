@@ -150,8 +150,8 @@ def decision_calls(rules: Rules) -> list[Call]:
     with recorded() as calls:
         places, totals = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
         deciding.decide(spans[0], rules, one.new_ones(1, len(STATISTICS)), places, totals)
-        deciding.limit(spans[1], rules, one)
-        deciding.limit_unmade(spans[0], one.new_ones(1, update), rules, one)
+        deciding.constrain(spans[1], rules, one)
+        deciding.constrain_preview(spans[0], one.new_ones(1, update), rules, one)
     return calls
 
 
@@ -198,7 +198,7 @@ def adamw(rows: list[Row | None], like: Sequence[Tensor]) -> None:
             settings=settings * count, which=array("q", [0]), on_device=False, decoupled=True, maximize=False
         )
         if limited:
-            fused.launch_probe(columns, rows, coefficients, moments, groups, SOURCES, sources)
+            fused.launch_preview_update(columns, rows, coefficients, moments, groups, SOURCES, sources)
         for pulls in (None, coefficients) if limited else (None,):
             fused.launch_adam(columns, rows, coefficients, write, moments, groups, one, pulls, one.float())
     fused.launch_count(columns, moments, one.float())

@@ -27,7 +27,7 @@ from gradguide.checkpoint.validation import (
     checked_counters,
 )
 from gradguide.distributed.layouts import gathered, local, spread
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.step.engine import Engine
 
 __all__ = ["Own", "load", "merge"]
@@ -142,7 +142,7 @@ def _laid_out(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, 
     """Copy this rank's part of each direction that the rules keep into one block of memory."""
     keep = engine.rules.direction is not None and not engine.rules.direction.share_momentum
     saved = directions if keep else {}
-    made = dict(zip(saved, lay_out([local(p) for p in saved], torch.float32), strict=True))
+    made = dict(zip(saved, allocate_contiguous([local(p) for p in saved], torch.float32), strict=True))
     for parameter, direction in saved.items():
         made[parameter].copy_(gathered(direction.detach(), parameter))
     return made

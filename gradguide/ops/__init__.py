@@ -1,4 +1,4 @@
-"""Passes over the rows: ``gram`` measures them, ``combine_`` writes combinations of them. They know no rule."""
+"""Passes over the rows: ``gram`` measures them, ``combine_`` writes linear combinations. Independent of the rules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Ops", "Row", "Stack", "Write", "check_backend", "is_fused", "select"
 
 
 class Ops(Protocol):
-    """What a backend offers; ``gradguide.ops.reference`` says what the results must be.
+    """The interface of a backend; ``gradguide.ops.reference`` defines the results.
 
-    Rows are those of one bucket. A plain list of them has one scope, a Stack may have several.
+    Rows are those of one bucket. A plain list has one scope, a Stack may have several.
     """
 
     def gram(self, rows: Sequence[Row | None]) -> Tensor: ...
@@ -28,30 +28,30 @@ class Ops(Protocol):
 
 
 def check_backend(backend: str, devices: Iterable[torch.device] = ()) -> None:
-    """Raise if ``backend`` cannot be had for tensors on ``devices``.
+    """Raise if ``backend`` is not available for tensors on ``devices``.
 
     Raises:
-        ValueError: it is no backend's name.
-        RuntimeError: it was asked for by name, and something that it needs is missing, which the message names.
+        ValueError: the backend does not exist.
+        RuntimeError: the backend is "triton" and a requirement is missing; the message names it.
     """
     check_choice("backend", backend, ("auto", "foreach", "triton"))
     if backend == "triton":
         for device in devices:
             missing = lacks_triton(device)
             if missing is not None:
-                raise RuntimeError(f"backend='triton' cannot be had: {missing}; use backend='auto'")
+                raise RuntimeError(f"backend='triton' is not available: {missing}; use backend='auto'")
 
 
 def is_fused(backend: str, device: torch.device) -> bool:
-    """Whether tensors on ``device`` take the fused kernels."""
+    """Return whether tensors on ``device`` use the fused kernels."""
     return backend == "triton" or (backend == "auto" and device.type == "cuda" and lacks_triton(device) is None)
 
 
 def select(backend: str, device: torch.device) -> Ops:
-    """The backend for tensors on ``device``.
+    """Return the backend for tensors on ``device``.
 
-    "auto" takes the fused kernels on CUDA where they can run, and the portable backend elsewhere. "foreach" is the
-    portable one, "triton" the fused kernels.
+    "auto" selects the fused kernels on CUDA if they can run, else the portable backend. "foreach" is the portable
+    backend, "triton" the fused kernels.
 
     Raises:
         RuntimeError: backend "triton" cannot run on ``device``, or that is the meta device.

@@ -1,4 +1,4 @@
-"""Whether the fused kernels can run, and if not, why."""
+"""Check whether the fused kernels can run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 __all__ = ["lacks_triton"]
 
 OLDEST = (3, 5)
-"""Kernels take tuples, which earlier versions of Triton do not compile."""
+"""Minimum version of Triton: earlier ones do not compile kernels with tuple arguments."""
 
 CAPABILITY = (8, 0)
-"""Ampere: what Triton's compiler supports, and the first with bfloat16."""
+"""Minimum compute capability, Ampere: the oldest that Triton supports, and the first with bfloat16."""
 
 
 @cache
 def lacks_triton(device: torch.device) -> str | None:
-    """What is missing to run Triton kernels on ``device``, or None if nothing is.
+    """Return the missing requirement for Triton kernels on ``device``, or None if they can run.
 
-    In Triton's interpreter (``TRITON_INTERPRET=1``, for tests) kernels run on the CPU.
+    With Triton's interpreter (``TRITON_INTERPRET=1``, for tests) kernels run on the CPU.
     """
     try:
         version: str = import_module("triton").__version__

@@ -1,7 +1,7 @@
-"""The portable backend: torch operations on one piece at a time, on any device and in any precision.
+"""The portable backend: torch operations on one block at a time, on any device and in any precision.
 
-Working memory is that of one piece. On a CPU the host reads the coefficients. On other devices they stay there, and the
-host never waits.
+Working memory is that of one block. On a CPU the host reads the coefficients. On other devices they stay on the device,
+so the host does not synchronize.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradguide.ops.pieces import Piece, pieces, row_tensors, row_vector, store, tensors_of, vector
+from gradguide.ops.blocks import Block, blocks, row_tensors, row_vector, store, tensors_of, vector
 from gradguide.ops.row import Row, Write, check_shapes, check_writes, compute_dtype, sizes_of
 
 __all__ = ["combine_", "gram"]
 
 SMALL = 1 << 11
-"""On a CPU, tensors of at most so many elements are measured together, scope by scope, in float64."""
+"""On a CPU, tensors of at most this many elements are measured together, scope by scope, in float64."""
 
 DOT = 1 << 15
-"""Most elements of a float32 product on a CPU. Its error grows with their number, to 7.5e-6 of the product of the
-lengths where all elements are alike and every addition rounds the same way. It is 3e-7 for random elements."""
+"""Maximum number of elements of a float32 product on a CPU. The error grows with their number. Relative to the product
+of the lengths it reaches 7.5e-6 if all elements are equal and every addition rounds the same way, and 3e-7 for random
+elements."""
 
 SOUND = (1e-24, 1e30)
-"""Squared lengths between which float32 products have neither overflowed nor lost digits to underflow."""
+"""Range of squared lengths in which float32 products neither overflow nor lose digits to underflow."""
 
 WIDEST = 1e30
-"""Largest coefficient of a combination in float32. A larger one may overflow, so a CPU takes it in float64."""
+"""Largest coefficient of a combination in float32. Larger ones may overflow, so on a CPU they use float64."""
 
 Pairs = Sequence[tuple[int, int]]
 Values = Mapping[int, list[Tensor]]
@@ -38,10 +39,10 @@ Values = Mapping[int, list[Tensor]]
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Return the Gram matrices of the rows: Tensor [S, R, R], summed in float64 where the device has it.
+    """Return the Gram matrices of the rows: Tensor [S, R, R], summed in float64 if the device supports it.
 
-    On a CPU, products of tensors of more than ``SMALL`` elements are float32 where they are in its range. All others
-    are float64.
+    On a CPU, products of tensors of more than ``SMALL`` elements are float32 if they are in its range. All other
+    products are float64.
 
     Raises:
         ValueError: rows differ in the shapes of their tensors.
@@ -55,30 +56,30 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
     pairs = list(combinations_with_replacement(range(len(present)), 2))
     dtype = compute_dtype(rows)
     small, large = _Products([], []), _Products([], [])
-    for piece in pieces(rows):
-        values = [row_tensors(row, piece, dtype) for row in present]
+    for block in blocks(rows):
+        values = [row_tensors(row, block, dtype) for row in present]
         lengths = list(map(Tensor.numel, values[0]))
         places = [place for place, length in enumerate(lengths) if length <= SMALL or not on_cpu]
         if places:
-            small.parts.append(_Part(piece, places))
+            small.parts.append(_Part(block, places))
             small.found.extend(_wide_products(values, small.parts[-1], pairs, wide))
         for place, length in enumerate(lengths):
             if on_cpu and length > SMALL:
                 vectors = [tensors[place].reshape(-1) for tensors in values]
                 for start in range(0, length, DOT):
                     cut = vectors if length <= DOT else [vector[start : start + DOT] for vector in vectors]
-                    large.parts.append(_Part(piece, [place], start, start + DOT))
+                    large.parts.append(_Part(block, [place], start, start + DOT))
                     large.found.extend([torch.dot(cut[a], cut[b]) for a, b in pairs])
     result = torch.zeros(len(sizes_of(rows)), len(rows), len(rows), dtype=wide, device=device)
     parts = small.parts + large.parts
     if not parts:
         return result
-    # Stacked apart: tensors of two dtypes take ten times as long to stack.
+    # Stack each dtype separately: stacking tensors of mixed dtypes takes ten times as long.
     products = torch.cat([torch.stack(each.found).to(wide) for each in (small, large) if each.found])
     products = products.view(len(parts), len(pairs))
     if on_cpu:
         _mend(products, present, parts, pairs)
-    sums = _summed(products, [part.piece.scope for part in parts], len(result))
+    sums = _summed(products, [part.block.scope for part in parts], len(result))
     slots = [index for index, row in enumerate(rows) if row is not None]
     for number, (a, b) in enumerate(pairs):
         result[:, slots[a], slots[b]] = result[:, slots[b], slots[a]] = sums[:, number]
@@ -86,16 +87,16 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """Elements ``start:stop`` of those tensors of a piece that stand at ``places`` in it."""
+    """Elements ``start:stop`` of the tensors at ``places`` of a block."""
 
-    piece: Piece
+    block: Block
     places: list[int]
     start: int = 0
     stop: int | None = None
 
 
 class _Products(NamedTuple):
-    """Parts, and for each of them the products of all pairs of rows, 0-d tensors."""
+    """Parts, and the products of all pairs of rows for each part, as 0-d tensors."""
 
     parts: list[_Part]
     found: list[Tensor]
@@ -111,7 +112,7 @@ def _wide_products(values: Sequence[list[Tensor]], part: _Part, pairs: Pairs, wi
 
 
 def _mend(products: Tensor, rows: Sequence[Row], parts: Sequence[_Part], pairs: Pairs) -> None:
-    """Replace products [parts, pairs] that left the range of float32 by those in float64, in place.
+    """Recompute products [parts, pairs] outside the range of float32 in float64, in place.
 
     Raises:
         OverflowError: squares of finite float64 rows overflow.
@@ -120,7 +121,7 @@ def _mend(products: Tensor, rows: Sequence[Row], parts: Sequence[_Part], pairs: 
     sound = ((squares > SOUND[0]) & (squares < SOUND[1])).all(dim=1)
     for number in (~sound).nonzero().flatten().tolist():
         part = parts[number]
-        values = [row_tensors(row, part.piece, torch.float64) for row in rows]
+        values = [row_tensors(row, part.block, torch.float64) for row in rows]
         products[number] = torch.stack(_wide_products(values, part, pairs, torch.float64))
         if compute_dtype(rows) == torch.float64 and not products[number].isfinite().all():
             largest = torch.stack([tensors[place].abs().max() for tensors in values for place in part.places]).max()
@@ -132,7 +133,7 @@ def _mend(products: Tensor, rows: Sequence[Row], parts: Sequence[_Part], pairs: 
 
 
 def _summed(products: Tensor, scopes: list[int], count: int) -> Tensor:
-    """Return the sum over each scope's pieces: Tensor [count, pairs], of ``products`` [pieces, pairs]."""
+    """Sum ``products`` [parts, pairs] over the parts of each scope: Tensor [count, pairs]."""
     if count == 1:
         return products.sum(dim=0, keepdim=True)
     index = torch.tensor(scopes)
@@ -144,10 +145,9 @@ def _summed(products: Tensor, scopes: list[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
-    """Write linear combinations of the rows, all of them computed from the rows as they were before.
+    """Write linear combinations of the rows, all computed from the values before any write.
 
-    A coefficient of 0 drops its row whatever that holds, NaN included. On a CPU a write that changes nothing is not
-    made.
+    A coefficient of 0 drops its row, even if the row holds NaN. On a CPU, a write that changes nothing is skipped.
 
     Raises:
         ValueError: rows or writes differ in the shapes of their tensors, or in the number of coefficients.
@@ -161,10 +161,10 @@ def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
 
 class _Planned(NamedTuple):
-    """A write to be made in one scope.
+    """A write in one scope.
 
-    terms: coefficients that are not 0, by row.
-    own: the rows that are the written tensors themselves.
+    terms: nonzero coefficients by row.
+    own: the rows that consist of the written tensors.
     """
 
     write: Write
@@ -177,24 +177,24 @@ def _combine_on_cpu(rows: Sequence[Row | None], writes: Sequence[Write]) -> None
     if not any(plans):
         return
     narrow = compute_dtype(rows)
-    for piece in pieces(rows, writes):
-        plan = plans[piece.scope]
+    for block in blocks(rows, writes):
+        plan = plans[block.scope]
         if not plan:
             continue
         largest = max((abs(c) for planned in plan for c in planned.terms.values()), default=0.0)
         dtype = torch.float64 if largest > WIDEST else narrow
         wanted = dict.fromkeys(index for planned in plan for index in planned.terms)
-        values = {index: row_tensors(row, piece, dtype) for index in wanted if (row := rows[index]) is not None}
-        results = [_combined(planned, values, piece, dtype) for planned in plan[:-1]]
-        # Nothing reads the rows after the last write, so it may be made in their memory.
-        if not _combined_in_place(plan[-1], values, piece, dtype):
-            results.append(_combined(plan[-1], values, piece, dtype))
+        values = {index: row_tensors(row, block, dtype) for index in wanted if (row := rows[index]) is not None}
+        results = [_combined(planned, values, block, dtype) for planned in plan[:-1]]
+        # The rows are not read after the last write, so it may overwrite them.
+        if not _combined_in_place(plan[-1], values, block, dtype):
+            results.append(_combined(plan[-1], values, block, dtype))
         for planned, result in zip(plan, results, strict=False):
-            torch._foreach_copy_(tensors_of(planned.write.into, piece), result)
+            torch._foreach_copy_(tensors_of(planned.write.into, block), result)
 
 
 def _plans(rows: Sequence[Row | None], writes: Sequence[Write]) -> list[list[_Planned]]:
-    """Return the writes of each scope, without those that leave everything as it is."""
+    """Return the writes of each scope, without those that change nothing."""
     present = [index for index, row in enumerate(rows) if row is not None]
     own = [{index for index in present if _is_plainly(rows[index], write.into)} for write in writes]
     plans = []
@@ -210,15 +210,15 @@ def _plans(rows: Sequence[Row | None], writes: Sequence[Write]) -> list[list[_Pl
 
 
 def _is_plainly(row: Row | None, tensors: Sequence[Tensor]) -> bool:
-    """Whether a row is these tensors themselves."""
+    """Return whether a row consists of exactly these tensors."""
     if row is None or row.at is not None or row.offset is None:
         return False
     return row.offset is tensors or all(map(is_, row.offset, tensors))
 
 
-def _combined(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtype) -> list[Tensor]:
-    """Return what a write leaves in a piece: tensors of ``dtype``, new memory."""
-    into = tensors_of(planned.write.into, piece)
+def _combined(planned: _Planned, values: Values, block: Block, dtype: torch.dtype) -> list[Tensor]:
+    """Return the result of a write in a block, in new tensors of ``dtype``."""
+    into = tensors_of(planned.write.into, block)
     total = [tensor.to(dtype, copy=True) for tensor in into] if planned.write.accumulate else None
     for index, coefficient in planned.terms.items():
         if total is None:
@@ -228,15 +228,15 @@ def _combined(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtyp
     return [torch.zeros_like(tensor) for tensor in into] if total is None else total
 
 
-def _combined_in_place(planned: _Planned, values: Values, piece: Piece, dtype: torch.dtype) -> bool:
-    """Make a write in the memory of its target, where that is one of the rows or is added to, and has ``dtype``.
+def _combined_in_place(planned: _Planned, values: Values, block: Block, dtype: torch.dtype) -> bool:
+    """Write in place if the target has ``dtype`` and is one of the rows or accumulates.
 
     Returns:
-        Whether it was made.
+        Whether the write was made.
     """
     accumulate, terms = planned.write.accumulate, planned.terms
     own = planned.own & terms.keys()
-    into = tensors_of(planned.write.into, piece)
+    into = tensors_of(planned.write.into, block)
     if into[0].dtype != dtype or not (own or accumulate) or type(into[0]) not in (Tensor, nn.Parameter):
         return False  # also of subclasses, which may have fewer operations
     factor = float(accumulate) + sum(terms[index] for index in own)
@@ -253,19 +253,19 @@ def _combine_on_device(rows: Sequence[Row | None], writes: Sequence[Write]) -> N
     bound = torch.finfo(dtype).max
     coefficients = [write.coefficients.clamp(-bound, bound).to(dtype) for write in writes]
     dropped = [each == 0 for each in coefficients]
-    for piece in pieces(rows, writes):
-        vectors = [None if row is None else row_vector(row, piece, dtype) for row in rows]
+    for block in blocks(rows, writes):
+        vectors = [None if row is None else row_vector(row, block, dtype) for row in rows]
         results = []
         for write, each, zero in zip(writes, coefficients, dropped, strict=True):
-            total = vector(write.into, piece, dtype) if write.accumulate else None
+            total = vector(write.into, block, dtype) if write.accumulate else None
             for index, values in enumerate(vectors):
                 if values is not None:
-                    term = torch.where(zero[piece.scope, index], 0.0, values * each[piece.scope, index])
+                    term = torch.where(zero[block.scope, index], 0.0, values * each[block.scope, index])
                     total = term if total is None else total + term
             results.append(total)
         for write, result in zip(writes, results, strict=True):
             if result is not None:
-                store(write.into, piece, result)
+                store(write.into, block, result)
 
 
 def _device(rows: Sequence[Row | None]) -> torch.device:
@@ -273,5 +273,5 @@ def _device(rows: Sequence[Row | None]) -> torch.device:
 
 
 def _on_cpu(device: torch.device) -> bool:
-    """Return whether the host may read numbers without waiting. Tests replace it to run the other way on a CPU."""
+    """Return whether the host can read values without synchronizing. Tests patch it to run the other path on a CPU."""
     return device.type == "cpu"

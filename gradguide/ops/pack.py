@@ -1,4 +1,4 @@
-"""Memory for lists of tensors."""
+"""Allocate contiguous memory for lists of tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["lay_out"]
+__all__ = ["allocate_contiguous"]
 
 ALIGNMENT = 64
-"""Bytes at whose multiples tensors begin, as in memory of their own. Sums of products round by alignment."""
+"""Alignment in bytes, as of separately allocated tensors: the rounding of sums of products depends on it."""
 
 
-def lay_out(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def allocate_contiguous(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return zeros in the shapes of ``like``, of their dtype or ``dtype``, in one block of memory per device."""
     keys = [(tensor.device, dtype or tensor.dtype) for tensor in like]
     starts, totals = [], dict.fromkeys(keys, 0)

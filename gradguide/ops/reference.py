@@ -1,4 +1,4 @@
-"""The oracle: every backend is compared with these plain loops in float64."""
+"""The reference: tests compare every backend with these plain loops in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["combine_", "gram"]
 
 @torch.no_grad()
 def gram(rows: Sequence[Row | None]) -> Tensor:
-    """Gram matrices of the rows over the scopes of one bucket, summed in float64.
+    """Return the Gram matrices of the rows over the scopes of one bucket, summed in float64.
 
     Args:
         rows: R rows over the same tensors; ``None`` is a row of zeros.
@@ -37,11 +37,11 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
 
 @torch.no_grad()
 def combine_(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
-    """Write linear combinations of the rows, all of them computed from the rows as they were before.
+    """Write linear combinations of the rows, all computed from the values before any write.
 
     Args:
         rows: R rows over the same tensors; ``None`` is a row of zeros.
-        writes: what to write where; each ``into`` may be a row's own memory.
+        writes: targets and coefficients; each ``into`` may be the memory of a row.
     """
     results: list[list[Tensor]] = []
     for write in writes:

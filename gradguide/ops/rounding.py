@@ -1,4 +1,4 @@
-"""How exact the products in a Gram matrix are, by backend: what is below that is no evidence."""
+"""Error bounds of the products in a Gram matrix, by backend. Smaller values count as zero."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gradguide.ops.foreach import SMALL
 __all__ = ["DOTS", "EXACT", "KERNELS", "rounding"]
 
 EXACT = 1e-12
-"""Of products in float64. They are far more exact, but a combination of the rows is written in float32, where a length
-of 1e-6 times that of the rows is lost."""
+"""Bound for products in float64. They are more exact than this. But a combination of the rows is written in float32,
+which loses a length of 1e-6 times that of the rows."""
 
 KERNELS = 4e-6
-"""Of the kernels, which add up to 128 products in float32. The error found is at most 2e-7 for random rows, and 2e-6
-for rows whose numbers are all alike, where every addition rounds the same way."""
+"""Bound for the kernels, which sum up to 128 products in float32. The measured error is at most 2e-7 for random rows.
+It is 2e-6 for rows of equal elements, where every addition rounds the same way."""
 
 DOTS = 2e-5
-"""Of ``torch.dot`` in float32 over at most 32,768 elements. The error found is at most 3e-7 for random rows, and 7.5e-6
-for rows whose numbers are all alike, where every addition rounds the same way."""
+"""Bound for ``torch.dot`` in float32 over at most 32,768 elements. The measured error is at most 3e-7 for random rows.
+It is 7.5e-6 for rows of equal elements, where every addition rounds the same way."""
 
 
 def rounding(fused: bool, device: torch.device, tensors: Iterable[Tensor], *, sharded: bool) -> float:
-    """Return the largest error of a product of two rows, relative to the product of their lengths.
+    """Return the maximum error of a product of two rows, relative to the product of their lengths.
 
     Args:
-        fused: whether kernels take the products.
-        device: of the tensors.
+        fused: whether the kernels compute the products.
+        device: device of the tensors.
         tensors: gradients and parameters.
-        sharded: whether parts of the tensors are on other ranks, whose sizes may differ. All ranks get one answer.
+        sharded: whether parts of the tensors are on other ranks, with other sizes. All ranks return the same value.
     """
     if fused:
         return KERNELS

@@ -1,4 +1,4 @@
-"""A row: one vector over the tensors of a bucket, plain or formed on the fly."""
+"""A row: one vector over the tensors of a bucket, stored or computed on the fly."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SHAPE = attrgetter("shape")
 class Row:
     """One vector over a bucket's tensors: ``offset + scale * (at - anchor)``, element by element.
 
-    A part that is absent drops out (offset 0, scale 1). The three vectors that a step looks at are all of this form:
+    Absent parts have their neutral value (offset 0, scale 1). All vectors of a step have this form:
 
-    - a gradient, a running direction or a stored source gradient: ``offset`` alone;
-    - a source gradient that moves with the parameters, ``s0 + F * (theta - theta0)``: all four;
-    - the update that the base optimizer made: ``at - anchor``, the parameters after and before.
+    - a gradient, a running direction or a stored source gradient: only ``offset``;
+    - a source gradient that moves with the parameters, ``s0 + F * (theta - theta0)``: all four parts;
+    - the update of the base optimizer: ``at - anchor``, the parameters after and before it.
 
     Lists are aligned: entry i of each belongs to tensor i of the bucket, with the same shape.
     """
@@ -41,23 +41,23 @@ class Row:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """The list that gives the number of tensors, their shapes and their device."""
+        """Return the list that defines the number of tensors, their shapes and their device."""
         parts = self.at if self.offset is None else self.offset
         assert parts is not None
         return parts
 
     @property
     def fields(self) -> tuple[Sequence[Tensor] | None, ...]:
-        """Offset, scale, at and anchor, None where absent."""
+        """Return offset, scale, at and anchor; None is an absent part."""
         return self.offset, self.scale, self.at, self.anchor
 
     @property
     def parts(self) -> list[Sequence[Tensor]]:
-        """The lists that are there."""
+        """Return the parts that are present."""
         return [part for part in self.fields if part is not None]
 
     def value(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The vector's entries for tensor ``index``, as a new 1-D tensor of ``dtype``."""
+        """Return the vector's entries for tensor ``index``, as a new 1-D tensor of ``dtype``."""
 
         def flat(part: Sequence[Tensor]) -> Tensor:
             return part[index].detach().reshape(-1).to(dtype)
@@ -72,12 +72,12 @@ class Row:
 
 
 class Stack(list["Row | None"]):
-    """The rows of a bucket, and what a backend keeps of them from its first pass over them to the next.
+    """The rows of a bucket, with the data that a backend caches between its passes over them.
 
-    It lasts for one step at most: tensors may be given other memory between steps.
+    A stack is valid for one step, because the memory of tensors may change between steps.
 
     Args:
-        sizes: how many of the tensors belong to each of S scopes, which follow one another; by default all to one.
+        sizes: number of tensors of each of S consecutive scopes; by default all tensors are one scope.
     """
 
     def __init__(self, rows: Iterable[Row | None], sizes: Sequence[int] | None = None) -> None:
@@ -87,26 +87,26 @@ class Stack(list["Row | None"]):
 
 
 def sizes_of(rows: Sequence[Row | None]) -> Sequence[int]:
-    """How many of the tensors belong to each of S scopes."""
+    """Return the number of tensors of each of S scopes."""
     if isinstance(rows, Stack) and rows.sizes is not None:
         return rows.sizes
     return [len(next(row for row in rows if row is not None).tensors)]
 
 
 def scopes_of(rows: Sequence[Row | None]) -> list[range]:
-    """The numbers of each scope's tensors."""
+    """Return the indices of each scope's tensors."""
     sizes = sizes_of(rows)
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """One result of ``combine_``: ``into`` becomes (or, with ``accumulate``, grows by) the combination of the rows.
+    """One result of ``combine_``: it sets ``into`` to a combination of the rows, or adds that to ``into``.
 
     Args:
-        into: the bucket's tensors to write, in place.
+        into: the bucket's tensors that are written in place.
         coefficients (Tensor): shape [S, rows], one coefficient per scope and row.
-        accumulate (bool): add to ``into`` rather than overwrite it.
+        accumulate (bool): add to ``into`` instead of overwriting it.
     """
 
     into: Sequence[Tensor]
@@ -115,8 +115,10 @@ class Write:
 
 
 def check_writes(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
-    """Raise ValueError unless each write has a coefficient for every scope and row: a shorter list would broadcast, or
-    be read beyond its end."""
+    """Raise ValueError unless each write has a coefficient for every scope and row.
+
+    A smaller tensor would broadcast, or a kernel would read beyond its end.
+    """
     wanted = len(sizes_of(rows)), len(rows)
     for write in writes:
         if write.coefficients.shape != wanted:
@@ -127,7 +129,7 @@ def check_writes(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
 
 
 def check_shapes(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> None:
-    """Raise ValueError unless all lists have tensors of the same shapes: others might broadcast."""
+    """Raise ValueError unless all lists have tensors of the same shapes: other shapes might broadcast."""
     lists = [part for row in rows if row is not None for part in row.parts]
     lists += [write.into for write in writes]
     wanted = list(map(_SHAPE, lists[0]))
@@ -144,7 +146,7 @@ def check_shapes(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> No
 
 
 def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:
-    """float64 where the leading row is (float64 models, tests), float32 for everything else."""
+    """Return float64 if the first row is float64 (float64 models, tests), else float32."""
     for row in rows:
         if row is not None:
             return torch.float64 if row.tensors[0].dtype == torch.float64 else torch.float32

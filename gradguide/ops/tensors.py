@@ -1,4 +1,4 @@
-"""Lists of tensors, and the metadata by which a kernel may read them by address."""
+"""Lists of tensors, with the metadata that kernels need to read them by address."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
 
 
 class ListMetadata(NamedTuple):
-    """What holds for a list of tensors as long as their shapes, strides, dtypes, devices and types stay as they are.
+    """Metadata of a list of tensors, valid while their shapes, strides, dtypes, devices and types stay the same.
 
-    lengths: int64 [tensors], elements of each.
-    dtype, device: of all tensors, None where they differ.
-    plain (bool): whether all are exactly ``torch.Tensor`` or ``nn.Parameter``, contiguous, and hold their numbers as
-        they are: no wrapper subclass, no fake, negated or conjugated tensor.
+    lengths: int64 [tensors], number of elements of each tensor.
+    dtype, device: common to all tensors, None if they differ.
+    plain (bool): whether all are exactly ``torch.Tensor`` or ``nn.Parameter``, contiguous, and store their values
+        directly: no wrapper subclass, no fake, negated or conjugated tensor.
     """
 
     lengths: array[int]
@@ -34,11 +34,11 @@ class ListMetadata(NamedTuple):
 
 
 class TensorList(list[Tensor]):
-    """A list of tensors whose metadata may be known.
+    """A list of tensors with optional metadata.
 
     Args:
         tensors: the tensors.
-        metadata: if it is known. Who gives it sees to it that it holds.
+        metadata: None if it is unknown. The caller guarantees that it is valid.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = (), metadata: ListMetadata | None = None) -> None:
@@ -47,7 +47,7 @@ class TensorList(list[Tensor]):
 
 
 def metadata_of(tensors: Sequence[Tensor]) -> ListMetadata:
-    """Return the metadata of a list: that which is known, or read anew."""
+    """Return the metadata of a list: the stored one if present, else computed from the tensors."""
     known = getattr(tensors, "metadata", None)
     if known is not None:
         return known  # type: ignore[no-any-return]
@@ -64,7 +64,7 @@ def metadata_of(tensors: Sequence[Tensor]) -> ListMetadata:
 
 
 def addresses_of(tensors: Sequence[Tensor], metadata: ListMetadata) -> array[int] | None:
-    """Return the address of each tensor of a plain list, read anew; None where one has elements and no memory.
+    """Return the current address of each tensor of a plain list; None if a tensor has elements but no memory.
 
     Tensors on the meta device and efficient zero tensors have no memory.
     """
@@ -75,7 +75,7 @@ def addresses_of(tensors: Sequence[Tensor], metadata: ListMetadata) -> array[int
 
 
 def common_value(values: Iterable[Any]) -> Any:
-    """Return the one value that all of them are; None where they differ."""
+    """Return the common value; None if the values differ."""
     different = set(values)
     return different.pop() if len(different) == 1 else None
 
@@ -86,17 +86,18 @@ def same_objects(left: Sequence[object], right: Sequence[object]) -> bool:
 
 
 class MetadataCache:
-    """Metadata by key of lists that are built anew at every step and mostly hold the same tensors.
+    """Metadata by key, for lists that are rebuilt at every step and usually hold the same tensors.
 
-    It holds for tensors that only the library or the base optimizer writes: the same objects with the same numbers of
-    elements. It keeps no tensor alive: the base's state may be freed, or moved to the host, between steps.
+    A cached entry is valid for the same objects with the same numbers of elements. This suffices for tensors that only
+    the library or the base optimizer writes. The cache keeps weak references: the base's state may be freed, or moved
+    to the host, between steps.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[list[ref[Tensor]], ListMetadata]] = {}
 
     def of(self, key: Hashable, tensors: Sequence[Tensor]) -> TensorList:
-        """Return these tensors with their metadata, read anew if the list of ``key`` held other tensors before."""
+        """Return these tensors with their metadata, recomputed if the list of ``key`` held other tensors before."""
         kept = self._kept.get(key)
         if kept is not None and same_objects(list(map(ref.__call__, kept[0])), tensors):
             lengths = array("q", map(Tensor.numel, tensors))

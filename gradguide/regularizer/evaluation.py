@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide.distributed.layouts import local, several_ranks
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.regularizer.options import Regularizer, slope
 from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.span import Span, divide
@@ -117,7 +117,7 @@ def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse:
         before = [first[p] for p in bucket.parameters]
         # If the second evaluation did not use a parameter, its difference is zero.
         pairs = zip(bucket.parameters, before, strict=True)
-        changed = lay_out(before)
+        changed = allocate_contiguous(before)
         torch._foreach_copy_(changed, [old if p.grad is None else local(p.grad) for p, old in pairs])
         torch._foreach_sub_(changed, before)
         torch._foreach_mul_(changed, inverse * bucket.sign)
@@ -240,7 +240,7 @@ def _perturb(slope: Slope) -> Tensor:
 @torch.no_grad()
 def _vectors(slope: Slope) -> dict[Tensor, Tensor]:
     """Return v by parameter."""
-    made = [lay_out(bucket.gradients) for bucket in slope.plan.buckets]
+    made = [allocate_contiguous(bucket.gradients) for bucket in slope.plan.buckets]
     writes = [[Write(into=into, coefficients=slope.v)] for into in made]
     slope.plan.combine_(slope.rows, writes, slope.signed)
     pairs = zip(slope.plan.buckets, made, strict=True)

@@ -1,4 +1,4 @@
-"""Source-target alignment: steps that do not raise the loss of what the model already knew."""
+"""Source-target alignment: steps that do not raise the source loss."""
 
 from __future__ import annotations
 
@@ -21,30 +21,29 @@ MAX_SOURCES = 16
 class Alignment:
     """Keep steps from raising the source loss.
 
-    The soft part adds ``weight * s_k`` to the gradient for each source k: with an anchored source this is a pull back
-    to where the model knew it, as in elastic weight consolidation (arXiv 1612.00796). The hard part (``project``)
-    removes what conflict is left: on "gradient" from g before the base step (GEM, arXiv 1706.08840), on "update" from
-    the update that the base optimizer really made, because a gradient without conflict is no longer free of it once
-    Adam has divided it by its second moments.
+    The soft part adds ``weight * s_k`` to the gradient for each source k. With an anchored source this pulls the
+    parameters back to the anchor, as in elastic weight consolidation (arXiv 1612.00796). The hard part (``project``)
+    removes the remaining conflict. With ``on="gradient"`` it projects g before the base step (GEM, arXiv 1706.08840).
+    With ``on="update"`` it projects the update that the base optimizer made: a gradient without conflict may conflict
+    again once Adam has divided it by its second moments.
 
     Source: "source-target gradient alignment", abstract of arXiv 2506.00726.
 
     Args:
-        source: one source or several (at most 16), for instance a :class:`gradguide.SourceGradient`; a mapping gives
-            them names, by which metrics tell them apart.
+        source: one source or several (at most 16), for instance a :class:`gradguide.SourceGradient`. The keys of a
+            mapping are the names of the sources in the metrics.
         on (str): "update" or "gradient": what the hard part acts on. "update" keeps one copy of the parameters during
             the step.
-        weight (float | Sequence[float] | None): weight of the soft part, at least 0, for all or for each source: how
-            much the source's mean loss counts beside the loss that is trained. 0 is the pure projection. None leaves it
-            to each source: 1 for one that is anchored, in the unit that :meth:`gradguide.SourceGradient.anchored`
-            gives, and less for more rows to train on; 0 for any other, because what training left of a source gradient
-            grows stale at once, and following it did harm at any weight tried.
-        project (bool | None): whether the hard part acts. None is yes, but not for sources that are anchored: any step
-            away from an anchor conflicts with it, so that a model held by the hard part could not move on, however weak
-            the pull.
+        weight (float | Sequence[float] | None): weight of the soft part, at least 0, for all sources or for each: the
+            weight of the source's mean loss relative to the training loss. 0 only projects. None takes the default of
+            each source. For an anchored source this is 1, in the unit of
+            :meth:`gradguide.SourceGradient.anchored`; give less with many training rows. For any other it is 0: a
+            source gradient goes stale as soon as training starts, and following it did harm at every weight tried.
+        project (bool | None): whether the hard part acts. None is True, except for anchored sources: any step away
+            from an anchor conflicts with it. The hard part would then block all movement, however weak the pull.
 
     Raises:
-        ValueError, TypeError: an option is out of range, or a source is none.
+        ValueError, TypeError: an option is out of range, or a source is not a ``Source``.
     """
 
     source: Source | Sequence[Source] | Mapping[str, Source]
@@ -69,22 +68,22 @@ class Alignment:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The sources as a tuple: those that the hard part acts for, then the others, each as they were given."""
+        """Return the sources: first the projected ones, then the others, each in the given order."""
         return tuple(source for _, source, _ in self._ordered())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of each of ``sources``; where none was given, its number among those given."""
+        """Return the name of each of ``sources``. Without a given name it is the index in the given order."""
         return tuple(name for name, _, _ in self._ordered())
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weight in effect of each of ``sources``."""
+        """Return the effective weight of each of ``sources``."""
         return tuple(weight for _, _, weight in self._ordered())
 
     @property
     def projected(self) -> int:
-        """For how many sources the hard part acts; they are the first of ``sources``."""
+        """Return the number of projected sources. They come first in ``sources``."""
         return sum(map(self._projects, self._given()))
 
     def _given(self) -> Sequence[Source]:
@@ -93,7 +92,7 @@ class Alignment:
         return self.source if isinstance(self.source, Sequence) else [self.source]
 
     def _ordered(self) -> list[tuple[str, Source, float]]:
-        """Name, source and weight of each."""
+        """Return name, source and weight of each source, projected sources first."""
         sources = self._given()
         names = map(str, self.source if isinstance(self.source, Mapping) else range(len(sources)))
         if isinstance(self.weight, Sequence):
@@ -103,16 +102,16 @@ class Alignment:
         return sorted(zip(names, sources, weights, strict=True), key=lambda entry: not self._projects(entry[1]))
 
     def _projects(self, source: Source) -> bool:
-        # A source that pulls by itself is an anchored one.
+        # Only anchored sources have a default weight above 0.
         return source.weight == 0 if self.project is None else self.project
 
 
 def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float]) -> Tensor:
-    """Add each source row, times its weight, to the gradient, where there is a gradient.
+    """Add each source row, times its weight, to the gradient of every scope whose gradient is not zero.
 
     Args:
         gradient (Tensor): coordinates [S, R].
-        length (Tensor): shape [S], the norm of the gradient as received.
+        length (Tensor): shape [S], the norm of the received gradient.
         first (int): index of the first source row.
         weights: one per source, at least 0.
 
@@ -120,22 +119,22 @@ def pull(gradient: Tensor, length: Tensor, first: int, weights: Sequence[float])
         Coordinates [S, R].
     """
     pulled = gradient.clone()
-    there = (length > 0).to(gradient.dtype)  # two plain numbers in torch.where would be of the default dtype
+    there = (length > 0).to(gradient.dtype)  # torch.where of two Python numbers has the default dtype
     for index, weight in enumerate(weights, first):
         pulled[:, index] += weight * there
     return pulled
 
 
 def project(span: Span, vector: Tensor, first: int, end: int | None = None) -> Tensor:
-    """The nearest vector whose inner product with every source row is not negative.
+    """Return the nearest vector whose inner product with every source row is not negative.
 
     Args:
         span: the rows.
         vector (Tensor): coordinates [S, R].
-        first, end (int): the source rows are those from ``first`` up to ``end``, or to the last.
+        first, end (int): the source rows are ``first:end``; without ``end``, up to the last row.
 
     Returns:
-        Coordinates [S, R], those given, bit for bit, in scopes without a conflict beyond rounding.
+        Coordinates [S, R]. Scopes without a conflict beyond rounding keep ``vector`` bit for bit.
     """
     inner = (span.gram[:, first:end, :] @ vector.unsqueeze(2)).squeeze(2)
     projected = vector.clone()
@@ -145,5 +144,5 @@ def project(span: Span, vector: Tensor, first: int, end: int | None = None) -> T
 
 
 def conflicts(cosines: Tensor) -> Tensor:
-    """Whether each of ``cosines`` is a conflict beyond rounding: Tensor of bool, same shape."""
+    """Return whether each of ``cosines`` is a conflict beyond rounding: Tensor of bool, same shape."""
     return cosines < -TOLERANCE

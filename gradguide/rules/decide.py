@@ -1,4 +1,4 @@
-"""What the rules decide, in the order in which they act, on Gram matrices alone."""
+"""Apply the rules in order, on Gram matrices only."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ __all__ = [
     "Decision",
     "Limit",
     "Rules",
+    "constrain",
+    "constrain_preview",
     "decide",
-    "limit",
-    "limit_unmade",
 ]
 
-# Rows of the step's span: gradient, running direction, sources, and last what a regularizer adds to the gradient.
+# Rows of the step's span: gradient, running direction, sources, and last the gradient of a regularizer.
 GRADIENT, DIRECTION, SOURCES = 0, 1, 2
-# Rows of the update's span: the update, the parameters before it, sources. The sources have the same place in both.
+# Rows of the update's span: the update, the parameters before it, sources. Sources start at SOURCES in both spans.
 UPDATE, BEFORE = 0, 1
 
 LEAST_FACTOR = float(torch.finfo(torch.float32).tiny)
-"""A factor of the update below this counts as 0: float32 holds smaller ones with few digits."""
+"""Smaller factors of the update count as 0, because they are subnormal in float32."""
 
 STATISTICS = ("mass", "square", "log_weight", "log_mean", "log_spread")
-"""What is remembered of a scope between steps: see ``Average`` and ``LogNorms``."""
+"""The statistics of a scope between steps: see ``Average`` and ``LogNorms``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules that are on; None for one that is off."""
+    """The enabled rules; None is a disabled one."""
 
     direction: Direction | None
     alignment: Alignment | None
@@ -53,40 +53,40 @@ class Rules:
 
     @property
     def sources(self) -> int:
-        """How many sources the alignment has."""
+        """Return the number of sources."""
         return 0 if self.alignment is None else len(self.alignment.sources)
 
     @property
     def max_update(self) -> float | None:
-        """The bound of the update."""
+        """Return the relative bound of the update, None if it is unbounded."""
         return None if self.magnitude is None else self.magnitude.max_update
 
     @property
     def gradient_sources(self) -> int:
-        """How many sources the gradient is freed of conflicts with: the first ones."""
+        """Return the number of sources that the gradient is projected on: the first ones."""
         return self.alignment.projected if self.alignment is not None and self.alignment.on == "gradient" else 0
 
     @property
     def update_sources(self) -> int:
-        """How many sources the update is freed of conflicts with: the first ones, then the last rows of its span."""
+        """Return the number of sources that the update is projected on: the first ones, the last rows of its span."""
         return self.alignment.projected if self.alignment is not None and self.alignment.on == "update" else 0
 
     @property
     def limit_update(self) -> bool:
-        """Whether the update has to be measured, since a rule acts on it."""
+        """Return whether a rule acts on the update, which then has to be measured."""
         return self.update_sources > 0 or self.max_update is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What was decided on a step, over S scopes.
+    """The decision of a step, over S scopes.
 
     gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and of the new direction.
-    guided (Tensor): shape [S, R], of the guided gradient before clipping.
-    norm, factor (Tensor): shape [S], its length, and what clipping multiplied it by.
-    coherence, damping (Tensor | None): shape [S], None without a direction. ``damping`` is the share of the part
-        orthogonal to the direction that was removed.
-    go (Tensor): 0-d float32, 1 if the step is to be made, else 0.
+    guided (Tensor): shape [S, R], coordinates of the guided gradient before clipping.
+    norm, factor (Tensor): shape [S], norm of ``guided``, and its clipping factor.
+    coherence, damping (Tensor | None): shape [S], None without a direction. ``damping`` is the removed share of the
+        part orthogonal to the direction.
+    go (Tensor): 0-d float32, 0 if the step is skipped, else 1.
     """
 
     gradient: Tensor
@@ -101,14 +101,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What the rules leave of the base's own update, over S scopes.
+    """The base's update under the constraints of the rules, over S scopes.
 
-    scale (Tensor): shape [S], what the update is multiplied by.
-    coefficients (Tensor | None): of an update that was made, shape [S, 2 + K]: the new parameters as a combination of
-        the parameters after the base's step, those before it, and the sources. Of one that was not made yet, shape
-        [S, R]: what is added to the update, as a combination of the step's rows; None where nothing ever is.
-    factor (Tensor): shape [S], what the bound multiplied the update by; 1 where there is no bound.
-    length, norm (Tensor): shape [S], the length of the base's update, and of what is left of it.
+    scale (Tensor): shape [S], factor of the update.
+    coefficients (Tensor | None): of an update already made, shape [S, 2 + K]: the new parameters as a combination of
+        the parameters after the base's step, those before it, and the sources. Of a preview, shape [S, R]: the
+        addition to the update, as a combination of the step's rows; None if the rules never add anything.
+    factor (Tensor): shape [S], factor of the bound; 1 without a bound.
+    length, norm (Tensor): shape [S], norm of the base's update before and after the constraints.
     """
 
     scale: Tensor
@@ -134,12 +134,12 @@ def decide(
     Args:
         span: rows of gradient, direction and sources.
         statistics (Tensor): shape [T, len(STATISTICS)], changed in place at ``positions`` [S].
-        totals (Tensor): shape [2], steps made and steps left out, changed in place. A step whose gradients are all
-            zero, as a checkpoint loader makes to allocate state, is none.
-        finite (Tensor | None): 0-d bool, whether all products are finite, if that is known. If they are not, direction
-            and statistics stay as they were, and the gradient as received.
-        regularized: whether the last row is to be added to the gradient.
-        rates: decay and gain of the base's momentum per scope, each a Tensor [S], where the direction is that.
+        totals (Tensor): shape [2], steps made and steps skipped, changed in place. A step whose gradients are all
+            zero is not counted: a checkpoint loader makes one to allocate state.
+        finite (Tensor | None): 0-d bool, whether all products are finite; None computes it. If they are not, the
+            direction, the statistics and the gradient stay unchanged.
+        regularized: whether to add the last row to the gradient.
+        rates: decay and gain of the base's momentum per scope, each a Tensor [S], if the momentum is the direction.
     """
     finite = span.gram.isfinite().all() if finite is None else finite
     known = statistics[positions]
@@ -172,7 +172,7 @@ def decide(
     moved, new_average, coherence = direction, average, None
     if rules.direction is not None:
         if rates is not None:
-            # The base adds the guided gradient itself; only the statistics are ours.
+            # The base adds the guided gradient to its momentum, so only the statistics change here.
             ahead, new_average = directing.accumulate(direction, final, norm * factor, average, *rates)
         else:
             decay = torch.full_like(norm, rules.direction.decay)
@@ -197,22 +197,22 @@ def decide(
     )
 
 
-def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
-    """Return what the rules leave of an update that the base made.
+def constrain(span: Span, rules: Rules, numbers: Tensor) -> Limit:
+    """Constrain an update that the base already made: project it on the sources, and bound it.
 
-    The new parameters are ``scale * after + (1 - scale) * before`` plus multiples of the sources. So nothing cancels,
-    however far the base's update went, and a scale of 1 leaves every bit as the base wrote it.
+    The new parameters are ``scale * after + (1 - scale) * before`` plus multiples of the sources. This form avoids
+    cancellation for updates of any size, and a scale of 1 keeps every bit of the base's parameters.
 
-    A scope whose update cannot be measured, because it holds Inf or NaN or its square overflows, goes back to the
-    parameters before the step where the update is bounded. Without a bound it keeps the base's update.
+    The update of a scope cannot be measured if it holds Inf or NaN, or if its square overflows. If the update is
+    bounded, such a scope returns to the parameters before the step. Without a bound it keeps the base's update.
 
     Args:
         span: rows of the update, of the parameters before it, and of the sources.
-        numbers (Tensor): shape [S], how many numbers each scope has.
+        numbers (Tensor): shape [S], number of elements of each scope.
     """
     update = span.row(UPDATE)
     length, before = span.lengths[:, UPDATE], span.lengths[:, BEFORE]
-    # A step raises the source loss where it goes along the source gradient.
+    # An update along the source gradient raises the source loss, so the negative update is projected.
     wanted = -aligning.project(span, -update, first=SOURCES) if rules.update_sources else update
     wanted, norm, ceiling = span.extent(wanted)
     lost = ~span.gram.isfinite().flatten(1).all(dim=1)
@@ -230,14 +230,14 @@ def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
     return Limit(scale, wanted, factor, length, norm)
 
 
-def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
-    """Return the same for an update that was not made yet, whose products with the rows of the step are known.
+def constrain_preview(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
+    """Constrain an update before the base makes it, from its products with the rows of the step.
 
     Args:
-        step: span of the step, whose sources are those at the parameters where the update begins.
-        products (Tensor): shape [S, 2 + K], of the update and of the parameters with themselves, and of the update
-            with each source where it is aligned.
-        numbers (Tensor): as in :func:`limit`.
+        step: span of the step. Its sources are evaluated at the parameters before the update.
+        products (Tensor): shape [S, 2 + K]: squared norms of the update and of the parameters, then the products of
+            the update with each of the K sources that it is projected on.
+        numbers (Tensor): as in :func:`constrain`.
     """
     count = rules.update_sources
     sources = slice(SOURCES, SOURCES + count)
@@ -246,7 +246,7 @@ def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) ->
     gram[:, BEFORE, BEFORE] = products[:, 1]
     gram[:, UPDATE, sources] = gram[:, sources, UPDATE] = products[:, 2:]
     gram[:, sources, sources] = step.gram[:, sources, sources]
-    made = limit(Span(gram, step.rounding), rules, numbers)
+    made = constrain(Span(gram, step.rounding), rules, numbers)
     if not count:
         return replace(made, coefficients=None)
     assert made.coefficients is not None

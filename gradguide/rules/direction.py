@@ -1,4 +1,4 @@
-"""Direction consistency: the running direction of the gradients, and damping of what strays from it."""
+"""Direction consistency: the running direction of the gradients, and damping of the part orthogonal to it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["Average", "Direction", "accumulate", "coherence", "damp", "evidence"
 class Direction:
     """Keep a running direction d of the gradients, and shrink the part of each gradient that is orthogonal to it.
 
-    ``d <- decay * d + (1 - decay) * g / |g|``, with g the gradient *as received*: an average of guided gradients would
-    confirm itself. d is kept in float32 and does not depend on the scale of the gradients.
+    ``d <- decay * d + (1 - decay) * g / |g|``, where g is the gradient *as received*: an average of guided gradients
+    would reinforce itself. d is kept in float32 and does not depend on the scale of the gradients.
 
     The guided gradient is ``(1 - k) g + k P g``, where P projects onto the ray along d. Its cosine with d is never
-    below that of g, and it is never longer than g. ``k = damping * evidence``, where evidence in [0, 1] says how far
-    the recent gradients agree beyond what as many random ones would (0 at the first step).
+    below that of g, and it is never longer than g. ``k = damping * evidence``. The evidence, in [0, 1], is the
+    agreement of the recent gradients beyond that of as many random ones (0 at the first step).
 
     Source: "gradient direction consistency", abstract of arXiv 2506.00726; the mean resultant length is that of
     directional statistics (Mardia and Jupp, 2000).
 
     Args:
-        decay (float): memory of the running direction, in [0, 1); it averages over about 1 / (1 - decay) steps.
-        damping (float): share of the orthogonal part that is removed at full evidence, in [0, 1]. 0 only measures.
-        share_momentum (bool): read the base optimizer's own ``exp_avg`` or ``momentum_buffer`` as d, in place of a
-            row of our own. Then ``decay`` is the base's.
+        decay (float): decay of the running direction, in [0, 1); it averages over about 1 / (1 - decay) steps.
+        damping (float): share of the orthogonal part that is removed at evidence 1, in [0, 1]. 0 only measures.
+        share_momentum (bool): use the base optimizer's ``exp_avg`` or ``momentum_buffer`` as d, which saves a row. The
+            base's decay then replaces ``decay``.
 
     Raises:
         ValueError, TypeError: an option is out of range.
@@ -49,10 +49,10 @@ class Direction:
 
 
 class Average(NamedTuple):
-    """What is known of a running sum ``d = sum_i w_i x_i`` beside the sum itself, per scope.
+    """Statistics of a running sum ``d = sum_i w_i x_i``, per scope.
 
-    mass (Tensor): shape [S], ``sum_i w_i |x_i|``, the length of d had all x_i agreed.
-    square (Tensor): shape [S], ``sum_i (w_i |x_i|)^2``, the expected squared length of d had they been random.
+    mass (Tensor): shape [S], ``sum_i w_i |x_i|``, the length of d if all x_i had one direction.
+    square (Tensor): shape [S], ``sum_i (w_i |x_i|)^2``, the expected squared length of d for random directions.
     """
 
     mass: Tensor
@@ -60,30 +60,33 @@ class Average(NamedTuple):
 
 
 def coherence(length: Tensor, average: Average) -> Tensor:
-    """Mean resultant length of the recent gradients: 1 when they agree, near 0 for noise. Tensor [S]."""
+    """Return the mean resultant length of the recent gradients: 1 if they agree, near 0 for noise. Tensor [S]."""
     return divide(length, average.mass).clamp(0.0, 1.0)
 
 
 def evidence(length: Tensor, average: Average) -> Tensor:
-    """Coherence beyond chance: ``sqrt((R^2 - R0^2) / (1 - R0^2))``, R0^2 what unrelated gradients would show. [S]."""
+    """Return the coherence beyond chance: Tensor [S].
+
+    It is ``sqrt((R^2 - R0^2) / (1 - R0^2))``, where R is the coherence and R0 that expected of unrelated gradients.
+    """
     r2 = coherence(length, average).square()
     chance = divide(average.square, average.mass.square()).clamp(0.0, 1.0)
-    # One gradient alone agrees with itself by chance 1; what rounding leaves of 1 - 1 is not a scale to measure by.
+    # A single gradient has chance 1. A denominator of rounding errors would give arbitrary evidence, so it counts as 0.
     room = torch.where(1.0 - chance > 1e-6, 1.0 - chance, 0.0)
     return divide((r2 - chance).clamp(min=0.0), room).clamp(0.0, 1.0).sqrt()
 
 
 def damp(span: Span, gradient: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
-    """Shrink what is orthogonal to the direction, and what points against it.
+    """Shrink the part of the gradient that is orthogonal or opposite to the direction.
 
     Args:
         span: the rows.
         gradient (Tensor): coordinates [S, R].
-        direction (Tensor): coordinates [S, R] of d; a scope whose d is zero is left alone.
+        direction (Tensor): coordinates [S, R] of d. Scopes with d = 0 stay unchanged.
         strength (Tensor): shape [S], in [0, 1].
 
     Returns:
-        Coordinates [S, R]; projecting twice at strength 1 is projecting once.
+        Coordinates [S, R]. At strength 1 the operation is idempotent.
     """
     length = span.norm(direction)
     along = divide(span.inner(gradient, direction).clamp(min=0.0), length.square())
@@ -94,9 +97,9 @@ def damp(span: Span, gradient: Tensor, direction: Tensor, strength: Tensor) -> T
 def accumulate(
     direction: Tensor, term: Tensor, length: Tensor, average: Average, decay: Tensor, gain: Tensor
 ) -> tuple[Tensor, Average]:
-    """One step of the running sum: ``d' = decay * d + gain * x``.
+    """Advance the running sum by one step: ``d' = decay * d + gain * x``.
 
-    A term of no length says nothing, so it leaves direction and average as they were.
+    A term of length 0 leaves direction and average unchanged.
 
     Args:
         direction, term (Tensor): coordinates [S, R] of d and x.
@@ -105,7 +108,7 @@ def accumulate(
         decay, gain (Tensor): shape [S].
 
     Returns:
-        Coordinates [S, R] of d', and its average.
+        Coordinates [S, R] of d', and its statistics.
     """
     moved = length > 0
     mass = torch.where(moved, decay * average.mass + gain * length, average.mass)

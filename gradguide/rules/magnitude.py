@@ -1,4 +1,4 @@
-"""Magnitude control: bounded gradients and bounded updates."""
+"""Magnitude control: clip gradients and bound updates."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ DEVIATIONS = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Magnitude:
-    """Clip what the other rules left, and bound the update that the base optimizer makes of it.
+    """Clip the guided gradient, and bound the update of the base optimizer.
 
-    Clipping bounds the gradient, and with it the step of SGD. The step of Adam and its kin does not depend on the
-    gradient's length: each element moves by about the learning rate, whatever was clipped. So the update itself is
-    bounded too, by ``max_update`` times the parameters' own length: a learning rate that is too high does no more harm
-    than one that is just too high, and one that is right never meets the bound.
+    Clipping bounds the gradient, and with it the step of SGD. The step of Adam and related optimizers does not depend
+    on the gradient's length: each element moves by about the learning rate, whatever was clipped. So the update itself
+    is bounded too, by ``max_update`` times the length of the parameters. This limits the harm of a learning rate that
+    is too high. A suitable learning rate never reaches the bound.
 
     Source: "gradient magnitude control", abstract of arXiv 2506.00726. The bound of the update is the clipped trust
-    ratio of LARS and LAMB (arXiv 1708.03888; arXiv 1904.00962, section 3), used as a limit only. The adaptive threshold
-    follows the idea of ZClip (arXiv 2504.02507), an outlier test on recent norms, in log space and with a prior in
-    place of a warm-up.
+    ratio of LARS and LAMB (arXiv 1708.03888; arXiv 1904.00962, section 3), used as an upper bound only. The
+    adaptive threshold follows ZClip (arXiv 2504.02507), an outlier test on recent norms, but in log space and with a
+    prior instead of a warm-up.
 
     Args:
         max_norm (float | None): largest norm of the guided gradient per scope, above 0. None is 1.0, or no fixed bound
             with ``adaptive``.
-        adaptive (bool): clip a norm that stands out among the recent ones: more than 2.5 standard deviations of its
-            logarithm above their mean. The deviation starts from a prior of 0.5 (worth 4 steps), so that the threshold
-            means something from step 2 on; the first norm has nothing to be compared with.
+        adaptive (bool): clip outliers among the recent norms: those whose logarithm is more than 2.5 standard
+            deviations above the mean. The deviation starts from a prior of 0.5 with the weight of 4 steps, so the
+            threshold is usable from step 2 on. The first norm is not compared.
         max_update (float | None): largest length of an update, per scope, relative to that of the scope's parameters,
-            above 0; parameters shorter than 0.01 in root mean square count as that long. None is no bound. It keeps
-            one copy of the parameters during the step. A scope whose update cannot be measured (Inf or NaN, as
-            float16 overflow gives) goes back to its parameters before the step.
+            above 0. Parameters with a root mean square below 0.01 count as 0.01. None is no bound. A bound keeps one
+            copy of the parameters during the step. A scope whose update cannot be measured (Inf or NaN, for instance
+            after float16 overflow) returns to its parameters before the step.
 
     Raises:
         ValueError, TypeError: an option is out of range.
@@ -62,7 +62,7 @@ class Magnitude:
 
     @property
     def bound(self) -> float:
-        """The fixed bound of the gradient in effect; infinity when there is none."""
+        """Return the effective fixed bound of the gradient; infinity without one."""
         if self.max_norm is not None:
             return self.max_norm
         return math.inf if self.adaptive else 1.0
@@ -82,7 +82,7 @@ class LogNorms(NamedTuple):
 
 
 def threshold(seen: LogNorms) -> Tensor:
-    """Largest norm that does not stand out, infinity before the first step: Tensor [S]."""
+    """Return the largest norm that is not an outlier, infinity before the first step: Tensor [S]."""
     variance = (PRIOR_COUNT * PRIOR_DEVIATION**2 + seen.spread) / (PRIOR_COUNT + seen.weight)
     started = seen.weight > 0
     margin = DEVIATIONS * (variance * (1.0 + 1.0 / torch.where(started, seen.weight, 1.0))).sqrt()
@@ -90,7 +90,7 @@ def threshold(seen: LogNorms) -> Tensor:
 
 
 def observe(seen: LogNorms, norm: Tensor) -> LogNorms:
-    """Statistics with one more norm [S], which counts as no more than the threshold; a norm of 0 says nothing."""
+    """Return the statistics with one more norm [S], capped at the threshold. A norm of 0 is ignored."""
     counted = torch.minimum(norm, threshold(seen))
     value = torch.where(counted > 0, counted, 1.0).log()
     weight = DECAY * seen.weight + 1.0
@@ -101,16 +101,16 @@ def observe(seen: LogNorms, norm: Tensor) -> LogNorms:
 
 
 def clip(norm: Tensor, bound: Tensor) -> Tensor:
-    """Factor in (0, 1] that brings ``norm`` [S] down to ``bound`` [S]; 1 where it is there already: Tensor [S]."""
+    """Return the factor in (0, 1] that scales ``norm`` [S] to at most ``bound`` [S]: Tensor [S]."""
     return torch.where(norm > bound, bound / torch.where(norm > bound, norm, 1.0), 1.0)
 
 
 def shrink(update: Tensor, length: Tensor, numbers: Tensor, largest: float) -> Tensor:
-    """Factor in (0, 1] that brings an update down to ``largest`` times the length of the parameters.
+    """Return the factor in (0, 1] that scales an update to at most ``largest`` times the length of the parameters.
 
     Args:
         update, length (Tensor): shape [S], lengths of the update and of the parameters before it.
-        numbers (Tensor): shape [S], how many numbers each scope has.
+        numbers (Tensor): shape [S], number of elements of each scope.
         largest (float): see ``Magnitude.max_update``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The nearest vector that conflicts with no source: the dual quadratic program on a K x K matrix."""
+"""Project onto the vectors that conflict with no source: the dual quadratic program on a K x K matrix."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from gradguide.rules.span import divide
 __all__ = ["TOLERANCE", "multipliers"]
 
 TOLERANCE = 1e-6
-"""Cosines of a smaller size than this are rounding in rows of float32, and no conflict."""
+"""Cosines of smaller magnitude are rounding errors of float32 rows, and do not count as conflicts."""
 
 
 def multipliers(sources: Tensor, inner: Tensor, length: Tensor, rounding: float = TOLERANCE) -> Tensor:
-    """Multipliers of the projection of x onto the cone ``{y : <y, s_k> >= 0 for all k}``.
+    """Return the multipliers of the projection of x onto the cone ``{y : <y, s_k> >= 0 for all k}``.
 
     The projection is ``x + sum_k m_k s_k``, where m solves ``min 1/2 m' A m + b' m`` over m >= 0 with A = sources and
     b = inner (the dual program of GEM, arXiv 1706.08840, eq. 11; for K = 1 the closed form of A-GEM, arXiv 1812.00420,
-    eq. 11). It is solved in units of each source's length, by Lawson and Hanson's active-set method over all scopes at
-    once.
+    eq. 11). It is solved in units of each source's length, by Lawson and Hanson's active-set method on all scopes in
+    parallel.
 
     Args:
         sources (Tensor): shape [S, K, K], inner products of the sources; any rank, zero sources allowed.
         inner (Tensor): shape [S, K], ``<x, s_k>``.
-        length (Tensor): shape [S], ``|x|``, or the sum of the lengths of the terms of x: products with x have an error
+        length (Tensor): shape [S], ``|x|``, or the sum of the lengths of the terms of x. Products with x have an error
             of ``TOLERANCE * length`` times the length of the source.
-        rounding (float): error of the cosines of sources, of which more than ``TOLERANCE`` counts as that.
+        rounding (float): error of the cosines of sources; it is capped at ``TOLERANCE``.
 
     Returns:
         Tensor [S, K], at least 0, and all 0 in scopes without a conflict beyond rounding.
@@ -43,18 +43,18 @@ def multipliers(sources: Tensor, inner: Tensor, length: Tensor, rounding: float 
 
 
 def _nonnegative(a: Tensor, b: Tensor, ridge: float) -> Tensor:
-    """``min 1/2 m' a m + b' m`` over m >= 0, for matrices a [S, K, K] with a unit (or zero) diagonal and b [S, K].
+    """Solve ``min 1/2 m' a m + b' m`` over m >= 0, for a [S, K, K] with a unit (or zero) diagonal and b [S, K].
 
-    All scopes take their rounds together. In each round a trial solution on the active set either is positive, and then
-    the constraint that it violates most joins the set. Or it is not, and then m moves towards it until the first
-    multiplier reaches zero and leaves the set.
+    All scopes iterate together. Each round computes a trial solution on the active set. If it is positive, the most
+    violated constraint joins the set. Otherwise m moves towards it until the first multiplier reaches zero and leaves
+    the set.
 
-    Multipliers of dependent sources are not unique, and those of nearly dependent ones may be of any size. The ridge
-    bounds them: ``|m| <= ridge^-1/2`` times the length of x. It is as large as the errors of a, and only a violation
-    above it, times the terms of the trial, joins. A last correction on the active set takes back what the ridge changed
-    in multipliers that are well determined.
+    Multipliers of dependent sources are not unique, and those of nearly dependent ones are unbounded. The ridge bounds
+    them: ``|m| <= ridge^-1/2`` times the length of x. It is as large as the errors of a. A constraint joins only if
+    its violation is above the ridge times the terms of the trial. A final correction on the active set undoes the
+    effect of the ridge on well-determined multipliers.
 
-    On an accelerator the host reads nothing, so there the number of rounds is fixed.
+    On an accelerator the number of rounds is fixed, so the host does not synchronize.
     """
     k = b.shape[1]
     diagonal = ridge * torch.eye(k, dtype=a.dtype, device=a.device)
@@ -68,7 +68,7 @@ def _nonnegative(a: Tensor, b: Tensor, ridge: float) -> Tensor:
         worst = violation.argmax(dim=1, keepdim=True)
         grows = feasible & (violation.gather(1, worst) > ridge * (1.0 + trial.sum(dim=1, keepdim=True)))
 
-        # The fraction of the way to the trial at which each multiplier that it would make negative reaches zero.
+        # Fraction of the path to the trial at which each multiplier that becomes negative crosses zero.
         fraction = torch.where(active & (trial <= 0), divide(m, m - trial), torch.inf)
         way = fraction.amin(dim=1, keepdim=True).clamp(max=1.0)
         leaving = active & (trial <= 0) & (fraction <= way)

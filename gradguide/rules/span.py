@@ -1,4 +1,4 @@
-"""Coordinates in the span of a step's rows, where every product is a form in their Gram matrix."""
+"""Vectors as coordinates in the span of a step's rows, with inner products from their Gram matrix."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ __all__ = ["Extent", "Span", "divide"]
 class Extent(NamedTuple):
     """A combination of rows and its length, over S scopes.
 
-    vector (Tensor): coordinates [S, R]; zeros where the rows cancel to rounding.
-    norm (Tensor): shape [S], the length; 0 where the rows cancel to rounding.
-    ceiling (Tensor): shape [S], at least the true length; 0 where the rows cancel to rounding.
+    If the terms cancel to rounding, all three are 0.
+
+    vector (Tensor): coordinates [S, R].
+    norm (Tensor): shape [S], the length.
+    ceiling (Tensor): shape [S], an upper bound of the true length.
     """
 
     vector: Tensor
@@ -32,7 +34,7 @@ class Span:
 
     Args:
         gram (Tensor): shape [S, R, R], positive semidefinite, the inner products of the rows.
-        rounding (float): largest error of a product of two rows, relative to the product of their lengths.
+        rounding (float): maximum error of a product of two rows, relative to the product of their lengths.
     """
 
     gram: Tensor
@@ -40,7 +42,7 @@ class Span:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """The lengths of the rows: Tensor [S, R]."""
+        """Return the lengths of the rows: Tensor [S, R]."""
         return self.gram.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
 
     def row(self, index: int) -> Tensor:
@@ -51,33 +53,33 @@ class Span:
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the inner product of the vectors with coordinates ``a`` and ``b`` [S, R]: Tensor [S]."""
-        # Fewer operations than two products of matrices, which are tiny.
+        # The matrices are tiny, so fewer operations are faster than two matrix products.
         return ((self.gram * b.unsqueeze(1)).sum(dim=2) * a).sum(dim=1)
 
     def reach(self, a: Tensor) -> Tensor:
-        """Return the sum of the lengths of the terms of ``a`` [S, R]: Tensor [S], the length if nothing cancels."""
+        """Return the sum of the lengths of the terms of ``a`` [S, R]: Tensor [S]; it bounds the length."""
         return (a.abs() * self.lengths).sum(dim=1)
 
     def norm(self, a: Tensor) -> Tensor:
-        """Return the length of the vector with coordinates ``a`` [S, R]: Tensor [S], as far as ``gram`` says it."""
+        """Return the length of the vector with coordinates ``a`` [S, R]: Tensor [S], with the error of ``gram``."""
         return self.inner(a, a).clamp(min=0.0).sqrt()
 
     def extent(self, a: Tensor) -> Extent:
         """Return the combination ``a`` [S, R], its length and an upper bound of its length.
 
-        The squared length is ``a' G a``. Its terms may cancel, and then the errors of G are what is left: an error of
-        at most ``rounding * reach(a)^2``. A squared length below that is zero, and the vector with it. Otherwise the
-        true squared length is at most ``a' G a + rounding * (reach(a)^2 - a' G a)``, which ends at ``a' G a`` where
+        The squared length is ``a' G a``. If its terms cancel, the errors of G remain: at most
+        ``rounding * reach(a)^2``. A squared length below that counts as zero, and so does the vector. Otherwise the
+        true squared length is at most ``a' G a + rounding * (reach(a)^2 - a' G a)``, which equals ``a' G a`` if
         nothing cancels. The rounding of the vector itself, when it is written in float32, is smaller than either.
         """
         square, floor = self.inner(a, a).clamp(min=0.0), self.rounding * self.reach(a).square()
-        lost = square < floor  # not where both are 0, Inf or NaN
+        lost = square < floor  # False if both are 0, Inf or NaN
         ceiling = (floor + (1.0 - self.rounding) * square).sqrt()
         vector, norm = a.masked_fill(lost.unsqueeze(1), 0.0), square.sqrt().masked_fill(lost, 0.0)
         return Extent(vector, norm, ceiling.masked_fill(lost, 0.0))
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a / b``, and 0 where ``b`` is 0: a vector of no length is evidence of nothing."""
+    """Return ``a / b``, and 0 where ``b`` is not above 0."""
     none = ~(b > 0)
     return (a / b.masked_fill(none, 1.0)).masked_fill(none, 0.0)

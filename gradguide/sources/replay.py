@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradguide.distributed.layouts import Layout, layout_of, local, several_ranks
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.row import Row
 from gradguide.sources.side_effects import Randomness, buffers_kept, check_hooks, gradients_kept, leaves
 from gradguide.utils.checks import check_steps
@@ -132,7 +132,7 @@ class ReplaySource:
     @torch.no_grad()
     def _take(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> None:
         values = [local(p) for p in parameters.values()]
-        new = lay_out(values)
+        new = allocate_contiguous(values)
         pairs = zip(new, found.values(), strict=True)
         torch._foreach_copy_(new, [torch.zeros_like(n) if g is None else local(g) for n, g in pairs])
         torch._foreach_mul_(new, factor)

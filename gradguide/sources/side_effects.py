@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradguide.distributed.layouts import local
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 
 __all__ = ["Randomness", "buffers_kept", "check_hooks", "gradients_kept", "leaves"]
 
@@ -65,7 +65,7 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor
     """
     held = {p: p.grad for p in parameters}
     there = [(p, g, local(g)) for p, g in held.items() if g is not None]
-    copies = lay_out([value for _, _, value in there])
+    copies = allocate_contiguous([value for _, _, value in there])
     if there:
         torch._foreach_copy_(copies, [value for _, _, value in there])
     try:

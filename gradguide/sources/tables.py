@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.sources import files
 
 __all__ = ["Tables", "checked_tables", "digest", "read_tables"]
@@ -44,7 +44,7 @@ def checked_tables(given: Mapping[str, Mapping[str, Tensor] | None]) -> Tables:
             if label == "fisher" and bool((tensor < 0).any()):
                 raise ValueError(f"{label} must be at least 0, found {float(tensor.min())} for {name}")
     for table in tables.values():
-        for (name, tensor), place in zip(list(table.items()), lay_out(list(table.values())), strict=True):
+        for (name, tensor), place in zip(list(table.items()), allocate_contiguous(list(table.values())), strict=True):
             table[name] = place.copy_(tensor.detach())
     return tables
 

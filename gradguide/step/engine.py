@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.row import scopes_of
 from gradguide.ops.tensors import TensorList, metadata_of
 from gradguide.rules import decide as reference
@@ -179,7 +179,7 @@ class Engine:
         scale, pulls = None, None
         if self.rules.limit_update:
             products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
-            limit = _rules_for(plan).limit_unmade(state.span, products, self.rules, plan.element_counts())
+            limit = _rules_for(plan).constrain_preview(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
         self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
         return True
@@ -198,7 +198,7 @@ class Engine:
             own = [Row(at=bucket.values, anchor=copies), Row(offset=copies)]
             rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
-        limit = _rules_for(plan).limit(span, self.rules, plan.element_counts())
+        limit = _rules_for(plan).constrain(span, self.rules, plan.element_counts())
         state.limit = limit
         self.update_squares = [limit.norm.square()]
         if not self.rules.limit_update:
@@ -253,7 +253,9 @@ class Engine:
             for parameter, value, direction in zip(bucket.parameters, bucket.values, found, strict=True)
             if direction is None or direction.shape != value.shape or direction.device != value.device
         }
-        for (parameter, value), memory in zip(new.items(), lay_out(list(new.values()), torch.float32), strict=True):
+        for (parameter, value), memory in zip(
+            new.items(), allocate_contiguous(list(new.values()), torch.float32), strict=True
+        ):
             old = self.directions.get(parameter)
             # A model moved to another device keeps its direction.
             self.directions[parameter] = memory if old is None or old.shape != value.shape else memory.copy_(old)

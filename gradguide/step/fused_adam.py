@@ -171,10 +171,10 @@ def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: in
         Tensor [S, 2 + sources], float64: per scope the squared norm of the update, the squared norm of the parameters,
         and the dot product of the update with each source.
     """
-    from gradguide.ops.triton.adam import launch_probe
+    from gradguide.ops.triton.adam import launch_preview_update
 
     sums = (
-        launch_probe(
+        launch_preview_update(
             launch.columns, launch.rows, launch.signed(gradient), launch.moments, launch.groups, first, sources
         )
         for launch in launches

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradguide.rules.alignment import conflicts
-from gradguide.rules.decide import Limit
+from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES, Limit
 from gradguide.rules.span import Span, divide
 
 __all__ = ["Record", "read"]
@@ -86,25 +86,26 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
     # A scope without a gradient adds zeros. A gradient that is not finite makes the sums NaN, as intended.
     squares = gram.diagonal(dim1=1, dim2=2).clamp(min=0.0)
     lengths = squares.sum(dim=0).sqrt()
-    cosines = divide(gram[:, 0, :].sum(dim=0), lengths[0] * lengths).clamp(-1.0, 1.0)
-    per_scope = divide(gram[:, 0, :], (squares[:, :1] * squares).sqrt())
+    cosines = divide(gram[:, GRADIENT, :].sum(dim=0), lengths[GRADIENT] * lengths).clamp(-1.0, 1.0)
+    per_scope = divide(gram[:, GRADIENT, :], (squares[:, GRADIENT, None] * squares).sqrt())
     guided = record.guided_norm.square().sum().sqrt()
     clipped = (record.guided_norm * record.clip_factor).square().sum().sqrt()
     nan = gram.new_tensor(float("nan"))
     measured = [
-        lengths[0],
+        lengths[GRADIENT],
         guided,
         torch.where(guided > 0, divide(clipped, guided), 1.0),
-        nan if record.coherence is None else cosines[1],
+        nan if record.coherence is None else cosines[DIRECTION],
         # Coherence is 0 for a scope that never had a gradient: leave it out of the mean.
         nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
-        nan if record.damping is None else _mean(record.damping, gram[:, 0, 0] > 0),
+        nan if record.damping is None else _mean(record.damping, gram[:, GRADIENT, GRADIENT] > 0),
         update_norm.to(gram),
         nan if record.limit is None or not record.bounded else _update_factor(record.limit),
     ]
-    conflicting = conflicts(per_scope[:, 2 : 2 + sources]).any(dim=0).to(gram.dtype)
+    own = slice(SOURCES, SOURCES + sources)
+    conflicting = conflicts(per_scope[:, own]).any(dim=0).to(gram.dtype)
     drifts = torch.stack([nan, *(nan if drift is None else drift.to(gram) for drift in record.drifts)])[1:]
-    return torch.cat([torch.stack(measured), cosines[2 : 2 + sources], conflicting, drifts])
+    return torch.cat([torch.stack(measured), cosines[own], conflicting, drifts])
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradguide import ops
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import lay_out
+from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
@@ -128,10 +128,11 @@ class StepPlan:
                 wanted = [replace(write, coefficients=write.coefficients.to(device)) for write in wanted]
             backend.combine_(these, wanted)
 
+    @torch.no_grad()
     def snapshot(self) -> list[TensorList]:
         """Copy the parameters of each bucket into memory owned by the plan, and return the copies."""
         if self.cache.snapshots is None:
-            copies = [lay_out(bucket.values) for bucket in self.buckets]
+            copies = [allocate_contiguous(bucket.values) for bucket in self.buckets]
             self.cache.snapshots = [TensorList(each, metadata_of(each)) for each in copies]
         for bucket, copy in zip(self.buckets, self.cache.snapshots, strict=True):
             torch._foreach_copy_(copy, bucket.values)

@@ -1,4 +1,4 @@
-"""The base optimizers that GradGuide must conform to."""
+"""The base optimizers of the conformance tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ optim = torch.optim
 
 
 class Lion(Optimizer):
-    """A third-party optimizer as people write them: a subclass with a state of its own, no foreach, no extras."""
+    """A typical third-party optimizer: a subclass with its own state, without foreach or other options."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(params, {"lr": lr, "betas": betas})
@@ -70,7 +70,7 @@ BASES: dict[str, kit.MakeBase] = {
 if hasattr(optim, "Muon"):  # from torch 2.9 on
     BASES["Muon"] = made(optim.Muon, lr=1e-2)
 
-# Bases whose own momentum can be the direction, and what they call it.
+# Bases whose momentum can be the direction, with the key of its state.
 SHARING: dict[str, tuple[kit.MakeBase, str]] = {
     "SGD": (made(optim.SGD, lr=0.1, momentum=0.9), "momentum_buffer"),
     "SGD dampened": (made(optim.SGD, lr=0.1, momentum=0.8, dampening=0.3), "momentum_buffer"),
@@ -84,5 +84,5 @@ SHARING: dict[str, tuple[kit.MakeBase, str]] = {
 
 
 def net_for(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
-    """The test model; Muon takes matrices only, so it gets one without biases."""
+    """Return the test model, without biases for Muon, which accepts only matrices."""
     return kit.net(bias=name != "Muon", dtype=dtype)

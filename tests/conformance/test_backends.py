@@ -1,4 +1,4 @@
-"""The CPU's own backend and the portable one make the same steps, in every scope."""
+"""Backends make the same steps, in every scope."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_backends_agree_on_low_precision(scope: str) -> None:
 
 @pytest.mark.parametrize("kind", kit.KINDS)
 def test_scopes_differ(kind: str) -> None:
-    """Were a scope ignored, the test above would compare one thing with itself."""
+    """If scopes were ignored, the test above would compare equal runs."""
     results = {scope: run("auto", "SGD", kind, scope, torch.float32)[3] for scope in kit.SCOPES}
     for index, one in enumerate(kit.SCOPES):
         for other in kit.SCOPES[index + 1 :]:
@@ -92,10 +92,10 @@ def test_scope_group_is_each_group_by_itself(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("kind", kit.KINDS)
 def test_scopes_whose_parameters_alternate_are_each_by_itself(kind: str, backend: str) -> None:
-    """Their order within a pass is not that of the model; sources, directions and param groups go with them."""
+    """Passes reorder parameters by scope; sources, directions and param groups must follow that order."""
 
     def made(model: torch.nn.Module, scope: Any) -> GradGuide:
-        # Of either side one in each group.
+        # Each group has one parameter of each side.
         base = torch.optim.SGD([{"params": [p], "lr": 0.1 if p.shape[0] == 6 else 0.3} for p in model.parameters()])
         return GradGuide(base, **(kit.options(kind, model) | {"scope": scope, "backend": backend}))
 

@@ -1,4 +1,4 @@
-"""What holds over every base optimizer."""
+"""Properties that hold for every base optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ over_bases = pytest.mark.parametrize("name", BASES)
 
 
 def bare(model: nn.Module, name: str) -> Optimizer:
-    """The base alone, over the groups that kit.guide makes."""
+    """Return the base alone, with the groups of kit.guide."""
     parameters = list(model.parameters())
     return BASES[name]([{"params": parameters[:1]}, {"params": parameters[1:]}])
 
@@ -83,7 +83,7 @@ def test_a_bound_that_is_never_met_is_bitwise_the_base(name: str, bound: float, 
 
 @over_bases
 def test_only_measuring_is_bitwise_the_base(name: str) -> None:
-    """A direction without damping, and steps that coherence does not scale: metrics for free."""
+    """Without damping and clipping, the rules only measure and do not change the steps."""
     plain, model = net_for(name), net_for(name)
     one = bare(plain, name)
     other = kit.guide(
@@ -118,7 +118,7 @@ def test_rules_stay_finite_and_within_bounds(name: str, kind: str) -> None:
 
 @over_bases
 def test_on_update_leaves_no_conflict_whatever_the_base(name: str) -> None:
-    """The update that the base really made, and that GradGuide corrected, does not go along the source gradient."""
+    """The product of the corrected update with the source gradient is not positive."""
     model = net_for(name)
     optimizer = kit.guide(model, BASES[name], "on update", direction=None, magnitude=None)
     source = kit.source_of(model)

@@ -1,4 +1,4 @@
-"""A model that lies on several devices: what is decided on one of them goes to where it is used."""
+"""A model on several devices: coefficients are copied to the device that uses them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gradguide.ops import Row, Write
 
 
 class OneDevice:
-    """Passes that compute nothing, and insist that all they are given lies on one device. The second is "meta"."""
+    """Ops without computation, which check that all arguments are on one device. The second device is "meta"."""
 
     def __init__(self) -> None:
         self.written: list[torch.device] = []
 
     def gram(self, rows: Sequence[Row | None]) -> Tensor:
         assert len({tensor.device for row in rows if row is not None for part in row.parts for tensor in part}) == 1
-        return torch.eye(len(rows), dtype=torch.float64).unsqueeze(0)  # on the CPU, as if copied there
+        return torch.eye(len(rows), dtype=torch.float64).unsqueeze(0)  # on the CPU, like a copy from the device
 
     def combine_(self, rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
         for write in writes:

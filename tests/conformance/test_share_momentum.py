@@ -1,4 +1,4 @@
-"""The base's own momentum as the running direction."""
+"""The base's momentum as the running direction."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_direction_is_the_bases_momentum(name: str) -> None:
         metrics = optimizer.metrics()
         if step:
             assert metrics["direction_cosine"] == pytest.approx(cosine, abs=1e-5)
-        # The base's momentum after the step, over the length it would have had, had all gradients agreed.
+        # Momentum after the step, divided by its length if all gradients had one direction.
         assert 0.0 < metrics["coherence"] <= 1.0
         if step == 0:
             assert metrics["coherence"] == pytest.approx(1.0, abs=1e-6)
@@ -54,7 +54,7 @@ def test_direction_is_the_bases_momentum(name: str) -> None:
 
 @over_sharing
 def test_coherence_is_momentum_over_its_greatest_length(name: str) -> None:
-    """By hand, from the norms that the base received: R = |m| / sum of the weights times the norms."""
+    """Compute R = |m| / sum of the weights times the norms, from the norms that the base received."""
     make, key = SHARING[name]
     model = kit.net()
     optimizer = kit.guide(model, make, direction=SHARED, magnitude=Magnitude(max_norm=0.7, max_update=None))
@@ -75,7 +75,7 @@ def test_coherence_is_momentum_over_its_greatest_length(name: str) -> None:
 
 @over_sharing
 def test_a_scope_whose_first_gradient_comes_later_starts_then(name: str) -> None:
-    """As if it had an optimizer of its own: SGD takes a first gradient whole, whatever its other parameters did."""
+    """SGD starts the momentum of a parameter with its full first gradient, independent of other parameters."""
     make, _ = SHARING[name]
     held, alone = ([nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
     together = GradGuide(make(held), scope="tensor", direction=SHARED, magnitude=None)
@@ -93,7 +93,7 @@ def test_a_scope_whose_first_gradient_comes_later_starts_then(name: str) -> None
 
 
 def test_the_rates_are_those_of_a_scopes_first_parameter_whatever_its_precision() -> None:
-    """Passes go by precision, and another scope's parameter must not decide which of them comes first."""
+    """Passes are ordered by precision; a parameter of another scope must not change the first one of a scope."""
     found = []
     for there in (True, False):
         dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
@@ -124,7 +124,7 @@ def test_no_memory_per_parameter(name: str) -> None:
         added = set(entry) - set(bare.state_dict()["state"][index])
         assert added == {"gradguide.counters"}
         assert entry["gradguide.counters"].numel() < 10
-    # Whatever else it holds onto has no tensor of a parameter's shape.
+    # No other reachable state has a tensor of a parameter's shape.
     shapes = {p.shape for p in model.parameters()}
     held = [t for t in tensors(vars(optimizer), skip=optimizer.base) if t.shape in shapes and t.dim() == 2]
     mine = {id(p) for p in model.parameters()}
@@ -132,7 +132,7 @@ def test_no_memory_per_parameter(name: str) -> None:
 
 
 def tensors(value: Any, skip: object, seen: set[int] | None = None) -> list[Tensor]:
-    """All tensors reachable from a value, but not through ``skip``."""
+    """Return all tensors reachable from a value, but not through ``skip``."""
     seen = set() if seen is None else seen
     if id(value) in seen or value is skip or isinstance(value, ModuleType):
         return []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradguide.ops.triton.tables import Tables
+from gradguide.ops.triton.device_arrays import DeviceArrayCache
 from tests.gpu.training import no_waiting
 
 CUDA = torch.device("cuda", 0)
@@ -16,19 +16,19 @@ def numbers(first: int) -> Tensor:
     return torch.arange(first, first + 10)
 
 
-def get(tables: Tables, first: int) -> Tensor:
+def get(tables: DeviceArrayCache, first: int) -> Tensor:
     return tables.get(CUDA, "numbers", bytes([first]), lambda: numbers(first))
 
 
 def test_a_copy_does_not_make_the_host_wait() -> None:
-    tables = Tables()
+    tables = DeviceArrayCache()
     with no_waiting():
         found = get(tables, 1)
     assert found.tolist() == numbers(1).tolist()
 
 
 def test_a_graph_repeats_the_copy_and_its_table_is_kept() -> None:
-    tables = Tables(budget=100)
+    tables = DeviceArrayCache(budget=100)
     get(tables, 1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -46,4 +46,4 @@ def test_a_graph_repeats_the_copy_and_its_table_is_kept() -> None:
 def test_a_capture_without_a_step_before_it_says_so() -> None:
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="make at least one ordinary step first"), torch.cuda.graph(graph):
-        get(Tables(), 1)
+        get(DeviceArrayCache(), 1)

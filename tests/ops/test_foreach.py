@@ -1,4 +1,4 @@
-"""The portable backend against the float64 oracle."""
+"""Compare the portable backend with the float64 reference."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradguide.ops import Row, Stack, Write, foreach, pieces, reference
+from gradguide.ops import Row, Stack, Write, blocks, foreach, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((), (0,), (1,), (3, 5), (7, 0, 2), (64, 33), (300, 301))
 SCOPES = st.lists(st.lists(st.sampled_from(SHAPES), max_size=3), min_size=1, max_size=3).filter(any)
-"""Shapes of the tensors of up to three scopes, of which all but one may be empty."""
+"""Shapes of the tensors of up to three scopes; all but one may be empty."""
 
 
 def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
@@ -26,7 +26,7 @@ def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, scale:
 def some_rows(
     seed: int, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], sizes: list[int] | None = None
 ) -> Stack:
-    """A plain row, no row, a moving source and an update."""
+    """Return a plain row, an absent row, a moving source and an update."""
     g, d, s0, fisher = (tensors(seed + k, shapes, dtypes[k % len(dtypes)]) for k in range(4))
     now, before = (tensors(seed + k, shapes, dtypes[0]) for k in (4, 5))
     moving = Row(offset=s0, scale=fisher, at=now, anchor=before)
@@ -92,7 +92,7 @@ def test_gram_of_tiny_and_huge_rows(scale: float) -> None:
 
 def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "SMALL", 10)
-    monkeypatch.setattr(pieces, "LARGE", 1000)
+    monkeypatch.setattr(blocks, "LARGE", 1000)
     shapes = [(1999,), (37, 100), (5,), (1000,), (0,)]
     rows = some_rows(0, shapes, [torch.float32])
     assert torch.allclose(foreach.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-2)
@@ -106,7 +106,7 @@ def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensors_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "SMALL", 10)
-    monkeypatch.setattr(pieces, "LARGE", 20)
+    monkeypatch.setattr(blocks, "LARGE", 20)
     a, b = torch.randn(2, 7, 11)
     rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
     assert torch.allclose(foreach.gram(rows), reference.gram(rows), rtol=1e-5, atol=1e-5)

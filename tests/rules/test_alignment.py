@@ -54,7 +54,7 @@ def test_of_mixed_sources_the_hard_part_acts_for_those_that_are_not_anchored() -
 
 
 def test_an_anchor_beside_a_projecting_source_lets_the_model_move_on() -> None:
-    """The gradient of the pull points away from the anchor, so a projection on it would end all moving on."""
+    """The gradient of the pull points away from the anchor, so a projection on it would block all movement."""
     moved = {}
     for alone in (True, False):
         parameter = nn.Parameter(torch.zeros(2))

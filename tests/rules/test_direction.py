@@ -16,12 +16,12 @@ STRENGTH = st.floats(0, 1)
 
 
 def combine(coordinates: Tensor, vectors: Tensor) -> Tensor:
-    """The vectors [S, n] with coordinates [S, R] in rows [S, R, n]."""
+    """Return the vectors [S, n] with coordinates [S, R] in rows [S, R, n]."""
     return (coordinates.unsqueeze(1) @ vectors).squeeze(1)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines of [S, n] and [S, n], through unit vectors so that no square overflows; NaN where one is zero."""
+    """Return cosines of [S, n] and [S, n], from unit vectors so that no square overflows; NaN for zero vectors."""
     return (torch.nn.functional.normalize(a, eps=0.0) * torch.nn.functional.normalize(b, eps=0.0)).sum(dim=1)
 
 

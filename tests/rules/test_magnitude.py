@@ -37,7 +37,7 @@ def test_the_threshold_is_sound_from_the_first_step(norms: list[float]) -> None:
         seen = observe(seen, scalar(norm))
         bound = float(threshold(seen))
         assert math.isfinite(bound)
-        # The winsorised mean can lie above all norms only if they fell; it never lies under the smallest.
+        # The winsorised mean exceeds all norms only if they decreased. It is never below the smallest.
         assert bound >= min(norms) * (1 - 1e-9)
 
 

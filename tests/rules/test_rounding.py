@@ -1,4 +1,4 @@
-"""What is below the rounding of the rows is zero, and bounds hold for what is written."""
+"""Values below the rounding of the rows are zero, and bounds hold for the written values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("random", "opposite", "duplicate", "near", "opposite and near", "zero")
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, list[Tensor]]:
-    """A gradient of a few numbers, and sources that oppose, repeat or nearly repeat each other and the gradient."""
+    """Draw a short gradient, and sources that oppose, repeat or nearly repeat each other and the gradient."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     n, count = draw(st.integers(1, 4)), draw(st.integers(1, 16))
     rows = [torch.randn(n, generator=generator)]
@@ -41,7 +41,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, list[Tensor]]:
 
 
 def written(gradient: Tensor, sources: list[Tensor], backend: str, weight: float, max_norm: float) -> Tensor:
-    """What is left of the gradient."""
+    """Return the guided gradient."""
     parameter = nn.Parameter(torch.zeros_like(gradient))
     alignment = Alignment([SourceGradient({"p": s}) for s in sources], on="gradient", weight=weight)
     optimizer = GradGuide(
@@ -95,12 +95,12 @@ def test_a_pull_that_balances_the_gradient_leaves_exactly_nothing(backend: str) 
 @pytest.mark.parametrize("on", ["gradient", "update"])
 @pytest.mark.parametrize("n", [1, 1000])
 def test_where_nothing_is_left_adam_does_not_move(n: int, on: str, backend: str) -> None:
-    """Its step does not depend on the gradient's length, so it would make a full one of what rounding leaves."""
+    """Adam's step does not depend on the gradient's length, so rounding errors alone would give a full step."""
     for seed in range(20):
         torch.manual_seed(seed)
         parameter, source = nn.Parameter(torch.rand(n)), torch.randn(n)
         if on == "update":
-            source = source.sign()  # along which the first update of Adam goes
+            source = source.sign()  # the direction of the first update of Adam
         before = parameter.detach().clone()
         optimizer = GradGuide(
             AdamW([parameter], lr=1e-3, weight_decay=0.0), alignment=Alignment(SourceGradient({"p": source}), on=on),
@@ -144,7 +144,7 @@ def test_the_ceiling_is_above_the_true_length_whatever_the_error_of_the_products
         assert float(found.norm) == float(found.ceiling) == 0.0
         assert true <= 2 * math.sqrt(KERNELS) * float(exact.reach(difference))
     else:
-        assert true <= float(found.ceiling) * (1 + KERNELS)  # the error of a length alone
+        assert true <= float(found.ceiling) * (1 + KERNELS)  # the error of the length itself
         assert float(found.norm) <= float(found.ceiling) * (1 + 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Launching the fused step of Adam and AdamW, and the measuring of its update before it is made."""
+"""Launch the fused step of Adam and AdamW, and the preview that measures its update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gradguide.ops.row import Row, Write
-from gradguide.ops.triton.columns import Columns, columns_of
 from gradguide.ops.triton.kernels.adam import adam, count
 from gradguide.ops.triton.kernels.probe import probe
 from gradguide.ops.triton.launch import (
@@ -29,16 +28,17 @@ from gradguide.ops.triton.launch import (
     table_of,
     tables_of,
 )
+from gradguide.ops.triton.operands import KernelOperands, operands_of
 
-__all__ = ["Groups", "Moments", "Settings", "launch_adam", "launch_count", "launch_probe", "plan_adam"]
+__all__ = ["Groups", "Moments", "Settings", "launch_adam", "launch_count", "launch_preview_update", "plan_adam"]
 
 COUNTS = 1024
-"""Counts of steps that a program adds to."""
+"""Step counts that a program updates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of one param group: learning rate (a float, or a tensor on the device), betas, eps and weight decay."""
+    """Settings of one param group: learning rate (a float or a device tensor), betas, eps and weight decay."""
 
     lr: float | Tensor
     betas: tuple[float, float]
@@ -50,10 +50,10 @@ class Settings:
 class Groups:
     """The param groups of a bucket.
 
-    settings: of each group.
-    which: int64 [tensors], the group of each tensor.
-    on_device: whether all learning rates are tensors there, and are read by the kernel.
-    decoupled: whether weight decay is, as in AdamW, or is added to the gradient.
+    settings: settings of each group.
+    which: int64 [tensors], index of each tensor's group.
+    on_device: whether all learning rates are device tensors, which the kernel reads.
+    decoupled: whether weight decay is decoupled, as in AdamW, instead of added to the gradient.
     maximize: whether the objective is maximised.
     """
 
@@ -66,7 +66,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """Aligned lists over a bucket: parameters, first and second moments, and float32 counts of steps, 0-d."""
+    """Aligned lists over a bucket: parameters, first and second moments, and 0-d float32 step counts."""
 
     parameters: Sequence[Tensor]
     first: Sequence[Tensor]
@@ -74,15 +74,15 @@ class Moments:
     steps: Sequence[Tensor]
 
 
-def plan_adam(rows: Sequence[Row | None], direction: Write | None, moments: Moments) -> Columns | None:
-    """The columns of a fused step, or None where there is no kernel for one of its tensors."""
+def plan_adam(rows: Sequence[Row | None], direction: Write | None, moments: Moments) -> KernelOperands | None:
+    """Return the operands of a fused step, or None if a tensor has no kernel."""
     writes = [] if direction is None else [direction]
     others = (moments.parameters, moments.first, moments.second)
-    return columns_of(rows, writes, others)
+    return operands_of(rows, writes, others)
 
 
 def launch_adam(
-    columns: Columns,
+    operands: KernelOperands,
     rows: Sequence[Row | None],
     gradient: Tensor,
     direction: Write | None,
@@ -92,47 +92,47 @@ def launch_adam(
     pulls: Tensor | None,
     go: Tensor,
 ) -> Tensor:
-    """Write the direction, then step parameters and moments with the guided gradient, which is not written.
+    """Write the direction, then step parameters and moments with the guided gradient, which is not stored.
 
-    The counts of steps stay as they are.
+    The step counts are not changed.
 
     Args:
-        columns: what :func:`plan_adam` gave for these rows, direction and moments.
+        operands: result of :func:`plan_adam` for these rows, direction and moments.
         gradient (Tensor): shape [S, R], coefficients of the guided gradient.
-        scale (Tensor): shape [S], float64, what the update is multiplied by.
-        pulls (Tensor | None): shape [S, R], coefficients of what is added to the update.
-        go (Tensor): 0-d float32; 0 leaves everything as it is.
+        scale (Tensor): shape [S], float64, factor of the update.
+        pulls (Tensor | None): shape [S, R], coefficients of the addition to the update.
+        go (Tensor): 0-d float32; 0 changes nothing.
 
     Returns:
-        Squared lengths of the update by chunk: Tensor [chunks], float32.
+        Squared length of the update of each chunk: Tensor [chunks], float32.
     """
-    table, lengths, chunks = tables_of(columns)
-    squares = torch.empty(len(chunks), dtype=torch.float32, device=columns.device)
+    table, lengths, chunks = tables_of(operands)
+    squares = torch.empty(len(chunks), dtype=torch.float32, device=operands.device)
     if not len(chunks):
         return squares
     turned = gradient if direction is None else direction.coefficients
-    with on(columns.device):
+    with on(operands.device):
         adam[(len(chunks),)](
-            table, lengths, chunks, _steps(columns, moments), *_settings(columns, groups), gradient.contiguous(),
-            turned.contiguous(), (turned if pulls is None else pulls).contiguous(), scale, go, squares, columns.tensors,
-            len(rows),
-            D=columns.writes[0][0] if columns.writes else -1, PULLED=pulls is not None,
-            **_layout(columns, rows, groups),
+            table, lengths, chunks, _steps(operands, moments), *_settings(operands, groups), gradient.contiguous(),
+            turned.contiguous(), (turned if pulls is None else pulls).contiguous(), scale, go, squares,
+            operands.tensors, len(rows),
+            D=operands.writes[0][0] if operands.writes else -1, PULLED=pulls is not None,
+            **_layout(operands, rows, groups),
         )  # fmt: skip
     mark_written(moments.parameters)
     return squares
 
 
-def launch_count(columns: Columns, moments: Moments, go: Tensor) -> None:
-    """Add ``go``, a 0-d float32 tensor, to the counts of steps: one launch, however many they are."""
-    with on(columns.device):
-        count[(-(-columns.tensors // COUNTS),)](
-            _steps(columns, moments), go, columns.tensors, BLOCK=COUNTS, num_warps=WARPS, **FUSION
+def launch_count(operands: KernelOperands, moments: Moments, go: Tensor) -> None:
+    """Add ``go``, a 0-d float32 tensor, to all step counts, in one launch."""
+    with on(operands.device):
+        count[(-(-operands.tensors // COUNTS),)](
+            _steps(operands, moments), go, operands.tensors, BLOCK=COUNTS, num_warps=WARPS, **FUSION
         )
 
 
-def launch_probe(
-    columns: Columns,
+def launch_preview_update(
+    operands: KernelOperands,
     rows: Sequence[Row | None],
     gradient: Tensor,
     moments: Moments,
@@ -140,35 +140,35 @@ def launch_probe(
     first: int,
     sources: int,
 ) -> Tensor:
-    """Products of the update that :func:`launch_adam` would make, unscaled and with nothing added. Writes nothing.
+    """Return products of the update that :func:`launch_adam` would make, without scale and pulls. Writes nothing.
 
     Args:
-        first, sources: number of the first source among the rows, and how many there are.
+        first, sources: index of the first source among the rows, and the number of sources.
 
     Returns:
-        For each scope the update with itself, the parameters with themselves, the update with each source: Tensor
-        [S, 2 + sources], float64, the same bits for the same step.
+        For each scope the squared norms of the update and of the parameters, then the product of the update with each
+        source: Tensor [S, 2 + sources], float64, deterministic.
     """
-    table, lengths, chunks = tables_of(columns)
-    partials = torch.empty(2 + sources, len(chunks), dtype=torch.float32, device=columns.device)
+    table, lengths, chunks = tables_of(operands)
+    partials = torch.empty(2 + sources, len(chunks), dtype=torch.float32, device=operands.device)
     if len(chunks):
-        with on(columns.device):
+        with on(operands.device):
             probe[(len(chunks),)](
-                partials, table, lengths, chunks, _steps(columns, moments), *_settings(columns, groups),
-                gradient.contiguous(), columns.tensors, len(rows), len(chunks), FIRST=first, SOURCES=sources,
-                **_layout(columns, rows, groups),
+                partials, table, lengths, chunks, _steps(operands, moments), *_settings(operands, groups),
+                gradient.contiguous(), operands.tensors, len(rows), len(chunks), FIRST=first, SOURCES=sources,
+                **_layout(operands, rows, groups),
             )  # fmt: skip
-    return sums_of(partials, columns)
+    return sums_of(partials, operands)
 
 
-def _steps(columns: Columns, moments: Moments) -> Tensor:
-    """Addresses of the counts of steps, on the device."""
-    return table_of(columns.device, array("q", map(Tensor.data_ptr, moments.steps)))
+def _steps(operands: KernelOperands, moments: Moments) -> Tensor:
+    """Return the addresses of the step counts, on the device."""
+    return table_of(operands.device, array("q", map(Tensor.data_ptr, moments.steps)))
 
 
-def _settings(columns: Columns, groups: Groups) -> tuple[Tensor, tuple[tuple[float | Tensor, ...], ...]]:
-    """The group of each tensor, on the device, and what kernels call the settings of each group."""
-    return table_of(columns.device, groups.which), tuple(map(_numbers, groups.settings))
+def _settings(operands: KernelOperands, groups: Groups) -> tuple[Tensor, tuple[tuple[float | Tensor, ...], ...]]:
+    """Return the group of each tensor, on the device, and the ``settings`` argument of the kernels."""
+    return table_of(operands.device, groups.which), tuple(map(_numbers, groups.settings))
 
 
 def _numbers(settings: Settings) -> tuple[float | Tensor, ...]:
@@ -176,12 +176,12 @@ def _numbers(settings: Settings) -> tuple[float | Tensor, ...]:
     return (settings.lr, *decays, float(settings.eps), float(settings.weight_decay))
 
 
-def _layout(columns: Columns, rows: Sequence[Row | None], groups: Groups) -> dict[str, Any]:
-    """What the kernels are specialised on."""
-    p, m, v = columns.others
-    wide = len(columns.dtypes) > WIDE
+def _layout(operands: KernelOperands, rows: Sequence[Row | None], groups: Groups) -> dict[str, Any]:
+    """Return the compile-time arguments and launch options of the kernels."""
+    p, m, v = operands.others
+    wide = len(operands.dtypes) > WIDE
     return {
-        "DTYPES": columns.dtypes, "ROWS": columns.rows, "SLOTS": tuple(i for i, row in enumerate(rows) if row),
+        "DTYPES": operands.dtypes, "ROWS": operands.rows, "SLOTS": tuple(i for i, row in enumerate(rows) if row),
         "P": p, "M": m, "V": v, "RATE_ON_DEVICE": groups.on_device, "DECOUPLED": groups.decoupled,
         "MAXIMIZE": groups.maximize, "RELOAD": wide, "BLOCK": WIDEST_BLOCK if wide else WIDE_BLOCK, "CHUNK": CHUNK,
         "THREADS": 32 * WARPS, "num_warps": WARPS, "maxnreg": REGISTERS, **FUSION,
@@ -189,5 +189,5 @@ def _layout(columns: Columns, rows: Sequence[Row | None], groups: Groups) -> dic
 
 
 def _log2(beta: float) -> float:
-    # Powers of 0 are 0, and so are those of 2 to this.
+    # 2 ** -1e6 underflows to 0, the value of every positive power of beta = 0.
     return math.log2(beta) if beta > 0 else -1e6

@@ -1,4 +1,4 @@
-"""Decisions on a CUDA device: one launch each, in place of some dozens of small operations on Gram matrices."""
+"""The rules as Triton kernels: one launch per decision, instead of dozens of small operations on Gram matrices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gradguide.rules.triton.kernels.decision import decide as decide_kernel
 from gradguide.rules.triton.kernels.decision import limit as limit_kernel
 from gradguide.rules.triton.kernels.decision import limit_unmade as limit_unmade_kernel
 
-__all__ = ["decide", "limit", "limit_unmade"]
+__all__ = ["constrain", "constrain_preview", "decide"]
 
 WARPS = 4
 
 BLOCK = 256
-"""Numbers that a program looks through at a time."""
+"""Elements that a program checks at a time."""
 
 
 def decide(
@@ -34,7 +34,7 @@ def decide(
     regularized: bool = False,
     rates: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
-    """The decision of ``gradguide.rules.decide.decide``, to rounding; ``finite`` is found out anew."""
+    """Return the decision of ``gradguide.rules.decide.decide``, to rounding. ``finite`` is ignored and recomputed."""
     gram = span.gram.contiguous()
     scopes, rows, _ = gram.shape
     direction, alignment, magnitude = rules.direction, rules.alignment, rules.magnitude
@@ -74,8 +74,8 @@ def decide(
     )
 
 
-def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
-    """The limit of ``gradguide.rules.decide.limit``, to rounding."""
+def constrain(span: Span, rules: Rules, numbers: Tensor) -> Limit:
+    """Return the result of ``gradguide.rules.decide.constrain``, to rounding."""
     gram = span.gram.contiguous()
     coefficients, found = torch.empty_like(gram[:, 0]), _numbers(gram)
     with on(gram.device):
@@ -86,8 +86,8 @@ def limit(span: Span, rules: Rules, numbers: Tensor) -> Limit:
     return Limit(scale, coefficients, factor, length, norm)
 
 
-def limit_unmade(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
-    """The limit of ``gradguide.rules.decide.limit_unmade``, to rounding."""
+def constrain_preview(step: Span, products: Tensor, rules: Rules, numbers: Tensor) -> Limit:
+    """Return the result of ``gradguide.rules.decide.constrain_preview``, to rounding."""
     gram, products = step.gram.contiguous(), products.contiguous()
     pulls, found = torch.empty_like(gram[:, 0]), _numbers(gram)
     with on(gram.device):
@@ -108,7 +108,7 @@ def _bound(gram: Tensor, rules: Rules) -> Tensor:
 
 
 def _layout(rules: Rules) -> dict[str, Any]:
-    """What kernels that limit an update are specialised on."""
+    """Return the compile-time arguments and launch options of the kernels that constrain an update."""
     rows = SOURCES + rules.update_sources
     size = triton.next_power_of_2(rows)
     return {

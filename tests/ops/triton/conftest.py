@@ -1,4 +1,4 @@
-"""The kernels run on the GPU if there is one, else in Triton's interpreter; without Triton these tests are left out."""
+"""Run the kernels on the GPU if there is one, else in Triton's interpreter. Without Triton, ignore these tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if HAVE_KERNELS and os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU they belong to the suite that needs one."""
+    """Mark these tests as GPU tests if they run on a GPU."""
     if not HAVE_KERNELS:
         return
     from tests.ops.triton.problems import DEVICE
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that several chunks take not long in the interpreter."""
+    """Use short chunks, so that tests of several chunks are fast in the interpreter."""
     from gradguide.ops.triton import adam, launch
     from tests.ops.triton.problems import CHUNK
 

@@ -1,6 +1,6 @@
-"""Triton's interpreter, which runs kernels on the CPU, made to work with numpy 2.4.
+"""Patch Triton's interpreter, which runs kernels on the CPU, for numpy 2.4.
 
-numpy no longer turns arrays of one element into numbers, and the interpreter holds every scalar in such an array.
+numpy no longer converts arrays of one element to numbers, but the interpreter stores every scalar in such an array.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["repair"]
 
 
 def repair() -> None:
-    """Let scalars of the interpreter be bounds of a ``range``. Harmless if called again, or not needed."""
+    """Allow scalars of the interpreter as bounds of a ``range``. Idempotent, and harmless if not needed."""
     original = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, *scope: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rows of every kind over tensors of odd shapes, for tests of the kernels."""
+"""Rows of every kind over tensors of irregular shapes, for tests of the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CHUNK", "DEVICE", "MANY", "ODD", "some_rows", "tensors", "unaligned"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu")
 
 CHUNK = launch.CHUNK if DEVICE.type == "cuda" else 2048
-"""Elements per chunk: few in the interpreter, where each operation takes a while."""
+"""Elements per chunk: few in the interpreter, where each operation is slow."""
 
 ODD = [(3, 5), (0,), (), (64, 33), (7, 0, 2), (1,), (1024,), (43, 50)]
 """Scalars, empty tensors, less than a block, one block exactly, and in the interpreter more than one chunk."""
@@ -29,7 +29,7 @@ def tensors(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch
 
 
 def unaligned(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The same values, each tensor one element off a boundary of 16 bytes."""
+    """Return the same values as ``tensors``, each offset by one element from a 16-byte boundary."""
     result = []
     for tensor in tensors(seed, shapes, dtype):
         memory = torch.empty(tensor.numel() + 1, dtype=dtype, device=DEVICE)
@@ -38,7 +38,7 @@ def unaligned(seed: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = tor
 
 
 def some_rows(shapes: list[tuple[int, ...]], sources: int, dtypes: tuple[torch.dtype, ...]) -> list[Row | None]:
-    """Gradient, direction and ``sources`` more rows: moving, plain, anchored and updates in turn, as precisions."""
+    """Return gradient, direction and ``sources`` more rows: moving, plain, anchored and updates, cycling ``dtypes``."""
     seeds = iter(range(1000))
 
     def draw() -> list[Tensor]:

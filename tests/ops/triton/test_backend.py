@@ -1,4 +1,4 @@
-"""``backend="triton"``: an error where it cannot be had, and whole steps that agree with the portable backend."""
+"""``backend="triton"``: errors if it is not available, and steps that agree with the portable backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As outside of the interpreter, on a device of compute capability 9.0."""
+    """Simulate a compiled run on a device of compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     available.lacks_triton.cache_clear()
@@ -43,7 +43,7 @@ def test_auto_takes_what_there_is(compiled: pytest.MonkeyPatch) -> None:
 
 
 def test_parameters_on_the_cpu_are_an_error(compiled: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=r"backend='triton' cannot be had: it runs on CUDA devices, found .*'cpu'"):
+    with pytest.raises(RuntimeError, match=r"'triton' is not available: it runs on CUDA devices, found .*'cpu'"):
         GradGuide(base(), backend="triton")
 
 
@@ -66,7 +66,7 @@ def test_what_is_missing_is_named_and_auto_does_without(
     compiled: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     change(compiled)
-    with pytest.raises(RuntimeError, match=f"backend='triton' cannot be had: {message}; use backend='auto'"):
+    with pytest.raises(RuntimeError, match=f"backend='triton' is not available: {message}; use backend='auto'"):
         select("triton", CUDA)
     assert select("auto", CUDA) is foreach
 
@@ -96,5 +96,5 @@ def test_steps_agree_with_the_portable_backend(kind: str, scope: str) -> None:
 
 def test_steps_agree_in_low_precision() -> None:
     mine, other = (run(backend, "SGD", "on gradient", "global", torch.bfloat16) for backend in ("triton", "foreach"))
-    # A rounding to bfloat16 that falls the other way is carried on: two units in the last place of numbers near 2.
+    # A different rounding to bfloat16 propagates: allow two units in the last place of numbers near 2.
     torch.testing.assert_close(mine[1:], other[1:], rtol=2e-2, atol=2e-2)

@@ -1,4 +1,4 @@
-"""The bound on the update in the kernels, of a base that steps by itself and of a fused one."""
+"""The bound on the update in the kernels, with an unfused and a fused base step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 from tests.ops.triton.problems import DEVICE
 
-# The interpreter computes with numpy, which says so where a number is not finite.
+# The interpreter uses numpy, which warns about values that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 

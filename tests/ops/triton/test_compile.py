@@ -1,4 +1,4 @@
-"""The kernels, compiled ahead of time for three architectures, which needs no GPU: what the binaries hold."""
+"""Check the binaries of the kernels, compiled ahead of time for three architectures without a GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def compiled(path: Path, *names: str) -> list[dict[str, str]]:
-    """In a process of its own, since this one may hold the kernels in the interpreter."""
+    """Compile in a subprocess, since this process may use the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.registers", "--out", str(path), "--only", *names]
     done = subprocess.run(command, env=environment, cwd=RESULTS.parents[2], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Decisions of the kernels against the same rules in torch operations."""
+"""Compare the decision kernels with the same rules in torch operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradguide.rules.span import Span
 from tests.ops.triton.problems import DEVICE
 from tests.strategies import rows, span_of
 
-# The interpreter computes with numpy, which says so where a number is not finite.
+# The interpreter uses numpy, which warns about values that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 DIRECTIONS = st.sampled_from([None, Direction(), Direction(damping=0.0), Direction(decay=0.5, damping=1.0)])
@@ -27,7 +27,7 @@ MAGNITUDES = st.sampled_from([
 ])  # fmt: skip
 
 
-# Without shrinking: in the interpreter a failing case would be made smaller for minutes.
+# Without shrinking, which would take minutes in the interpreter.
 SEARCH = settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
@@ -40,9 +40,9 @@ def anchor() -> SourceGradient:
 
 
 def statistics(scopes: int, seed: int) -> Tensor:
-    """As after some steps; of the first scope as before any."""
+    """Return statistics as after some steps, and for the first scope as before any step."""
     found = torch.rand(scopes, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
-    found[:, 1] *= found[:, 0].square()  # no more than had one gradient alone been seen
+    found[:, 1] *= found[:, 0].square()  # at most the value after a single gradient
     found[0] = 0.0
     return found
 
@@ -53,7 +53,7 @@ def close(found: Tensor, wanted: Tensor, scale: Tensor | float = 1.0, tolerance:
 
 
 def vectors_of(coordinates: Tensor, vectors: Tensor) -> Tensor:
-    """What coordinates [S, R] mean: with sources that are parallel, several mean the same."""
+    """Return the vectors of coordinates [S, R]: with parallel sources, different coordinates give the same vector."""
     return (coordinates.cpu().unsqueeze(1) @ vectors).squeeze(1)
 
 
@@ -99,7 +99,7 @@ def test_a_step(data: st.DataObject) -> None:
         assert torch.equal(found.direction.cpu(), wanted.direction)
         assert torch.equal(mine.cpu(), known)
         return
-    # What is taken from the gradient may leave next to nothing of it, and of that only rounding.
+    # The projection may remove almost all of the gradient, and then only rounding errors remain.
     size = vectors.norm(dim=2).sum(dim=1, keepdim=True)
     close(vectors_of(found.guided, vectors), vectors_of(wanted.guided, vectors), scale=size)
     close(vectors_of(found.gradient, vectors), vectors_of(wanted.gradient, vectors), scale=size)
@@ -117,7 +117,7 @@ def test_a_step(data: st.DataObject) -> None:
 
 def assert_limits_agree(found: Limit, wanted: Limit, size: Tensor) -> None:
     assert torch.equal(found.factor.cpu() == 0.0, wanted.factor == 0.0)
-    left = wanted.norm > 1e-2 * size  # of what is left beside rounding
+    left = wanted.norm > 1e-2 * size  # larger than rounding errors
     close(found.factor.cpu()[left], wanted.factor[left], scale=0.0)
     close(found.length.cpu(), wanted.length, scale=size)
     close(found.norm.cpu(), wanted.norm, scale=size, tolerance=1e-5)
@@ -126,7 +126,7 @@ def assert_limits_agree(found: Limit, wanted: Limit, size: Tensor) -> None:
 @SEARCH
 @given(st.data())
 def test_an_update(data: st.DataObject) -> None:
-    """That was made, and that was not made yet, of which only products with the step's rows are known."""
+    """Compare both forms: an update already made, and a preview from products with the step's rows."""
     count, bounded, extra = data.draw(st.integers(0, 3)), data.draw(st.booleans()), data.draw(st.integers(0, 1))
     vectors = data.draw(rows(2 + count))
     update, before, sources = vectors[:, :1], vectors[:, 1:2], vectors[:, 2:]
@@ -135,13 +135,13 @@ def test_an_update(data: st.DataObject) -> None:
     numbers = torch.tensor([12.0, 0.0], dtype=torch.float64)
     size = update.norm(dim=2)
 
-    wanted = decision.limit(span_of(vectors), rules, numbers)
-    found = triton.limit(on_device(span_of(vectors)), rules, numbers.to(DEVICE))
+    wanted = decision.constrain(span_of(vectors), rules, numbers)
+    found = triton.constrain(on_device(span_of(vectors)), rules, numbers.to(DEVICE))
     assert_limits_agree(found, wanted, size.squeeze(1))
     moved = [change_of(limit.coefficients, vectors) for limit in (wanted, found)]
     close(moved[1], moved[0], scale=size)
 
-    # Gradient and direction come first in the step's span, and perhaps what a regularizer adds comes last.
+    # The step's span starts with gradient and direction, and may end with the gradient of a regularizer.
     step = torch.cat([torch.ones_like(vectors[:, :2]), sources, torch.ones_like(vectors[:, :extra])], dim=1)
     alone = [(a * b).sum(dim=2) for a, b in ((update, update), (before, before), (update, sources))]
     products = torch.cat(alone, dim=1)
@@ -149,7 +149,7 @@ def test_an_update(data: st.DataObject) -> None:
         (decision, span_of(step), products, numbers),
         (triton, on_device(span_of(step)), products.to(DEVICE), numbers.to(DEVICE)),
     ):
-        limit = kind.limit_unmade(where, known, rules, rest)
+        limit = kind.constrain_preview(where, known, rules, rest)
         assert (limit.coefficients is None) == (count == 0)
         assert_limits_agree(limit, wanted, size.squeeze(1))
         change = limit.scale.cpu().unsqueeze(1) * update.squeeze(1)
@@ -158,8 +158,10 @@ def test_an_update(data: st.DataObject) -> None:
 
 
 def change_of(coefficients: Tensor | None, vectors: Tensor) -> Tensor:
-    """How far parameters move that become this combination of those after, those before and sources, when the rows
-    [S, 2 + K, n] are the update, the parameters before it and sources."""
+    """Return the change of the parameters for coefficients of the parameters after, those before and the sources.
+
+    The rows [S, 2 + K, n] are the update, the parameters before it and the sources.
+    """
     assert coefficients is not None
     found = coefficients.cpu().clone()
     assert torch.equal(found[:, BEFORE], 1.0 - found[:, UPDATE])
@@ -169,7 +171,7 @@ def change_of(coefficients: Tensor | None, vectors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sixteen_sources(seed: int) -> None:
-    """More sources than dimensions, so that many are active and some depend on others."""
+    """Test more sources than dimensions: many are active and some are linearly dependent."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(3, 18, 10, generator=generator, dtype=torch.float64)
     span, ones = span_of(vectors), torch.ones(3, dtype=torch.float64)
@@ -185,7 +187,7 @@ def test_sixteen_sources(seed: int) -> None:
             )  # fmt: skip
         else:
             found, wanted = (
-                kind.limit(where, rules, ones.to(where.gram.device)).coefficients
+                kind.constrain(where, rules, ones.to(where.gram.device)).coefficients
                 for kind, where in ((triton, on_device(span)), (decision, span))
             )
             assert found is not None and wanted is not None
@@ -217,13 +219,13 @@ def test_a_scope_whose_update_is_not_finite_goes_back_if_it_is_bounded(largest: 
     for kind, device in ((decision, torch.device("cpu")), (triton, DEVICE)):
         span, there = Span(gram.to(device)), ones.to(device)
         for limit in (
-            kind.limit(span, rules, there), kind.limit_unmade(span, products.to(device), rules, there)
+            kind.constrain(span, rules, there), kind.constrain_preview(span, products.to(device), rules, there)
         ):  # fmt: skip
             left = 1.0 if largest is None else 0.0
             assert limit.scale.tolist() == [1.0, left]
             assert limit.factor.tolist() == [1.0, left]
             assert limit.norm[0].item() == pytest.approx(1e-4)
             assert limit.norm[1].isnan() if largest is None else limit.norm[1] == 0.0
-        made = kind.limit(span, rules, there).coefficients
+        made = kind.constrain(span, rules, there).coefficients
         assert made is not None
         assert made.tolist() == [[1.0, 0.0, 0.0], [left, 1.0 - left, 0.0]]

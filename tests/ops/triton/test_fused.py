@@ -1,4 +1,4 @@
-"""The fused step against torch's own Adam and AdamW under the unfused step."""
+"""Compare the fused step with the unfused step over torch's Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((5, 7), (), (40, 13), (0,))
 
 @pytest.fixture(autouse=True)
 def fused_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many launches each fused step made: a test that expects fused steps can see that there were some."""
+    """Record the number of launches of each fused step, so that tests can check that the step was fused."""
     launches: list[int] = []
     original = fused.step
 
@@ -44,7 +44,7 @@ def give_gradients(held: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in held:
         drawn = torch.randn(parameter.shape, generator=generator) * 0.1
-        parameter.grad = torch.empty_like(parameter).copy_(drawn)  # laid out as the parameter is, as autograd does
+        parameter.grad = torch.empty_like(parameter).copy_(drawn)  # with the strides of the parameter, as in autograd
 
 
 def source_of(held: list[nn.Parameter], moving: bool, seed: int = 7) -> SourceGradient:
@@ -70,7 +70,7 @@ def guided(
     sources: int = 1,
     **options: Any,
 ) -> tuple[list[nn.Parameter], GradGuide]:
-    """Two param groups; ``source`` says whether sources move, None is without; ``on`` is what they act on."""
+    """Build two param groups; ``source`` is whether sources move, None for no sources; ``on`` is that of Alignment."""
     held = parameters(dtype)
     if source is not None:
         given = [source_of(held, source, seed) for seed in range(7, 7 + sources)]
@@ -168,14 +168,14 @@ def test_a_bound_on_the_update_holds() -> None:
 
 @pytest.mark.parametrize("sources", [1, 3])
 def test_an_update_conflicts_with_no_source(sources: int, fused_steps: list[int]) -> None:
-    """The update that was made; without the rule it conflicts with some of these."""
+    """Check the final update. Without the rule it conflicts with some of these sources."""
     assert furthest_along_a_source("update", sources) < 1e-6
     assert furthest_along_a_source(None, sources) > 1e-3
     assert len(fused_steps) == 8
 
 
 def furthest_along_a_source(on: str | None, sources: int) -> float:
-    """Of four steps the largest cosine of an update with a source, in which direction the source's loss rises."""
+    """Return the largest cosine of an update with a source over four steps; above 0 the source loss rises."""
     options: dict[str, Any] = {} if on is None else {"source": False, "on": on, "sources": sources}
     held, optimizer = guided("triton", BASES["AdamW"], magnitude=None, **options)
     names = [f"p{i}" for i in range(len(held))]
@@ -190,7 +190,7 @@ def furthest_along_a_source(on: str | None, sources: int) -> float:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in a row, float64."""
+    """Return all elements as one float64 vector."""
     return torch.cat([t.detach().reshape(-1).double() for t in tensors])
 
 
@@ -228,11 +228,11 @@ def test_the_learning_rate_may_be_a_tensor_that_changes(groups: int, fused_steps
 
 @pytest.mark.parametrize(("groups", "launches"), [(fused.MAX_SETTINGS, [1]), (fused.MAX_SETTINGS + 1, [])])
 def test_param_groups_are_stepped_together(groups: int, launches: list[int], fused_steps: list[int]) -> None:
-    """As many with settings of their own as a launch knows; more are the base's."""
+    """A launch supports up to MAX_SETTINGS different settings; with more, the base steps."""
     results = []
     for backend in ("triton", "foreach"):
         held = [nn.Parameter(torch.linspace(-1.0, 1.0, 3 + i % 5, device=DEVICE)) for i in range(2 * groups)]
-        # The second half has the settings of the first: they count once.
+        # The second half repeats the settings of the first, so they count once.
         base = AdamW([{"params": [p], "lr": 0.01 * (1 + i % groups)} for i, p in enumerate(held)], fused=True)
         results.append((held, GradGuide(base, magnitude=None, backend=backend)))
         run(*results[-1], range(1))
@@ -243,7 +243,7 @@ def test_param_groups_are_stepped_together(groups: int, launches: list[int], fus
 @pytest.mark.parametrize("rules", ["source", "shared momentum", "source on the update", "bounded"])
 @pytest.mark.parametrize("up", [(True, True), (False, True)], ids=["one sign", "both signs"])
 def test_i28_groups_that_maximize_are_descent(up: tuple[bool, bool], rules: str, fused_steps: list[int]) -> None:
-    """One launch for each sign; against the same problem stated as descent, by the portable backend."""
+    """Test one launch per sign, compared with the same problem as descent on the portable backend."""
     results = []
     for stated in (False, True):
         signs = [-1.0 if climbs and not stated else 1.0 for climbs in up for _ in range(2)]
@@ -356,11 +356,11 @@ def test_a_checkpoint_is_that_of_the_base(fused_steps: list[int]) -> None:
     twin, other = guided("triton", BASES["AdamW"])
     for p, q in zip(twin, held, strict=True):
         p.data.copy_(q.data)
-    other.load_state_dict(copy.deepcopy(saved))  # which takes the tensors themselves
+    other.load_state_dict(copy.deepcopy(saved))  # load_state_dict does not copy the tensors
     run(held, optimizer, range(2, 4))
     run(twin, other, range(2, 4))
     kit.assert_same([p.detach() for p in twin], [p.detach() for p in held])
-    # Plain AdamW takes the same file.
+    # Plain AdamW loads the same file.
     plain = AdamW([{"params": held[:2]}, {"params": held[2:]}], lr=0.01, fused=True)
     plain.load_state_dict(saved)
     assert float(plain.state[held[0]]["step"]) == 2.0
@@ -417,7 +417,7 @@ def one_group_not_fused(base: Optimizer) -> None:
 def test_the_base_steps_by_itself_where_that_would_be_noticed(
     change: Callable[[Optimizer], None], fused_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AdamW, "step", lambda self: None)  # which some of these changes would make fail
+    monkeypatch.setattr(AdamW, "step", lambda self: None)  # some of these changes would make the real step fail
     held, optimizer = guided("triton", BASES["AdamW"])
     run(held, optimizer, range(1))
     assert len(fused_steps) == 1

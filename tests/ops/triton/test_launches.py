@@ -1,4 +1,4 @@
-"""How many launches a step takes on CUDA, counted on the CPU: kernels that would be launched, and torch operations."""
+"""Count the launches of a step on CUDA, on the CPU: kernels that would be launched, and torch operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ops.triton.problems import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted on the CPU, which needs Triton's interpreter")
 
-# Operations that only make or look at tensors.
+# Operations that only create or inspect tensors.
 FREE = {
     "_record_function_enter_new",
     "_record_function_exit",
@@ -36,7 +36,7 @@ FREE = {
 
 
 class Operations(TorchDispatchMode):
-    """The names of the operations within that would be launched."""
+    """Record the names of the operations in this context that would be launched."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -50,7 +50,7 @@ class Operations(TorchDispatchMode):
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], list[str]]:
-    """Kernels and operations of the third step."""
+    """Return the kernels and operations of the third step."""
     monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as on CUDA, where it is fused
     held = [nn.Parameter(torch.ones(5, 3)) for _ in range(4)]
     names = [(f"layer{i // 2}.p{i}", p) for i, p in enumerate(held)]
@@ -62,7 +62,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str]
     optimizer = GradGuide(base, names=names, backend="triton", **options)
     for parameter in held:
         parameter.grad = torch.ones_like(parameter)
-    # From the second step on tables of addresses are there, as they are on CUDA, whose allocator gives the same again.
+    # From the second step on, the device arrays are cached, as on CUDA, where the allocator reuses addresses.
     for _ in range(3):
         with recorded() as calls, Operations() as operations:
             optimizer.step()

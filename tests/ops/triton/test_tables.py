@@ -1,4 +1,4 @@
-"""Columns and tables: what a kernel reads once, what is copied and when, and what is kept."""
+"""Kernel operands and device arrays: shared columns, copies and eviction."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
 from gradguide.ops.triton import launch
-from gradguide.ops.triton.columns import columns_of
+from gradguide.ops.triton.device_arrays import DeviceArrayCache, bounds_of, chunk_numbers
 from gradguide.ops.triton.kernels.combine import combine
 from gradguide.ops.triton.kernels.measure import finish, measure
-from gradguide.ops.triton.tables import Tables, bounds_of, chunk_numbers
+from gradguide.ops.triton.operands import operands_of
 from tests.ops.triton.problems import DEVICE, tensors
 
 SHAPES = [(5,), (2, 3)]
@@ -23,7 +23,7 @@ SHAPES = [(5,), (2, 3)]
 def test_a_list_in_several_places_is_one_column() -> None:
     now, before, fisher = (tensors(seed, SHAPES) for seed in range(3))
     rows = [Row(at=now, anchor=before), Row(scale=fisher, at=before, anchor=now)]
-    columns = columns_of(rows, [Write(into=now, coefficients=torch.ones(1, 2), accumulate=True)])
+    columns = operands_of(rows, [Write(into=now, coefficients=torch.ones(1, 2), accumulate=True)])
     assert columns is not None
     assert len(columns.dtypes) == 3
     assert columns.rows == ((-1, -1, 0, 1), (-1, 2, 1, 0))
@@ -44,8 +44,8 @@ def test_chunks_cover_every_element_once() -> None:
 
 
 def test_tables_are_copied_only_when_an_address_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Tables()
-    monkeypatch.setattr(launch, "_tables", kept)
+    kept = DeviceArrayCache()
+    monkeypatch.setattr(launch, "_arrays", kept)
     g = tensors(0, SHAPES)
     first = ops.gram([Row(offset=g)])
     entries = len(kept)
@@ -57,7 +57,7 @@ def test_tables_are_copied_only_when_an_address_changes(monkeypatch: pytest.Monk
 
 
 def test_tables_used_longest_ago_go_first() -> None:
-    kept, made = Tables(budget=3 * 80), []
+    kept, made = DeviceArrayCache(budget=3 * 80), []
 
     def get(number: int) -> Tensor:
         def make() -> Tensor:
@@ -72,20 +72,20 @@ def test_tables_used_longest_ago_go_first() -> None:
 
 
 def test_one_table_larger_than_the_budget_is_kept_while_it_is_used() -> None:
-    kept = Tables(budget=8)
+    kept = DeviceArrayCache(budget=8)
     for _ in range(2):
         kept.get(torch.device("cpu"), "some", b"", lambda: torch.zeros(100, dtype=torch.int64))
     assert len(kept) == 1
 
 
 def test_sizes_past_two_to_the_31() -> None:
-    """The last chunk of a tensor of 2^33 elements, of which only the end has memory."""
+    """Test the last chunk of a tensor of 2^33 elements; only the end has memory."""
     size, start = 2**33 + 100, 2**33
     memory, target = tensors(0, [(100,)])[0], torch.zeros(100, device=DEVICE)
     table = torch.tensor([t.data_ptr() - 4 * start for t in (memory, target)], device=DEVICE)
     lengths = torch.tensor([size], device=DEVICE)
     chunks = torch.tensor([[0, start // launch.CHUNK, 0]], device=DEVICE)
-    f32 = columns_of([Row(offset=[memory])])
+    f32 = operands_of([Row(offset=[memory])])
     assert f32 is not None
     plain = ((0, -1, -1, -1),)
     partials, gram = torch.zeros(1, 1, 1, device=DEVICE), torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Every kernel against the float64 oracle."""
+"""Compare every kernel with the float64 reference."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def check_gram(rows: list[Row | None]) -> None:
 
 
 def coefficients(scopes: int, count: int, seed: int) -> Tensor:
-    """Some of them zero."""
+    """Return random coefficients, some of them zero."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(scopes, count, generator=generator, dtype=torch.float64)
     return (drawn * (torch.rand(scopes, count, generator=generator) > 0.3)).to(DEVICE)
 
 
 def check_combine(rows: list[Row | None], accumulate: bool) -> None:
-    """g and d are written in one pass, in place."""
+    """Compare writes of g and d in one pass, in place, with the reference."""
     results, sizes = [], sizes_of(rows)
     for backend in (reference, ops):
         g, d = rows[0], rows[1]
@@ -119,7 +119,7 @@ def test_what_is_written_need_be_no_row() -> None:
 
 
 def test_an_update_is_corrected_where_it_was_made() -> None:
-    """The row is formed from the parameters that are written."""
+    """Test a row that is computed from the parameters that are written."""
     before, now, source = tensors(0, SMALL), tensors(1, SMALL), tensors(2, SMALL)
     wanted = [n + 0.5 * (n - b) - 2.0 * s for n, b, s in zip(now, before, source, strict=True)]
     weights = torch.tensor([[0.5, -2.0]], dtype=torch.float64, device=DEVICE)

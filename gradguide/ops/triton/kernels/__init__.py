@@ -1,1 +1,1 @@
-"""Device code. Nothing here knows a torch tensor: kernels go by tables of addresses, and are specialised on layouts."""
+"""Device code. Kernels take tables of addresses instead of tensors, and are specialised on the layout of the rows."""

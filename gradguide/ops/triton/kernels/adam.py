@@ -1,11 +1,13 @@
-"""Combination of rows and the step of Adam or AdamW in one pass over parameters, rows and moments."""
+"""Combine rows and step Adam or AdamW in one pass over parameters, rows and moments."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import (
+from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
+from gradguide.ops.triton.kernels.measure import dot
+from gradguide.ops.triton.kernels.memory import (
     addresses_of,
     chunk_of,
     form_rows,
@@ -15,26 +17,24 @@ from gradguide.ops.triton.kernels.access import (
     uses,
     vector_end,
 )
-from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
-from gradguide.ops.triton.kernels.measure import dot
 
 __all__ = ["adam", "correction", "count", "load_columns", "settings_of", "stepped"]
 
 
 @triton.constexpr_function
 def among(column, columns):
-    """Whether a column is one of ``columns``."""
+    """Return whether a column is one of ``columns``."""
     return column in columns
 
 
 @triton.jit
 def settings_of(settings, which, tensor, RATE_ON_DEVICE: tl.constexpr):
-    """The settings of a tensor's param group: learning rate, both decays (each with what it leaves and its logarithm to
-    base 2), eps and weight decay.
+    """Return the settings of a tensor's param group: learning rate, ``beta, 1 - beta, log2(beta)`` for both betas, eps
+    and weight decay.
 
     Args:
-        settings: of each group, these numbers; with RATE_ON_DEVICE, of the first one where it lies.
-        which: int64 [tensors], the group of each tensor.
+        settings: these numbers for each group; with RATE_ON_DEVICE the learning rate is a pointer.
+        which: int64 [tensors], index of each tensor's group.
     """
     group = tl.load(which + tensor)
     chosen = settings[0]
@@ -53,7 +53,7 @@ def settings_of(settings, which, tensor, RATE_ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def correction(step, log_beta):
-    """``1 - beta^step``, float32, from the logarithm of beta to base 2; in float64, since beta^step may be near 1."""
+    """Return ``1 - beta^step`` as float32, from ``log2(beta)``. It uses float64 since beta^step may be near 1."""
     return (1.0 - tl.exp2(step.to(tl.float64) * log_beta)).to(tl.float32)
 
 
@@ -62,7 +62,7 @@ def load_columns(
     addresses, reads, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Parameters and moments, and what of the rows is wanted: a tuple of blocks, by column."""
+    """Load parameters, moments and the required columns of the rows: a tuple of blocks, by column."""
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if among(column, (P, M, V)):
@@ -80,7 +80,7 @@ def stepped(
     columns, g, settings, corrections, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr, DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """Adam's step with the gradient ``g``: the new moments, and how far it moves the parameters."""
+    """Return the new moments of Adam's step with the gradient ``g``, and its update of the parameters."""
     lr, beta1, rest1, _, beta2, rest2, _, eps, decay = settings
     before = columns[P]
     if MAXIMIZE:
@@ -98,7 +98,7 @@ def stepped(
 
 @triton.jit(do_not_specialize=["tensors"])
 def count(steps, go, tensors, BLOCK: tl.constexpr):
-    """Add float32 ``go`` to the float32 counts whose addresses are int64 ``steps`` [tensors]."""
+    """Add float32 ``go`` to the float32 step counts at the addresses ``steps``, int64 [tensors]."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < tensors
     pointers = tl.load(steps + index, mask=mask, other=0).to(tl.pointer_type(tl.float32))
@@ -110,7 +110,7 @@ def prepare(
     table, gradient, direction, pulls, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     SLOTS: tl.constexpr, D: tl.constexpr, PULLED: tl.constexpr,
 ):  # fmt: skip
-    """What every block needs: addresses of the columns, the lists of coefficients, and which columns count."""
+    """Return the inputs of every block: column addresses, the coefficients, and which columns to read."""
     weights = load_coefficients(gradient, SLOTS)
     turned = load_coefficients(direction, SLOTS)
     pulling = load_coefficients(pulls, SLOTS) if PULLED else turned
@@ -131,18 +131,18 @@ def block(
     DTYPES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     PULLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One block; gives the change of the parameters, as rounded."""
+    """Step one block, and return the change of the parameters after rounding."""
     addresses, gradient, direction, pulling, reads = prepared
     columns = load_columns(addresses, reads, offsets, inside, DTYPES, ROWS, P, M, V, BLOCK, VECTOR)
     rows = form_rows(columns, ROWS)
     before = columns[P]
     m, v, update = stepped(columns, weighted(gradient, rows), settings, corrections, P, M, V, DECOUPLED, MAXIMIZE)
-    # A scale of 0 drops an update that may hold anything.
+    # A scale of 0 must drop an update that holds Inf or NaN.
     p = before + tl.where(scale == 0.0, 0.0, scale * update)
     if PULLED:
         p += weighted(pulling, rows)
     p = p.to(DTYPES[P]).to(tl.float32)
-    # Only when all is read, since what is written may be a row.
+    # All loads precede the stores, because the targets may be rows.
     if D >= 0:
         store_column(addresses[D], offsets, weighted(direction, rows), inside, DTYPES[D], VECTOR)
     store_column(addresses[M], offsets, m, inside, DTYPES[M], VECTOR)
@@ -152,7 +152,7 @@ def block(
     return change if VECTOR else tl.where(inside, change, 0.0)
 
 
-# The scales are part of a tensor and may begin anywhere; that must not be a reason to compile anew.
+# The scales are a slice of a tensor, so their alignment varies; it must not trigger a recompilation.
 @triton.jit(do_not_specialize=["tensors", "slots"], do_not_specialize_on_alignment=["scale"])
 def adam(
     table, lengths, chunks, steps, which, settings, gradient, direction, pulls, scale, go, squares, tensors, slots,
@@ -160,25 +160,26 @@ def adam(
     V: tl.constexpr, PULLED: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of ``g = gradient . rows; d = direction . rows; p, m, v = Adam(p, g, m, v)``, g never stored; the
-    parameters move by ``scale`` times what Adam would move them by, and by ``pulls . rows`` with PULLED.
+    """Step one chunk: ``g = gradient . rows; d = direction . rows; p, m, v = Adam(p, g, m, v)``. g is not stored.
+
+    The update of the parameters is ``scale`` times that of Adam. With PULLED, ``pulls . rows`` is added to it.
 
     Args:
-        table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
-        lengths: int64 [tensors].
-        chunks: int64 [chunks, 3], tensor, number and scope of each chunk of CHUNK elements.
+        table: int64 [columns, tensors], addresses; DTYPES are the precisions of the columns.
+        lengths: int64 [tensors], number of elements.
+        chunks: int64 [chunks, 3], tensor, index within it and scope of each chunk of CHUNK elements.
         steps: int64 [tensors], addresses of float32 counts of the steps before this one.
         gradient, direction, pulls: float64 coefficients [scopes, slots] of the guided gradient, the new direction and
-            what is added to the update, for ROWS[i] at SLOTS[i].
-        scale: float64 [scopes], what the update is multiplied by.
-        go: float32; 0 leaves everything as it is.
-        squares: float32 [chunks], where the squared length of each chunk's update goes.
-        which, settings: see ``settings_of``; the weight decay is DECOUPLED or not.
-        tensors, slots: how many.
-        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
-        D, P, M, V: columns of direction (-1 for none), parameters, first and second moments.
-        RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
-        THREADS: of a program.
+            the addition to the update; the coefficient of ROWS[i] is at SLOTS[i].
+        scale: float64 [scopes], factor of the update.
+        go: float32; 0 changes nothing.
+        squares: output, float32 [chunks], squared length of each chunk's update.
+        which, settings: see ``settings_of``; DECOUPLED selects decoupled weight decay.
+        tensors, slots: number of tensors and of slots.
+        ROWS: for each row the indices of its columns: offset, scale, at, anchor; -1 is absent.
+        D, P, M, V: columns of direction (-1 is absent), parameters, first and second moments.
+        RELOAD: whether to reload addresses and coefficients for each block, because they do not fit in registers.
+        THREADS: number of threads of a program.
     """
     index = tl.program_id(0)
     tl.store(squares + index, 0.0)

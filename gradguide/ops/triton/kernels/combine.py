@@ -1,11 +1,11 @@
-"""Linear combinations of rows: all writes of a bucket in one pass."""
+"""Write linear combinations of rows: all writes of a bucket in one pass."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import (
+from gradguide.ops.triton.kernels.memory import (
     addresses_of,
     chunk_of,
     form_rows,
@@ -25,19 +25,19 @@ LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 @triton.constexpr_function
 def grows(writes, column):
-    """Whether a write adds to this column."""
+    """Return whether a write accumulates into this column."""
     return (column, True) in writes
 
 
 @triton.constexpr_function
 def own_row(rows, column):
-    """The first row that is this column alone; -1 where there is none."""
+    """Return the first row that consists of this column only; -1 if there is no such row."""
     return next((row for row, parts in enumerate(rows) if tuple(parts) == (column, -1, -1, -1)), -1)
 
 
 @triton.jit
 def load_coefficients(coefficients, SLOTS: tl.constexpr):
-    """Coefficients at SLOTS as a tuple of float32 scalars; one beyond float32 becomes its largest number."""
+    """Load the coefficients at SLOTS as a tuple of float32 scalars, clamped to the range of float32."""
     found = ()
     for row in tl.static_range(len(SLOTS)):
         value = tl.load(coefficients + SLOTS[row])
@@ -47,9 +47,9 @@ def load_coefficients(coefficients, SLOTS: tl.constexpr):
 
 @triton.jit
 def has_effect(coefficients, ROWS: tl.constexpr, COLUMN: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Whether a write into this column with these coefficients changes anything: int32, 1 or 0.
+    """Return whether a write into this column with these coefficients changes anything: int32, 1 or 0.
 
-    Adding zeros does not, nor does a combination that is the column itself.
+    Adding zeros changes nothing, and neither does a combination that equals the column.
     """
     own: tl.constexpr = -1 if ACCUMULATE else own_row(ROWS, COLUMN)
     found = 0 if ACCUMULATE or own >= 0 else 1
@@ -60,7 +60,7 @@ def has_effect(coefficients, ROWS: tl.constexpr, COLUMN: tl.constexpr, ACCUMULAT
 
 @triton.jit
 def is_read(coefficients, column, ROWS: tl.constexpr):
-    """Whether a combination reads this column, as int32: a row formed from it has a coefficient that is not 0."""
+    """Return whether a combination reads this column, as int32: a row that uses it has a nonzero coefficient."""
     found = 0
     for row in tl.static_range(len(ROWS)):
         if uses(section(ROWS, row, 1), column):
@@ -70,7 +70,7 @@ def is_read(coefficients, column, ROWS: tl.constexpr):
 
 @triton.jit
 def weighted(coefficients, rows):
-    """The sum of the rows times their coefficients. A coefficient of 0 drops its row whatever that holds."""
+    """Return the weighted sum of the rows. A coefficient of 0 drops its row, even if that holds NaN."""
     total = tl.where(coefficients[0] == 0.0, 0.0, coefficients[0] * rows[0])
     for row in tl.static_range(1, len(rows)):
         total += tl.where(coefficients[row] == 0.0, 0.0, coefficients[row] * rows[row])
@@ -82,7 +82,7 @@ def prepare(
     table, coefficients, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     WRITES: tl.constexpr,
 ):  # fmt: skip
-    """What every block needs: addresses of the columns, coefficients of the writes, which columns and writes count."""
+    """Return the inputs of every block: column addresses, coefficients, which writes to make, which columns to read."""
     weights = ()
     changes = ()
     for write in tl.static_range(len(WRITES)):
@@ -101,7 +101,7 @@ def prepare(
 
 @triton.jit
 def lanes_if(flag, inside, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """A mask of all lanes, or of those ``inside``, if ``flag`` is not 0; else of none."""
+    """Return a mask of the lanes ``inside`` (of all lanes with VECTOR); it is empty if ``flag`` is 0."""
     mask = tl.zeros([BLOCK], tl.int32) + flag != 0
     if not VECTOR:
         mask = mask & inside
@@ -113,7 +113,7 @@ def block(
     prepared, offsets, inside, DTYPES: tl.constexpr, ROWS: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One block: read what is wanted, and only when all is read write, since what is written may be a row."""
+    """Combine one block. All loads precede the stores, because the targets may be rows."""
     addresses, weights, changes, reads = prepared
     columns = ()
     for column in tl.static_range(len(DTYPES)):
@@ -141,18 +141,17 @@ def combine(
     table, lengths, chunks, coefficients, tensors, slots, DTYPES: tl.constexpr, ROWS: tl.constexpr,
     SLOTS: tl.constexpr, WRITES: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write combinations of rows over one chunk. Columns that no coefficient wants are not read.
+    """Write combinations of rows over one chunk. Columns with only zero coefficients are not read.
 
     Args:
-        table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
-        lengths: int64 [tensors].
-        chunks: int64 [chunks, 3], tensor, number and scope of each chunk of CHUNK elements.
-        coefficients: for each write a float tensor [scopes, slots], that of ROWS[i] at SLOTS[i].
-        tensors, slots: how many.
-        ROWS: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
-        WRITES: for each write its column, and whether it adds to what is there. A write that would change nothing is
-            not made.
-        RELOAD: whether addresses and coefficients are read anew for each block: many would not stay in registers.
+        table: int64 [columns, tensors], addresses; DTYPES are the precisions of the columns.
+        lengths: int64 [tensors], number of elements.
+        chunks: int64 [chunks, 3], tensor, index within it and scope of each chunk of CHUNK elements.
+        coefficients: for each write a float tensor [scopes, slots]; the coefficient of ROWS[i] is at SLOTS[i].
+        tensors, slots: number of tensors and of slots.
+        ROWS: for each row the indices of its columns: offset, scale, at, anchor; -1 is absent.
+        WRITES: for each write its column, and whether it accumulates. A write that would change nothing is skipped.
+        RELOAD: whether to reload addresses and coefficients for each block, because they do not fit in registers.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
     own = ()

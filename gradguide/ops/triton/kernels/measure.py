@@ -1,24 +1,24 @@
-"""Products of all pairs of rows: one read of every row, then a small sum over chunks. No atomics: same bits always."""
+"""Measure products of all pairs of rows: read every row once, then sum over chunks. Deterministic, without atomics."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, load_column, uses, vector_end
+from gradguide.ops.triton.kernels.memory import addresses_of, chunk_of, form_rows, load_column, uses, vector_end
 
 __all__ = ["finish", "measure", "total"]
 
 
 @triton.constexpr_function
 def place(i, j, count, same):
-    """Where the product of row ``i`` with row ``j`` of ``count`` is kept; of the SAME rows only pairs with j >= i."""
+    """Return the index of the product of rows ``i`` and ``j`` of ``count``; with SAME only pairs j >= i are kept."""
     return i * count - i * (i - 1) // 2 + j - i if same else i * count + j
 
 
 @triton.jit
 def load_rows(addresses, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
-    """Rows as a tuple of blocks. A column that several of them share is read once."""
+    """Load rows as a tuple of blocks. A column that several rows share is read once."""
     columns = ()
     for column in tl.static_range(len(DTYPES)):
         if uses(ROWS, column):
@@ -30,13 +30,13 @@ def load_rows(addresses, offsets, mask, DTYPES: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def dot(a, b, THREADS: tl.constexpr):
-    """Products summed within each thread, which holds neighbours: float32 [THREADS], with no exchange between them."""
+    """Sum products within each thread: float32 [THREADS]. A thread holds adjacent elements, so nothing is exchanged."""
     return tl.sum(tl.reshape(a * b, [THREADS, a.shape[0] // THREADS]), axis=1)
 
 
 @triton.jit
 def add_products(sums, a, b, SAME: tl.constexpr, THREADS: tl.constexpr):
-    """The sums, grown by the products of all pairs of ``a`` and ``b``; of the SAME rows, of each pair once."""
+    """Add the products of all pairs of ``a`` and ``b`` to the sums; with SAME, of each pair once."""
     grown = ()
     for i in tl.static_range(len(a)):
         for j in tl.static_range(i if SAME else 0, len(b)):
@@ -50,17 +50,17 @@ def measure(
     B: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's products of rows A with rows B, into float32 partials [rows, rows, chunks].
+    """Store the products of rows A with rows B over one chunk in float32 partials [rows, rows, chunks].
 
     Args:
-        table: int64 [columns, tensors], addresses; the columns have the precisions DTYPES.
-        lengths: int64 [tensors].
-        chunks: int64 [count, 3], tensor, number and scope of each chunk of CHUNK elements.
-        tensors, count, rows: how many.
-        first_a, first_b: which of all rows A and B begin with.
-        A, B: for each row the numbers of its columns: offset, scale, at, anchor; -1 is absent.
-        SAME: whether A and B are the same rows; then each pair is taken once.
-        THREADS: of a program.
+        table: int64 [columns, tensors], addresses; DTYPES are the precisions of the columns.
+        lengths: int64 [tensors], number of elements.
+        chunks: int64 [count, 3], tensor, index within it and scope of each chunk of CHUNK elements.
+        tensors, count, rows: number of tensors, of chunks and of all rows.
+        first_a, first_b: index of the first row of A and of B among all rows.
+        A, B: for each row the indices of its columns: offset, scale, at, anchor; -1 is absent.
+        SAME: whether A and B are the same rows; then each pair is computed once.
+        THREADS: number of threads of a program.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
     addresses = addresses_of(table, tensor, tensors, len(DTYPES))
@@ -88,7 +88,7 @@ def measure(
 
 @triton.jit
 def added_up(numbers, first, end, BLOCK: tl.constexpr):
-    """Sum of float32 ``numbers`` from ``first`` to ``end``, in float64."""
+    """Return the sum of float32 ``numbers[first:end]`` in float64."""
     sums = tl.zeros([BLOCK], tl.float64)
     for begin in range(first, end, BLOCK):
         index = begin + tl.arange(0, BLOCK)
@@ -98,10 +98,10 @@ def added_up(numbers, first, end, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries", "count"])
 def total(sums, partials, bounds, entries, count, BLOCK: tl.constexpr):
-    """One entry of float64 sums [scopes, entries], over the scope's part of float32 partials [entries, count].
+    """Compute one entry of float64 sums [scopes, entries], over the scope's part of float32 partials [entries, count].
 
     Args:
-        bounds: int64 [scopes + 1], where each scope's part begins.
+        bounds: int64 [scopes + 1], start of each scope's part.
     """
     place = tl.program_id(0)
     scope, entry = place // entries, place % entries
@@ -111,12 +111,12 @@ def total(sums, partials, bounds, entries, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def finish(gram, partials, bounds, count, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Entry (r, s) of a scope's Gram matrix, float64 [scopes, len(SLOTS), len(SLOTS)], summed in float64 over chunks.
+    """Compute one entry of the Gram matrices, float64 [scopes, len(SLOTS), len(SLOTS)], summed in float64 over chunks.
 
     Args:
-        partials: float32 [ROWS, ROWS, count], upper half.
-        bounds: int64 [scopes + 1], where each scope's chunks begin.
-        SLOTS: for each row of the matrix its row among ROWS; -1 is a row of zeros.
+        partials: float32 [ROWS, ROWS, count], upper triangle.
+        bounds: int64 [scopes + 1], first chunk of each scope.
+        SLOTS: for each row of the matrix its index among ROWS; -1 is a row of zeros.
     """
     place = tl.program_id(0)
     scope, entry = place // (len(SLOTS) * len(SLOTS)), place % (len(SLOTS) * len(SLOTS))
@@ -125,7 +125,7 @@ def finish(gram, partials, bounds, count, SLOTS: tl.constexpr, ROWS: tl.constexp
     for row in tl.static_range(len(SLOTS)):
         a = tl.where(r == row, SLOTS[row], a)
         b = tl.where(s == row, SLOTS[row], b)
-    # Both halves sum the same numbers in the same order, so the matrix is symmetric to the bit.
+    # Both triangles sum the same numbers in the same order, so the matrix is exactly symmetric.
     first, second = tl.minimum(a, b), tl.maximum(a, b)
     begin = tl.load(bounds + scope)
     end = tl.where(first >= 0, tl.load(bounds + scope + 1), begin)

@@ -1,21 +1,21 @@
-"""Products of Adam's update before it is made, for the rules that act on it: everything is read, nothing written."""
+"""Preview Adam's update for the rules that act on it: compute its products without writing it."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.access import addresses_of, chunk_of, form_rows, item, scope_of, uses, vector_end
 from gradguide.ops.triton.kernels.adam import correction, load_columns, settings_of, stepped
 from gradguide.ops.triton.kernels.combine import is_read, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
+from gradguide.ops.triton.kernels.memory import addresses_of, chunk_of, form_rows, item, scope_of, uses, vector_end
 
 __all__ = ["probe"]
 
 
 @triton.constexpr_function
 def chosen(rows, slots, first, count):
-    """The rows at ``count`` slots from ``first`` on; of those that are not there, none."""
+    """Return the present rows at ``count`` slots from ``first`` on."""
     return tuple(row for row, slot in zip(rows, slots) if first <= slot < first + count)  # noqa: B905 (Triton's own zip)
 
 
@@ -24,7 +24,7 @@ def prepare(
     table, gradient, tensor, tensors, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     FIRST: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
-    """What every block needs: addresses of the columns, coefficients of the gradient, and which columns count."""
+    """Return the inputs of every block: column addresses, gradient coefficients, and which columns to read."""
     weights = load_coefficients(gradient, SLOTS)
     reads = ()
     for column in tl.static_range(COLUMNS):
@@ -42,7 +42,7 @@ def grown(
     FIRST: tl.constexpr, SOURCES: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The sums, and the products of one block."""
+    """Add the products of one block to the sums."""
     addresses, weights, reads = prepared
     columns = load_columns(addresses, reads, offsets, inside, DTYPES, ROWS, P, M, V, BLOCK, VECTOR)
     rows = form_rows(columns, ROWS)
@@ -66,15 +66,17 @@ def probe(
     FIRST: tl.constexpr, SOURCES: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's products of the update u that ``adam`` would make with ``g = gradient . rows``: of u and of the
-    parameters with itself, then of u with each source; float32 partials [2 + SOURCES, count].
+    """Store one chunk's products of the update u that ``adam`` makes with ``g = gradient . rows``.
+
+    The float32 partials [2 + SOURCES, count] are the squared norms of u and of the parameters, then the product of u
+    with each source.
 
     Args:
-        count: of the chunks.
-        FIRST, SOURCES: the slot of the first source, and how many slots are theirs; one that is not among SLOTS
-            counts as zeros.
+        count: number of chunks.
+        FIRST, SOURCES: slot of the first source, and number of source slots. A slot that is not among SLOTS is a row
+            of zeros.
 
-    The others are those of ``adam``.
+    The other arguments are those of ``adam``.
     """
     tensor, begin, end = chunk_of(chunks, lengths, CHUNK)
     gradient += scope_of(chunks) * slots

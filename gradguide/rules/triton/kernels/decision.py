@@ -1,4 +1,4 @@
-"""Both decisions of a step, on the device: see ``gradguide.rules.decide``."""
+"""The decisions of a step on the device: see ``gradguide.rules.decide``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from gradguide.rules.magnitude import DECAY, DEVIATIONS, PRIOR_COUNT, PRIOR_DEVI
 from gradguide.rules.triton.kernels.algebra import (
     at,
     atmost,
+    clamp01,
     clip,
     extent,
     inner,
     lengths,
     load_gram,
     norm,
-    positive,
-    ratio,
-    unit,
+    relu,
+    safe_div,
 )
-from gradguide.rules.triton.kernels.cone import projected
+from gradguide.rules.triton.kernels.projection import projected
 from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["decide", "limit", "limit_unmade"]
@@ -42,16 +42,16 @@ FACTOR: tl.constexpr = tl.constexpr(rules.LEAST_FACTOR)
 
 @triton.jit
 def evidence(length, mass, square):
-    """Coherence beyond chance."""
-    chance = unit(ratio(square, mass * mass))
-    resultant = unit(ratio(length, mass))
+    """Return the coherence beyond chance."""
+    chance = clamp01(safe_div(square, mass * mass))
+    resultant = clamp01(safe_div(length, mass))
     room = tl.where(1.0 - chance > 1e-6, 1.0 - chance, 0.0)
-    return tl.sqrt(unit(ratio(positive(resultant * resultant - chance), room)))
+    return tl.sqrt(clamp01(safe_div(relu(resultant * resultant - chance), room)))
 
 
 @triton.jit
 def threshold(weight, mean, spread):
-    """Largest norm that does not stand out among those seen."""
+    """Return the largest norm that is not an outlier; infinity before the first step."""
     variance = (PRIOR_SPREAD + spread) / (PRIOR + weight)
     margin = MARGIN * tl.sqrt(variance * (1.0 + 1.0 / tl.where(weight > 0, weight, 1.0)))
     return tl.where(weight > 0, tl.exp(mean + margin), float("inf"))
@@ -59,7 +59,7 @@ def threshold(weight, mean, spread):
 
 @triton.jit
 def is_finite(values, count, BLOCK: tl.constexpr):
-    """Whether ``count`` numbers all are."""
+    """Return whether all of the first ``count`` values are finite."""
     wrong = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -70,7 +70,7 @@ def is_finite(values, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def any_moved(gram, scopes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many scopes' gradients are not zero."""
+    """Return the number of scopes whose gradient is not zero."""
     found = tl.zeros([BLOCK], tl.int32)
     for start in range(0, scopes, BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -86,23 +86,24 @@ def decide(
     DIRECTED: tl.constexpr, DAMPED: tl.constexpr, SHARED: tl.constexpr, PULLED: tl.constexpr,
     PROJECTED: tl.constexpr, CLIPPED: tl.constexpr, ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
-    """One scope's decision.
+    """Decide the step of one scope.
 
     Args:
         gram: float64 [scopes, ROWS, ROWS].
-        statistics: float64 [.., KEPT], changed in place at this scope's of ``positions``, int64 [scopes].
-        totals: float64 [2], steps made and steps left out, which the first program counts.
+        statistics: float64 [.., KEPT], changed in place at ``positions`` (int64 [scopes]) of this scope.
+        totals: float64 [2], steps made and steps skipped, updated by the first program.
         settings: float64: damping, decay of the direction, bound of the gradient, then the weight of each source.
-        decays, gains: float64 [scopes], of the momentum that is the direction, with SHARED.
-        gradients, directions, guideds: float64 [scopes, ROWS], coordinates: guided and clipped, new direction, guided.
-        numbers: float64 [4, scopes]: norm, factor of clipping, coherence, damping.
-        go: float32, where it goes whether the step is to be made: 1 or 0.
-        PROJECTED: of how many sources, the first ones, the gradient is freed.
+        decays, gains: float64 [scopes], of the momentum that is the direction; read if SHARED.
+        gradients, directions, guideds: output, float64 [scopes, ROWS], coordinates of the clipped guided gradient, the
+            new direction, and the guided gradient before clipping.
+        numbers: output, float64 [4, scopes]: norm, clipping factor, coherence, damping.
+        go: output, float32: 1 if the step is made, 0 if it is skipped.
+        PROJECTED: number of sources, the first ones, that the gradient is projected on.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
-    # Each program finds it out for all scopes: there are few numbers, and no other launch to ask.
+    # Every program checks all scopes: the matrices are small, and this saves a launch.
     keep = is_finite(gram, scopes * ROWS * ROWS, BLOCK)
     if scope == 0:
         made = tl.where(keep, 1.0, 0.0)
@@ -125,7 +126,7 @@ def decide(
         guided = guided + tl.where(lanes == ROWS - 1, one, 0.0)
     strength = tl.full([], 0.0, tl.float64)
     if DAMPED:
-        along = ratio(positive(inner(g, guided, direction)), length * length)
+        along = safe_div(relu(inner(g, guided, direction)), length * length)
         strength = tl.where(length > 0, tl.load(settings) * evidence(length, mass, square), 0.0)
         guided = (1.0 - strength) * guided + strength * along * direction
     if PULLED:
@@ -163,14 +164,14 @@ def decide(
         else:
             decay = tl.load(settings + 1)
             gain = 1.0 - decay
-            term, term_length = gradient * ratio(one, received), tl.where(received > 0, 1.0, 0.0)
+            term, term_length = gradient * safe_div(one, received), tl.where(received > 0, 1.0, 0.0)
         moves = term_length > 0
         ahead = tl.where(moves, decay * direction + gain * term, direction)
         new_mass = tl.where(moves, decay * mass + gain * term_length, mass)
         new_square = tl.where(moves, decay * decay * square + gain * gain * term_length * term_length, square)
         if not SHARED:
             turned = ahead
-        coherence = unit(ratio(norm(g, ahead), new_mass))
+        coherence = clamp01(safe_div(norm(g, ahead), new_mass))
 
     inside = lanes < ROWS
     row = scope * ROWS + lanes
@@ -193,8 +194,10 @@ def limited(
     g, known, counts, settings, numbers, scope, scopes, SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """What the rules leave of one scope's update: its coordinates, of which the first is its scale. The other numbers
-    of the scope are stored."""
+    """Return the coordinates of one scope's update under the constraints; the first is its scale.
+
+    Factor and norms are stored in ``numbers``.
+    """
     lanes = tl.arange(0, SIZE)
     of_rows = lengths(g)
     length, before = at(of_rows, lanes, UPDATE), at(of_rows, lanes, BEFORE)
@@ -218,7 +221,7 @@ def limited(
 
 @triton.jit
 def scope_is_finite(values, SIZE: tl.constexpr):
-    """Whether all of ``values`` [SIZE, SIZE] are finite."""
+    """Return whether all of ``values`` [SIZE, SIZE] are finite."""
     wrong = tl.where((values == values) & (tl.abs(values) != float("inf")), 0, 1)
     return tl.sum(tl.sum(wrong, axis=1), axis=0) == 0
 
@@ -228,16 +231,17 @@ def limit(
     gram, counts, settings, coefficients, numbers, scopes, ROWS: tl.constexpr, SIZE: tl.constexpr,
     SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """What the rules leave of one scope's update.
+    """Constrain the update of one scope.
 
     Args:
         gram: float64 [scopes, ROWS, ROWS], of the update's span.
-        counts: float64 [scopes], how many numbers there are.
-        settings: float64, the bound relative to the parameters' length, with BOUNDED.
-        coefficients: float64 [scopes, ROWS], of the parameters after the base's step, those before it, and sources.
-        numbers: float64 [4, scopes]: scale of the update, factor of the bound, length of the update, and what is left
-            of it.
-        SOURCE_COUNT: how many rows at the end are sources that the update must not conflict with.
+        counts: float64 [scopes], number of elements.
+        settings: float64, the bound relative to the length of the parameters; read if BOUNDED.
+        coefficients: output, float64 [scopes, ROWS], of the parameters after the base's step, those before it, and
+            the sources.
+        numbers: output, float64 [4, scopes]: scale of the update, factor of the bound, norm of the update before and
+            after the constraints.
+        SOURCE_COUNT: number of sources that the update is projected on; they are the last rows.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
@@ -255,22 +259,23 @@ def limit_unmade(
     step, products, counts, settings, pulls, numbers, scopes, STEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """The same for an update that was not made yet.
+    """Constrain the update of one scope before it is made.
 
     Args:
-        step: float64 [scopes, STEP_ROWS, STEP_ROWS], of the step's span.
-        products: float64 [scopes, 2 + SOURCE_COUNT], of the update and of the parameters with themselves, and of the
-            update with each source.
-        pulls: float64 [scopes, STEP_ROWS], in the step's span what is to be added to the update, with sources.
-        ROWS: of the update's span.
+        step: float64 [scopes, STEP_ROWS, STEP_ROWS], Gram matrices of the step's span.
+        products: float64 [scopes, 2 + SOURCE_COUNT]: squared norms of the update and of the parameters, then the
+            products of the update with each source.
+        pulls: output, float64 [scopes, STEP_ROWS], the addition to the update in the step's span; written if there
+            are sources.
+        ROWS: number of rows of the update's span.
 
-    The others are those of ``limit``.
+    The other arguments are those of ``limit``.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     i, j = lanes[:, None], lanes[None, :]
     own = products + scope * (2 + SOURCE_COUNT)
-    # With the update stands each source's product, and beside the sources what the step has of them.
+    # Assemble the Gram matrix of the update's span: ``products`` has the update's row, ``step`` that of the sources.
     row, column = tl.minimum(i, j), tl.maximum(i, j)
     crossed = (row == UPDATE) & (column >= SOURCES) & (column < ROWS)
     g = tl.load(own + column, mask=crossed, other=0.0)
@@ -285,7 +290,7 @@ def limit_unmade(
     if SOURCE_COUNT > 0:
         row_of = pulls + scope * STEP_ROWS
         tl.store(row_of + lanes, wanted, mask=(lanes >= SOURCES) & (lanes < ROWS))
-        # Rows of the step that are no sources: those before them, and what a regularizer adds.
+        # The other rows of the step get 0: those before the sources, and the gradient of a regularizer.
         for other in tl.static_range(STEP_ROWS):
             if other < SOURCES or other >= SOURCES + SOURCE_COUNT:
                 tl.store(row_of + other, 0.0)

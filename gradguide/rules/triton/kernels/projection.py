@@ -1,4 +1,4 @@
-"""Project onto the cone of vectors that conflict with no source: ``gradguide.rules.projection`` on the device."""
+"""Project onto the vectors that conflict with no source: ``gradguide.rules.projection`` on the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gradguide.rules.projection import TOLERANCE
-from gradguide.rules.triton.kernels.algebra import at, positive, ratio
+from gradguide.rules.triton.kernels.algebra import at, relu, safe_div
 
 __all__ = ["projected"]
 
@@ -15,7 +15,7 @@ SLACK: tl.constexpr = tl.constexpr(TOLERANCE)
 
 @triton.jit
 def solve(system, right, lanes, SIZE: tl.constexpr):
-    """``system x = right`` for a positive definite matrix [SIZE, SIZE], by elimination."""
+    """Solve ``system x = right`` for a positive definite matrix [SIZE, SIZE], by Gauss-Jordan elimination."""
     for i in range(SIZE):
         row = tl.sum(tl.where(lanes[:, None] == i, system, 0.0), axis=0)
         column = tl.sum(tl.where(lanes[None, :] == i, system, 0.0), axis=1)
@@ -29,7 +29,7 @@ def solve(system, right, lanes, SIZE: tl.constexpr):
 
 @triton.jit
 def solve_active(a, right, chosen, lanes, SIZE: tl.constexpr):
-    """``(a + SLACK) x = right`` on the chosen rows and columns; 0 elsewhere."""
+    """Solve ``(a + SLACK * I) x = right`` on the chosen rows and columns; ``x`` is 0 elsewhere."""
     pairs = chosen[:, None] & chosen[None, :]
     eye = lanes[:, None] == lanes[None, :]
     ridge = tl.where(chosen, SLACK, 1.0)
@@ -39,9 +39,9 @@ def solve_active(a, right, chosen, lanes, SIZE: tl.constexpr):
 
 @triton.jit
 def nonnegative(a, b, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """``min 1/2 m' a m + b' m`` over m >= 0, by the active-set method of ``gradguide.rules.projection``.
+    """Solve ``min 1/2 m' a m + b' m`` over m >= 0, by the active-set method of ``gradguide.rules.projection``.
 
-    Rows beyond COUNT are zeros, violate nothing, and so never join.
+    Rows beyond COUNT are zeros. They violate no constraint, so they never join the active set.
     """
     lanes = tl.arange(0, SIZE)
     m = tl.zeros([SIZE], tl.float64)
@@ -57,9 +57,9 @@ def nonnegative(a, b, COUNT: tl.constexpr, SIZE: tl.constexpr):
         worst = tl.min(tl.where(violation == largest, lanes, SIZE), axis=0)
         grows = feasible & (largest > SLACK * (1.0 + tl.sum(trial, axis=0)))
 
-        # The fraction of the way to the trial at which each multiplier that it would make negative reaches zero.
+        # Fraction of the path to the trial at which each multiplier that becomes negative crosses zero.
         falls = chosen & (trial <= 0)
-        fraction = tl.where(falls, ratio(m, m - trial), float("inf"))
+        fraction = tl.where(falls, safe_div(m, m - trial), float("inf"))
         way = tl.minimum(tl.min(fraction, axis=0), 1.0)
         leaving = falls & (fraction <= way)
         halfway = tl.where(leaving, 0.0, m + way * (trial - m))
@@ -70,24 +70,24 @@ def nonnegative(a, b, COUNT: tl.constexpr, SIZE: tl.constexpr):
         going = tl.where(grows | (feasible == 0), 1, 0)
         rounds += 1
     rest = -(b + tl.sum(a * m[None, :], axis=1))
-    return positive(m + solve_active(a, rest, active != 0, lanes, SIZE))
+    return relu(m + solve_active(a, rest, active != 0, lanes, SIZE))
 
 
 @triton.jit
 def projected(gram, of_rows, vector, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """The nearest vector whose product with each of the COUNT rows from FIRST on is not negative: coordinates."""
+    """Return the nearest vector whose products with rows FIRST to FIRST + COUNT are not negative: coordinates."""
     lanes = tl.arange(0, SIZE)
     sources = (lanes >= FIRST) & (lanes < FIRST + COUNT)
     along = tl.where(sources, tl.sum(gram * vector[None, :], axis=1), 0.0)
     norms = tl.where(sources, of_rows, 0.0)
     length = tl.sum(tl.abs(vector) * of_rows, axis=0)
-    cosines = ratio(ratio(along, norms), length)
+    cosines = safe_div(safe_div(along, norms), length)
     if COUNT == 1:
-        solution = positive(-cosines)
+        solution = relu(-cosines)
     else:
         pairs = sources[:, None] & sources[None, :]
-        cosine_of = ratio(ratio(tl.where(pairs, gram, 0.0), norms[:, None]), norms[None, :])
+        cosine_of = safe_div(safe_div(tl.where(pairs, gram, 0.0), norms[:, None]), norms[None, :])
         cosine_of = tl.minimum(tl.maximum(cosine_of, -1.0), 1.0)
         solution = nonnegative(cosine_of, cosines, COUNT, SIZE)
     conflict = tl.max(tl.where(cosines < -SLACK, 1, 0), axis=0) != 0
-    return vector + tl.where(conflict, ratio(solution * length, norms), 0.0)
+    return vector + tl.where(conflict, safe_div(solution * length, norms), 0.0)

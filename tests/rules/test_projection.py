@@ -14,7 +14,7 @@ from tests.strategies import EXTREMES, rows, span_of
 
 
 def oracle(x: Tensor, sources: Tensor) -> Tensor:
-    """Projection of x [n] onto {y : sources y >= 0}: of all active sets, the nearest feasible point."""
+    """Project x [n] onto {y : sources y >= 0}: the nearest feasible point over all active sets."""
     live = [s / s.norm() for s in sources if s.any()]
     best, best_distance = None, float("inf")
     for size in range(len(live) + 1):
@@ -31,13 +31,13 @@ def oracle(x: Tensor, sources: Tensor) -> Tensor:
 
 
 def projected(vectors: Tensor) -> Tensor:
-    """The first of rows [S, R, n] projected on the cone of the others: [S, n]."""
+    """Project the first of rows [S, R, n] on the cone of the others: [S, n]."""
     span = span_of(vectors)
     return (project(span, span.row(0), 1).unsqueeze(1) @ vectors).squeeze(1)
 
 
 def conflict(x: Tensor, sources: Tensor) -> float:
-    """Lowest cosine of x with any source that is not zero; 0 if there is none."""
+    """Return the lowest cosine of x with any nonzero source; 0 if all are zero."""
     cosines = [float((x / x.norm()) @ (s / s.norm())) for s in sources if s.any() and x.any()]
     return min([0.0, *cosines])
 
@@ -68,14 +68,14 @@ def test_several_sources_are_the_nearest_point_of_the_cone(vectors: Tensor) -> N
 @settings(max_examples=30)
 @given(st.integers(1, 16).flatmap(lambda k: rows(k + 1, length=10)))
 def test_sixteen_sources_leave_no_conflict_and_do_not_lengthen(vectors: Tensor) -> None:
-    # More sources than dimensions: the Gram matrix has no full rank.
+    # With more sources than dimensions the Gram matrix is rank-deficient.
     for result, these in zip(projected(vectors), vectors, strict=True):
         x = these[0]
         assert result.isfinite().all()
         assert float(result.norm()) <= float(x.norm()) * (1 + 1e-6)
         for s in these[1:]:
             assert float(result @ s) >= -2e-6 * float(x.norm()) * float(s.norm())
-        # Moreau: what was taken away is orthogonal to what is left.
+        # Moreau decomposition: the removed part is orthogonal to the projection.
         assert abs(float((x - result) @ result)) <= 1e-5 * float(x @ x)
 
 

@@ -1,4 +1,4 @@
-"""Numbers that kernels go by, on the device: copied when they are new, without making the host wait."""
+"""Integer arrays for the kernels, cached on the device, and copied without host synchronization."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Tables", "bounds_of", "chunk_numbers"]
+__all__ = ["DeviceArrayCache", "bounds_of", "chunk_numbers"]
 
 Key = tuple[torch.device, str, bytes]
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A table on the device, the pinned memory that it was copied from, and whether a CUDA graph reads either."""
+    """An array on the device, its pinned source memory, and whether a CUDA graph reads either."""
 
     table: Tensor
     staged: Tensor | None
     captured: bool = False
 
 
-class Tables:
-    """Tables by content, so that one is right for as long as it is kept. Those used longest ago go first.
+class DeviceArrayCache:
+    """A cache of device arrays, keyed by content, so entries never become stale. It evicts the least recently used.
 
     Args:
-        budget: bytes to keep, on each side; what CUDA graphs hold is kept beyond it.
+        budget: maximum bytes, on the device and in pinned memory each. Entries that CUDA graphs read are never evicted.
     """
 
     def __init__(self, budget: int = 64 << 20) -> None:
@@ -40,10 +40,10 @@ class Tables:
         return len(self._entries)
 
     def get(self, device: torch.device, kind: str, key: bytes, make: Callable[[], Tensor]) -> Tensor:
-        """The table that ``make`` gives for ``key``: Tensor int64 on ``device``.
+        """Return the result of ``make`` for ``key``: Tensor int64 on ``device``.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, and no step before it prepared memory for such a table.
+            RuntimeError: a CUDA graph is being captured, and no earlier step allocated pinned memory of this size.
         """
         found = self._entries.get((device, kind, key))
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -52,7 +52,7 @@ class Tables:
             self._entries[device, kind, key] = found
             self._bytes += found.table.nbytes
         self._entries.move_to_end((device, kind, key))
-        # A graph reads the table again at each replay, and repeats the copy if that was captured.
+        # Each replay of a graph reads the array again, and repeats the copy if that was captured.
         found.captured = found.captured or capturing
         self._evict(found)
         return found.table
@@ -65,7 +65,7 @@ class Tables:
         return staged.to(device, non_blocking=True), staged
 
     def _borrowed(self, numbers: Tensor) -> Tensor:
-        """Pinned memory of an earlier table of this size, whose copy is done: none can be allocated in a capture."""
+        """Return pinned memory of an earlier array of this size, already copied: a capture cannot allocate any."""
         for entry in self._entries.values():
             if entry.staged is not None and not entry.captured and entry.staged.shape == numbers.shape:
                 staged, entry.staged = entry.staged, None
@@ -77,7 +77,7 @@ class Tables:
 
     def _evict(self, current: _Entry) -> None:
         if self._bytes <= self._budget:
-            return  # mostly, and without drawing up a list of all there are
+            return  # the usual case, without building a list of the keys
         for key in list(self._entries):
             if self._bytes <= self._budget:
                 return
@@ -88,9 +88,9 @@ class Tables:
 
 
 def chunk_numbers(lengths: array[int], sizes: array[int], size: int) -> Tensor:
-    """Tensor, number within it and scope of each chunk of ``size`` elements, in order: Tensor [chunks, 3].
+    """Return tensor, index within it and scope of each chunk of ``size`` elements, in order: Tensor [chunks, 3].
 
-    Empty tensors have none.
+    Empty tensors have no chunks.
     """
     counts = _counts(lengths, size)
     tensors = torch.arange(len(lengths)).repeat_interleave(counts)
@@ -100,12 +100,12 @@ def chunk_numbers(lengths: array[int], sizes: array[int], size: int) -> Tensor:
 
 
 def bounds_of(lengths: array[int], sizes: array[int], size: int) -> Tensor:
-    """Number of the first chunk of each scope, and of all: Tensor [scopes + 1]."""
+    """Return the index of the first chunk of each scope, then the number of chunks: Tensor [scopes + 1]."""
     before = torch.cat([torch.zeros(1, dtype=torch.int64), _counts(lengths, size).cumsum(0)])
     ends = torch.tensor(sizes).cumsum(0)
     return torch.cat([before[:1], before[ends]])
 
 
 def _counts(lengths: array[int], size: int) -> Tensor:
-    """How many chunks each tensor has: Tensor [tensors]."""
+    """Return the number of chunks of each tensor: Tensor [tensors]."""
     return (torch.tensor(lengths, dtype=torch.int64) + size - 1) // size

@@ -1,4 +1,4 @@
-"""Rows as kernels see them: distinct lists of tensors (columns), and for each row the columns that it is formed of."""
+"""Kernel operands: distinct lists of tensors (columns), and for each row the columns that it is computed from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gradguide.ops.row import Row, Stack, Write, sizes_of
 from gradguide.ops.tensors import ListMetadata, addresses_of, metadata_of
 
-__all__ = ["Columns", "columns_of"]
+__all__ = ["KernelOperands", "operands_of"]
 
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -24,17 +24,17 @@ DTYPES: dict[torch.dtype, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """What a kernel is specialised on, and where it finds its data.
+class KernelOperands:
+    """Layout of a kernel's operands, on which it is specialised, and the addresses of their data.
 
-    device: of all tensors.
-    dtypes: Triton's type of each column.
+    device: common to all tensors.
+    dtypes: Triton type of each column.
     rows: for each row its columns: offset, scale, at, anchor; -1 is absent.
     writes: for each write its column, and whether it accumulates.
-    others: columns of the lists that are neither.
+    others: columns of the other lists.
     addresses: [columns, tensors].
-    lengths: [tensors], elements.
-    sizes: [scopes], how many of the tensors belong to each.
+    lengths: [tensors], number of elements.
+    sizes: [scopes], number of tensors of each scope.
     """
 
     device: torch.device
@@ -51,16 +51,17 @@ class Columns:
         return len(self.lengths)
 
 
-def columns_of(
+def operands_of(
     rows: Sequence[Row | None], writes: Sequence[Write] = (), others: Sequence[Sequence[Tensor]] = ()
-) -> Columns | None:
-    """Return the columns of the rows that are there, of writes and other lists.
+) -> KernelOperands | None:
+    """Return the operands for the present rows, the writes and other lists.
 
-    Tensors that stand in several lists are one column, read once. A stack's lists are located once per step.
+    Lists of the same tensors share one column, which is read once. The addresses of a stack's lists are read once per
+    step.
 
     Returns:
-        None where a kernel cannot read a list by address: see ``ListMetadata.plain``; a list without memory, of mixed
-        devices or precisions, or of a precision without a kernel.
+        None if a kernel cannot read a list by address: the list is not plain (see ``ListMetadata.plain``), has no
+        memory, mixes devices or precisions, or has a precision without a kernel.
 
     Raises:
         ValueError: lists differ in number or size of their tensors.
@@ -80,15 +81,15 @@ def columns_of(
     fields = [part for row in present for part in row.fields]
     stacked = {id(part) for part in fields if part is not None}
     (lengths, _, device, _), _ = locate(present[0].tensors)
-    numbers: dict[int, int] = {}  # of lists seen before
-    places: dict[bytes, int] = {}  # of lists with other lists' tensors
+    numbers: dict[int, int] = {}  # column of each list, by identity
+    places: dict[bytes, int] = {}  # column of each set of addresses: lists may share tensors
     addresses: array[int] = array("q")
     dtypes: list[Any] = []
     for part in [*fields, *(write.into for write in writes), *others]:
         if part is None or id(part) in numbers:
             continue
         metadata, where = locate(part)
-        # Kernels go by address: a shorter tensor would have them read or write memory of others.
+        # Kernels do not check bounds of a shorter tensor: they would access memory of other tensors.
         if metadata.lengths != lengths:
             raise ValueError("the tensors of a row, or of what is written, differ in size from those of the first row")
         if device is None or where is None or metadata.device != device or metadata.dtype not in DTYPES:
@@ -107,7 +108,7 @@ def columns_of(
         return offset, scale, at, anchor
 
     assert device is not None
-    return Columns(
+    return KernelOperands(
         device=device,
         dtypes=tuple(dtypes),
         rows=tuple(map(four, present)),
@@ -120,7 +121,7 @@ def columns_of(
 
 
 def _kept(rows: Sequence[Row | None]) -> dict[int, tuple[ListMetadata, array[int] | None]]:
-    """Return what was located of a stack's lists, by identity; a stack lasts for one step. Of other rows nothing is."""
+    """Return the cache of a stack: metadata and addresses by identity of the list. Other rows have an empty cache."""
     if not isinstance(rows, Stack):
         return {}
     if not isinstance(rows.kept, dict):
