@@ -30,6 +30,7 @@ if _typing.TYPE_CHECKING:
     from gradguide.rules.magnitude import Magnitude
     from gradguide.sources.replay import ReplaySource
     from gradguide.sources.stored import SourceGradient
+    from gradguide.sources.structured import StructuredSource
 
 __all__ = [
     "Alignment",
@@ -40,6 +41,7 @@ __all__ = [
     "Regularizer",
     "ReplaySource",
     "SourceGradient",
+    "StructuredSource",
     "guided",
     "guided_loss",
     "unwrap",
@@ -54,6 +56,7 @@ _MODULES = {
     "Regularizer": "regularizer.options",
     "ReplaySource": "sources.replay",
     "SourceGradient": "sources.stored",
+    "StructuredSource": "sources.structured",
     "guided": "factory",
     "guided_loss": "regularizer.loss",
     "unwrap": "factory",

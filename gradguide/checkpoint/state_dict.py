@@ -26,7 +26,7 @@ from gradguide.checkpoint.validation import (
     check_own_keys,
     checked_counters,
 )
-from gradguide.distributed.layouts import gathered, local, spread
+from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.pack import lay_out
 from gradguide.step.engine import Engine
 
@@ -69,7 +69,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
             continue
         own = {COUNTERS: torch.cat([head, engine.scopes.export(labels[parameter]).cpu()])}
         if parameter in engine.directions:
-            own[DIRECTION] = spread(engine.directions[parameter], parameter)
+            own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
 
@@ -144,7 +144,7 @@ def _laid_out(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, 
     saved = directions if keep else {}
     made = dict(zip(saved, lay_out([local(p) for p in saved], torch.float32), strict=True))
     for parameter, direction in saved.items():
-        made[parameter].copy_(gathered(direction.detach(), parameter))
+        made[parameter].copy_(to_layout(direction.detach(), parameter))
     return made
 
 

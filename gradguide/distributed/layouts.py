@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "Layout",
-    "add_up_",
+    "all_reduce_sum",
+    "as_dtensor",
     "check_divided",
-    "gathered",
+    "is_distributed",
     "layout_of",
     "local",
-    "several_ranks",
     "shard",
-    "spread",
+    "to_layout",
     "unsupported",
 ]
 
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     placements: tuple[Any, ...]
 
     @property
-    def summed(self) -> tuple[Any, ...]:
+    def reduce_groups(self) -> tuple[Any, ...]:
         """The process groups over which shards differ; ranks along the other dimensions hold the same."""
         return tuple(
             self.mesh.get_group(dim) for dim, placed in enumerate(self.placements) if not placed.is_replicate()
@@ -52,7 +52,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
     return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
 
-def several_ranks() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several in a default process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -68,7 +68,7 @@ def check_divided(parameters: Iterable[Tensor]) -> None:
     """
     if not any(getattr(p, "_fsdp_flattened", False) for p in parameters):
         return
-    if several_ranks():
+    if is_distributed():
         raise ValueError(
             "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, of which each rank would measure "
             "only its own. Use FSDP2: torch's fully_shard, or fsdp_version 2 in Accelerate and Trainer"
@@ -108,7 +108,7 @@ def shard(whole: Tensor, layout: Layout) -> Tensor:
     return part.contiguous()
 
 
-def spread(part: Tensor, like: Tensor) -> Tensor:
+def as_dtensor(part: Tensor, like: Tensor) -> Tensor:
     """A DTensor of this rank's part, laid out as ``like``; ``part`` itself where ``like`` is plain."""
     layout = layout_of(like)
     if layout is None:
@@ -120,7 +120,7 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def gathered(value: Tensor, like: Tensor) -> Tensor:
+def to_layout(value: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of ``value``, a DTensor or the same whole tensor on all ranks, where it lies as ``like``."""
     given, wanted = layout_of(value), layout_of(like)
     if given == wanted:
@@ -129,7 +129,7 @@ def gathered(value: Tensor, like: Tensor) -> Tensor:
     return whole if wanted is None else shard(whole, wanted)
 
 
-def add_up_(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
+def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
     """Return the sum over ranks: each tensor over its process groups, then all together; None where there is none.
 
     A number that is not finite on one rank makes the sum not finite on all of them, so that all leave out the step.

@@ -32,10 +32,10 @@ def find_sharded(old: Iterable[Tensor], groups: Iterable[dict[str, Any]]) -> dic
         ValueError: a DTensor may replace several parameters, or only some whose numbers it does not have.
     """
     held = [list(group["params"]) for group in groups]
-    known, there = dict.fromkeys(old), set(chain.from_iterable(held))
-    left = [p for p in known if p not in there and layout_of(p) is None]
+    previous, there = dict.fromkeys(old), set(chain.from_iterable(held))
+    left = [p for p in previous if p not in there and layout_of(p) is None]
     shapes = {p.shape for p in left}
-    new = [[p for p in group if p.shape in shapes and p not in known and layout_of(p) is not None] for group in held]
+    new = [[p for p in group if p.shape in shapes and p not in previous and layout_of(p) is not None] for group in held]
     everything = list(chain.from_iterable(new))
     choices = _choices(everything, left)
     # Param groups may come in another order than the model, as those with and without weight decay do.

@@ -1,4 +1,4 @@
-"""GradGuide's metrics in the logs of Hugging Face's Trainer."""
+"""GradGuide's metrics in Trainer's logs, and losses and text for :class:`gradguide.StructuredSource`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from gradguide.factory import unwrap
+from gradguide.integrations.sampling import own_text, sampled_loss
 from gradguide.optimizer import GradGuide
 
-__all__ = ["GradGuideCallback"]
+__all__ = ["GradGuideCallback", "own_text", "sampled_loss"]
 
 
 class GradGuideCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gradguide.utils.constants import LEAST_LENGTH
 
-__all__ = ["stiffness"]
+__all__ = ["anchor_weights"]
 
 
-def stiffness(fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def anchor_weights(fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, mean and length over all parameters together.
 
     Args:

@@ -163,7 +163,7 @@ def _numbers_over_ranks(weight: Tensor, layout: Layout, positions: list[int]) ->
         place.reverse()
         if all(0 <= index < size for index, size in zip(place, shape, strict=True)):
             numbers[row] = part[tuple(place)]
-    for group in layout.summed:
+    for group in layout.reduce_groups:
         dist.all_reduce(numbers, group=group)
     found: list[float] = numbers.tolist()
     return found

@@ -64,22 +64,22 @@ def batch_gradient(
     Raises:
         ValueError: the loss is no scalar, has no gradient, or something is not finite.
     """
-    value = _checked(loss(model, batch), index)
+    value = _check_loss(loss(model, batch), index)
     mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
-    with _gradients_aside([*trained, *leaves(value)]):
+    with _without_gradients([*trained, *leaves(value)]):
         (value if mesh is None else value * count).backward()
         found = [p.grad for p in parameters]
     reached = [g is not None for g in found]
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
     if mesh is not None:
-        return _over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
+        return _mean_over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
     finite = torch.stack([g.isfinite().all() for g in gradients]).all()
     _check_finite(float(value.detach()), bool(finite), index)
     return BatchGradient(count, float(value.detach()), gradients, reached)
 
 
 @contextmanager
-def _gradients_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+def _without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Without gradients inside; afterwards each tensor has the very gradient that it had before."""
     held = {tensor: tensor.grad for tensor in tensors if tensor.requires_grad}
     try:
@@ -98,7 +98,7 @@ def _dense(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def _over_ranks(
+def _mean_over_ranks(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     reached: list[bool],
@@ -110,24 +110,24 @@ def _over_ranks(
     """Return the mean over the batches of all ranks, from sums that are averaged already where parameters lie apart."""
     groups = mesh.get_all_groups()
     sums = [
-        g * mesh.size() if layout_of(p) is not None else _summed(g.clone(), groups)
+        g * mesh.size() if layout_of(p) is not None else _all_reduce(g.clone(), groups)
         for p, g in zip(parameters, gradients, strict=True)
     ]
     wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
     numbers = torch.tensor([count, count * loss, wrong, *reached], dtype=torch.float64, device=sums[0].device)
-    examples, total, bad, *times = _summed(numbers, groups).tolist()
+    examples, total, bad, *times = _all_reduce(numbers, groups).tolist()
     _check_finite(total / examples, bad == 0, index)
     mean = [g / examples for g in sums]
     return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
 
 
-def _summed(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+def _all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     for group in groups:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def _checked(value: object, index: int) -> Tensor:
+def _check_loss(value: object, index: int) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.distributed.layouts import check_divided, layout_of, local, several_ranks, spread
+from gradguide.distributed.layouts import as_dtensor, check_divided, is_distributed, layout_of, local
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
 from gradguide.sources.metadata import metadata_of
@@ -20,7 +20,7 @@ from gradguide.sources.undisturbed import MODES, undisturbed
 from gradguide.utils.checks import check_choice
 from gradguide.utils.names import Names, NamesLike, model_names
 
-__all__ = ["Batch", "Loss", "measure"]
+__all__ = ["Batch", "Loss", "capture_tables"]
 
 Batch: TypeAlias = Any
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -29,7 +29,7 @@ Table: TypeAlias = dict[str, Tensor]
 _STORAGE = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def measure(
+def capture_tables(
     model: nn.Module,
     batches: Iterable[Batch],
     loss: Loss,
@@ -127,7 +127,7 @@ class _Total:
 
     def reduce(self) -> None:
         """Sum over the ranks of ``torch.distributed``, if there are any."""
-        if not several_ranks():
+        if not is_distributed():
             return
         scalars = torch.tensor(
             [self.examples, self.loss, self._pairs, *self.reached], dtype=torch.float64, device=self._sums[0].device
@@ -141,7 +141,7 @@ class _Total:
     def whole(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """What lies over ranks as the parameters do, put together on every rank."""
         pairs = zip(parts, self.parameters, strict=True)
-        return [spread(part, p).full_tensor() if layout_of(p) is not None else part for part, p in pairs]  # type: ignore[attr-defined]
+        return [as_dtensor(part, p).full_tensor() if layout_of(p) is not None else part for part, p in pairs]  # type: ignore[attr-defined]
 
     def mean(self) -> list[Tensor]:
         return [total / self.examples for total in self._sums]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradguide.sources.metadata import check_depth
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -34,7 +34,7 @@ def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], me
         for name, tensor in entries.items()
     }
     header = {_KEY: json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata=header)
         except safetensors.SafetensorError as error:

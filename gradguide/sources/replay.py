@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.distributed.layouts import Layout, layout_of, local, several_ranks
+from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
 from gradguide.ops.pack import lay_out
 from gradguide.ops.row import Row
-from gradguide.sources.side_effects import Randomness, buffers_kept, check_hooks, gradients_kept, leaves
+from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients
 from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
@@ -107,11 +107,11 @@ class ReplaySource:
 
     def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         batch = self._next()
-        state = Randomness(trained)
+        state = RandomState(trained)
         kept = set(trained)
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         try:
-            with gradients_kept(trained), buffers_kept(), torch.enable_grad():
+            with preserve_gradients(trained), preserve_buffers(), torch.enable_grad():
                 loss = self._loss(batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                     raise ValueError(
@@ -120,7 +120,7 @@ class ReplaySource:
                 names = {p: name for name, p in parameters.items()}
                 others = [leaf for leaf in leaves(loss) if leaf not in kept]
                 check_hooks([*trained, *others], names)
-                with gradients_kept(others):
+                with preserve_gradients(others):
                     (loss * scale).backward()
                 found = {name: p.grad for name, p in parameters.items()}
                 if all(gradient is None for gradient in found.values()):
@@ -136,7 +136,7 @@ class ReplaySource:
         pairs = zip(new, found.values(), strict=True)
         torch._foreach_copy_(new, [torch.zeros_like(n) if g is None else local(g) for n, g in pairs])
         torch._foreach_mul_(new, factor)
-        if several_ranks():
+        if is_distributed():
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
         fresh = dict(zip(parameters, new, strict=True))

@@ -13,10 +13,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gradguide.distributed.layouts import local
 from gradguide.ops.pack import lay_out
 
-__all__ = ["Randomness", "buffers_kept", "check_hooks", "gradients_kept", "leaves"]
+__all__ = ["RandomState", "check_hooks", "leaves", "preserve_buffers", "preserve_gradients"]
 
 
-class Randomness:
+class RandomState:
     """torch's random state on the host and on the CUDA devices of some tensors, as it is now."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -32,7 +32,7 @@ class Randomness:
 
 
 @contextmanager
-def buffers_kept() -> Iterator[None]:
+def preserve_buffers() -> Iterator[None]:
     """Buffers of every module that runs within are afterwards as they were before: BatchNorm's statistics and the like.
 
     An optimizer does not know the model, so modules are met as they are called. Those inside a graph that torch.compile
@@ -57,7 +57,7 @@ def buffers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+def preserve_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
     """Parameters are without gradients within, and afterwards have those that they had before, bit for bit.
 
     Copies are made, which the body is given by parameter (of a shard: this rank's part): under DDP gradients may be

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gradguide.distributed.layouts import Layout, shard
 from gradguide.ops.row import Row
 from gradguide.sources import files
-from gradguide.sources.anchor_weights import stiffness
-from gradguide.sources.capture import Batch, Loss, measure
+from gradguide.sources.anchor_weights import anchor_weights
+from gradguide.sources.capture import Batch, Loss, capture_tables
 from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
 from gradguide.sources.tables import checked_tables, digest, read_tables
@@ -123,7 +123,7 @@ class SourceGradient:
                 still zero; tensors of a batch differ in their first dimension.
         """
         dtype = torch.float32 if dtype is None else dtype
-        gradient, fisher, anchor, metadata = measure(
+        gradient, fisher, anchor, metadata = capture_tables(
             model, batches, loss, curvature=curvature, dtype=dtype, names=names, mode=mode, examples=examples
         )
         return cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
@@ -181,7 +181,7 @@ class SourceGradient:
         if "gradient" not in self._tables:
             return self
         anchor = self._tables["anchor"]
-        held = stiffness(self._tables["fisher"], anchor)
+        held = anchor_weights(self._tables["fisher"], anchor)
         return SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata)
 
     def renamed(self, names: Mapping[str, str]) -> SourceGradient:

@@ -17,14 +17,14 @@ from typing import IO, NamedTuple
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Scratch", "replacing", "scratch_beside"]
+__all__ = ["Scratch", "atomic_write", "scratch_beside"]
 
 _LOCK = ".gradguide-lock"
 _DAY = 24 * 60 * 60
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path on the same file system; rename it to ``path`` on success, remove it on failure.
 
     An existing file keeps its mode. A symbolic link stays, and the file behind it is replaced. Missing folders are

@@ -15,10 +15,10 @@ __all__ = [
     "NamesLike",
     "adapter_of",
     "canonical_names",
-    "carried",
     "model_names",
     "module_of",
-    "named",
+    "names_in_groups",
+    "normalize_names",
     "without_adapter",
 ]
 
@@ -110,7 +110,7 @@ class Names:
         """Return these names and those of ``given`` together; a parameter in both has the name of ``given``.
 
         Raises:
-            TypeError, ValueError: see ``named``. These names stay as they are.
+            TypeError, ValueError: see ``normalize_names``. These names stay as they are.
         """
         result = Names()
         result.found = dict(self.found)
@@ -148,7 +148,7 @@ class Names:
             self._models.insert(0, (weakref.ref(given), None))
             self.found.update({p: name for name, p in model_names(given).items() if p in self.found})
             return
-        pairs = named(given, self.found)
+        pairs = normalize_names(given, self.found)
         if isinstance(given, NamedParameters):
             self._models.insert(0, (given.model, frozenset(pairs.values())))
         self.found.update(pairs)
@@ -171,7 +171,7 @@ def model_names(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(canonical_names([name for name, _ in pairs]), (p for _, p in pairs), strict=True))
 
 
-def named(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
+def normalize_names(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
     """Return parameter to canonical name, from a model, (name, parameter) pairs, or a mapping either way round.
 
     Args:
@@ -204,14 +204,14 @@ def named(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[
     return _unique(given, parameters)
 
 
-def carried(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+def names_in_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
     """Return the pairs that param groups hold: torch keeps names when an optimizer is given named parameters."""
-    known: list[tuple[str, Tensor]] = []
+    found: list[tuple[str, Tensor]] = []
     for group in groups:
         parameters = group["params"]
         pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
-        known += [pair for pair in pairs if isinstance(pair, tuple)]
-    return known
+        found += [pair for pair in pairs if isinstance(pair, tuple)]
+    return found
 
 
 def _unique(names: Iterable[str], parameters: Iterable[Tensor]) -> dict[Tensor, str]:

@@ -39,7 +39,7 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
             optimizer.step(evaluate)
         metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank may read them alone
     directions = {
-        name: sharding.spread(optimizer._engine.directions[p], p)
+        name: sharding.as_dtensor(optimizer._engine.directions[p], p)
         for name, p in model.named_parameters()
         if p in optimizer._engine.directions
     }

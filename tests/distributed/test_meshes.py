@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.distributed.layouts import Layout, add_up_, unsupported
+from gradguide.distributed.layouts import Layout, all_reduce_sum, unsupported
 from tests.distributed.launch import ranks
 from tests.distributed.mesh_rank import net, train
 
@@ -39,14 +39,14 @@ class _Mesh:
 def test_only_dimensions_that_hold_different_shards_are_summed_over() -> None:
     from torch.distributed.tensor import Replicate, Shard
 
-    assert Layout(_Mesh(), (Replicate(), Shard(0))).summed == ("shard",)
-    assert Layout(_Mesh(), (Shard(0), Shard(1))).summed == ("replicate", "shard")
-    assert Layout(_Mesh(), (Replicate(), Replicate())).summed == ()
+    assert Layout(_Mesh(), (Replicate(), Shard(0))).reduce_groups == ("shard",)
+    assert Layout(_Mesh(), (Shard(0), Shard(1))).reduce_groups == ("replicate", "shard")
+    assert Layout(_Mesh(), (Replicate(), Replicate())).reduce_groups == ()
 
 
 def test_what_is_whole_everywhere_is_counted_once() -> None:
-    assert add_up_({}) is None
-    total = add_up_({(): torch.ones(2, 2)})
+    assert all_reduce_sum({}) is None
+    total = all_reduce_sum({(): torch.ones(2, 2)})
     assert total is not None
     assert torch.equal(total, torch.ones(2, 2))
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.distributed.layouts import several_ranks
+from gradguide.distributed.layouts import is_distributed
 from gradguide.sources.base_model import base_of
 from gradguide.sources.structured.factors import Covariance
 from gradguide.sources.structured.layers import Layer
 from gradguide.sources.undisturbed import undisturbed
 
-__all__ = ["LayerStatistics", "Loss", "measure"]
+__all__ = ["LayerStatistics", "Loss", "capture_statistics"]
 
 Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
 
@@ -123,7 +123,7 @@ class _Recorder:
         return mask.bool().reshape(-1).to(given.device)
 
 
-def measure(
+def capture_statistics(
     model: nn.Module, batches: Iterable[Any], loss: Loss, layers: Sequence[Layer], rank: int | None
 ) -> tuple[dict[str, LayerStatistics], dict[str, str], dict[str, Any]]:
     """Run the batches and return statistics by layer, the layer with whose input each shares, and totals.
@@ -166,7 +166,7 @@ def _reduced(
     statistics: Mapping[str, LayerStatistics], shared: Mapping[str, str], predictions: int, total: float
 ) -> dict[str, Any]:
     """Add up over the ranks of ``torch.distributed``, if there are any."""
-    if several_ranks():
+    if is_distributed():
         device = next(iter(statistics.values())).scalars.device
         numbers = torch.tensor([predictions, total], dtype=torch.float64, device=device)
         parts = [numbers]

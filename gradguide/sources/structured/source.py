@@ -15,7 +15,7 @@ from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
-from gradguide.sources.structured.capture import Loss, measure
+from gradguide.sources.structured.capture import Loss, capture_statistics
 from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
 from gradguide.utils.checks import check_range
@@ -101,7 +101,7 @@ class StructuredSource:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, found {dtype}")
         layers = select(model, find_layers(model), modules)
-        statistics, shared, totals = measure(model, batches, loss, layers, rank)
+        statistics, shared, totals = capture_statistics(model, batches, loss, layers, rank)
         inputs = {
             name: found.inputs.factor(1.0 / float(found.scalars[0]))
             for name, found in statistics.items()
