@@ -1,4 +1,4 @@
-"""How firmly an anchored source holds each number: see ``SourceGradient.anchored``."""
+"""Per-element weights of an anchored source: see ``SourceGradient.anchored``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["anchor_weights"]
 
 
 def anchor_weights(fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, mean and length over all parameters together.
+    """Return ``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, with mean and norm over all parameters together.
 
     Args:
-        fisher, anchor: F and theta0 by name, of the same shapes.
+        fisher, anchor: F and theta0 by name, with equal shapes.
 
     Returns:
-        H by name, as precise as F. Where F is zero throughout, nothing tells the numbers apart: all are held alike.
-        Tables without numbers stay as they are.
+        H by name, in the dtype of F. If F is zero everywhere, H is uniform: ``1 / |theta0|``.
+        Empty tables are unchanged.
     """
     roots = {name: table.double().sqrt() for name, table in fisher.items()}
     numbers = sum(root.numel() for root in roots.values())

@@ -1,4 +1,4 @@
-"""The gradient of one batch, with the gradients that tensors hold left as they are."""
+"""Compute the gradient of one batch without changing the ``grad`` of any tensor."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class BatchGradient(NamedTuple):
     """The mean gradient of a batch.
 
     Attributes:
-        examples: how many the batch has; of shards, the batches of all ranks together.
-        loss: their mean loss, in nats.
-        gradients: one for each parameter, in its shape (of a shard: this rank's part).
-        reached: whether autograd gave that gradient; if not, it is zero.
+        examples: number of examples; with sharded parameters, over the batches of all ranks.
+        loss: mean loss, in nats.
+        gradients: one per parameter, in its shape; for a sharded parameter, the local part.
+        reached: whether autograd produced the gradient; if not, it is zero.
     """
 
     examples: int
@@ -47,22 +47,22 @@ def batch_gradient(
 ) -> BatchGradient:
     """Return the mean gradient of a batch of ``count`` examples.
 
-    It comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs the hooks
-    by which FSDP2 gathers parameters. FSDP2 averages over ranks. So there the loss is multiplied by the batch's size
-    before, and the average is undone after.
+    The gradient comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs
+    the hooks with which FSDP2 gathers parameters. FSDP2 averages over ranks. Under FSDP2, the loss is therefore
+    multiplied by the batch size first, and the average is undone afterwards.
 
     Args:
         loss: ``loss(model, batch)``.
-        model: handed to the loss.
-        batch: handed to the loss.
-        parameters: those whose gradients are wanted.
-        trained: all that require a gradient. They hold the same gradients after the call as before. FSDP2 puts other
-            tensors in their place between forward and backward, so they cannot be read from the model here.
-        index: of the batch, for messages.
-        count: how many examples the batch has.
+        model: first argument of the loss.
+        batch: second argument of the loss.
+        parameters: parameters to differentiate with respect to.
+        trained: all parameters that require a gradient. Their ``grad`` is the same after the call as before. FSDP2
+            replaces them in the model between forward and backward, so they cannot be read from the model here.
+        index: number of the batch, for messages.
+        count: number of examples in the batch.
 
     Raises:
-        ValueError: the loss is no scalar, has no gradient, or something is not finite.
+        ValueError: the loss is not a scalar, has no gradient, or loss or gradients are not finite.
     """
     value = _check_loss(loss(model, batch), index)
     mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
@@ -80,7 +80,7 @@ def batch_gradient(
 
 @contextmanager
 def _without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Without gradients inside; afterwards each tensor has the very gradient that it had before."""
+    """Set ``grad`` to None inside, and restore the same gradient tensors afterwards."""
     held = {tensor: tensor.grad for tensor in tensors if tensor.requires_grad}
     try:
         for tensor in held:
@@ -107,7 +107,7 @@ def _mean_over_ranks(
     loss: float,
     index: int,
 ) -> BatchGradient:
-    """Return the mean over the batches of all ranks, from sums that are averaged already where parameters lie apart."""
+    """Return the mean over the batches of all ranks. Gradients of sharded parameters are averaged already."""
     groups = mesh.get_all_groups()
     sums = [
         g * mesh.size() if layout_of(p) is not None else _all_reduce(g.clone(), groups)
@@ -133,8 +133,8 @@ def _check_loss(value: object, index: int) -> Tensor:
         raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")
     if not value.requires_grad:
         raise ValueError(
-            f"the loss of batch {index} has no gradient: it was detached, or made under no_grad, or all that is "
-            "trained is inside a reentrant checkpoint whose inputs require no gradient"
+            f"the loss of batch {index} has no gradient: it was detached, or computed under no_grad, or all "
+            "trained parameters are inside a reentrant checkpoint whose inputs require no gradient"
         )
     return value.reshape(())
 

@@ -155,7 +155,7 @@ def test_i35_another_rank_is_named(rank: int, targets: list[str]) -> None:
     source = capture(causal(r=rank, target_modules=targets))
     model = causal(target_modules=targets)
     message = refused(model, source, lora_parameters(model))
-    assert f"adapter of rank {rank}, found one of rank 2: make the adapter with LoraConfig(r={rank})" in message
+    assert f"adapter of rank {rank}, found one of rank 2: create the adapter with LoraConfig(r={rank})" in message
 
 
 def test_i35_other_target_modules_are_named() -> None:
@@ -227,7 +227,7 @@ def test_i35_the_adapter_that_was_captured_keeps_its_source() -> None:
     model = two_adapters(causal)
     message = refused(model, source, model)
     assert "missing from the source" in message
-    assert "The source is of adapter 'default', which the optimizer has too, beside 'b'" in message
+    assert "The source is of adapter 'default', which the optimizer trains together with 'b'" in message
     found = re.search(r"names=(.*\))$", message)
     assert found is not None
     GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model))

@@ -78,7 +78,7 @@ def test_any_kind_of_batch_with_a_count() -> None:
         nn.Linear(3, 1), batches, of_graph, curvature=False, examples=lambda batch: batch.num_graphs
     )
     assert source.metadata["examples"] == 5
-    with pytest.raises(TypeError, match=r"found Graph; for other kinds give examples=lambda batch"):
+    with pytest.raises(TypeError, match=r"found Graph; for other types pass examples=lambda batch"):
         SourceGradient.capture(nn.Linear(3, 1), batches, of_graph)
 
 

@@ -69,7 +69,7 @@ def test_merging_without_curvature() -> None:
         (lambda: [fixed(1)], [-1.0], r"weight must be in \[0, inf\), found -1.0"),
         (lambda: [fixed(1)], [0.0], "must not all be 0"),
         (lambda: [fixed(1), kit.source_of(kit.net())], None, "merge like with like"),
-        (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "has not the names and shapes of source 0"),
+        (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "differs from source 0 in names or shapes"),
     ],
 )
 def test_sources_that_do_not_merge(sources: Any, weights: Any, message: str) -> None:
