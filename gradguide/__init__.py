@@ -1,4 +1,4 @@
-"""GradGuide wraps an optimizer, so that few-shot fine-tuning keeps its direction, its size and what the model knew.
+"""Wrap a torch optimizer to guide few-shot fine-tuning in direction and magnitude, and to preserve source tasks.
 
     >>> import torch
     >>> from gradguide import GradGuide
@@ -64,7 +64,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import a public name at its first use: the command line starts, and can be interrupted, before torch loads."""
+    """Import a public name at its first use, so that the command line starts, and can be interrupted, before torch loads."""
     if name == "__version__":
         value: _typing.Any = _version()
     elif name in _MODULES:
