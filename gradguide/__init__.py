@@ -64,7 +64,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import a public name at its first use, so that the command line starts, and can be interrupted, before torch loads."""
+    """Import a public name at first use: the command line starts, and can be interrupted, before torch loads."""
     if name == "__version__":
         value: _typing.Any = _version()
     elif name in _MODULES:
