@@ -1,4 +1,4 @@
-"""One rank of test_fsdp1.py: ``python flat_rank.py RANK WORLD FOLDER``; writes what it was told to FOLDER/rankR.pt."""
+"""Run one rank of test_fsdp1.py: ``python flat_rank.py RANK WORLD FOLDER``; writes messages to FOLDER/rankR.pt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refusal(work: Callable[[], object]) -> str | None:
 
 
 def refusals(kind: str) -> dict[str, str | None]:
-    """What a user is told who wraps a model, with its own parameters kept ("original") or not ("flat")."""
+    """Return the errors for a wrapped model, with ``use_orig_params`` ("original") or without ("flat")."""
     model = problem.net()
     early = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1))
     wrapped = FullyShardedDataParallel(model, use_orig_params=kind == "original", device_id=torch.device("cpu"))
@@ -34,7 +34,7 @@ def refusals(kind: str) -> dict[str, str | None]:
             lambda: SourceGradient.capture(wrapped, batches, lambda m, b: problem.loss_of(m, *b))
         ),
     }
-    if kind == "original":  # wrapped after the optimizer was made
+    if kind == "original":  # wrapped after the optimizer was created
         problem.loss_of(wrapped, *problem.batch(0)).backward()
         before = [p.detach().clone() for p in wrapped.parameters()]
         told[f"{kind}, step"] = refusal(early.step)

@@ -1,4 +1,4 @@
-"""Ranks whose options differ: an error on every rank that names the option, no hang, nothing changed (row 32)."""
+"""Check options that differ between ranks: every rank raises with the option, without deadlock or change (row 32)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed.launch import ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
-# What the message calls it, where that is not the case's own name.
+# The label in the message, if it is not the name of the case.
 NAMED = {
     "number of sources": "alignment.source",
     "order of sources": "alignment.source",
@@ -36,7 +36,7 @@ NAMED = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str | None]]]:
-    """What each rank was given as an error, under FSDP2 and under DDP."""
+    """Return the error of each rank, under FSDP2 and under DDP."""
     return {how: messages(tmp_path_factory.mktemp(how), how) for how in ("fsdp", "ddp")}
 
 
@@ -71,7 +71,7 @@ def test_i32_every_option_of_every_rule_is_tried() -> None:
 
 
 def test_i32_values_are_told_apart_by_their_text() -> None:
-    """One text for equal values, another for each that differs, whatever its kind."""
+    """Equal values have equal text, and different values of any type have different text."""
     values = [None, True, 1, 1.5, "1", (1, 2), [1, [2]], {"a": 1}, {"b": 1}, torch.tensor(2.0)]
     texts = [tuple(describe("x", value).items()) for value in values]
     assert len(set(texts)) == len(values)

@@ -1,4 +1,4 @@
-"""FSDP1, whose pieces of a flat tensor would each be measured alone, is refused (row 11)."""
+"""Reject FSDP1, because its shards of a flat tensor have no layout (row 11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other ways to lie over ranks: HSDP on a 2 x 2 mesh, and tensor parallelism, against one process (row 11)."""
+"""Compare HSDP on a 2 x 2 mesh and tensor parallelism with one process (row 11)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_i11_meshes_equal_one_process(tmp_path: Path, how: str, world: int) -> N
 
 
 class _Mesh:
-    """A mesh of two dimensions whose groups are their names."""
+    """A mesh of two dimensions whose groups are strings."""
 
     @staticmethod
     def get_group(dim: int) -> str:

@@ -1,4 +1,4 @@
-"""Several sources merged into one, and files of sources in 8 bits, which are refused."""
+"""Merge several sources into one, and reject files of 8-bit sources."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_captured_in_8_bits_is_refused() -> None:
 
 
 def test_merging_answers_with_the_sum_of_the_answers_everywhere() -> None:
-    """Exactly, with curvature too: wherever the parameters are, not only where a source was captured."""
+    """The result is exact at any parameters, also with curvature."""
     torch.manual_seed(0)
     sources = [kit.source_of(kit.net(), seed=seed) for seed in (1, 2, 3)]
     weights = [0.5, 0.0, 2.0]
