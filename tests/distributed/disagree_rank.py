@@ -72,7 +72,7 @@ def without(name: str) -> Make:
 
 
 def option(**values: Any) -> Make:
-    """Return a function that creates an optimizer. Each value is (the option on other ranks, the option on the odd rank)."""
+    """Return a function that creates an optimizer. Each value is the pair (other ranks, odd rank)."""
     return lambda model, odd: guide(model, **{key: pair[odd] for key, pair in values.items()})
 
 
@@ -82,7 +82,7 @@ def sources(first: Callable[[], Any], odd: Callable[[], Any], **more: Any) -> Ma
 
 def replay(every: int) -> ReplaySource:
     def loss(batch: Any) -> Tensor:
-        raise AssertionError("a source is asked before the ranks were compared")
+        raise AssertionError("a source was refreshed before the ranks were compared")
 
     return ReplaySource([problem.batch(0)], loss, every)
 
@@ -137,7 +137,7 @@ CASES: dict[str, Make] = {
     "order of sources": sources(*(lambda k=k: [problem.source(k), problem.source(3 - k)] for k in (1, 2))),
     "names of sources": sources(lambda: {"a": problem.source(1)}, lambda: {"b": problem.source(1)}),
     "kind of source": sources(lambda: problem.source(1), lambda: problem.source(1).anchored()),
-    "when a source is asked": sources(lambda: replay(1), lambda: replay(2)),
+    "when a source is refreshed": sources(lambda: replay(1), lambda: replay(2)),
     "nonfinite": option(nonfinite=("skip", "raise")),
     "scope": option(scope=("global", "tensor")),
     "backend": option(backend=("auto", "foreach")),

@@ -28,7 +28,7 @@ def refusals(kind: str) -> dict[str, str | None]:
     wrapped = FullyShardedDataParallel(model, use_orig_params=kind == "original", device_id=torch.device("cpu"))
     base = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     batches = [problem.batch(step) for step in range(2)]
-    told = {
+    messages = {
         f"{kind}, new": refusal(lambda: GradGuide(base)),
         f"{kind}, capture": refusal(
             lambda: SourceGradient.capture(wrapped, batches, lambda m, b: problem.loss_of(m, *b))
@@ -37,9 +37,9 @@ def refusals(kind: str) -> dict[str, str | None]:
     if kind == "original":  # wrapped after the optimizer was created
         problem.loss_of(wrapped, *problem.batch(0)).backward()
         before = [p.detach().clone() for p in wrapped.parameters()]
-        told[f"{kind}, step"] = refusal(early.step)
+        messages[f"{kind}, step"] = refusal(early.step)
         assert all(map(torch.equal, before, wrapped.parameters()))
-    return told
+    return messages
 
 
 def main(rank: int, world: int, folder: Path) -> None:

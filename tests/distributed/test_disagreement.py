@@ -21,7 +21,7 @@ NAMED = {
     "order of sources": "alignment.source",
     "names of sources": "alignment.source",
     "kind of source": "alignment.source",
-    "when a source is asked": "alignment.source",
+    "when a source is refreshed": "alignment.source",
     "scope mapping": "parameter",
     "order of parameters": "parameter 0",
     "number of parameters": "parameters in each group",
@@ -49,14 +49,14 @@ def messages(folder: Path, how: str) -> list[dict[str, str | None]]:
 def test_i32_an_option_that_differs_is_refused_by_name_on_every_rank(
     found: dict[str, list[dict[str, str | None]]], how: str, case: str
 ) -> None:
-    told = [rank[case] for rank in found[how]]
-    for message in told:
+    errors = [rank[case] for rank in found[how]]
+    for message in errors:
         assert message is not None, "not refused"
         assert message.startswith("the ranks differ in ")
         assert NAMED.get(case, case) in message
         assert "on rank 0" in message
         assert "on rank 1" in message
-    assert told[0] == told[1]
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])

@@ -136,9 +136,11 @@ def test_i36_a_single_layer_that_is_initialised_anew_makes_no_other_base_of() ->
         return get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
 
     first, second = model_of(1), model_of(2)
-    known = base_of(first)
-    assert "pooler.dense.weight" in known["weights"]
-    guide(second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": known}))
+    metadata = base_of(first)
+    assert "pooler.dense.weight" in metadata["weights"]
+    guide(
+        second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": metadata})
+    )
 
 
 def test_i36_the_other_target_modules_of_an_adapter_hide_no_weight() -> None:

@@ -126,12 +126,12 @@ class Learned:
 
     def modelled(self) -> float:
         """Return the rise of the source loss that the source predicts: s0 d + F d^2 / 2."""
-        known = lora_parameters(self.model)
-        row = self.source.row([name for name, _ in known], [p.detach() for _, p in known])
+        pairs = lora_parameters(self.model)
+        row = self.source.row([name for name, _ in pairs], [p.detach() for _, p in pairs])
         assert row.offset is not None
         assert row.scale is not None
         assert row.anchor is not None
-        parts = zip(row.offset, row.scale, row.anchor, known, strict=True)
+        parts = zip(row.offset, row.scale, row.anchor, pairs, strict=True)
         moves = [(s0, f, p.detach() - anchor) for s0, f, anchor, (_, p) in parts]
         return sum(float((s0 * d + 0.5 * f * d.square()).sum()) for s0, f, d in moves)
 
