@@ -136,8 +136,8 @@ def test_i36_a_single_layer_that_is_initialised_anew_makes_no_other_base_of() ->
         return get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
 
     first, second = model_of(1), model_of(2)
-    metadata = base_of(first)
-    assert "pooler.dense.weight" in metadata["weights"]
+    base = base_of(first)
+    assert "pooler.dense.weight" in base["weights"]
     guide(
         second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": metadata})
     )
