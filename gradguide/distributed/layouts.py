@@ -83,7 +83,7 @@ def unsupported(parameter: Tensor, gradient: Tensor) -> str | None:
         return None
     if ours is None or theirs is None or theirs.mesh != ours.mesh or theirs.placements != ours.placements:
         found = None if theirs is None else theirs.placements
-        return f"lies over ranks as {found}, its parameter as {None if ours is None else ours.placements}"
+        return f"has placements {found}, its parameter {None if ours is None else ours.placements}"
     if any(placed.is_partial() for placed in theirs.placements):
         return "is a partial sum on each rank: reduce it first"
     return None

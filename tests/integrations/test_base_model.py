@@ -138,9 +138,7 @@ def test_i36_a_single_layer_that_is_initialised_anew_makes_no_other_base_of() ->
     first, second = model_of(1), model_of(2)
     base = base_of(first)
     assert "pooler.dense.weight" in base["weights"]
-    guide(
-        second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": metadata})
-    )
+    guide(second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": base}))
 
 
 def test_i36_the_other_target_modules_of_an_adapter_hide_no_weight() -> None:
