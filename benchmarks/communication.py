@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.harness import versions
 from gradguide import Alignment, GradGuide, SourceGradient
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).parent / "results" / "communication.csv"
 SIZES = {"1e5": 224, "1e7": 2236}  # width of two square layers
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(options.rank, 2, options.rendezvous)), flush=True)
         os._exit(0)  # a gloo thread that outlives its group can abort the process at exit
     rows, about = table(launch()), versions()
-    with replacing(options.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(options.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **about} for row in rows)

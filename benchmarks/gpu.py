@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 BUDGET = 570.0
 """Seconds for all parts."""
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     for part in parts(out):
         lines.append(f"{part.name}: {run(part, out, end - time.monotonic())}")
         print(lines[-1], flush=True)
-        with replacing(out / "summary.txt") as temporary:
+        with atomic_write(out / "summary.txt") as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(any("failed" in line or "stopped" in line for line in lines))
 

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 import gradguide
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = [
     "BASELINE",
@@ -128,7 +128,7 @@ def versions() -> dict[str, str]:
 
 def save(path: Path, results: Sequence[Any], about: Mapping[str, str]) -> None:
     """Write ``results``, at least one instance of a dataclass, as CSV; every row ends with the columns of ``about``."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(results[0])] + list(about), lineterminator="\n")
         writer.writeheader()
         for result in results:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["accuracies", "bars", "guidance", "save"]
 
@@ -37,7 +37,7 @@ GUIDANCE_COLORS = {"before": "#9aa0a6", "after": "#1a73e8", "reference": "#e8710
 
 def save(figure: Figure, path: Path, dpi: int = 120) -> None:
     """Write ``figure`` to ``path``, which is replaced only once the file is complete."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
 
 

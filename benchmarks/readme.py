@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.blocks import BLOCKS
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["FILES", "blocks_in", "fill", "main"]
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None, files: Sequence[Path] = FILES) -> int:
             print(f"{path}: a table differs from its results; run python -m benchmarks.readme", file=sys.stderr)
             failed = True
         else:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(after, encoding="utf-8")
     return int(failed)
 

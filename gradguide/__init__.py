@@ -1,4 +1,4 @@
-"""GradGuide wraps an optimizer, so that few-shot fine-tuning keeps its direction, its size and what the model knew.
+"""Wrap a torch optimizer to guide few-shot fine-tuning in direction and magnitude, and to preserve source tasks.
 
     >>> import torch
     >>> from gradguide import GradGuide
@@ -30,6 +30,7 @@ if _typing.TYPE_CHECKING:
     from gradguide.rules.magnitude import Magnitude
     from gradguide.sources.replay import ReplaySource
     from gradguide.sources.stored import SourceGradient
+    from gradguide.sources.structured import StructuredSource
 
 __all__ = [
     "Alignment",
@@ -40,6 +41,7 @@ __all__ = [
     "Regularizer",
     "ReplaySource",
     "SourceGradient",
+    "StructuredSource",
     "guided",
     "guided_loss",
     "unwrap",
@@ -54,6 +56,7 @@ _MODULES = {
     "Regularizer": "regularizer.options",
     "ReplaySource": "sources.replay",
     "SourceGradient": "sources.stored",
+    "StructuredSource": "sources.structured",
     "guided": "factory",
     "guided_loss": "regularizer.loss",
     "unwrap": "factory",
@@ -61,7 +64,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import a public name at its first use: the command line starts, and can be interrupted, before torch loads."""
+    """Import a public name at first use: the command line starts, and can be interrupted, before torch loads."""
     if name == "__version__":
         value: _typing.Any = _version()
     elif name in _MODULES:

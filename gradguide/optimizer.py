@@ -31,7 +31,7 @@ from gradguide.step.nonfinite import POLICIES
 from gradguide.step.planner import StepPlanner
 from gradguide.step.progress import Progress
 from gradguide.utils.checks import check_choice, check_kind
-from gradguide.utils.names import NamesLike, carried
+from gradguide.utils.names import NamesLike, names_in_groups
 from gradguide.wrapper import Wrapper
 
 __all__ = ["GradGuide"]
@@ -211,7 +211,7 @@ class GradGuide(Wrapper):
         planner = engine.planner
         planner.track_replaced(self.base)
         groups = [*self.param_groups, {"params": bare}]
-        known = extend_names(planner.name_lookup, carried([param_group]), groups)
+        known = extend_names(planner.name_lookup, names_in_groups([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)

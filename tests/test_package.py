@@ -29,6 +29,7 @@ PUBLIC = {
     "Regularizer",
     "ReplaySource",
     "SourceGradient",
+    "StructuredSource",
     "guided",
     "guided_loss",
     "unwrap",

@@ -13,7 +13,7 @@ from benchmarks.few_shot import goals, tables
 from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
 from benchmarks.few_shot.methods import BASE
 from benchmarks.few_shot.results import difference, load, tuned, untuned, worst
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["compact", "one_rate", "summary", "write"]
 
@@ -25,7 +25,7 @@ def write(results: Path, out: Path) -> None:
     rows = load(results, grid=True)
     transfer = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean")]
     standard = transfer[transfer["shots"] == 4]
-    with replacing(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
     plotting.save(plotting.accuracies(goals.transfer(rows), "lr"), out.with_name(f"{out.stem}-rates.png"))
     plotting.save(plotting.accuracies(_over_shots(transfer), "shots"), out.with_name(f"{out.stem}-shots.png"))

@@ -18,7 +18,7 @@ from benchmarks.demo import Coherence, unit_gradient
 from benchmarks.few_shot.methods import Method
 from benchmarks.few_shot.problem import Problem
 from benchmarks.harness import held_bytes
-from gradguide.sources.side_effects import Randomness
+from gradguide.sources.side_effects import RandomState
 
 __all__ = ["Evaluation", "Trained", "peak_memory", "reset_peak", "train"]
 
@@ -126,7 +126,7 @@ class Evaluation:
 
     def __init__(self, problem: Problem, optimizer: Optimizer, chosen: Sequence[int], factor: float) -> None:
         self._problem, self._optimizer, self._chosen, self._factor = problem, optimizer, chosen, factor
-        self._state = Randomness(problem.parameters)
+        self._state = RandomState(problem.parameters)
         self._first: Tensor | None = None
 
     def __call__(self) -> Tensor:

@@ -1,3 +1,5 @@
-"""State dicts: ``state_dict`` puts GradGuide's tensors into the base's and takes them out again, ``validation`` checks
-them before anything is loaded. Start at ``state_dict``.
+"""Save and load state dicts.
+
+- ``state_dict``: adds GradGuide's tensors to the base's state dict and extracts them again. Start here.
+- ``validation``: checks a state dict before anything is loaded.
 """

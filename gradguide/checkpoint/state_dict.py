@@ -1,7 +1,7 @@
-"""GradGuide's own tensors inside the base's state dict: merged in on save, split off on load.
+"""Add GradGuide's own tensors to the base's state dict on save, and extract them on load.
 
-They are stored under their parameters, because distributed checkpoints keep nothing else. They are split off before the
-base loads, because loading casts an optimizer's floating state to the parameter's dtype.
+They are stored in the entries of their parameters, because distributed checkpoints keep only those. They are extracted
+before the base loads, because loading casts floating-point state to the parameter's dtype.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradguide.checkpoint.validation import (
     check_own_keys,
     checked_counters,
 )
-from gradguide.distributed.layouts import gathered, local, spread
+from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.step.engine import Engine
 
@@ -34,10 +34,10 @@ __all__ = ["Own", "load", "merge"]
 
 
 class Own(NamedTuple):
-    """GradGuide's part of a state dict, checked and ready to be put in place.
+    """GradGuide's part of a state dict after validation.
 
-    directions: float32, in the shape of this rank's part of the parameter.
-    counters: of each parameter that has them, Tensor [HEAD + len(STATISTICS)], float64 on the host.
+    directions: by parameter; float32, in the shape of the parameter's local part.
+    counters: by parameter, for those that have counters; Tensor [HEAD + len(STATISTICS)], float64 on the host.
     """
 
     directions: dict[Tensor, Tensor]
@@ -45,10 +45,10 @@ class Own(NamedTuple):
 
 
 def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor) -> dict[str, Any]:
-    """Return the base's state dict with direction and counters added; the base's own entries stay as they are.
+    """Return the base's state dict with direction and counters added. The base's own entries are unchanged.
 
     Raises:
-        TypeError: the base's state dict has another form than that of ``torch.optim.Optimizer``.
+        TypeError: the base's state dict does not have the form of ``torch.optim.Optimizer.state_dict()``.
     """
     if not {"state", "param_groups"} <= state.keys():
         raise TypeError(
@@ -58,18 +58,18 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     entries = dict(state["state"])
     labels = engine.planner.labels(base)
     stepped = bool(engine.directions) or bool(totals.any())
-    # On the host, whatever device they are counted on.
+    # State dicts hold counters on the host.
     head = torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu()])
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
     for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
-        # An optimizer takes an existing entry for an initialised one. Where the base keeps state, a parameter without
-        # a step therefore gets no entry, so that the base alone can load the result. It has no direction either.
+        # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets
+        # no entry, and the base alone can load the result. Such a parameter has no direction either.
         if stateful and key not in stateful and parameter not in engine.directions:
             continue
         own = {COUNTERS: torch.cat([head, engine.scopes.export(labels[parameter]).cpu()])}
         if parameter in engine.directions:
-            own[DIRECTION] = spread(engine.directions[parameter], parameter)
+            own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
 
@@ -82,17 +82,17 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
 
     Raises:
         ValueError: groups or shapes differ, an entry is damaged, or the format is newer.
-        Exception: what else the base raises where its own part is damaged.
+        Exception: any other error that the base raises if its own part is damaged.
 
     Warns:
-        UserWarning: the state is that of a plain base optimizer that has stepped.
+        UserWarning: the state is from a plain base optimizer that has stepped.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
     try:
         base.load_state_dict(rest)
     except BaseException as error:
-        vars(base).update(before)  # torch's loader replaces both, and may fail after that
+        vars(base).update(before)  # torch's loader may fail after it replaced both
         if isinstance(error, (LookupError, TypeError, AttributeError)):
             raise ValueError(f"{type(base).__name__} cannot load its part of the state: {error!r}") from error
         raise
@@ -100,7 +100,7 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
 
 
 def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict[str, Any], Own]:
-    """Return the base's part of a state dict and GradGuide's, checked against the parameters. Nothing is changed."""
+    """Split a state dict into the base's part and GradGuide's, and check both. Nothing is changed."""
     check_groups(state, base)
     parameters = _parameters(base)
     names = engine.planner.names
@@ -117,7 +117,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
         own = {name for name in entry if isinstance(name, str) and name.startswith(PREFIX)}
         check_own_keys(own, which.get(key))
         others = {name: value for name, value in entry.items() if name not in own}
-        # An entry that holds nothing of the base's is none of its own.
+        # An entry with only own keys was not in the base's state.
         if others or not own:
             rest[key] = others
         if parameter is None:
@@ -135,17 +135,17 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             UserWarning,
             stacklevel=5,
         )
-    return {**state, "state": rest}, Own(_laid_out(directions, engine), counters)
+    return {**state, "state": rest}, Own(_allocate_directions(directions, engine), counters)
 
 
-def _laid_out(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, Tensor]:
-    """Copy this rank's part of each direction that the rules keep into one block of memory."""
+def _allocate_directions(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, Tensor]:
+    """Copy the local part of each direction into one block of memory; empty if the rules keep no direction."""
     keep = engine.rules.direction is not None and not engine.rules.direction.share_momentum
     saved = directions if keep else {}
-    made = dict(zip(saved, allocate_contiguous([local(p) for p in saved], torch.float32), strict=True))
+    copies = dict(zip(saved, allocate_contiguous([local(p) for p in saved], torch.float32), strict=True))
     for parameter, direction in saved.items():
-        made[parameter].copy_(gathered(direction.detach(), parameter))
-    return made
+        copies[parameter].copy_(to_layout(direction.detach(), parameter))
+    return copies
 
 
 def _restore(own: Own, base: Optimizer, engine: Engine) -> Tensor:
@@ -157,7 +157,7 @@ def _restore(own: Own, base: Optimizer, engine: Engine) -> Tensor:
 
 
 def _keys(state: dict[str, Any]) -> list[Any]:
-    """Return what stands for the parameters in a state dict, in the order of the groups."""
+    """Return the keys of the parameters in a state dict, in the order of the groups."""
     return [key for group in state["param_groups"] for key in group["params"]]
 
 

@@ -1,7 +1,7 @@
-"""Checks of a state dict before anything is loaded.
+"""Check a state dict before anything is loaded.
 
-GradGuide's own entries are checked fully. Of the base's entries only those are checked that torch's own optimizers are
-known to keep in the shape of the parameter: other optimizers use the same names for tensors of other shapes.
+GradGuide's own entries are checked fully. The base's entries are checked only if it is one of torch's own
+optimizers and keeps them in the shape of the parameter. Other optimizers use these names for other shapes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ COUNTERS = "gradguide.counters"
 # A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope].
 HEAD = 3
 _SIGNED = frozenset({"log_mean"})
-# The square of a long gradient can overflow; then it counts as noise.
+# The square of a large gradient can overflow; it then counts as noise.
 _UNBOUNDED = frozenset({"square"})
 
-# Torch's loader does not compare shapes: the error would come in a later step.
+# Torch's loader does not check shapes: the error would appear in a later step.
 _ELEMENTWISE = frozenset(
     {
         "acc_delta",
@@ -84,7 +84,7 @@ def check_groups(state: object, base: Optimizer) -> None:
 
 
 def check_base_entry(base: Optimizer, entry: Mapping[Any, Any], parameter: Tensor, which: str) -> None:
-    """Raise ValueError if ``base`` is torch's own and an entry that follows the parameter has another shape."""
+    """Raise ValueError if ``base`` is torch's own and an elementwise tensor has another shape than the parameter."""
     if not f"{type(base).__module__}.".startswith("torch.optim."):
         return
     for name in sorted(_ELEMENTWISE & entry.keys()):
@@ -93,7 +93,7 @@ def check_base_entry(base: Optimizer, entry: Mapping[Any, Any], parameter: Tenso
 
 
 def check_own_keys(names: set[Any], which: str | None) -> None:
-    """Raise ValueError unless these own keys of one entry are known and complete; ``which`` names its parameter."""
+    """Raise ValueError unless the own keys of one entry are valid and complete. ``which`` labels its parameter."""
     if not names:
         return
     if which is None:
@@ -108,11 +108,11 @@ def check_own_keys(names: set[Any], which: str | None) -> None:
 
 
 def check_direction(value: object, parameter: Tensor, which: str) -> None:
-    """Raise ValueError unless ``value`` is a dense floating-point tensor of finite numbers, shaped as ``parameter``."""
+    """Raise ValueError unless ``value`` is a dense, finite floating-point tensor in the shape of ``parameter``."""
     tensor = _dense(DIRECTION, value, which)
     _check_shape(DIRECTION, tensor, parameter, which)
     try:
-        finite = bool(local(tensor).float().isfinite().all())  # it is kept in float32
+        finite = bool(local(tensor).float().isfinite().all())  # directions are float32
     except RuntimeError as error:  # a tensor subclass without data
         raise ValueError(f"the saved {DIRECTION} of {which} cannot be read: {error}") from error
     if not finite:
@@ -123,10 +123,10 @@ def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Ten
     """Return counters as Tensor [HEAD + len(STATISTICS)], float64 on the host.
 
     Args:
-        others: counters checked before, of other parameters; all count the same steps.
+        others: checked counters of other parameters. Their steps must be equal.
 
     Raises:
-        ValueError: they are of a newer format, or no step can have left them.
+        ValueError: the format is newer, or the values cannot result from a step.
     """
     length = HEAD + len(STATISTICS)
     tensor = _dense(COUNTERS, value, which)
@@ -168,10 +168,10 @@ def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Ten
 
 
 def _dense(name: str, value: object, which: str) -> Tensor:
-    """Return a tensor of floating-point numbers, detached.
+    """Return ``value`` detached if it is a dense floating-point tensor.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not.
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"the saved {name} of {which} must be a tensor, found {type(value).__name__}")

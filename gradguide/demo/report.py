@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradguide.demo.compare import Outcome, Prepared
 from gradguide.recording.plotting import figure_for, save_figure
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,7 +90,7 @@ def _write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> N
         }
         for outcome in outcomes
     ]
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

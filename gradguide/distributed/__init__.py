@@ -1,5 +1,7 @@
-"""Parameters over ranks.
+"""Support parameters that are sharded or replicated over ranks.
 
-``layouts`` reads how DTensors are placed and sums over their shards, ``agreement`` compares options between ranks,
-``resharded`` finds the DTensors that replaced named parameters, ``deepspeed`` recognises ZeRO. Start at ``layouts``.
+- ``layouts``: placements of DTensors, and sums over their shards. Start here.
+- ``agreement``: compares options between ranks.
+- ``resharded``: finds the DTensors that replaced named parameters.
+- ``deepspeed``: detects ZeRO.
 """

@@ -1,4 +1,4 @@
-"""Compare over ranks what must be the same on all of them, and name what differs."""
+"""Compare options between ranks, and report differences."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def describe(label: str, value: object) -> dict[str, str]:
-    """Return ``value`` as text; of a dataclass each field that its constructor takes, under ``label.field``.
+    """Return ``value`` as text by label. For a dataclass, return each constructor field under ``label.field``.
 
-    A field that is added to a dataclass later is compared without a change here.
+    New fields of a dataclass are compared without a change here.
     """
     if not is_dataclass(value) or hasattr(value, "fingerprint"):
         return {label: _text(value)}
@@ -36,7 +36,7 @@ def describe(label: str, value: object) -> dict[str, str]:
 
 
 def is_plain(value: object) -> bool:
-    """Return whether the text of ``value`` is the same in every process: numbers, strings and sequences of them."""
+    """Return whether the repr of ``value`` is the same in every process: numbers, strings, and sequences of them."""
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     return isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.dim() == 0)
@@ -45,15 +45,15 @@ def is_plain(value: object) -> bool:
 def check_agreement(described: Mapping[str, str], groups: Sequence[Any], device: torch.device) -> None:
     """Raise on every rank unless all ranks have the same ``described``.
 
-    Where they agree, this is one all-reduce of two numbers per group.
+    If they do, the cost is one all-reduce of two numbers per group.
 
     Args:
-        described: what must be the same, by name, as text.
+        described: text by label, which must be the same on all ranks.
         groups: process groups that together connect all ranks to be compared.
-        device: where the tensors of the collectives lie.
+        device: device of the tensors in collectives.
 
     Raises:
-        ValueError: the ranks differ; the message names what differs and the values.
+        ValueError: the ranks differ; the message lists labels and values that differ.
     """
     digest = hashlib.sha256(repr(list(described.items())).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
@@ -69,9 +69,9 @@ def check_agreement(described: Mapping[str, str], groups: Sequence[Any], device:
 
 
 def _gather(described: Mapping[str, str], groups: Sequence[Any], device: torch.device) -> dict[int, dict[str, str]]:
-    """Return what each rank has, by rank."""
+    """Return ``described`` of each rank, by rank."""
     found = {dist.get_rank(): dict(described)}
-    # Objects travel through the current CUDA device.
+    # NCCL sends objects through the current CUDA device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for group in groups:
             parts: list[Any] = [None] * dist.get_world_size(group)
@@ -81,7 +81,7 @@ def _gather(described: Mapping[str, str], groups: Sequence[Any], device: torch.d
 
 
 def _differences(found: Mapping[int, Mapping[str, str]]) -> str:
-    """Return the names that differ, with the ranks that have each value."""
+    """Return the labels that differ, with the ranks of each value."""
     labels = dict.fromkeys(label for entries in found.values() for label in entries)
     odd = [label for label in labels if len({entries.get(label) for entries in found.values()}) > 1]
     if not odd:  # the same entries in another order
@@ -109,8 +109,8 @@ def _short(text: str) -> str:
 
 
 def _text(value: object) -> str:
-    """Return text that is the same on two ranks if and only if the value is, where its type allows to tell."""
-    fingerprint = getattr(value, "fingerprint", None)  # of a source
+    """Return text that is equal on two ranks if the values are. For objects without a stable repr it is the type."""
+    fingerprint = getattr(value, "fingerprint", None)  # a source
     if callable(fingerprint):
         return f"{type(value).__name__} {fingerprint()}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Recognise DeepSpeed ZeRO, whose pieces of parameters cannot be guided."""
+"""Detect DeepSpeed ZeRO, whose flat parameter pieces cannot be guided."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MARKS = ("ds_id", "_hp_mapping")  # attributes that ZeRO sets on a model's para
 
 
 def check_zero(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise if DeepSpeed ZeRO divides the parameters of these param groups among ranks.
+    """Raise if DeepSpeed ZeRO partitions the parameters of these param groups over ranks.
 
-    ZeRO replaces the parameters of a group by one flat tensor, of which each rank holds a piece. Each rank would
-    measure its own piece and guide by it, without names and scopes.
+    ZeRO replaces the parameters of a group by one flat tensor and partitions it over ranks. Each rank would guide its
+    piece by the Gram matrix of that piece, without names and scopes.
 
     Args:
         groups: the param groups of the base optimizer.
@@ -25,7 +25,7 @@ def check_zero(groups: Iterable[dict[str, Any]]) -> None:
     Raises:
         RuntimeError: ZeRO stage 1, 2 or 3 holds the parameters.
     """
-    if "deepspeed" not in sys.modules:  # asked at each step of a sharded model
+    if "deepspeed" not in sys.modules:  # fast path: this runs in each step of a sharded model
         return
     held = [list(group["params"]) for group in groups]
     marked = any(hasattr(p, mark) for parameters in held for p in parameters for mark in _MARKS)
@@ -38,10 +38,10 @@ def check_zero(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def _is_flat(parameters: list[Tensor]) -> bool:
-    """Whether a group holds what ZeRO puts there: nothing, or one flat tensor that is no nn.Parameter."""
+    """Return whether a group is empty, or holds one flat tensor that is not an nn.Parameter, as ZeRO leaves it."""
     return not parameters or (len(parameters) == 1 and type(parameters[0]) is Tensor and parameters[0].dim() == 1)
 
 
 def _deepspeed_runs() -> bool:
-    """Whether DeepSpeed has set up its communication in this process."""
+    """Return whether DeepSpeed initialised its communication in this process."""
     return getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", None) is not None

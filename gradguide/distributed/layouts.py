@@ -1,7 +1,7 @@
-"""DTensors (FSDP2, HSDP, tensor parallelism): the local tensors that passes read, and the sums over their shards.
+"""Handle DTensors (FSDP2, HSDP, tensor parallelism): local tensors, layouts, and sums over shards.
 
-A Gram matrix of vectors that are spread over ranks is the sum of the local Gram matrices, one per distinct shard. So
-one all-reduce of a few numbers per scope is all that sharding costs, whatever the number of parameters.
+The Gram matrix of sharded vectors is the sum of the local Gram matrices, one per distinct shard. So sharding costs one
+all-reduce of a few numbers per scope, for any number of parameters.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "Layout",
-    "add_up_",
+    "all_reduce_sum",
+    "as_dtensor",
     "check_divided",
-    "gathered",
+    "is_distributed",
     "layout_of",
     "local",
-    "several_ranks",
     "shard",
-    "spread",
+    "to_layout",
     "unsupported",
 ]
 
@@ -31,44 +31,45 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Layout(NamedTuple):
-    """How a tensor lies over ranks: a device mesh, and one placement for each of its dimensions."""
+    """The placement of a tensor on ranks: a device mesh, and one placement for each mesh dimension."""
 
     mesh: Any
     placements: tuple[Any, ...]
 
     @property
-    def summed(self) -> tuple[Any, ...]:
-        """The process groups over which shards differ; ranks along the other dimensions hold the same."""
+    def reduce_groups(self) -> tuple[Any, ...]:
+        """Process groups over which shards differ. Ranks along other mesh dimensions hold the same values."""
         return tuple(
             self.mesh.get_group(dim) for dim, placed in enumerate(self.placements) if not placed.is_replicate()
         )
 
 
 def layout_of(tensor: Tensor) -> Layout | None:
-    """The layout of a DTensor, None for a plain tensor."""
-    if type(tensor) in _PLAIN:  # an attribute that is not there takes a microsecond to look for, and a step asks often
+    """Return the layout of a DTensor, None for a plain tensor."""
+    # A failed attribute lookup takes a microsecond, and a step makes many.
+    if type(tensor) in _PLAIN:
         return None
     mesh = getattr(tensor, "device_mesh", None)
     return None if mesh is None else Layout(mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
 
 
-def several_ranks() -> bool:
-    """Whether this process is one of several in a default process group."""
+def is_distributed() -> bool:
+    """Return whether the default process group has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def check_divided(parameters: Iterable[Tensor]) -> None:
-    """Raise unless what divides the parameters among ranks leaves on each of them its layout.
+    """Raise if FSDP1 shards the parameters.
 
-    FSDP1 cuts one flat tensor of all its parameters into pieces, and a piece does not tell whose it is or who has the
-    others: each rank would measure its own, and clip and guide by it.
+    FSDP1 shards one flat tensor of all its parameters, and a shard has no layout. Each rank would clip and guide by the
+    norm and the Gram matrix of its own shard.
 
     Raises:
-        ValueError: several ranks, and a parameter that FSDP1 holds.
+        ValueError: there are several ranks, and FSDP1 holds a parameter.
     """
     if not any(getattr(p, "_fsdp_flattened", False) for p in parameters):
         return
-    if several_ranks():
+    if is_distributed():
         raise ValueError(
             "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, of which each rank would measure "
             "only its own. Use FSDP2: torch's fully_shard, or fsdp_version 2 in Accelerate and Trainer"
@@ -76,20 +77,20 @@ def check_divided(parameters: Iterable[Tensor]) -> None:
 
 
 def unsupported(parameter: Tensor, gradient: Tensor) -> str | None:
-    """Why a DTensor's gradient cannot be measured, or None if it can."""
+    """Return why the gradient of a DTensor is not supported, or None if it is."""
     theirs, ours = layout_of(gradient), layout_of(parameter)
     if theirs is None and ours is None:
         return None
     if ours is None or theirs is None or theirs.mesh != ours.mesh or theirs.placements != ours.placements:
         found = None if theirs is None else theirs.placements
-        return f"lies over ranks as {found}, its parameter as {None if ours is None else ours.placements}"
+        return f"has placements {found}, its parameter {None if ours is None else ours.placements}"
     if any(placed.is_partial() for placed in theirs.placements):
         return "is a partial sum on each rank: reduce it first"
     return None
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds, the same memory; a plain tensor as it is."""
+    """Return the local part of a DTensor, which shares its memory. Return a plain tensor unchanged."""
     if layout_of(tensor) is None:
         return tensor
     with torch.no_grad():
@@ -98,7 +99,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard(whole: Tensor, layout: Layout) -> Tensor:
-    """This rank's part of a tensor that every rank has whole; no communication."""
+    """Return this rank's part of a tensor that is whole on every rank, without communication."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(whole.shape, layout.mesh, layout.placements)
@@ -108,8 +109,8 @@ def shard(whole: Tensor, layout: Layout) -> Tensor:
     return part.contiguous()
 
 
-def spread(part: Tensor, like: Tensor) -> Tensor:
-    """A DTensor of this rank's part, laid out as ``like``; ``part`` itself where ``like`` is plain."""
+def as_dtensor(part: Tensor, like: Tensor) -> Tensor:
+    """Return a DTensor of this rank's part with the layout of ``like``. If ``like`` is plain, return ``part``."""
     layout = layout_of(like)
     if layout is None:
         return part
@@ -120,8 +121,13 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def gathered(value: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of ``value``, a DTensor or the same whole tensor on all ranks, where it lies as ``like``."""
+def to_layout(value: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of ``value`` in the layout of ``like``.
+
+    Args:
+        value: a DTensor, or a plain tensor that is the same on all ranks.
+        like: a tensor with the wanted layout.
+    """
     given, wanted = layout_of(value), layout_of(like)
     if given == wanted:
         return local(value)
@@ -129,20 +135,20 @@ def gathered(value: Tensor, like: Tensor) -> Tensor:
     return whole if wanted is None else shard(whole, wanted)
 
 
-def add_up_(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
-    """Return the sum over ranks: each tensor over its process groups, then all together; None where there is none.
+def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
+    """All-reduce each tensor over its process groups, and return the sum of all; None if there is no tensor.
 
-    A number that is not finite on one rank makes the sum not finite on all of them, so that all leave out the step.
+    A value that is not finite on one rank makes the sum not finite on all ranks, so that all of them skip the step.
 
     Args:
-        parts: tensors of one shape by the process groups that they are to be summed over. The keys, and their order,
-            must be the same on all ranks: each group is one all-reduce.
+        parts: tensors of one shape, by the process groups to reduce over. The keys and their order must be the same on
+            all ranks: each group is one all-reduce. The tensors are modified.
     """
     total: Tensor | None = None
     whole = parts.get(())
     for groups, part in parts.items():
         if groups and whole is not None:
-            part += 0.0 * whole  # zero, or NaN where a tensor that is whole here is not finite
+            part += 0.0 * whole  # 0, or NaN if the replicated tensor is not finite
         for group in groups:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part

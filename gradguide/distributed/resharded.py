@@ -1,4 +1,4 @@
-"""Match parameters from before ``fully_shard`` with the DTensors that took their places."""
+"""Match parameters from before ``fully_shard`` with the DTensors that replaced them."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ SAMPLES = 16
 def find_sharded(old: Iterable[Tensor], groups: Iterable[dict[str, Any]]) -> dict[Tensor, Tensor]:
     """Return, by parameter of ``old``, the DTensor of the optimizer that replaces it.
 
-    ``fully_shard`` makes new parameters and keeps no link to the old ones. A DTensor replaces a plain tensor of its
-    global shape that has the same numbers in this rank's shard. Where several have the same numbers (zeros, ones), the
-    order decides, provided that only one assignment keeps the order of ``old``. There is no communication.
+    ``fully_shard`` creates new parameters and keeps no reference to the old ones. A DTensor replaces a plain tensor of
+    its global shape with the same values in this rank's shard. If several have the same values (zeros, ones), the order
+    decides, provided that only one assignment preserves the order of ``old``. There is no communication.
 
     Args:
         old: named or labelled parameters, in the model's order.
         groups: param groups of the optimizer.
 
     Raises:
-        ValueError: a DTensor may replace several parameters, or only some whose numbers it does not have.
+        ValueError: a DTensor could replace several parameters, or its values match no parameter of its shape.
     """
     held = [list(group["params"]) for group in groups]
-    known, there = dict.fromkeys(old), set(chain.from_iterable(held))
-    left = [p for p in known if p not in there and layout_of(p) is None]
+    previous, there = dict.fromkeys(old), set(chain.from_iterable(held))
+    left = [p for p in previous if p not in there and layout_of(p) is None]
     shapes = {p.shape for p in left}
-    new = [[p for p in group if p.shape in shapes and p not in known and layout_of(p) is not None] for group in held]
+    new = [[p for p in group if p.shape in shapes and p not in previous and layout_of(p) is not None] for group in held]
     everything = list(chain.from_iterable(new))
     choices = _choices(everything, left)
-    # Param groups may come in another order than the model, as those with and without weight decay do.
+    # Param groups may have another order than the model, such as those with and without weight decay.
     for sequence in (everything, *new):
         named = [p for p in sequence if choices[p]]
         choices.update(zip(named, _in_order([choices[p] for p in named]), strict=True))
     taken = Counter(chain.from_iterable(choices.values()))
     unmatched = {p.shape for place, p in enumerate(left) if place not in taken}
     for p, places in choices.items():
-        # A DTensor without a choice has no name, unless a named parameter of its shape is left over.
+        # A DTensor without candidates has no name. It is ambiguous if a named parameter of its shape is unmatched.
         certain = len(places) == 1 and taken[places[0]] == 1 if places else p.shape not in unmatched
         if not certain:
             raise ValueError(
@@ -63,7 +63,7 @@ class _Kind(NamedTuple):
 
 
 def _choices(new: Sequence[Tensor], old: Sequence[Tensor]) -> dict[Tensor, list[int]]:
-    """Return for each of ``new`` the places in ``old`` of the tensors with its numbers in this rank's shard."""
+    """Return for each of ``new`` the indices in ``old`` of tensors with the same values in this rank's shard."""
     kinds = {p: _Kind(p.shape, layout_of(p), p.dtype) for p in new}
     places: dict[tuple[_Kind, tuple[float, ...] | None], list[int]] = {}
     for kind in dict.fromkeys(kinds.values()):
@@ -73,20 +73,20 @@ def _choices(new: Sequence[Tensor], old: Sequence[Tensor]) -> dict[Tensor, list[
     found = {}
     for p, kind in kinds.items():
         mine = local(p).detach()
-        # Parameters on the meta device have no numbers to compare.
+        # Parameters on the meta device have no values to compare.
         alike = [*places.get((kind, _sample(mine)), []), *places.get((kind, None), [])]
         found[p] = [place for place in dict.fromkeys(alike) if _equal(mine, _part(old[place], kind))]
     return found
 
 
 def _part(whole: Tensor, kind: _Kind) -> Tensor:
-    """Return this rank's part of a parameter from before sharding, in the precision that it has now."""
+    """Return this rank's part of a parameter from before sharding, in the dtype of the DTensor."""
     assert kind.layout is not None
     return shard(whole.detach(), kind.layout).to(kind.dtype)
 
 
 def _sample(part: Tensor) -> tuple[float, ...] | None:
-    """Return a few of the numbers, which tell most tensors apart; None on the meta device."""
+    """Return a few elements as a hash key, to avoid most full comparisons; None on the meta device."""
     if part.is_meta:
         return None
     flat = part.reshape(-1)
@@ -98,7 +98,7 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def _in_order(choices: Sequence[list[int]]) -> list[list[int]]:
-    """Return the one increasing assignment as the only choices; the given ones where there is none, or another."""
+    """Return the increasing assignment as the only choices if it is unique, else the given choices."""
     first: list[int] = []
     for places in choices:
         later = [place for place in places if not first or place > first[-1]]

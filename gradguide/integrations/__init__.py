@@ -1,5 +1,9 @@
-"""Other libraries: helpers, and recipes that the tests run as they stand.
+"""Helpers for other libraries, and recipes that the tests run.
 
-``peft`` has LoRA parameters by name, ``transformers`` metrics in Trainer's logs. The docstrings of ``lightning``,
-``amp`` (mixed precision) and ``fsdp`` (FSDP2) hold one whole file each. Trainer and Accelerate are in the README.
+- ``peft``: LoRA parameters by name and by layer.
+- ``transformers``: metrics in Trainer's logs.
+- ``sampling``: losses and text for :class:`gradguide.StructuredSource`, also exported by ``transformers``.
+- ``lightning``, ``amp`` (mixed precision), ``fsdp`` (FSDP2): a complete script in each docstring.
+
+Recipes for Trainer and Accelerate are in the README.
 """

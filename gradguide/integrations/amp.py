@@ -1,4 +1,4 @@
-"""Mixed precision with a GradScaler: nothing to import, a recipe.
+"""Train with mixed precision and a GradScaler: a recipe, without code to import.
 
 The result is the same with and without ``scaler.unscale_``. A step that overflows changes nothing::
 

@@ -1,4 +1,4 @@
-"""FSDP2 with a source that is captured and kept: nothing to import, a recipe.
+"""Train with FSDP2 and a captured source: a recipe, without code to import.
 
 Run it with ``torchrun --nproc-per-node 2 fsdp.py``::
 

@@ -1,6 +1,6 @@
-"""Lightning: nothing to import, a recipe.
+"""Train with Lightning: a recipe, without code to import.
 
-``configure_optimizers`` returns a GradGuide. :func:`gradguide.unwrap` finds it inside Lightning's wrapper::
+``configure_optimizers`` returns a GradGuide. :func:`gradguide.unwrap` extracts it from Lightning's wrapper::
 
     # recipe: lightning_module.py
     import lightning

@@ -1,4 +1,4 @@
-"""LoRA parameters of a PEFT model, by name and by layer."""
+"""Find the LoRA parameters of a PEFT model, by name and by layer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["lora_parameters", "lora_scopes"]
 def lora_parameters(model: nn.Module, adapter: str | None = None) -> NamedParameters:
     """Return (name, parameter) of every trainable LoRA parameter, in the model's order.
 
-    It is a list for ``names=`` of :class:`gradguide.GradGuide` and of :meth:`gradguide.SourceGradient.capture`. Heads
-    that PEFT trains beside the adapter (``modules_to_save``) are not in it. The list refers to the model, so that a
-    source can compare its base model with this one.
+    Pass the list as ``names=`` to :class:`gradguide.GradGuide` and :meth:`gradguide.SourceGradient.capture`. It
+    excludes heads that PEFT trains in addition to the adapter (``modules_to_save``). The list has a weak reference to
+    the model, so that a source can compare its base model with this one.
 
-    Adapters that are frozen or not active take no part; call it again after adding or unfreezing one.
+    Frozen and inactive adapters are not included. Call the function again after adding or unfreezing one.
 
     Args:
-        model: a PEFT model, or a module that holds one.
-        adapter: only parameters of the adapter of this name; None takes all.
+        model: a PEFT model, or a module that contains one.
+        adapter: name of the adapter to select; None selects all.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such parameter.
     """
     trained = {name: p for name, p in model_names(model).items() if isinstance(p, nn.Parameter) and p.requires_grad}
     found = [
@@ -41,11 +41,11 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> NamedParame
 
 
 def lora_scopes(model: nn.Module) -> dict[Tensor, str]:
-    """Return the label of every trainable LoRA parameter: A and B of one layer share one.
+    """Return a scope label for every trainable LoRA parameter. A and B of one layer have the same label.
 
-    It is a mapping for ``scope=`` of :class:`gradguide.GradGuide`.
+    Pass the mapping as ``scope=`` to :class:`gradguide.GradGuide`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such parameter.
     """
     return {parameter: module_of(name) for name, parameter in lora_parameters(model)}

@@ -1,4 +1,4 @@
-"""Labels and text drawn from a Hugging Face model itself: what a structured source is captured with."""
+"""Draw labels and text from a Hugging Face model, to capture a :class:`gradguide.StructuredSource`."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ __all__ = ["own_text", "sampled_loss"]
 def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Return the mean negative log likelihood of labels drawn from the model, and the number of predictions.
 
-    For causal language models the label of each position is a token drawn from the model's own prediction there. With
-    ``labels`` in the batch only positions whose next label is not -100 count; without, all that the attention mask
-    covers. For classifiers (logits [batch, classes]) one class is drawn per row; for masked or token models (logits
-    [batch, tokens, classes] of a model that is no causal one) one per position that counts.
+    For causal language models, the label of each position is a token drawn from the model's prediction. If the batch
+    has ``labels``, only positions whose next label is not -100 are used; otherwise those in the attention mask. For
+    classifiers (logits [batch, classes]), one class is drawn per row. For masked or token models (logits [batch,
+    tokens, classes] of a model that is not causal), one class is drawn per used position.
 
     Args:
         model: a Hugging Face model.
         batch: keyword arguments of the model, such as ``input_ids`` and ``attention_mask``.
 
     Returns:
-        The loss, Tensor [], in nats; and how many predictions it is the mean over.
+        The loss, Tensor [], in nats; and the number of predictions in the mean.
 
     Raises:
-        ValueError: no position counts.
+        ValueError: no position is used.
     """
     labels = batch.get("labels")
     mask = batch.get("attention_mask")
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     if logits.dim() == 2:
-        counts = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        used = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     elif _is_causal(model):
         logits = logits[:, :-1]
         after = labels if labels is not None else mask
         if after is None:
-            counts = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            used = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         else:
-            counts = (after[:, 1:] != -100) if labels is not None else after[:, 1:].bool()
+            used = (after[:, 1:] != -100) if labels is not None else after[:, 1:].bool()
     elif labels is not None:
-        counts = labels != -100
+        used = labels != -100
     elif mask is not None:
-        counts = mask.bool()
+        used = mask.bool()
     else:
-        counts = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    number = int(counts.sum())
+        used = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    number = int(used.sum())
     if number == 0:
         raise ValueError("no position of the batch counts: its labels are all -100, or its attention mask all 0")
-    chosen = logits[counts.to(logits.device)].float()
+    chosen = logits[used.to(logits.device)].float()
     drawn = torch.distributions.Categorical(logits=chosen.detach()).sample()
     return nn.functional.cross_entropy(chosen, drawn), number
 
@@ -60,16 +60,16 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
 def own_text(
     model: nn.Module, tokenizer: Any, *, tokens: int, seed: int = 0, length: int = 96, batch_size: int = 8
 ) -> list[dict[str, Tensor]]:
-    """Let a causal language model write source text: sequences sampled at temperature 1.
+    """Generate source text with a causal language model, sampled at temperature 1.
 
-    Each sequence starts with the tokenizer's start token, if it has one, and one token drawn evenly from the vocabulary
-    without special tokens, so that sequences differ from the start.
+    Each sequence starts with the tokenizer's BOS token, if there is one. Then follows a token drawn uniformly from the
+    vocabulary without special tokens, so that sequences differ.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        tokens (int): how many tokens to write in all, at least ``length``.
-        seed (int): of the sampling; torch's own random state is not touched.
+        tokens (int): total number of tokens, at least ``length``.
+        seed (int): seed of the sampling. torch's global random state does not change.
         length (int): tokens per sequence.
         batch_size (int): sequences per batch.
 
@@ -93,7 +93,7 @@ def own_text(
         with tqdm(total=count * length, desc="writing source text", unit="token", leave=False) as bar:
             for first in range(0, count, batch_size):
                 rows = min(batch_size, count - first)
-                batches.append(_written(model, tokenizer, plain, generator, rows, length))
+                batches.append(_generate(model, tokenizer, plain, generator, rows, length))
                 bar.update(rows * length)
     finally:
         for module, training in modes.items():
@@ -101,21 +101,21 @@ def own_text(
     return batches
 
 
-def _written(
+def _generate(
     model: Any, tokenizer: Any, plain: Tensor, generator: torch.Generator, rows: int, length: int
 ) -> dict[str, Tensor]:
     start = plain[torch.randint(len(plain), (rows, 1), generator=generator, device=plain.device)]
     ids = start
     if tokenizer.bos_token_id is not None:
         ids = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], dim=1)
-    given, cache = ids, None
+    inputs, cache = ids, None
     while ids.shape[1] < length:
-        found = model(input_ids=given, past_key_values=cache, use_cache=True)
-        cache = getattr(found, "past_key_values", None)
-        likely = found.logits[:, -1].float().softmax(-1)
-        drawn = torch.multinomial(likely, 1, generator=generator)
+        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        probabilities = output.logits[:, -1].float().softmax(-1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
-        given = drawn if cache is not None else ids
+        inputs = drawn if cache is not None else ids
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

@@ -1,4 +1,4 @@
-"""GradGuide's metrics in the logs of Hugging Face's Trainer."""
+"""Log GradGuide's metrics in Trainer; losses and text for :class:`gradguide.StructuredSource`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from gradguide.factory import unwrap
+from gradguide.integrations.sampling import own_text, sampled_loss
 from gradguide.optimizer import GradGuide
 
-__all__ = ["GradGuideCallback"]
+__all__ = ["GradGuideCallback", "own_text", "sampled_loss"]
 
 
 class GradGuideCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Adds the metrics of the optimizer's last step to Trainer's own training logs, at its logging steps only.
+    """Add the metrics of the optimizer's last step to Trainer's training logs.
 
-    ``Trainer(..., callbacks=[GradGuideCallback()])``. They appear as ``gradguide/coherence`` and so on in the state's
-    ``log_history``, on the console, and in TensorBoard and whatever else Trainer reports to. What was not measured is
-    left out. One transfer from the device per logging step, nothing at the others.
+    Pass it as ``Trainer(..., callbacks=[GradGuideCallback()])``. Metrics appear as ``gradguide/coherence`` and so on in
+    the state's ``log_history``, on the console, and in all reporters, such as TensorBoard. Metrics that are not finite
+    are omitted. The cost is one transfer from the device per logging step.
 
     Raises:
-        ValueError: at the start of training, if Trainer's optimizer holds no GradGuide.
+        ValueError: at the start of training, if Trainer's optimizer does not contain a GradGuide.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._guide(kwargs.get("optimizer"))
-        _move_ahead(self)
+        _move_to_front(self)
 
     def on_log(
         self,
@@ -40,13 +41,13 @@ class GradGuideCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:  # of an evaluation, or the summary at the end
+        if logs is None or "loss" not in logs:  # logs of an evaluation, or the final summary
             return
         metrics = self._guide(kwargs.get("optimizer")).metrics()
         found = {f"gradguide/{key}": value for key, value in metrics.items() if math.isfinite(value)}
         logs.update(found)
         if state.log_history:
-            state.log_history[-1].update(found)  # Trainer has put a copy of the logs there already
+            state.log_history[-1].update(found)  # Trainer has appended a copy of the logs already
 
     @staticmethod
     def _guide(optimizer: object) -> GradGuide:
@@ -59,10 +60,10 @@ class GradGuideCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         return guide
 
 
-def _move_ahead(callback: TrainerCallback) -> None:
-    """Puts the callback before those that report, which would otherwise see the logs before the metrics are in them.
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Move the callback before the reporters, which would otherwise receive the logs without the metrics.
 
-    Trainer puts its reporters first, and gives a callback no way to the handler that calls it but the call itself.
+    Trainer adds its reporters first. A callback has no reference to its handler, so it is read from the call stack.
     """
     handler = sys._getframe(2).f_locals.get("self")
     if isinstance(handler, CallbackHandler):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradguide.recording.plotting import curve, figure_for
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["History"]
 
@@ -60,7 +60,7 @@ class History:
             raise ValueError(f"a history is saved as .csv or .jsonl, found {os.fspath(path)!r}")
         columns = self.columns()
         rows = [{key: _plain(row.get(key, math.nan)) for key in columns} for row in self.rows]
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             if suffix == ".csv":
                 writer = csv.DictWriter(file, columns, lineterminator="\n")
                 writer.writeheader()
@@ -108,7 +108,7 @@ class History:
             axes.set_xlabel("step")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=120)
 
     def _draw(self, axes: Any, key: str, *, logarithmic: bool) -> None:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 if TYPE_CHECKING:
     from gradguide.recording.history import History
@@ -80,7 +80,7 @@ def figure_for(path: str | os.PathLike[str], size: tuple[float, float], user: st
 
 def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int) -> None:
     """Write a figure to an image file atomically."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.distributed.layouts import local, several_ranks
+from gradguide.distributed.layouts import is_distributed, local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.regularizer.options import Regularizer, slope
 from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.span import Span, divide
-from gradguide.sources.side_effects import Randomness, buffers_kept, gradients_kept
+from gradguide.sources.side_effects import RandomState, preserve_buffers, preserve_gradients
 from gradguide.step.engine import Engine
 from gradguide.step.plan import Rows, StepPlan
 from gradguide.step.planner import trainable_parameters
@@ -81,17 +81,17 @@ def _finite_difference(
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """Return ``(g(theta + e v) - g(theta)) / e``. Both gradients use the same random state."""
     parameters = trainable_parameters(base)
-    start = Randomness(parameters)
+    start = RandomState(parameters)
     with torch.enable_grad():
         loss = closure()
     slope = _slope(base, engine, regularizer, warmup_factor)
     if slope is None:
         return loss, {}
-    end = Randomness(parameters)
+    end = RandomState(parameters)
     copies = slope.plan.snapshot()
     try:
         inverse = _perturb(slope)
-        with gradients_kept(parameters) as first, buffers_kept(), torch.enable_grad():
+        with preserve_gradients(parameters) as first, preserve_buffers(), torch.enable_grad():
             start.restore()
             closure()
             products = _difference_quotients(slope, first, inverse)
@@ -129,7 +129,7 @@ def _exact(
     closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
 ) -> tuple[Any, dict[Tensor, Tensor]]:
     """Return ``H v`` as the gradient of ``g . v`` with constant v."""
-    if several_ranks():
+    if is_distributed():
         raise RuntimeError(
             "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
             "use hessian='finite-difference'"

@@ -1,6 +1,10 @@
-"""Sources: answers to "what is the source-task gradient at the present parameters?".
+"""Provide the source-task gradient at the current parameters.
 
-``protocol`` says what a source is. ``stored`` is :class:`gradguide.SourceGradient`, with ``capture``, ``files``,
-``merge`` and ``anchor_weights``; ``replay`` is :class:`gradguide.ReplaySource`. ``validation`` matches sources with
-parameters, ``base_model`` recognises the model that a source belongs to. Start at ``protocol``.
+- ``protocol``: the interface of a source. Start here.
+- ``stored``: :class:`gradguide.SourceGradient`, with ``capture``, ``tables``, ``files``, ``merge``, ``anchor_weights``.
+- ``replay``: :class:`gradguide.ReplaySource`.
+- ``structured``: :class:`gradguide.StructuredSource`.
+- ``validation``: matches sources with an optimizer's parameters; ``mismatch`` explains failures.
+- ``base_model``: identifies the model that a source was captured from.
+- ``side_effects``, ``undisturbed``: extra passes that leave a model unchanged.
 """

@@ -1,4 +1,4 @@
-"""How firmly an anchored source holds each number: see ``SourceGradient.anchored``."""
+"""Per-element weights of an anchored source: see ``SourceGradient.anchored``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from gradguide.utils.constants import LEAST_LENGTH
 
-__all__ = ["stiffness"]
+__all__ = ["anchor_weights"]
 
 
-def stiffness(fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, mean and length over all parameters together.
+def anchor_weights(fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, with mean and norm over all parameters together.
 
     Args:
-        fisher, anchor: F and theta0 by name, of the same shapes.
+        fisher, anchor: F and theta0 by name, with equal shapes.
 
     Returns:
-        H by name, as precise as F. Where F is zero throughout, nothing tells the numbers apart: all are held alike.
-        Tables without numbers stay as they are.
+        H by name, in the dtype of F. If F is zero everywhere, H is uniform: ``1 / |theta0|``.
+        Empty tables are unchanged.
     """
     roots = {name: table.double().sqrt() for name, table in fisher.items()}
     numbers = sum(root.numel() for root in roots.values())

@@ -1,4 +1,4 @@
-"""Which base model a source belongs to: its name, and a few of its frozen weights."""
+"""Identify the base model of a source by an id and a few frozen weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gradguide.utils.names import Names, adapter_of, model_names
 __all__ = ["base_of", "check_base_model", "identity"]
 
 MAX_WEIGHTS = 8
-# Flat positions. They do not depend on a weight's size, so that an embedding with rows added matches.
+# Flat positions. They do not depend on the size of a weight, so an embedding with added rows still matches.
 POSITIONS = (3, 31, 127, 511, 2047, 8191, 32767, 131071)
-# Covers the rounding from float32 to bfloat16 (2^-8, relative) and to float16's smallest numbers (2^-25).
+# Tolerates rounding from float32 to bfloat16 (2^-8, relative) and to float16 subnormals (2^-25).
 RELATIVE = 2.0**-7
 ABSOLUTE = 2.0**-24
 SHOWN = 3
@@ -27,9 +27,9 @@ _PEFT = "base_model.model."
 
 
 def identity(model: nn.Module) -> str:
-    """Return what a model calls itself: where it was loaded from, else its type, else its class, and its size.
+    """Return the id of a model: the path it was loaded from, else its model type, else its class, and its size.
 
-    A PEFT or other wrapper is looked through to the first module with a ``config``.
+    Path and type come from the first module that has a ``config``, inside PEFT and other wrappers.
     """
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     for module in model.modules():
@@ -38,28 +38,28 @@ def identity(model: nn.Module) -> str:
         if isinstance(name, str):
             return f"{name} ({size})"
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner  # of torch.compile and DDP
+        model = inner  # torch.compile and DDP
     return f"{type(model).__name__.removeprefix('FSDP')} ({size})"
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """Return the metadata by which a base model is recognised.
+    """Return the metadata that identifies a base model.
 
-    Up to 8 frozen weights, spread over the model, with a few numbers of each. Left out are adapters, heads that PEFT
-    trains copies of, quantised weights, and those on the meta device. In a PEFT model only weights inside the adapted
-    model count, not a head around it. Where weights are sharded, every rank must call this.
+    It holds a few elements from each of up to 8 frozen weights, evenly distributed over the model. Excluded are
+    adapters, heads that PEFT trains copies of, quantised weights, and weights on the meta device. In a PEFT model, only
+    weights inside the adapted model are used, not a head around it. If weights are sharded, every rank must call this.
 
     Returns:
-        JSON types: ``id``, and ``weights``: lists of numbers by name, empty if nothing is frozen.
+        JSON types: ``id``, and ``weights``: lists of elements by name, empty if no weight is frozen.
     """
-    frozen = {name: p for name, p in model_names(model).items() if _counts(name, p)}
+    frozen = {name: p for name, p in model_names(model).items() if _is_comparable(name, p)}
     adapted = {name: p for name, p in frozen.items() if _PEFT in name} or frozen
     weights = {_base_name(name): p for name, p in adapted.items()}
     matrices = {name: p for name, p in weights.items() if p.dim() > 1} or weights
     names = list(matrices)
     count = min(MAX_WEIGHTS, len(names))
     chosen = [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)]
-    numbers = {name: _numbers(matrices[name]) for name in chosen}
+    numbers = {name: _elements(matrices[name]) for name in chosen}
     return {
         "id": identity(model),
         "weights": {name: found for name, found in numbers.items() if found and all(map(math.isfinite, found))},
@@ -67,39 +67,39 @@ def base_of(model: nn.Module) -> dict[str, Any]:
 
 
 def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> None:
-    """Raise if a source was captured from another base model than that of the parameters that names reach.
+    """Raise if the base model of a source differs from the model reachable through ``names``.
 
-    Weights are compared that are frozen now. A single one that differs among several is taken for a layer that is
-    initialised anew at each loading, as a pooler. Quantised and meta weights are left out. Where weights are sharded,
-    every rank must call this; each takes part in the sum of a few numbers.
+    Only weights that are frozen now are compared. If exactly one of several weights differs, it is accepted: a layer
+    such as a pooler is initialised randomly at each load. Quantised and meta weights are excluded. If weights are
+    sharded, every rank must call this, because each weight needs one all-reduce.
 
     Args:
-        metadata: of the source.
-        names: of the optimizer.
-        which: how messages name the source.
+        metadata: the metadata of the source.
+        names: the names of the optimizer.
+        which: the label of the source in messages.
 
     Raises:
-        ValueError: at least two weights differ, or all.
+        ValueError: at least two weights differ, or all compared weights differ.
 
     Warns:
-        UserWarning: no weight could be compared, because names reach none of them.
+        UserWarning: no weight could be compared, because none is reachable through ``names``.
     """
     bases = [base for base in _bases(metadata) if base["weights"]]
     if not bases:
         return
-    present = {_base_name(name): p for name, p in names.reachable().items() if _counts(name, p)}
+    present = {_base_name(name): p for name, p in names.reachable().items() if _is_comparable(name, p)}
     here = next((f" ({identity(model)})" for model in names.models()), "")
     for base in bases:
         stored: Mapping[str, list[float]] = base["weights"]
-        found = {name: (stored[name], _numbers(present[name])) for name in stored if name in present}
+        found = {name: (stored[name], _elements(present[name])) for name in stored if name in present}
         if not found:
             warnings.warn(
-                f"{which}is of base model {base['id']}, which could not be compared with this one: names reach none of "
-                "the frozen weights that its file holds. Pass names=model, or names=lora_parameters(model)",
+                f"{which}is of base model {base['id']}, which could not be compared with this one: none of the frozen "
+                "weights in its file is reachable through names. Pass names=model, or names=lora_parameters(model)",
                 UserWarning,
                 stacklevel=5,
             )
-        other = [name for name, (there, now) in found.items() if not _alike(there, now)]
+        other = [name for name, (there, now) in found.items() if not _all_close(there, now)]
         if len(other) > 1 or (other and len(other) == len(found)):
             shown = ", ".join(f"{n}: {found[n][0][0]:.6g} there, {found[n][1][0]:.6g} here" for n in other[:SHOWN])
             raise ValueError(
@@ -118,18 +118,18 @@ def _bases(metadata: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _base_name(name: str) -> str:
-    """Return the name of a weight as it is in the base model, without adapters."""
+    """Return the name that a weight has in the base model without adapters."""
     return ".".join(part for part in name.replace(_PEFT, "").split(".") if part != "base_layer")
 
 
-def _counts(name: str, weight: Tensor) -> bool:
+def _is_comparable(name: str, weight: Tensor) -> bool:
     plain = type(weight) in (Tensor, nn.Parameter) or layout_of(weight) is not None
     of_base = adapter_of(name) is None and "original_module" not in name.split(".")
     numbers = weight.is_floating_point() and weight.element_size() > 1 and weight.numel() > POSITIONS[0]
     return plain and of_base and numbers and not weight.requires_grad and not weight.is_meta
 
 
-def _alike(there: list[float], here: list[float]) -> bool:
+def _all_close(there: list[float], here: list[float]) -> bool:
     if len(here) < len(there):
         return False
     return all(
@@ -138,18 +138,18 @@ def _alike(there: list[float], here: list[float]) -> bool:
 
 
 @torch.no_grad()
-def _numbers(weight: Tensor) -> list[float]:
-    """Return the numbers at ``POSITIONS``, as far as the weight goes; of a sharded one by a sum over ranks."""
+def _elements(weight: Tensor) -> list[float]:
+    """Return the elements at those ``POSITIONS`` that exist. A sharded weight needs an all-reduce."""
     positions = [position for position in POSITIONS if position < weight.numel()]
     layout = layout_of(weight)
     if layout is None:
         index = torch.tensor(positions, device=weight.device)
         taken: list[float] = torch.take(weight.detach(), index).double().tolist()
         return taken
-    return _numbers_over_ranks(weight, layout, positions)
+    return _sharded_elements(weight, layout, positions)
 
 
-def _numbers_over_ranks(weight: Tensor, layout: Layout, positions: list[int]) -> list[float]:
+def _sharded_elements(weight: Tensor, layout: Layout, positions: list[int]) -> list[float]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     part = local(weight)
@@ -163,7 +163,7 @@ def _numbers_over_ranks(weight: Tensor, layout: Layout, positions: list[int]) ->
         place.reverse()
         if all(0 <= index < size for index, size in zip(place, shape, strict=True)):
             numbers[row] = part[tuple(place)]
-    for group in layout.summed:
+    for group in layout.reduce_groups:
         dist.all_reduce(numbers, group=group)
     found: list[float] = numbers.tolist()
     return found

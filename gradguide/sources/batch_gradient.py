@@ -1,4 +1,4 @@
-"""The gradient of one batch, with the gradients that tensors hold left as they are."""
+"""Compute the gradient of one batch without changing the ``grad`` of any tensor."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class BatchGradient(NamedTuple):
     """The mean gradient of a batch.
 
     Attributes:
-        examples: how many the batch has; of shards, the batches of all ranks together.
-        loss: their mean loss, in nats.
-        gradients: one for each parameter, in its shape (of a shard: this rank's part).
-        reached: whether autograd gave that gradient; if not, it is zero.
+        examples: number of examples; with sharded parameters, over the batches of all ranks.
+        loss: mean loss, in nats.
+        gradients: one per parameter, in its shape; for a sharded parameter, the local part.
+        reached: whether autograd produced the gradient; if not, it is zero.
     """
 
     examples: int
@@ -47,40 +47,40 @@ def batch_gradient(
 ) -> BatchGradient:
     """Return the mean gradient of a batch of ``count`` examples.
 
-    It comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs the hooks
-    by which FSDP2 gathers parameters. FSDP2 averages over ranks. So there the loss is multiplied by the batch's size
-    before, and the average is undone after.
+    The gradient comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs
+    the hooks with which FSDP2 gathers parameters. FSDP2 averages over ranks. Under FSDP2, the loss is therefore
+    multiplied by the batch size first, and the average is undone afterwards.
 
     Args:
         loss: ``loss(model, batch)``.
-        model: handed to the loss.
-        batch: handed to the loss.
-        parameters: those whose gradients are wanted.
-        trained: all that require a gradient. They hold the same gradients after the call as before. FSDP2 puts other
-            tensors in their place between forward and backward, so they cannot be read from the model here.
-        index: of the batch, for messages.
-        count: how many examples the batch has.
+        model: first argument of the loss.
+        batch: second argument of the loss.
+        parameters: parameters to differentiate with respect to.
+        trained: all parameters that require a gradient. Their ``grad`` is the same after the call as before. FSDP2
+            replaces them in the model between forward and backward, so they cannot be read from the model here.
+        index: number of the batch, for messages.
+        count: number of examples in the batch.
 
     Raises:
-        ValueError: the loss is no scalar, has no gradient, or something is not finite.
+        ValueError: the loss is not a scalar, has no gradient, or loss or gradients are not finite.
     """
-    value = _checked(loss(model, batch), index)
+    value = _check_loss(loss(model, batch), index)
     mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
-    with _gradients_aside([*trained, *leaves(value)]):
+    with _without_gradients([*trained, *leaves(value)]):
         (value if mesh is None else value * count).backward()
         found = [p.grad for p in parameters]
     reached = [g is not None for g in found]
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
     if mesh is not None:
-        return _over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
+        return _mean_over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
     finite = torch.stack([g.isfinite().all() for g in gradients]).all()
     _check_finite(float(value.detach()), bool(finite), index)
     return BatchGradient(count, float(value.detach()), gradients, reached)
 
 
 @contextmanager
-def _gradients_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Without gradients inside; afterwards each tensor has the very gradient that it had before."""
+def _without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Set ``grad`` to None inside, and restore the same gradient tensors afterwards."""
     held = {tensor: tensor.grad for tensor in tensors if tensor.requires_grad}
     try:
         for tensor in held:
@@ -98,7 +98,7 @@ def _dense(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def _over_ranks(
+def _mean_over_ranks(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     reached: list[bool],
@@ -107,34 +107,34 @@ def _over_ranks(
     loss: float,
     index: int,
 ) -> BatchGradient:
-    """Return the mean over the batches of all ranks, from sums that are averaged already where parameters lie apart."""
+    """Return the mean over the batches of all ranks. Gradients of sharded parameters are averaged already."""
     groups = mesh.get_all_groups()
     sums = [
-        g * mesh.size() if layout_of(p) is not None else _summed(g.clone(), groups)
+        g * mesh.size() if layout_of(p) is not None else _all_reduce(g.clone(), groups)
         for p, g in zip(parameters, gradients, strict=True)
     ]
     wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
     numbers = torch.tensor([count, count * loss, wrong, *reached], dtype=torch.float64, device=sums[0].device)
-    examples, total, bad, *times = _summed(numbers, groups).tolist()
+    examples, total, bad, *times = _all_reduce(numbers, groups).tolist()
     _check_finite(total / examples, bad == 0, index)
     mean = [g / examples for g in sums]
     return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
 
 
-def _summed(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+def _all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     for group in groups:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def _checked(value: object, index: int) -> Tensor:
+def _check_loss(value: object, index: int) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")
     if not value.requires_grad:
         raise ValueError(
-            f"the loss of batch {index} has no gradient: it was detached, or made under no_grad, or all that is "
-            "trained is inside a reentrant checkpoint whose inputs require no gradient"
+            f"the loss of batch {index} has no gradient: it was detached, or computed under no_grad, or all "
+            "trained parameters are inside a reentrant checkpoint whose inputs require no gradient"
         )
     return value.reshape(())
 

@@ -1,4 +1,4 @@
-"""One pass over source data: mean gradient, diagonal Fisher information, mean loss."""
+"""Compute mean gradient, diagonal Fisher information and mean loss in one pass over source data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.distributed.layouts import check_divided, layout_of, local, several_ranks, spread
+from gradguide.distributed.layouts import as_dtensor, check_divided, is_distributed, layout_of, local
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
 from gradguide.sources.metadata import metadata_of
@@ -20,7 +20,7 @@ from gradguide.sources.undisturbed import MODES, undisturbed
 from gradguide.utils.checks import check_choice
 from gradguide.utils.names import Names, NamesLike, model_names
 
-__all__ = ["Batch", "Loss", "measure"]
+__all__ = ["Batch", "Loss", "capture_tables"]
 
 Batch: TypeAlias = Any
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -29,7 +29,7 @@ Table: TypeAlias = dict[str, Tensor]
 _STORAGE = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def measure(
+def capture_tables(
     model: nn.Module,
     batches: Iterable[Batch],
     loss: Loss,
@@ -44,47 +44,47 @@ def measure(
     if dtype not in _STORAGE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _STORAGE))}, found {dtype}")
     check_choice("mode", mode, MODES)
-    counted = Examples(examples)
-    parameters = _captured(model, names)
+    counter = Examples(examples)
+    parameters = _select_parameters(model, names)
     check_divided(parameters.values())
     everything = {p: name for name, p in model_names(model).items()}
     trained = [p for p in everything if p.requires_grad]
     check_hooks(trained, everything)
-    total = _Total(list(parameters.values()), square=curvature is not False)
+    total = _Sums(list(parameters.values()), square=curvature is not False)
 
     def gradient_of(chosen: Loss, batch: Batch, *, index: int, count: int) -> BatchGradient:
         return batch_gradient(chosen, model, batch, total.parameters, trained, index=index, count=count)
 
     with undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
-            count = counted.of(batch, index)
+            count = counter.of(batch, index)
             found = gradient_of(loss, batch, index=index, count=count)
             squared = found
             if callable(curvature):
                 squared = gradient_of(curvature, batch, index=index, count=count)
             total.add(found, squared)
-    if not any(layout_of(p) is not None for p in total.parameters):  # else each batch was one of all ranks together
+    if not any(layout_of(p) is not None for p in total.parameters):  # else each batch is reduced over ranks already
         total.reduce()
     if total.examples == 0:
         raise ValueError("batches must hold at least one example, found none; a generator can be read only once")
     unreached = [name for name, reached in zip(parameters, total.reached, strict=True) if not reached]
     _check_reached(unreached, len(parameters))
 
-    gradient = total.whole(total.mean())
+    gradient = total.gather(total.mean())
     fisher = anchor = None
     if curvature is not False:
-        squares = total.whole(total.fisher(callable(curvature)))
+        squares = total.gather(total.fisher(callable(curvature)))
         fisher = dict(zip(parameters, (f.to(dtype) for f in squares), strict=True))
-        anchor = dict(zip(parameters, total.whole([local(p.detach()).clone() for p in total.parameters]), strict=True))
+        anchor = dict(zip(parameters, total.gather([local(p.detach()).clone() for p in total.parameters]), strict=True))
     table = dict(zip(parameters, (g.to(dtype) for g in gradient), strict=True))
-    _warn_of_zero({name: g for name, g in table.items() if name not in unreached})
+    _warn_if_zero({name: g for name, g in table.items() if name not in unreached})
     kind = "true" if callable(curvature) else "empirical" if curvature else None
     metadata = metadata_of(model, examples=total.examples, loss=total.loss / total.examples, curvature=kind)
     return table, fisher, anchor, metadata
 
 
-def _captured(model: nn.Module, names: NamesLike | None) -> Table:
-    """Return the trained parameters by name, in the model's order; only those in ``names`` if it is given."""
+def _select_parameters(model: nn.Module, names: NamesLike | None) -> Table:
+    """Return the trained parameters by name, in the model's order; if ``names`` is given, only those in it."""
     trained = {name: p for name, p in model_names(model).items() if p.requires_grad}
     if not trained:
         raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
@@ -94,25 +94,25 @@ def _captured(model: nn.Module, names: NamesLike | None) -> Table:
     if not chosen:
         raise ValueError(
             f"names hold none of the {len(trained)} parameters of the model that require a gradient (such as "
-            f"{next(iter(trained))}): give names of this model, as lora_parameters(model) or model.named_parameters()"
+            f"{next(iter(trained))}): pass names of this model: lora_parameters(model) or model.named_parameters()"
         )
     return chosen
 
 
-class _Total:
-    """Sums over batches, in float32 at least."""
+class _Sums:
+    """Accumulate sums over batches, in float32 or float64."""
 
     def __init__(self, parameters: list[Tensor], *, square: bool) -> None:
         self.parameters = parameters
         self.examples = 0
         self.loss = 0.0
-        self.reached = [False] * len(parameters)  # by a gradient from autograd in at least one batch
+        self.reached = [False] * len(parameters)  # whether autograd produced a gradient in at least one batch
         self._pairs = 0
-        self._sums = [torch.zeros_like(local(p), dtype=_wide(p), requires_grad=False) for p in parameters]
+        self._sums = [torch.zeros_like(local(p), dtype=_sum_dtype(p), requires_grad=False) for p in parameters]
         self._squares = [torch.zeros_like(s) for s in self._sums] if square else []
 
     def add(self, batch: BatchGradient, squared: BatchGradient) -> None:
-        """Add a batch's mean gradient, and the square of ``squared``, the gradient that counts for the curvature."""
+        """Add a batch's mean gradient, and the square of ``squared``, the gradient used for the curvature."""
         count = batch.examples
         self.examples += count
         self.loss += count * batch.loss
@@ -126,8 +126,8 @@ class _Total:
                 total.addcmul_(gradient.to(total.dtype), gradient.to(total.dtype), value=count**2)
 
     def reduce(self) -> None:
-        """Sum over the ranks of ``torch.distributed``, if there are any."""
-        if not several_ranks():
+        """Sum over the ranks of ``torch.distributed``, if there are several."""
+        if not is_distributed():
             return
         scalars = torch.tensor(
             [self.examples, self.loss, self._pairs, *self.reached], dtype=torch.float64, device=self._sums[0].device
@@ -138,21 +138,22 @@ class _Total:
         self.reached = [ranks > 0 for ranks in reached]
         self.examples, self._pairs = round(examples), round(pairs)
 
-    def whole(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """What lies over ranks as the parameters do, put together on every rank."""
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Gather tensors that are sharded like the parameters, on every rank."""
         pairs = zip(parts, self.parameters, strict=True)
-        return [spread(part, p).full_tensor() if layout_of(p) is not None else part for part, p in pairs]  # type: ignore[attr-defined]
+        return [as_dtensor(part, p).full_tensor() if layout_of(p) is not None else part for part, p in pairs]  # type: ignore[attr-defined]
 
     def mean(self) -> list[Tensor]:
+        """Return the mean gradient of each parameter."""
         return [total / self.examples for total in self._sums]
 
     def fisher(self, sampled: bool) -> list[Tensor]:
-        """Mean square of per-example gradients, from the gradients of batches.
+        """Estimate the mean square of per-example gradients F from batch gradients.
 
-        With N examples in batches of n_b, ``A = sum_b n_b^2 g_b^2 / N`` has the expectation ``F + b mu^2``, where
-        ``b = sum_b n_b (n_b - 1) / N`` and mu is the mean gradient, and the square of the mean over all examples has
-        the expectation ``mu^2 + (F - mu^2) / N``. Solved for F. Under labels drawn from the model mu is zero for
-        every example, and A is F.
+        For N examples in batches of n_b, ``A = sum_b n_b^2 g_b^2 / N`` has the expectation ``F + b mu^2``, where
+        ``b = sum_b n_b (n_b - 1) / N`` and mu is the mean gradient. The square of the mean over all examples has the
+        expectation ``mu^2 + (F - mu^2) / N``. The two equations are solved for F. With labels drawn from the model, mu
+        is zero for every example, so F is A.
         """
         n, b = self.examples, self._pairs / self.examples
         scaled = [square / n for square in self._squares]
@@ -169,7 +170,7 @@ class _Total:
         ]
 
 
-def _wide(parameter: Tensor) -> torch.dtype:
+def _sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
@@ -179,7 +180,7 @@ def _check_reached(unreached: list[str], count: int) -> None:
     which = f"{', '.join(unreached[:5])}{' and others' if len(unreached) > 5 else ''}"
     causes = (
         "The loss does not use them, or they are inside a reentrant checkpoint whose inputs require no gradient (then "
-        "use use_reentrant=False, or model.enable_input_require_grads())"
+        "pass use_reentrant=False, or call model.enable_input_require_grads())"
     )
     if len(unreached) == count:
         raise ValueError(f"no batch reached any of the {count} captured parameters ({which}). {causes}")
@@ -191,7 +192,7 @@ def _check_reached(unreached: list[str], count: int) -> None:
     )
 
 
-def _warn_of_zero(gradient: Table) -> None:
+def _warn_if_zero(gradient: Table) -> None:
     adapters = [name for name in gradient if ".lora_A." in f".{name}."]
     zero = [name for name in adapters if not gradient[name].any()]
     if zero:

@@ -1,4 +1,4 @@
-"""How many examples a batch holds."""
+"""Count the examples of a batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Examples"]
 
 
 class Examples:
-    """Counts the examples of batches: by a function if one is given, else by the first dimension of the first tensor.
+    """Count examples with a function if one is given, else by the first dimension of the first tensor.
 
     Args:
-        count: ``count(batch)``, a whole number of at least 1.
+        count: ``count(batch)`` returns an integer of at least 1.
     """
 
     def __init__(self, count: Callable[[Any], int] | None = None) -> None:
@@ -29,11 +29,11 @@ class Examples:
         """Return the number of examples in batch number ``index``.
 
         Raises:
-            TypeError: the batch's examples cannot be counted, or the function gives no whole number.
-            ValueError: the function gives less than 1.
+            TypeError: the examples cannot be counted, or the function does not return an integer.
+            ValueError: the function returns less than 1.
 
         Warns:
-            UserWarning: once, where tensors of a batch differ in their first dimension and no function is given.
+            UserWarning: once, if no function is given and the tensors of a batch differ in their first dimension.
         """
         if self._count is None:
             return self._by_shape(batch, index)
@@ -41,9 +41,9 @@ class Examples:
         try:
             found = operator.index(given)
         except TypeError as error:
-            raise TypeError(f"examples must give a whole number, found {given!r} for batch {index}") from error
+            raise TypeError(f"examples must return a whole number, found {given!r} for batch {index}") from error
         if found < 1:
-            raise ValueError(f"examples must give at least 1, found {found} for batch {index}")
+            raise ValueError(f"examples must return at least 1, found {found} for batch {index}")
         return found
 
     def _by_shape(self, batch: Any, index: int) -> int:
@@ -51,15 +51,15 @@ class Examples:
         if not shapes:
             raise TypeError(
                 f"a batch must hold a tensor whose first dimension counts examples, found {type(batch).__name__} "
-                "without; give examples=lambda batch: ..."
+                "without; pass examples=lambda batch: ..."
             )
         count = shapes[0][0]
         if not self._warned and any(shape[0] != count for shape in shapes):
             self._warned = True
             warnings.warn(
                 f"batch {index} is counted as {count} examples by its first tensor, but its tensors differ in their "
-                f"first dimension: shapes {', '.join(map(str, shapes))}. Where that is not the number of examples "
-                "(packed sequences, graphs), give examples=lambda batch: ...",
+                f"first dimension: shapes {', '.join(map(str, shapes))}. If that is not the number of examples "
+                "(packed sequences, graphs), pass examples=lambda batch: ...",
                 UserWarning,
                 stacklevel=5,
             )
@@ -74,6 +74,6 @@ def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return [item for item in batch if isinstance(item, Tensor)]
     raise TypeError(
-        f"a batch must be a tensor, or a mapping or sequence of tensors, found {type(batch).__name__}; for other kinds "
-        "give examples=lambda batch: ..."
+        f"a batch must be a tensor, or a mapping or sequence of tensors, found {type(batch).__name__}; for other types "
+        "pass examples=lambda batch: ..."
     )

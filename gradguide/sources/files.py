@@ -1,4 +1,4 @@
-"""Source files: safetensors with JSON metadata, written whole, read without unpickling."""
+"""Read and write source files: safetensors with JSON metadata, written atomically, read without unpickling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradguide.sources.metadata import check_depth
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -23,7 +23,7 @@ _KEY = "gradguide"
 
 
 def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
-    """Write tables of tensors, each under ``table/name``, and the metadata as one JSON object.
+    """Write tables of tensors under keys ``table/name``, and the metadata as one JSON object.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
@@ -34,7 +34,7 @@ def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], me
         for name, tensor in entries.items()
     }
     header = {_KEY: json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata=header)
         except safetensors.SafetensorError as error:
@@ -42,11 +42,11 @@ def write(path: str | os.PathLike[str], tables: dict[str, dict[str, Tensor]], me
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tables of tensors and metadata of a source file.
+    """Return the tables of tensors and the metadata of a source file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, not safetensors, no source file, damaged, or of a newer format.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, not safetensors, not a source file, damaged, or of a newer format.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no source file at {os.fspath(path)!r}")

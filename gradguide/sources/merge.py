@@ -1,4 +1,4 @@
-"""One source for several: see ``SourceGradient.merge``."""
+"""Merge several stored sources into one: see ``SourceGradient.merge``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Tables = Mapping[str, Mapping[str, Tensor]]
 
 
 def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) -> dict[str, dict[str, Tensor]]:
-    """Tables of the weighted sum, in float32 at least.
+    """Return the tables of the weighted sum, in float32 or float64.
 
     Args:
-        sources: tables of each.
-        weights: one each; None is the mean.
+        sources: the tables of each source.
+        weights: one per source; None gives the mean.
 
     Raises:
-        ValueError: there is none, or weights, names, shapes or kinds do not fit together.
+        ValueError: there is no source, or weights, names, shapes or table kinds do not match.
     """
     if not sources:
         raise ValueError("merge needs at least one source, found none")
@@ -39,7 +39,7 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
             raise ValueError(f"source {index} holds {sorted(tables)}, source 0 {sorted(first)}; merge like with like")
         for label, table in tables.items():
             if {name: t.shape for name, t in table.items()} != {name: t.shape for name, t in first[label].items()}:
-                raise ValueError(f"source {index} has not the names and shapes of source 0")
+                raise ValueError(f"source {index} differs from source 0 in names or shapes")
     found: dict[str, dict[str, Tensor]] = {
         label: {name: _sum([tables[label][name] for tables in sources], weights) for name in first[label]}
         for label in first
@@ -61,11 +61,11 @@ def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _mean(anchors: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Mean of the anchors by weight times curvature; where there is none, by weight, since it does not matter."""
+    """Return the mean of the anchors, weighted by weight times curvature; where curvature is zero, by weight alone."""
     total = sum(weights)
     plain = sum((w / total * a.double() for w, a in zip(weights, anchors, strict=True)), torch.zeros(()))
     curved = sum((w * f.double() for w, f in zip(weights, fishers, strict=True)), torch.zeros(()))
-    # As a change from the plain mean, which keeps the digits that anchors have in common.
+    # Relative to the plain mean, to avoid cancellation: anchors differ little.
     shift = sum(
         (w * f.double() * (a.double() - plain) for w, f, a in zip(weights, fishers, anchors, strict=True)),
         torch.zeros(()),

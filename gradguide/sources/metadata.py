@@ -1,4 +1,4 @@
-"""What a source remembers about its capture."""
+"""Create and check the metadata of a stored source."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def metadata_of(model: nn.Module, *, examples: int, loss: float, curvature: str 
 
     Args:
         model: the model that was captured.
-        examples: how many there were.
-        loss: their mean loss, in nats.
+        examples: number of examples.
+        loss: mean loss over the examples, in nats.
         curvature: "true", "empirical", or None.
     """
     return {
@@ -38,10 +38,10 @@ def metadata_of(model: nn.Module, *, examples: int, loss: float, curvature: str 
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise unless the entries that the library reads are of the types that it writes; others are free.
+    """Raise unless the entries that the library reads have the types that it writes. Other entries may be anything.
 
     Raises:
-        ValueError: an entry is of another type, or nested deeper than ``MAX_DEPTH``.
+        ValueError: an entry has another type, or is nested deeper than ``MAX_DEPTH``.
     """
     check_depth(metadata)
     _check(metadata)
@@ -79,10 +79,10 @@ def _check_base(base: object) -> None:
 
 
 def check_depth(metadata: object) -> None:
-    """Raise unless a value of JSON types is nested at most ``MAX_DEPTH`` deep; code that recurses can read it then.
+    """Raise if a value of JSON types is nested too deep for recursive code.
 
     Raises:
-        ValueError: it is deeper.
+        ValueError: it is nested deeper than ``MAX_DEPTH``.
     """
     level: list[Any] = [metadata]
     for _ in range(MAX_DEPTH):
@@ -102,7 +102,7 @@ def _is_number(value: object) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer above the largest float
         return False
 
 
@@ -112,7 +112,7 @@ def _short(value: object) -> str:
 
 
 def _adapter(model: nn.Module) -> str | None:
-    """Return a digest of the model's PEFT configuration, without what says only where it came from."""
+    """Return a digest of the model's PEFT configuration, without the entries that describe its origin."""
     found = (getattr(module, "peft_config", None) for module in model.modules())
     configs = next((configs for configs in found if isinstance(configs, Mapping)), None)
     if configs is None:

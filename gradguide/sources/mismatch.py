@@ -1,4 +1,4 @@
-"""Why a source and an optimizer do not match, and what to write instead."""
+"""Explain why a source and an optimizer do not match, and how to fix it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def explain(
     matched: Collection[str],
     reachable: Mapping[str, Tensor],
 ) -> str:
-    """Return a message that lists what does not match, and says the likely cause and the way out.
+    """Return a message with the names that do not match, the likely cause and a fix.
 
     Args:
         missing: trained names that the source lacks.
         unexpected: names of the source that the optimizer lacks.
-        other: names whose shape in the source (first) is another than that of the parameter (second).
+        other: (shape in the source, shape of the parameter) by name, if the two differ.
         matched: the optimizer's names that the source has.
-        reachable: every parameter that is known by name, also those that are not in the optimizer.
+        reachable: every parameter with a name, including those that are not in the optimizer.
     """
     parts = [
         _part("missing from the source", missing),
@@ -54,7 +54,7 @@ def _cause(
         ((theirs, ours), *more) = ranks.items()
         if theirs is not None and theirs != ours and not more:
             return (
-                f"The source is of an adapter of rank {theirs}, found one of rank {ours}: make the adapter with "
+                f"The source is of an adapter of rank {theirs}, found one of rank {ours}: create the adapter with "
                 f"LoraConfig(r={theirs}), or capture a source with this one"
             )
         return "The source is of a model of another size: load that model, or capture a source with this one"
@@ -64,8 +64,8 @@ def _cause(
     if missing and same_layers and adapter_of(missing[0]):
         here, there = adapter_of(missing[0]), next(iter(filter(None, map(adapter_of, matched))), None)
         return (
-            f"The source is of adapter {there!r}, which the optimizer has too, beside {here!r}. To use it for one of "
-            f"them, give names of that one: names=lora_parameters(model, {here!r})"
+            f"The source is of adapter {there!r}, which the optimizer trains together with {here!r}. To use it for one "
+            f"of them, pass its names: names=lora_parameters(model, {here!r})"
         )
     if missing:
         return (
@@ -87,13 +87,13 @@ def _both(missing: Sequence[str], unexpected: Sequence[str], matched: Collection
     here, there = (sorted({adapter_of(name) or "" for name in names} - {""}) for names in (missing, unexpected))
     if theirs <= ours and here and there:
         return (
-            f"The source has adapter {_list(there)}, the optimizer {_list(here)}, so which one it is for is open. Give "
-            f"`names` of one of them: names=lora_parameters(model, {here[0]!r})"
+            f"The source has adapter {_list(there)}, the optimizer {_list(here)}: the assignment is ambiguous. Pass "
+            f"the names of one adapter: names=lora_parameters(model, {here[0]!r})"
         )
     if _is_lora(missing) and _is_lora(unexpected):
         targets = sorted({module_of(name).rpartition(".")[2] for name in [*matched, *unexpected] if "lora_" in name})
         return (
-            f"The adapter adapts other layers than that of the source: make it with target_modules={targets}, or "
+            f"The adapter adapts other layers than that of the source: create it with target_modules={targets}, or "
             "capture a source with this one"
         )
     return (
@@ -105,7 +105,7 @@ def _both(missing: Sequence[str], unexpected: Sequence[str], matched: Collection
 
 
 def _names_without(missing: Sequence[str], lora: bool) -> str:
-    """Return an expression for ``names`` that leaves these out."""
+    """Return a Python expression for ``names`` without the missing ones."""
     if lora and not _is_lora(missing):
         return "lora_parameters(model)"
     prefixes = sorted({f"{module_of(name)}." if module_of(name) else name for name in missing})
@@ -115,12 +115,12 @@ def _names_without(missing: Sequence[str], lora: bool) -> str:
 
 
 def _is_lora(names: Collection[str]) -> bool:
-    """Whether there are names, and all are of LoRA parameters."""
+    """Return whether all names, of which there must be one, belong to LoRA parameters."""
     return bool(names) and all(".lora_" in f".{name}" for name in names)
 
 
 def _rank(name: str, shape: torch.Size) -> int | None:
-    """Return the rank of the adapter that a LoRA matrix of this shape belongs to."""
+    """Return the rank of the adapter, from the shape of one of its matrices."""
     if ".lora_A." in f".{name}" or ".lora_embedding_A." in f".{name}":
         return shape[0]
     if ".lora_B." in f".{name}" or ".lora_embedding_B." in f".{name}":

@@ -1,4 +1,4 @@
-"""What a source is: an answer to "what is the source-task gradient at the present parameters?"."""
+"""Define the interface of a source: it returns the source-task gradient at the current parameters."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ class Source(Protocol):
 
     @property
     def weight(self) -> float:
-        """Weight of its pull where none is asked for."""
+        """Default weight of the pull."""
         ...
 
     def shapes(self) -> dict[str, torch.Size] | None:
-        """Shape of each parameter that the source speaks of, by name; None where it answers for any."""
+        """Return the shape of each parameter that the source covers, by name; None if it covers any parameter."""
         ...
 
     def fingerprint(self) -> str:
-        """A digest of all that the source answers with: the same on all ranks, or they drift apart."""
+        """Return a digest of all that determines the rows. It must be the same on all ranks, or they diverge."""
         ...
 
     def shards(self, layouts: Mapping[str, Layout]) -> Source:
-        """The same source for this rank's parts of the parameters that lie over ranks as ``layouts`` says."""
+        """Return the source for this rank's shards of the parameters, whose layouts are given by name."""
         ...
 
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-        """Called before each step: what is computed anew is computed here.
+        """Update the source for the current parameters. Called before each step.
 
         Args:
-            parameters: those that sources are asked about, by name.
-            trained: all that are trained, whose gradients must stay as they are.
+            parameters: the guided parameters, by name.
+            trained: all trained parameters. Their gradients must not change.
         """
         ...
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
-        """The source-task gradient at ``at``, the values of the parameters called ``names``, on their device."""
+        """Return the source-task gradient for the parameters ``names``, whose values are ``at``, on their device."""
         ...
 
 
 def sources_of(source: Source | Sequence[Source]) -> tuple[Source, ...]:
-    """One source or several as a tuple.
+    """Return one source or several as a tuple.
 
     Raises:
-        TypeError: one of them is none.
+        TypeError: an element does not implement :class:`Source`.
     """
     sources = tuple(source) if isinstance(source, Sequence) else (source,)
     for each in sources:

@@ -1,4 +1,4 @@
-"""A source gradient that is computed anew from live batches of the source task."""
+"""Compute the source gradient from live batches of the source task."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.distributed.layouts import Layout, layout_of, local, several_ranks
+from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.row import Row
-from gradguide.sources.side_effects import Randomness, buffers_kept, check_hooks, gradients_kept, leaves
+from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients
 from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
 
 
 class ReplaySource:
-    """The gradient of a source batch at the present parameters, as A-GEM takes it (arXiv 1812.00420).
+    """The gradient of a source batch at the current parameters, as in A-GEM (arXiv 1812.00420).
 
-    It costs one more forward and backward pass every ``every`` steps, and two rows of memory. Between them the last
-    answer stands. Given to :class:`gradguide.Alignment`, alone or beside stored sources.
+    It costs one additional forward and backward pass every ``every`` steps, and two rows of memory. Other steps reuse
+    the last gradient. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
 
-    The passes leave gradients, buffers (batch statistics) and torch's random state as they were, also the gradients of
-    parameters that another optimizer trains. Under
-    ``torch.distributed`` every rank gives batches of its own, and the answer is the mean over ranks, whether the loss
-    goes through a wrapped model or not.
+    The passes leave gradients (including those that another optimizer uses), buffers (batch statistics) and torch's
+    random state unchanged. Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
+    over ranks, whether the loss uses the wrapped model or not.
 
     Args:
-        batches: source batches; an iterable that can be iterated again, as a list or a DataLoader, since it is read
-            round and round.
-        loss: ``loss(batch)``, the mean over the batch's examples, a scalar with its graph. It closes over the model,
-            and enters autocast itself where training does.
+        batches: source batches. It is iterated repeatedly, so it must be a list, a DataLoader or the like.
+        loss: ``loss(batch)``, the mean over the batch's examples, a scalar with its graph. It closes over the model.
+            If training uses autocast, the loss must enter autocast itself.
         every (int): steps from one evaluation to the next, at least 1.
-        scaler: the GradScaler of float16 training, whose scale is then used here too, and divided out again. An
-            overflow leaves the last answer standing.
+        scaler: the GradScaler of float16 training. The loss is multiplied by its scale and the gradient divided by it.
+            If the gradient overflows, the last one is reused.
 
     Raises:
-        ValueError, TypeError: ``every`` is out of range, or ``batches`` cannot be iterated.
+        ValueError, TypeError: ``every`` is out of range, or ``batches`` is not iterable.
     """
 
     def __init__(
@@ -65,27 +63,27 @@ class ReplaySource:
 
     @property
     def weight(self) -> float:
-        """Of its pull where none is asked for: it only projects."""
+        """Default weight: 0 (projection only)."""
         return 0.0
 
     def shapes(self) -> None:
-        """It speaks of every parameter that it is asked about."""
+        """Return None: the source covers every parameter."""
         return
 
     def fingerprint(self) -> str:
-        """The batches are each rank's own, and the answer is made the same by averaging."""
+        """Return a digest of the options alone: batches differ between ranks, and gradients are averaged."""
         return f"replay every {self._every}"
 
     def shards(self, layouts: Mapping[str, Layout]) -> ReplaySource:
-        """Gradients come as they lie: this rank's part already."""
+        """Return the source itself: gradients of sharded parameters are local parts already."""
         return self
 
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-        """Before a step: evaluate the next batch where it is due.
+        """Evaluate the next batch if an evaluation is due.
 
         Raises:
-            ValueError: there is no batch (any more), or its loss is no scalar with a graph, or reaches none of the
-                parameters. Gradients are as before.
+            ValueError: there is no batch (any more), or its loss is not a scalar with a graph, or reaches none of the
+                parameters. Gradients are unchanged.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
         due = self._steps % self._every == 0 or parameters.keys() != self._rows.keys()
@@ -94,12 +92,12 @@ class ReplaySource:
         self._steps += 1
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
-        """Return the gradient as last evaluated; zero for what it did not reach, as a parameter that is frozen."""
+        """Return the last gradient; zero for parameters that the loss did not reach, such as frozen ones."""
         rows = [self._rows.get(name) for name in names]
         return Row(offset=[torch.zeros_like(p) if row is None else row for row, p in zip(rows, at, strict=True)])
 
     def __getstate__(self) -> dict[str, Any]:
-        # An iterator can be neither copied nor pickled; a copy begins its batches anew.
+        # An iterator can be neither copied nor pickled. A copy starts at the first batch.
         return {**self.__dict__, "_stream": None}
 
     def __repr__(self) -> str:
@@ -107,44 +105,44 @@ class ReplaySource:
 
     def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         batch = self._next()
-        state = Randomness(trained)
-        kept = set(trained)
+        state = RandomState(trained)
+        own = set(trained)
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         try:
-            with gradients_kept(trained), buffers_kept(), torch.enable_grad():
+            with preserve_gradients(trained), preserve_buffers(), torch.enable_grad():
                 loss = self._loss(batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                     raise ValueError(
                         f"the loss of a replayed batch must be a scalar with its graph, found {loss!r:.80}"
                     )
                 names = {p: name for name, p in parameters.items()}
-                others = [leaf for leaf in leaves(loss) if leaf not in kept]
+                others = [leaf for leaf in leaves(loss) if leaf not in own]
                 check_hooks([*trained, *others], names)
-                with gradients_kept(others):
+                with preserve_gradients(others):
                     (loss * scale).backward()
                 found = {name: p.grad for name, p in parameters.items()}
                 if all(gradient is None for gradient in found.values()):
                     raise ValueError("the loss of a replayed batch reaches none of the guided parameters")
-                self._take(parameters, found, 1.0 / scale)
+                self._store(parameters, found, 1.0 / scale)
         finally:
             state.restore()
 
     @torch.no_grad()
-    def _take(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> None:
+    def _store(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> None:
         values = [local(p) for p in parameters.values()]
         new = allocate_contiguous(values)
         pairs = zip(new, found.values(), strict=True)
         torch._foreach_copy_(new, [torch.zeros_like(n) if g is None else local(g) for n, g in pairs])
         torch._foreach_mul_(new, factor)
-        if several_ranks():
+        if is_distributed():
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
-        fresh = dict(zip(parameters, new, strict=True))
-        if self._rows.keys() == fresh.keys():
+        rows = dict(zip(parameters, new, strict=True))
+        if self._rows.keys() == rows.keys():
             finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
-            for name, tensor in fresh.items():
+            for name, tensor in rows.items():
                 tensor.copy_(torch.where(finite, tensor, self._rows[name]))
-        self._rows = fresh
+        self._rows = rows
 
     def _next(self) -> Any:
         for _ in range(2):
@@ -159,7 +157,7 @@ class ReplaySource:
 
 
 def _average(tensors: list[Tensor]) -> None:
-    """Mean over all ranks, in one collective; of what is the same already, the same."""
+    """Replace the tensors by their mean over all ranks, in one collective. Equal tensors stay the same."""
     if not tensors:
         return
     flat = torch.cat([t.reshape(-1).float() for t in tensors])

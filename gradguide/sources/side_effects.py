@@ -1,4 +1,4 @@
-"""Passes beside the one that trains: under a random state of their own, and without a trace in the model."""
+"""Run extra passes without side effects on gradients, buffers and random state."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gradguide.distributed.layouts import local
 from gradguide.ops.pack import allocate_contiguous
 
-__all__ = ["Randomness", "buffers_kept", "check_hooks", "gradients_kept", "leaves"]
+__all__ = ["RandomState", "check_hooks", "leaves", "preserve_buffers", "preserve_gradients"]
 
 
-class Randomness:
-    """torch's random state on the host and on the CUDA devices of some tensors, as it is now."""
+class RandomState:
+    """A copy of torch's random state on the host and on the CUDA devices of some tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
@@ -25,18 +25,18 @@ class Randomness:
         self._states = [torch.cuda.get_rng_state(index) for index in self._devices]
 
     def restore(self) -> None:
-        """Make it the state again."""
+        """Set torch's random state to the copy."""
         torch.set_rng_state(self._host)
         for index, state in zip(self._devices, self._states, strict=True):
             torch.cuda.set_rng_state(state, index)
 
 
 @contextmanager
-def buffers_kept() -> Iterator[None]:
-    """Buffers of every module that runs within are afterwards as they were before: BatchNorm's statistics and the like.
+def preserve_buffers() -> Iterator[None]:
+    """Restore the buffers of every module that runs inside, such as BatchNorm's statistics.
 
-    An optimizer does not know the model, so modules are met as they are called. Those inside a graph that torch.compile
-    or a scripted module made are not.
+    An optimizer has no reference to the model, so a global hook registers modules when they are called. Modules inside
+    a graph of torch.compile or a scripted module do not call the hook.
     """
     kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -57,11 +57,11 @@ def buffers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
-    """Parameters are without gradients within, and afterwards have those that they had before, bit for bit.
+def preserve_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+    """Set the gradients of parameters to None inside, and restore them bit for bit afterwards.
 
-    Copies are made, which the body is given by parameter (of a shard: this rank's part): under DDP gradients may be
-    views of buffers that another backward pass fills anew.
+    Under DDP, gradients may be views of buffers that another backward pass overwrites. So they are copied. The context
+    manager yields the copies by parameter (of a sharded parameter: the local part).
     """
     held = {p: p.grad for p in parameters}
     there = [(p, g, local(g)) for p, g in held.items() if g is not None]
@@ -81,7 +81,7 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor
 
 
 def leaves(value: Tensor) -> list[Tensor]:
-    """Return the tensors that ``value.backward()`` would accumulate gradients in, as far as its graph shows them."""
+    """Return the tensors in whose ``grad`` ``value.backward()`` accumulates, as far as they are in its graph."""
     if value.grad_fn is None:
         return [value]
     found: list[Tensor] = []
@@ -98,21 +98,21 @@ def leaves(value: Tensor) -> list[Tensor]:
 
 
 def check_hooks(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> None:
-    """Raise if a parameter has a hook that another backward pass would set off.
+    """Raise if a parameter has a post-accumulate hook, which an extra backward pass would run.
 
     Such hooks step an optimizer, move gradients elsewhere, or count accumulations.
 
     Args:
-        parameters: those that the pass may reach.
-        names: of the parameters, as far as they have one; for the message.
+        parameters: parameters that the pass may reach.
+        names: names of parameters, for the message; some may be missing.
 
     Raises:
-        RuntimeError: one is there.
+        RuntimeError: a parameter has such a hook.
     """
     for parameter in parameters:
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
                 f"{names.get(parameter, 'a parameter')} has a hook that runs in backward, after its gradient is "
                 "accumulated (an optimizer that steps in backward, or offloading). The backward pass of a source would "
-                "set it off: remove the hooks before, and register them again after it"
+                "run it: remove the hooks before, and register them again after it"
             )

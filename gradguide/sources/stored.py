@@ -1,4 +1,4 @@
-"""A source gradient that was captured once: stored, portable, and moving with the parameters if it has curvature."""
+"""Store a source gradient that was captured once. With curvature, it depends on the current parameters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gradguide.distributed.layouts import Layout, shard
 from gradguide.ops.row import Row
 from gradguide.sources import files
-from gradguide.sources.anchor_weights import stiffness
-from gradguide.sources.capture import Batch, Loss, measure
+from gradguide.sources.anchor_weights import anchor_weights
+from gradguide.sources.capture import Batch, Loss, capture_tables
 from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
 from gradguide.sources.tables import checked_tables, digest, read_tables
@@ -28,12 +28,12 @@ ANCHORED_WEIGHT = 1.0
 class SourceGradient:
     """The mean gradient of a source task's loss, ``s0``, and optionally its diagonal Fisher information.
 
-    With curvature it answers ``s0 + F * (theta - theta0)``, the first-order model of the source gradient at the present
-    parameters, so that it does not go stale while they move. Without it, it answers s0 wherever the parameters are.
-    :meth:`anchored` makes of it a pull back to where the model knew its source, of a strength that does not depend on
-    how sure of itself the model was there.
+    With curvature, the gradient is ``s0 + F * (theta - theta0)``, a first-order model of the source gradient at the
+    current parameters, so it stays valid while they change. Without curvature it is s0 at all parameters.
+    :meth:`anchored` turns it into a pull back to the captured parameters. Its strength does not depend on the
+    confidence of the model at capture.
 
-    Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`.
+    Create it with :meth:`capture` or :meth:`load`, and pass it to :class:`gradguide.Alignment`.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class SourceGradient:
         anchor: Mapping[str, Tensor] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put together tensors by parameter name, all with the same names and shapes.
+        """Create a source from tensors by parameter name. All mappings must have the same names and shapes.
 
         Args:
-            gradient: s0, or None for a source at its optimum, where it is zero.
+            gradient: s0, or None for a source at its optimum, where s0 is zero.
             fisher, anchor: F and theta0, both or neither.
-            metadata: what to remember about the capture; JSON types.
+            metadata: facts about the capture; JSON types.
 
         Raises:
-            ValueError: no tensor, only one of fisher and anchor, names or shapes that differ, or a number that is not
-                finite, or negative in fisher; metadata of other types than the library writes.
-            TypeError: a tensor is not of floating numbers of 16, 32 or 64 bits.
+            ValueError: there is no tensor, only one of fisher and anchor is given, or names or shapes differ. A number
+                is not finite, or negative in fisher. Metadata has other types than the library writes.
+            TypeError: a tensor has no floating dtype of 16, 32 or 64 bits.
         """
         if (fisher is None) != (anchor is None):
             raise ValueError("a source gradient has both fisher and anchor, or neither")
@@ -75,120 +75,120 @@ class SourceGradient:
         mode: str = "eval",
         examples: Callable[[Any], int] | None = None,
     ) -> SourceGradient:
-        """Capture the mean gradient over source data at the model's present parameters.
+        """Capture the mean gradient over source data at the model's current parameters.
 
-        Modes, buffers (BatchNorm's statistics), gradients, parameters and torch's random state are afterwards as they
-        were. Under ``torch.distributed`` every rank gives its share of the data and gets the same answer. Reentrant
-        and other activation checkpointing, DDP, FSDP2 and compiled models are captured as they are trained.
+        Modes, buffers (BatchNorm's statistics), gradients, parameters and torch's random state do not change. Under
+        ``torch.distributed``, every rank supplies its share of the data, and all ranks get the same source. Activation
+        checkpointing (also reentrant), DDP, FSDP2 and compiled models are supported.
 
-        The source remembers its base model by an id and a few frozen weights. An optimizer whose ``names`` reach frozen
-        weights of other values refuses it; float32 and 16-bit storage of one model count as the same. Without frozen
-        weights (full fine-tuning) the id is kept and nothing is compared: the anchor is where training starts, and a
-        large distance from it is normal later. To use a source with another base model on purpose, remove the entry
-        "base" from its ``metadata``.
+        The source stores an id and a few frozen weights of its base model. An optimizer raises ValueError if frozen
+        weights reachable through its ``names`` have other values. Differences between float32 and 16-bit storage are
+        tolerated. Without frozen weights (full fine-tuning), the id is stored and nothing is compared: training starts
+        at the anchor, and a large distance from it is normal later. To use a source with another base model on purpose,
+        remove the entry "base" from its ``metadata``.
 
-        A parameter that no batch reaches (a layer that the loss does not use, an expert without tokens) is stored as
-        zero with a warning, so that the source does not act on it.
+        If no batch reaches a parameter (a layer that the loss does not use, an expert without tokens), it is stored as
+        zero with a warning. The source then does not act on it.
 
         Args:
-            model: only parameters with ``requires_grad`` are captured, and of these only those in ``names``.
-            batches: tensors, mappings or sequences of tensors; with ``examples``, anything. Curvature wants small
-                batches (1 to 16): a batch's gradient says the less of F the larger the batch.
+            model: only parameters with ``requires_grad`` that are in ``names`` are captured.
+            batches: tensors, mappings or sequences of tensors; with ``examples``, any objects. For curvature use small
+                batches (1 to 16): the larger the batch, the less its gradient reveals of F.
             loss: ``loss(model, batch)``, the mean over the batch's examples, a scalar.
-            curvature: True estimates the empirical Fisher information, the mean square of per-example gradients,
-                without bias from the batches' gradients. A callable is a second loss, of the same kind, under labels
-                drawn from the model; it gives the true Fisher information, at one more backward pass per batch.
-                False keeps s0 alone.
+            curvature: True estimates the empirical Fisher information, the mean square of per-example gradients. The
+                estimate from batch gradients is unbiased. A callable is a second loss with the same signature, with
+                labels drawn from the model. It gives the true Fisher information and needs one more backward pass per
+                batch. False stores s0 alone.
             dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64.
-            names: what to capture, in any form that :class:`gradguide.GradGuide` takes; None captures every trained
-                parameter. Give the same to both, as ``names=lora_parameters(model)``, which leaves out the head that
-                PEFT trains beside an adapter.
-            mode: "eval" (the default), "train" (for a loss that exists in that mode only; dropout is on), or "keep",
-                each module's own mode.
-            examples: ``examples(batch)``, how many the batch holds. By default the first dimension of its first tensor
-                counts them, which is wrong for packed sequences and graphs.
+            names: the parameters to capture, in any form that :class:`gradguide.GradGuide` accepts; None captures all
+                trained parameters. Pass the same to both. ``names=lora_parameters(model)`` excludes the head that PEFT
+                trains in addition to an adapter.
+            mode: "eval" (the default), "train" (for a loss that needs that mode; dropout is active), or "keep", each
+                module's own mode.
+            examples: ``examples(batch)``, the number of examples in the batch. The default is the first dimension of
+                its first tensor, which is wrong for packed sequences and graphs.
 
         Returns:
             The captured source.
 
         Raises:
-            ValueError: no trainable parameter, none of them in ``names``, no batch, a loss that is no finite scalar or
-                reaches none of the parameters, a single batch of several examples with ``curvature=True``, a mode that
-                there is not, a dtype that cannot hold the rows.
-            TypeError: a batch whose examples cannot be counted.
+            ValueError: there is no batch, no trainable parameter, or none of them is in ``names``. The loss is not a
+                finite scalar or reaches none of the parameters. There is a single batch of several examples with
+                ``curvature=True``. The mode is unknown, or the dtype cannot hold the rows.
+            TypeError: the examples of a batch cannot be counted.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
 
         Warns:
-            UserWarning: no batch reached some parameters; the gradient of LoRA's A matrices is zero, because B is
-                still zero; tensors of a batch differ in their first dimension.
+            UserWarning: no batch reached some parameters. The gradient of LoRA's A matrices is zero, because B is
+                still zero. Tensors of a batch differ in their first dimension.
         """
         dtype = torch.float32 if dtype is None else dtype
-        gradient, fisher, anchor, metadata = measure(
+        gradient, fisher, anchor, metadata = capture_tables(
             model, batches, loss, curvature=curvature, dtype=dtype, names=names, mode=mode, examples=examples
         )
         return cls(gradient, fisher=fisher, anchor=anchor, metadata=metadata)
 
     @property
     def curvature(self) -> bool:
-        """Whether the answer moves with the parameters."""
+        """Whether the gradient depends on the current parameters."""
         return "fisher" in self._tables
 
     @property
     def weight(self) -> float:
-        """Weight of its pull where none is asked for: see :class:`gradguide.Alignment`."""
+        """Default weight of the pull: see :class:`gradguide.Alignment`."""
         return 0.0 if "gradient" in self._tables else ANCHORED_WEIGHT
 
     @property
     def fisher(self) -> dict[str, Tensor]:
-        """Fisher information by name, of an anchored source how firmly it holds; empty without curvature."""
+        """Fisher information by name, or H of an anchored source; empty without curvature."""
         return dict(self._tables.get("fisher", {}))
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        """The parameters at capture, theta0, by name; empty without curvature."""
+        """Parameters at capture, theta0, by name; empty without curvature."""
         return dict(self._tables.get("anchor", {}))
 
     def names(self) -> list[str]:
-        """Names of the parameters that the source speaks of, in the model's order."""
+        """Return the names of the parameters that the source covers, in the model's order."""
         return list(self._first)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each parameter that the source speaks of, by name."""
+        """Return the shape of each parameter that the source covers, by name."""
         return {name: tensor.shape for name, tensor in self._first.items()}
 
     def anchored(self) -> SourceGradient:
-        """The same source as a pull back to where it was captured: ``H * (theta - theta0)``.
+        """Return the source as a pull back to the captured parameters: ``H * (theta - theta0)``.
 
-        ``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, mean and length over all its parameters together; of parameters
-        shorter than 0.01 in root mean square, the length that they would have at that. So at weight 1 parameters
-        that have moved by their own length are pulled back with length 1, to which gradients are clipped by default,
-        whatever the size of the model.
+        ``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, with mean and norm over all its parameters together. The norm has a
+        lower bound: that of parameters with a root mean square of 0.01. At weight 1, parameters at a distance of
+        ``|theta0|`` are therefore pulled back with a norm of about 1, the default bound of gradient clipping, for any
+        model size.
 
-        s0 is left out: what training left of the source gradient is a reason neither to move nor to stop, and at a
-        weight that matters its stale direction outweighs everything else. F is brought to scale, because it vanishes
-        as a model grows sure of its source (on a handful of rows, fitted, it is 1e-9 and less), while what there is to
-        lose does not. Its root goes with the size of the gradient's elements, as Adam's second moments do, so each is
-        held in proportion to how hard it is pulled elsewhere. A source without s0 is anchored already.
+        s0 is dropped: the gradient that remains after source training is no reason to move or to stop. At a useful
+        weight, its stale direction would dominate everything else. F is normalized, because it vanishes as the model
+        becomes confident on its source (1e-9 or less when fitted to a few rows), while the possible loss does not.
+        sqrt(F) is proportional to the size of gradient elements, like the square root of Adam's second moments. So each
+        element is held in proportion to its gradients. A source without s0 is returned unchanged.
 
-        Elastic weight consolidation (arXiv 1612.00796) is the pull with F as it is, at a weight of its own:
+        For elastic weight consolidation (arXiv 1612.00796), which uses F itself with a separate weight, create
         ``SourceGradient(None, fisher=source.fisher, anchor=source.anchor)``.
 
         Raises:
-            ValueError: the source was captured without curvature, so that nothing would be left.
+            ValueError: the source was captured without curvature.
         """
         if not self.curvature:
             raise ValueError("anchored() needs a source with curvature, found none: capture it with curvature=True")
         if "gradient" not in self._tables:
             return self
         anchor = self._tables["anchor"]
-        held = stiffness(self._tables["fisher"], anchor)
-        return SourceGradient(None, fisher=held, anchor=anchor, metadata=self.metadata)
+        weights = anchor_weights(self._tables["fisher"], anchor)
+        return SourceGradient(None, fisher=weights, anchor=anchor, metadata=self.metadata)
 
     def renamed(self, names: Mapping[str, str]) -> SourceGradient:
         """Return the same source under other names, with the same tensors.
 
         Args:
-            names: present name to new name; names outside it stay.
+            names: new name by current name; other names stay.
         """
         source = copy.copy(self)
         source._tables = {
@@ -199,31 +199,31 @@ class SourceGradient:
 
     @staticmethod
     def merge(sources: Sequence[SourceGradient], weights: Sequence[float] | None = None) -> SourceGradient:
-        """One source for several, which answers with the weighted sum of what they answer, wherever the parameters are.
+        """Return one source whose gradient is the weighted sum of theirs, at any parameters.
 
-        ``sum_k w_k (s_k + F_k (theta - theta_k))`` is again of that form: with ``F = sum_k w_k F_k`` and theta0 the
-        mean of the theta_k by ``w_k F_k``, element by element, it is ``S + F (theta - theta0)``, where S is the sum of
-        the ``w_k s_k``. So K sources cost the memory of one, and are one constraint in place of K: on their sum, as in
-        A-GEM.
+        ``sum_k w_k (s_k + F_k (theta - theta_k))`` has the same form, ``S + F (theta - theta0)``, with
+        ``S = sum_k w_k s_k`` and ``F = sum_k w_k F_k``. theta0 is the elementwise mean of the theta_k, weighted by
+        ``w_k F_k``. So K sources need the memory of one. They give one constraint, on their sum, as in A-GEM, instead
+        of K.
 
         Args:
-            sources: at least one, all of the same names and shapes, all with curvature or all without, all anchored or
-                none.
-            weights: one each, at least 0, not all 0; equal and summing to 1 if not given.
+            sources: at least one, with the same names and shapes. All have curvature or none has; all are anchored or
+                none is.
+            weights: one per source, at least 0, not all 0. The default is equal weights that sum to 1.
 
         Raises:
-            ValueError: the sources or the weights do not fit together.
+            ValueError: the sources or the weights do not match.
         """
         tables = merged_tables([source._tables for source in sources], weights)
         merged = [m for source in sources for m in source.metadata.get("merged", [source.metadata])]
         return SourceGradient._of(tables, {"merged": merged})
 
     def fingerprint(self) -> str:
-        """Digest of names, shapes and numbers."""
+        """Return a digest of names, shapes and values."""
         return digest(self._tables)
 
     def shards(self, layouts: Mapping[str, Layout]) -> SourceGradient:
-        """This rank's parts of the tables, for parameters that are sharded; others stay whole. No communication."""
+        """Return the source with the local parts of sharded parameters; others stay whole. No communication."""
         tables = {
             label: {name: shard(t, layouts[name]) if name in layouts else t for name, t in table.items()}
             for label, table in self._tables.items()
@@ -231,10 +231,10 @@ class SourceGradient:
         return SourceGradient._of(tables, self.metadata)
 
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-        """What is stored needs none."""
+        """Do nothing: a stored source needs no update."""
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
-        """The source gradient at the parameters ``at`` called ``names``; its tensors move to their device once."""
+        """Return the source gradient for parameters ``names`` at values ``at``, on their device."""
         gradient = self._rows("gradient", names, at) if "gradient" in self._tables else None
         if not self.curvature:
             return Row(offset=gradient)
@@ -243,10 +243,10 @@ class SourceGradient:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears whole or not at all.
+        """Write a safetensors file atomically.
 
         Raises:
-            ValueError: an entry of ``metadata`` that the library reads is of another type than it writes.
+            ValueError: an entry of ``metadata`` that the library reads has another type than it writes.
             OSError: the file cannot be written.
         """
         check_metadata(self.metadata)
@@ -254,11 +254,11 @@ class SourceGradient:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceGradient:
-        """Read a file of :meth:`save`. Nothing is unpickled.
+        """Read a file written by :meth:`save`. Nothing is unpickled.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is truncated, not safetensors, no source file, damaged, or of a newer format.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is truncated, not safetensors, not a source file, damaged, or of a newer format.
         """
         tables, metadata = read_tables(path)
         try:
@@ -273,7 +273,7 @@ class SourceGradient:
 
     @classmethod
     def _of(cls, tables: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> SourceGradient:
-        """A source of tables by their names."""
+        """Return a source of tables by label."""
         given = dict(tables)
         return cls(given.pop("gradient", None), metadata=metadata, **given)
 
@@ -282,7 +282,7 @@ class SourceGradient:
         return next(iter(self._tables.values()))
 
     def _rows(self, label: str, names: Sequence[str], at: Sequence[Tensor]) -> list[Tensor]:
-        """Return a table's tensors for these names. They move to the parameters' device once."""
+        """Return a table's tensors for these names, moved to the parameters' device. The move happens once."""
         table = self._tables[label]
         for name, parameter in zip(names, at, strict=True):
             if table[name].device != parameter.device:

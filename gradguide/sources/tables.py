@@ -1,4 +1,4 @@
-"""The tables of a stored source: gradient, Fisher information and anchor, each by parameter name."""
+"""Check, read and hash the tables of a stored source: gradient, Fisher information, anchor, each by parameter name."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _KINDS = ({"gradient"}, {"gradient", "fisher", "anchor"}, {"fisher", "anchor"})
 
 
 def checked_tables(given: Mapping[str, Mapping[str, Tensor] | None]) -> Tables:
-    """Return copies of the tables that are not None, each allocated as one block per device and precision.
+    """Return copies of the tables that are not None, each allocated as one block per device and dtype.
 
     Raises:
-        ValueError: no tensor, names or shapes that differ between tables, a number that is not finite, or a negative
-            one in ``fisher``.
-        TypeError: a tensor is not of floating numbers of 16, 32 or 64 bits.
+        ValueError: there is no tensor, names or shapes differ between tables, or a number is not finite, or negative in
+            ``fisher``.
+        TypeError: a tensor has no floating dtype of 16, 32 or 64 bits.
     """
     tables: Tables = {label: dict(table) for label, table in given.items() if table is not None}
     if not any(tables.values()):
@@ -50,11 +50,11 @@ def checked_tables(given: Mapping[str, Mapping[str, Tensor] | None]) -> Tables:
 
 
 def read_tables(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
-    """Read a file of ``SourceGradient.save``: its tables, in the order of their names, and its metadata.
+    """Read a file written by ``SourceGradient.save``: its tables, in the stored order of names, and its metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, not safetensors, no source file, damaged, of 8 bits, or of a newer format.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, not safetensors, not a source file, damaged, of 8 bits, or of a newer format.
     """
     tables, metadata = files.read(path)
     order = metadata.pop("names", None)
@@ -69,12 +69,12 @@ def read_tables(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
         raise ValueError(f"{os.fspath(path)!r} is damaged: found tables {sorted(tables)} and names {order!r:.60}")
     for label, table in tables.items():
         if sorted(table) != sorted(order):
-            raise ValueError(f"{os.fspath(path)!r} is damaged: {label} has not the names that its metadata lists")
+            raise ValueError(f"{os.fspath(path)!r} is damaged: {label} does not have the names that its metadata lists")
     return {label: {name: table[name] for name in order} for label, table in tables.items()}, metadata
 
 
 def digest(tables: Tables) -> str:
-    """Return a digest of names, shapes and numbers."""
+    """Return a digest of names, shapes and values."""
     found = hashlib.sha256()
     for label, table in tables.items():
         for name, tensor in table.items():

@@ -1,4 +1,4 @@
-"""Passes that leave a model as it was."""
+"""Run passes of a model and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = ["MODES", "undisturbed"]
 
 MODES = ("eval", "train", "keep")
-# DDP starts an all-reduce for each backward pass, and sends buffers around before a forward pass, while these are set.
+# While these are set, DDP all-reduces in each backward pass and broadcasts buffers before a forward pass.
 _DDP_FLAGS = ("require_backward_grad_sync", "require_forward_param_sync")
 
 
 @contextmanager
 def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
-    """Run the body with the model in a mode, and afterwards undo what it did.
+    """Set the mode of a model inside, and restore modes, buffers, gradients and torch's random state afterwards.
 
-    Modes, buffers, gradients and torch's random state are then as they were.
-
-    DDP does not synchronize inside: ranks may run different numbers of batches.
+    DDP does not synchronize inside, so ranks may run different numbers of batches.
 
     Args:
-        model: afterwards each module is in the mode it was in. Buffers are the same tensors with the same values,
-            except matrices of integers, which hold packed weights and are not copied.
-        mode: one of ``MODES``: that of ``model.eval()``, of ``model.train()``, or each module's own.
+        model: afterwards, buffers are the same tensors with the same values. Integer matrices are not restored: they
+            hold packed weights, and a copy would be large.
+        mode: one of ``MODES``: "eval" and "train" call ``model.eval()`` or ``model.train()``; "keep" changes nothing.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
@@ -35,7 +33,7 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
     flags = [
         (m, name, getattr(m, name)) for m in modules if isinstance(m, DistributedDataParallel) for name in _DDP_FLAGS
     ]
-    # The first forward pass of DDP after a backward pass puts other tensors in the place of gradients.
+    # The first forward pass of DDP after a backward pass replaces the gradients of parameters.
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -49,7 +47,7 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
         for module, training in zip(modules, modes, strict=True):
             module.training = training
         for module, name, buffer, value in buffers:
-            if not torch.equal(buffer, value):  # versions do not tell: batch norm writes without raising them
+            if not torch.equal(buffer, value):  # batch norm writes without increasing ``_version``
                 with torch.no_grad():
                     buffer.copy_(value)
             module._buffers[name] = buffer

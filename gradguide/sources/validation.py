@@ -1,4 +1,4 @@
-"""Which of a source's entries belongs to which of the optimizer's parameters."""
+"""Match the entries of sources with the parameters of an optimizer."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["match_sources"]
 
 
 def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], names: Names) -> tuple[Source, ...]:
-    """Return the sources under the names of the optimizer's parameters.
+    """Return the sources, renamed to the names of the optimizer's parameters.
 
-    Each source must have exactly the optimizer's named parameters that are trained, in their shapes. A frozen parameter
-    (the base model under an adapter, an adapter that is frozen by now) may be in a source or not.
+    Each source must cover exactly the optimizer's named trained parameters, with equal shapes. Frozen parameters (the
+    base model of an adapter, an adapter frozen since) are optional.
 
-    Names are equal, or they differ in the name of a PEFT adapter or a leading ``module.``. The latter are taken for the
-    same where that leaves one choice: a source captured under adapter "default" serves adapter "b", unless the
-    optimizer trains both of them.
+    Names match if they are equal. Names that differ only in the PEFT adapter or in a leading ``module.`` match if there
+    is one candidate. So a source captured with adapter "default" works for adapter "b", unless the optimizer trains
+    both.
 
     Args:
-        sources: each is matched for itself.
+        sources: each is matched separately.
         groups: param groups of the optimizer.
-        names: parameters outside them are guided without the sources.
+        names: parameters without a name are guided without the sources.
 
     Raises:
-        ValueError: there are no names, two parameters of the optimizer have one name, or a source does not match. The
-            message lists what is missing, unexpected, or of another shape, and names the likely cause. Or a source is
-            of another base model; see ``check_base_model``.
+        ValueError: there are no names, two parameters of the optimizer share a name, or a source does not match. The
+            message lists missing and unexpected names and other shapes, with the likely cause. A source of another base
+            model raises too: see ``check_base_model``.
     """
     if not sources:
         return ()
@@ -84,7 +84,7 @@ def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, whi
 
 
 def _bound(source: StructuredSource, names: Names, which: str) -> StructuredSource:
-    """Return the source for the layers of the model that names were read from."""
+    """Bind a structured source to the model that ``names`` refers to."""
     models = names.models()
     if not models:
         raise ValueError(f"{which}is structured, and needs the model's layers: pass names=model")
@@ -93,7 +93,7 @@ def _bound(source: StructuredSource, names: Names, which: str) -> StructuredSour
 
 
 def _pairs(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], trained: Iterable[str]) -> dict[str, str]:
-    """Return the optimizer's name for each of the source's names that has one."""
+    """Return the optimizer's name for each name of the source that has a match."""
     pairs = {name: name for name in found if name in shapes}
     theirs = _by_key(name for name in found if name not in pairs)
     ours = _by_key(name for name in trained if name not in pairs)

@@ -128,7 +128,7 @@ def build_buckets(
             if not plain and part is gradient:
                 part = with_memory(parameter, gradient)
             layout = layout_of(parameter) if sharded else None
-            reduce_groups = () if layout is None else layout.summed
+            reduce_groups = () if layout is None else layout.reduce_groups
             scope = label(parameter, index, place)
             name = names.get(parameter)
             name = name if name is not None and name in covered else None

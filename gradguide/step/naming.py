@@ -7,7 +7,7 @@ from typing import Any
 
 from gradguide.distributed.resharded import find_sharded
 from gradguide.step.buckets import Scope, scope_labeler
-from gradguide.utils.names import Names, NamesLike, carried
+from gradguide.utils.names import Names, NamesLike, names_in_groups
 
 __all__ = ["extend_names", "resolve_names"]
 
@@ -25,7 +25,7 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
         TypeError, ValueError: names or scope have an unsupported form, or a replaced parameter is ambiguous.
     """
     held = [dict(group) for group in groups]
-    known = Names(names if names is not None else carried(held))
+    known = Names(names if names is not None else names_in_groups(held))
     known.of(p for group in held for p in group["params"])
     replaced = find_sharded([*known.found, *(scope if isinstance(scope, Mapping) else ())], held)
     known.replace(replaced)

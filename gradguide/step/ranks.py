@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gradguide.distributed.agreement import check_agreement
-from gradguide.distributed.layouts import Layout, add_up_, check_divided, layout_of, local, several_ranks
+from gradguide.distributed.layouts import Layout, all_reduce_sum, check_divided, is_distributed, layout_of, local
 from gradguide.sources.protocol import Source
 
 __all__ = ["Ranks"]
@@ -38,7 +38,7 @@ class Ranks:
         """
         check_divided(parameters)
         layouts = [layout_of(p) for p in parameters]
-        self.groups = list(dict.fromkeys(() if lay is None else lay.summed for lay in layouts)) or [()]
+        self.groups = list(dict.fromkeys(() if lay is None else lay.reduce_groups for lay in layouts)) or [()]
         self.sharded = any(lay is not None for lay in layouts)
         meshes = list({id(lay.mesh): lay.mesh for lay in layouts if lay is not None}.values())
         # Largest first: the order of the parameters may differ between ranks.
@@ -61,7 +61,7 @@ class Ranks:
             return
         # All dimensions of a mesh: replicas of a shard must agree too.
         groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
-        if not groups and several_ranks():
+        if not groups and is_distributed():
             groups = _ddp_groups(parameters)
         if groups:
             check_agreement(describe_options(), groups, local(parameters[0]).device)
@@ -81,7 +81,7 @@ class Ranks:
 
     def all_reduce_sum(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
         """Sum over ranks and over ``parts``, which has one tensor per entry of ``groups``."""
-        total = add_up_(parts)
+        total = all_reduce_sum(parts)
         assert total is not None
         return total
 

@@ -1,1 +1,1 @@
-"""What every other folder uses: ``checks`` of option values, ``names`` of parameters, ``atomic`` file writes."""
+"""Shared helpers: ``checks`` of option values, ``names`` of parameters, ``atomic`` file writes, ``constants``."""

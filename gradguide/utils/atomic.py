@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Write files atomically: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from typing import IO, NamedTuple
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Scratch", "replacing", "scratch_beside"]
+__all__ = ["Scratch", "atomic_write", "scratch_beside"]
 
 _LOCK = ".gradguide-lock"
 _DAY = 24 * 60 * 60
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path on the same file system; rename it to ``path`` on success, remove it on failure.
 
-    An existing file keeps its mode. A symbolic link stays, and the file behind it is replaced. Missing folders are
-    made. Temporary files that killed processes left for the same file are removed first.
+    An existing file keeps its mode. A symbolic link stays, and its target is replaced. Missing folders are created.
+    Temporary files of killed processes for the same target are removed first.
 
     Raises:
-        OSError: the folder cannot be written, the disk is full, or ``path`` is not a regular file.
+        OSError: the folder is not writable, the disk is full, or ``path`` is not a regular file.
     """
-    target = _behind_links(Path(path))
+    target = _resolve_links(Path(path))
     mode = _mode(target)
     with scratch_beside(target) as scratch:
         temporary = scratch.folder / target.name
@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class Scratch(NamedTuple):
-    """A temporary folder, and the mode of a file that a plain ``open()`` makes."""
+    """A temporary folder, and the mode of a file created by a plain ``open()``."""
 
     folder: Path
     mode: int
@@ -56,11 +56,11 @@ class Scratch(NamedTuple):
 def scratch_beside(target: Path) -> Iterator[Scratch]:
     """Yield a new private folder beside ``target``, and remove it afterwards.
 
-    The folder holds a locked file. A process that is killed releases the lock, so the next call for the same target
-    can tell an abandoned folder, which it removes, from one that is in use.
+    The folder contains a locked file. A killed process releases the lock. The next call for the same target therefore
+    detects an abandoned folder and removes it.
 
     Raises:
-        OSError: the parent folder cannot be made or written.
+        OSError: the parent folder cannot be created or written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.stem[:40]}.gradguide-"  # file names have at most 255 bytes
@@ -70,7 +70,7 @@ def scratch_beside(target: Path) -> Iterator[Scratch]:
     try:
         unlocked = folder / f"{_LOCK}-new"
         with unlocked.open("xb") as file:
-            if _lock(file):  # under its name the file is always locked, so that no sweep comes in between
+            if _lock(file):  # locked before the rename, so that no sweep removes the folder in between
                 unlocked.rename(folder / _LOCK)
             yield Scratch(folder, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
     finally:
@@ -78,9 +78,9 @@ def scratch_beside(target: Path) -> Iterator[Scratch]:
 
 
 def _sweep(parent: Path, prefix: str) -> None:
-    """Remove the folders that killed processes left; without locks, those that are older than a day."""
+    """Remove the folders of killed processes; on systems without locks, folders older than a day."""
     folders: list[Path] = []
-    with suppress(OSError):  # a folder may be written and not listed
+    with suppress(OSError):  # a folder may be writable but not readable
         folders = [entry for entry in parent.iterdir() if entry.name.startswith(prefix)]
     for folder in folders:
         locked = None
@@ -94,19 +94,19 @@ def _sweep(parent: Path, prefix: str) -> None:
 
 
 def _lock(file: IO[bytes]) -> bool | None:
-    """Return whether the file could be locked, None if the system has no locks for it."""
+    """Return whether the file could be locked; None if the system does not support locks for it."""
     if sys.platform == "win32":
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # some network file systems have none
+    except OSError:  # some network file systems do not support locks
         return None
     return True
 
 
-def _behind_links(path: Path) -> Path:
+def _resolve_links(path: Path) -> Path:
     """Return the path that ``open(path, "w")`` would write."""
     if not path.is_symlink():
         return path
@@ -117,10 +117,10 @@ def _behind_links(path: Path) -> Path:
 
 
 def _mode(target: Path) -> int | None:
-    """Return the permission bits of an existing file, None if there is none.
+    """Return the permission bits of a file, None if it does not exist.
 
     Raises:
-        OSError: it is a folder, a device or a pipe, which a rename would destroy or cannot replace.
+        OSError: it is a folder, a device or a pipe, which a rename would destroy or could not replace.
     """
     try:
         mode = target.stat().st_mode

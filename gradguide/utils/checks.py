@@ -1,4 +1,4 @@
-"""Checks of option values; every message echoes the value found."""
+"""Check option values; each message contains the value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_range(
 
     Raises:
         TypeError: ``value`` is not an int or a float.
-        ValueError: it lies outside, or is NaN.
+        ValueError: ``value`` is outside the interval, or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, found {value!r} of type {type(value).__name__}")
@@ -38,14 +38,14 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Raise TypeError unless ``value`` is a ``kind`` or None."""
+    """Raise TypeError unless ``value`` is an instance of ``kind`` or None."""
     if value is not None and not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__} or None, found {value!r}")
 
 
 def check_steps(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a whole number."""
+    """Raise TypeError unless ``value`` is an int."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number of steps, found {value!r}")
 

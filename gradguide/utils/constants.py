@@ -3,5 +3,5 @@
 __all__ = ["LEAST_LENGTH"]
 
 LEAST_LENGTH = 0.01
-"""Root mean square below which parameters count as this long. LoRA's B starts at zero and must be free to leave it. It
-is about what torch draws for a layer of 3,000 inputs."""
+"""Lower bound for the root mean square of parameters in relative lengths. LoRA's B starts at zero and must be free to
+grow. The value is about that of torch's default initialisation for 3,000 inputs."""

@@ -1,4 +1,4 @@
-"""Parameter names: what may be given as ``names``, and one name for a parameter under all wrappers."""
+"""Parameter names: the accepted forms of ``names``, and canonical names without wrappers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = [
     "NamesLike",
     "adapter_of",
     "canonical_names",
-    "carried",
     "model_names",
     "module_of",
-    "named",
+    "names_in_groups",
+    "normalize_names",
     "without_adapter",
 ]
 
@@ -34,15 +34,15 @@ NamesLike: TypeAlias = (
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DDP = "module."
-# PEFT puts the adapter's name behind one of these.
+# In PEFT, the adapter's name follows one of these.
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_\w+|ia3_l|modules_to_save|trainable_tokens_delta)\.([^.]+)(?=\.|$)")
 
 
 def canonical_names(names: Sequence[str], taken: Container[str] = ()) -> list[str]:
-    """Return the names without what DDP, FSDP, activation checkpointing and torch.compile add to them.
+    """Return the names without the parts that DDP, FSDP, activation checkpointing and torch.compile add.
 
-    DDP puts ``module.`` before every name. So it is removed where all names begin with it, and kept otherwise: then a
-    submodule has that name. It is kept too where a name without it would be in ``taken``.
+    DDP prefixes every name with ``module.``. The prefix is removed if all names start with it. Otherwise it is kept,
+    because it is the name of a submodule. It is also kept if a shortened name would be in ``taken``.
     """
     found = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
     while found and all(name.startswith(_DDP) for name in found):
@@ -54,19 +54,19 @@ def canonical_names(names: Sequence[str], taken: Container[str] = ()) -> list[st
 
 
 def module_of(name: str) -> str:
-    """Return the module that a parameter belongs to; all parts of one layer's LoRA adapter belong to that layer."""
+    """Return the name of a parameter's module. For a LoRA parameter, it is the adapted layer."""
     before, found, _ = name.partition(".lora_")
     return before if found else name.rpartition(".")[0]
 
 
 def adapter_of(name: str) -> str | None:
-    """Return the name of the PEFT adapter that a parameter belongs to, or None if it belongs to none."""
+    """Return the name of a parameter's PEFT adapter, or None if it is not in an adapter."""
     found = _ADAPTER.search(name)
     return found[1] if found else None
 
 
 def without_adapter(name: str) -> str:
-    """Return the name without its adapter's name and without a leading ``module.``, to compare names of two models."""
+    """Return the name without its adapter and without a leading ``module.``, to compare names of two models."""
     while name.startswith(_DDP):
         name = name.removeprefix(_DDP)
     found = _ADAPTER.search(name)
@@ -74,9 +74,9 @@ def without_adapter(name: str) -> str:
 
 
 class NamedParameters(list[tuple[str, nn.Parameter]]):
-    """Pairs of some of a model's parameters, with a weak reference to the model.
+    """(name, parameter) pairs of a model, with a weak reference to the model.
 
-    By the model, parameters that replace these are found under the same names, and so are the frozen weights that
+    The reference gives access to parameters that replace these under the same names, and to the frozen weights that
     identify the base model. A copy or a pickle is a plain list.
     """
 
@@ -91,26 +91,26 @@ class NamedParameters(list[tuple[str, nn.Parameter]]):
 class Names:
     """Names of an optimizer's parameters.
 
-    Pairs are kept as given. A model is read when names are needed, so that parameters which replaced others after it
-    was given (``fully_shard``, a new adapter) have names too. It is referenced weakly, so that the optimizer neither
-    keeps its frozen weights alive nor copies them: a copy or a pickle has the names that were found by then.
+    Pairs are stored. A model is read at each lookup of a new parameter, so parameters that replaced others later
+    (``fully_shard``, a new adapter) have names too. Models are referenced weakly, so the optimizer neither keeps frozen
+    weights alive nor copies them. A copy or a pickle contains the names found so far.
 
     Attributes:
-        found: parameter to canonical name, for all pairs given and all parameters that were looked up in a model.
+        found: canonical name by parameter, for all given pairs and all parameters that were found in a model.
     """
 
     def __init__(self, given: NamesLike | None = None) -> None:
         self.found: dict[Tensor, str] = {}
-        # Each model, with the names that count (None: all of them).
+        # Each model, with the names to use (None: all).
         self._models: list[tuple[weakref.ref[nn.Module], frozenset[str] | None]] = []
-        self._absent: set[Tensor] = set()  # looked up, and in no model; with a new Names they are looked up again
+        self._absent: set[Tensor] = set()  # not in any model; a new Names object looks them up again
         self._add(given)
 
     def merged(self, given: NamesLike | None) -> Names:
-        """Return these names and those of ``given`` together; a parameter in both has the name of ``given``.
+        """Return the union of these names and ``given``; in conflicts ``given`` takes precedence.
 
         Raises:
-            TypeError, ValueError: see ``named``. These names stay as they are.
+            TypeError, ValueError: see ``normalize_names``. These names are unchanged.
         """
         result = Names()
         result.found = dict(self.found)
@@ -119,7 +119,7 @@ class Names:
         return result
 
     def of(self, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
-        """Return the names of those of the parameters that have one; models are read if a parameter is new here."""
+        """Return the names of the parameters that have one. Models are read if a parameter is new."""
         wanted = list(parameters)
         unknown = {p for p in wanted if p not in self.found and p not in self._absent}
         if unknown:
@@ -131,14 +131,14 @@ class Names:
         return {p: self.found[p] for p in wanted if p in self.found}
 
     def reachable(self) -> dict[str, Tensor]:
-        """Return every parameter that can be found by name, frozen ones and those outside the names included."""
+        """Return all parameters of the models and pairs by name, including frozen ones and those not in the names."""
         result = {name: p for p, name in self.found.items()}
         for model, _ in self._read():
             result |= model
         return result
 
     def models(self) -> list[nn.Module]:
-        """Return the models that are still there, the one given last first."""
+        """Return the models that still exist, the last one given first."""
         return [model for ref, _ in self._models if (model := ref()) is not None]
 
     def _add(self, given: NamesLike | None) -> None:
@@ -148,13 +148,13 @@ class Names:
             self._models.insert(0, (weakref.ref(given), None))
             self.found.update({p: name for name, p in model_names(given).items() if p in self.found})
             return
-        pairs = named(given, self.found)
+        pairs = normalize_names(given, self.found)
         if isinstance(given, NamedParameters):
             self._models.insert(0, (given.model, frozenset(pairs.values())))
         self.found.update(pairs)
 
     def replace(self, replaced: Mapping[Tensor, Tensor]) -> None:
-        """Give the name of each parameter of ``replaced`` to the one that has taken its place."""
+        """Move the name of each key of ``replaced`` to its value, the new parameter."""
         self.found = {replaced.get(p, p): name for p, name in self.found.items()}
 
     def _read(self) -> list[tuple[dict[str, Tensor], frozenset[str] | None]]:
@@ -166,21 +166,21 @@ class Names:
 
 
 def model_names(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model by canonical name, in its order; a shared one under its first name."""
+    """Return the parameters of a model by canonical name, in its order. A shared parameter has its first name."""
     pairs = list(model.named_parameters())
     return dict(zip(canonical_names([name for name, _ in pairs]), (p for _, p in pairs), strict=True))
 
 
-def named(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
-    """Return parameter to canonical name, from a model, (name, parameter) pairs, or a mapping either way round.
+def normalize_names(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
+    """Return canonical names by parameter, from a model, (name, parameter) pairs, or a mapping in either direction.
 
     Args:
-        names: read once.
-        others: names that other parameters have; see ``taken`` of ``canonical_names``.
+        names: iterated once.
+        others: names of other parameters; see ``taken`` of ``canonical_names``.
 
     Raises:
-        TypeError: an entry is not a parameter and its name.
-        ValueError: one name for two parameters.
+        TypeError: an entry is not a pair of a parameter and its name.
+        ValueError: two parameters share a name.
     """
     if isinstance(names, nn.Module):
         return {p: name for name, p in model_names(names).items()}
@@ -199,19 +199,19 @@ def named(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[
     given = [name for name, _ in pairs]
     parameters = [p for _, p in pairs]
     present = set(parameters)
-    if not isinstance(names, NamedParameters):  # those are canonical within their model
+    if not isinstance(names, NamedParameters):  # these are canonical already
         given = canonical_names(given, {name for p, name in (others or {}).items() if p not in present})
     return _unique(given, parameters)
 
 
-def carried(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
-    """Return the pairs that param groups hold: torch keeps names when an optimizer is given named parameters."""
-    known: list[tuple[str, Tensor]] = []
+def names_in_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """Return the (name, parameter) pairs in param groups: torch stores names if an optimizer gets named parameters."""
+    found: list[tuple[str, Tensor]] = []
     for group in groups:
         parameters = group["params"]
         pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
-        known += [pair for pair in pairs if isinstance(pair, tuple)]
-    return known
+        found += [pair for pair in pairs if isinstance(pair, tuple)]
+    return found
 
 
 def _unique(names: Iterable[str], parameters: Iterable[Tensor]) -> dict[Tensor, str]:

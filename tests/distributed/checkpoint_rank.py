@@ -1,7 +1,7 @@
-"""One rank of test_checkpoints.py: ``python checkpoint_rank.py RANK WORLD FOLDER save|load NAME``.
+"""Run one rank of test_checkpoints.py: ``python checkpoint_rank.py RANK WORLD FOLDER save|load NAME``.
 
-"save" trains, writes a distributed checkpoint to FOLDER/NAME and trains on; "load" starts from that checkpoint in place
-of the first part. Both write the parameters at the end to FOLDER/NAME-ACTION-WORLD.pt.
+"save" trains, writes a distributed checkpoint to FOLDER/NAME and continues; "load" starts from that checkpoint.
+Both write the final parameters to FOLDER/NAME-ACTION-WORLD.pt.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ HALF = 6
 
 def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
     model = problem.net()
-    model.unused.requires_grad_(
-        False
-    )  # torch's loader wants state, which no step has made, for whatever can be trained
+    model.unused.requires_grad_(False)  # torch's loader needs state for every trainable parameter, before any step
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = problem.guide(model, "update")
     if action == "save":

@@ -1,4 +1,4 @@
-"""Counting the collectives that a step makes."""
+"""Count the collectives of a step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.distributed as dist
 __all__ = ["all_reduce", "counted"]
 
 all_reduce = dist.all_reduce
-"""As it is, for what is not to be counted."""
+"""The original function, for calls that are not counted."""
 
 
 @contextmanager
 def counted(calls: list[int]) -> Iterator[None]:
-    """Within, each ``dist.all_reduce`` adds its number of elements to ``calls``."""
+    """Append the number of elements of each ``dist.all_reduce`` inside to ``calls``."""
     module: Any = dist
 
     def counting(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One rank of test_ddp.py: ``python ddp_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt."""
+"""Run one rank of test_ddp.py: ``python ddp_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(kind: str, rank: int, world: int) -> dict[str, Any]:
 
 
 def zero(rank: int, world: int) -> dict[str, Any]:
-    """A base whose state is divided among ranks, and the same whole on each."""
+    """Train with a base whose state is sharded over ranks, and with the same base unsharded."""
     found: dict[str, Any] = {}
     for kind in ("whole", "divided"):
         model = problem.net()
@@ -60,7 +60,7 @@ def zero(rank: int, world: int) -> dict[str, Any]:
 
 
 def inside_zero() -> str | None:
-    """The error of GradGuides that are made within a base that divides the parameters, each rank its own."""
+    """Return the error if a base that partitions parameters over ranks creates a GradGuide on each rank."""
     model = problem.net()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     inner: Any = guided(torch.optim.AdamW)

@@ -1,6 +1,6 @@
-"""One rank of test_deepspeed.py: ``python deepspeed_rank.py RANK WORLD FOLDER``; writes FOLDER/rankR.pt.
+"""Run one rank of test_deepspeed.py: ``python deepspeed_rank.py RANK WORLD FOLDER``; writes FOLDER/rankR.pt.
 
-With the real DeepSpeed on a CPU.
+It uses the real DeepSpeed on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.distributed.launch import join
 
 STEPS = 3
 CASES = ((0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16"))
-"""Stages of ZeRO, and the precision of the parameters."""
+"""ZeRO stages and parameter dtypes."""
 
 
 def engine_of(model: nn.Module, optimizer: GradGuide, stage: int, precision: str) -> Any:
@@ -34,7 +34,7 @@ def engine_of(model: nn.Module, optimizer: GradGuide, stage: int, precision: str
 
 
 def weights(model: nn.Module, stage: int) -> dict[str, Tensor]:
-    """The parameters, whole."""
+    """Return the whole parameters."""
     held = dict(model.named_parameters())
     with deepspeed.zero.GatheredParameters(list(held.values()), enabled=stage == 3):
         return {name: p.detach().float().clone() for name, p in held.items()}
@@ -60,7 +60,7 @@ def run(stage: int, precision: str, rank: int, world: int) -> dict[str, Any]:
         at_step = refusal(engine.step)
         if at_step is not None:
             break
-    # What wraps the pieces themselves is refused at once.
+    # A GradGuide around the partitioned parameters raises at once.
     late = refusal(lambda: GradGuide(torch.optim.SGD(optimizer.param_groups, lr=0.1)))
     return {
         "at step": at_step,
@@ -73,7 +73,7 @@ def run(stage: int, precision: str, rank: int, world: int) -> dict[str, Any]:
 
 def main(rank: int, world: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    # DeepSpeed compiles it at the first use, with a compiler that may not be there; gloo does the same.
+    # DeepSpeed compiles it at first use, which needs a compiler; gloo is equivalent.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("gloo", verbose=False)
     torch.save({case: run(*case, rank, world) for case in CASES}, folder / f"rank{rank}.pt")

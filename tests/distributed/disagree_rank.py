@@ -1,6 +1,6 @@
-"""One rank of test_disagreement.py: ``python disagree_rank.py RANK WORLD FOLDER fsdp|ddp``; writes FOLDER/rankR.pt.
+"""Run one rank of test_disagreement.py: ``python disagree_rank.py RANK WORLD FOLDER fsdp|ddp``; writes FOLDER/rankR.pt.
 
-For each case one option of rank 1 differs from rank 0's. What each rank was given as an error is written, by case.
+In each case one option of rank 1 differs from rank 0. The error of each rank is written by case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.distributed.launch import join
 
 Options = dict[str, Any]
 Make = Callable[[nn.Module, bool], GradGuide]
-"""Makes an optimizer; the bool says whether this rank is the odd one."""
+"""A function that creates an optimizer. The argument is True on the rank with the different option."""
 
 
 def names(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -36,7 +36,7 @@ def guide(model: nn.Module, base: Any = None, **options: Any) -> GradGuide:
     return GradGuide(base, **(usual | options))
 
 
-# By rule: how it is made, and for each field another value. A field that is not named here fails the test.
+# For each rule: its constructor, and another value for each field. A missing field fails the test.
 USUAL: dict[str, tuple[type, Options]] = {
     "direction": (Direction, {}),
     "alignment": (Alignment, {"source": problem.source(1)}),
@@ -72,7 +72,7 @@ def without(name: str) -> Make:
 
 
 def option(**values: Any) -> Make:
-    """Of each option the value of the first rank, and that of the odd one."""
+    """Return a function that creates an optimizer. Each value is the pair (other ranks, odd rank)."""
     return lambda model, odd: guide(model, **{key: pair[odd] for key, pair in values.items()})
 
 
@@ -82,7 +82,7 @@ def sources(first: Callable[[], Any], odd: Callable[[], Any], **more: Any) -> Ma
 
 def replay(every: int) -> ReplaySource:
     def loss(batch: Any) -> Tensor:
-        raise AssertionError("a source is asked before the ranks were compared")
+        raise AssertionError("a source was refreshed before the ranks were compared")
 
     return ReplaySource([problem.batch(0)], loss, every)
 
@@ -137,7 +137,7 @@ CASES: dict[str, Make] = {
     "order of sources": sources(*(lambda k=k: [problem.source(k), problem.source(3 - k)] for k in (1, 2))),
     "names of sources": sources(lambda: {"a": problem.source(1)}, lambda: {"b": problem.source(1)}),
     "kind of source": sources(lambda: problem.source(1), lambda: problem.source(1).anchored()),
-    "when a source is asked": sources(lambda: replay(1), lambda: replay(2)),
+    "when a source is refreshed": sources(lambda: replay(1), lambda: replay(2)),
     "nonfinite": option(nonfinite=("skip", "raise")),
     "scope": option(scope=("global", "tensor")),
     "backend": option(backend=("auto", "foreach")),
@@ -157,7 +157,7 @@ CASES: dict[str, Make] = {
     "add_param_group": added,
 }
 DDP_CASES = ("direction.decay", "alignment.weight", "magnitude", "nonfinite", "number of parameters", "set_alignment")
-"""Cases for DistributedDataParallel, where only the search for the process group is another."""
+"""Cases for DistributedDataParallel, where only the search for the process group differs."""
 
 AGREEING: dict[str, Make] = {
     "nothing": lambda model, odd: guide(model),
@@ -173,7 +173,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def error_of(make: Make, how: str, rank: int, world: int) -> str | None:
-    """The message of the step's error, after a check that the step changed nothing."""
+    """Return the error message of the step, and check that the step changed nothing."""
     model = problem.net()
     trained: nn.Module = model
     if how == "ddp":

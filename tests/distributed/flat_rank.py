@@ -1,4 +1,4 @@
-"""One rank of test_fsdp1.py: ``python flat_rank.py RANK WORLD FOLDER``; writes what it was told to FOLDER/rankR.pt."""
+"""Run one rank of test_fsdp1.py: ``python flat_rank.py RANK WORLD FOLDER``; writes messages to FOLDER/rankR.pt."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def refusal(work: Callable[[], object]) -> str | None:
 
 
 def refusals(kind: str) -> dict[str, str | None]:
-    """What a user is told who wraps a model, with its own parameters kept ("original") or not ("flat")."""
+    """Return the errors for a wrapped model, with ``use_orig_params`` ("original") or without ("flat")."""
     model = problem.net()
     early = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1))
     wrapped = FullyShardedDataParallel(model, use_orig_params=kind == "original", device_id=torch.device("cpu"))
     base = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     batches = [problem.batch(step) for step in range(2)]
-    told = {
+    messages = {
         f"{kind}, new": refusal(lambda: GradGuide(base)),
         f"{kind}, capture": refusal(
             lambda: SourceGradient.capture(wrapped, batches, lambda m, b: problem.loss_of(m, *b))
         ),
     }
-    if kind == "original":  # wrapped after the optimizer was made
+    if kind == "original":  # wrapped after the optimizer was created
         problem.loss_of(wrapped, *problem.batch(0)).backward()
         before = [p.detach().clone() for p in wrapped.parameters()]
-        told[f"{kind}, step"] = refusal(early.step)
+        messages[f"{kind}, step"] = refusal(early.step)
         assert all(map(torch.equal, before, wrapped.parameters()))
-    return told
+    return messages
 
 
 def main(rank: int, world: int, folder: Path) -> None:

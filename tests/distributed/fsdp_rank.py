@@ -1,4 +1,4 @@
-"""One rank of test_fsdp.py: ``python fsdp_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt."""
+"""Run one rank of test_fsdp.py: ``python fsdp_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
             loss.backward()
             gain = model.gain.grad
             assert gain is not None
-            all_reduce(gain)  # what FSDP ignores, its user adds up
+            all_reduce(gain)  # FSDP ignores this parameter, so its user reduces the gradient
             gain /= world
             return loss
 
         with counted(calls):
             optimizer.step(evaluate)
-        metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank may read them alone
+        metrics.append(optimizer.metrics() if rank == 0 else {})  # no collective: one rank can call it alone
     directions = {
-        name: sharding.spread(optimizer._engine.directions[p], p)
+        name: sharding.as_dtensor(optimizer._engine.directions[p], p)
         for name, p in model.named_parameters()
         if p in optimizer._engine.directions
     }
@@ -52,7 +52,7 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
 
 
 def capture(mesh: Any, rank: int, world: int, folder: Path) -> None:
-    """Captures over this rank's half of each batch, with gradients in place that must stay."""
+    """Capture over this rank's half of each batch, with existing gradients that must not change."""
     model = problem.net()
     fully_shard(model, mesh=mesh, ignored_params={model.gain})
     problem.loss_of(model, *problem.batch(99)).backward()

@@ -1,6 +1,6 @@
-"""One rank of test_lacking.py: ``python lacking_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt.
+"""Run one rank of test_lacking.py: ``python lacking_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt.
 
-Rank 1 lacks gradients that rank 0 has, or has one that is not finite.
+On rank 1, gradients are missing or one is not finite.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def sharded(world: int) -> problem.Net:
 def give_gradients(model: problem.Net, step: int, rank: int, world: int) -> None:
     problem.loss_of(model, *problem.share(*problem.batch(step), rank, world)).backward()
     assert model.gain.grad is not None
-    all_reduce(model.gain.grad)  # what FSDP ignores, its user adds up
+    all_reduce(model.gain.grad)  # FSDP ignores this parameter, so its user reduces the gradient
     model.gain.grad /= world
 
 
 def lacking(kind: str, rank: int, world: int) -> dict[str, Any]:
-    """Three steps: all gradients, none on rank 1, none on any rank."""
+    """Make three steps: with all gradients, without gradients on rank 1, without gradients on both ranks."""
     model = sharded(world)
     optimizer = problem.guide(model, kind)
     calls: list[list[int]] = []
@@ -63,7 +63,7 @@ def lacking(kind: str, rank: int, world: int) -> dict[str, Any]:
 
 
 def not_finite(how: str, policy: str, rank: int, world: int) -> dict[str, Any]:
-    """Three steps, of which rank 1's gradient is not finite in the second; then what both ranks have."""
+    """Make three steps, with a gradient of rank 1 that is not finite in the second; return the state of the rank."""
     model = problem.net() if how == "ddp" else sharded(world)
     trained: nn.Module = DistributedDataParallel(model, find_unused_parameters=True) if how == "ddp" else model
     base = torch.optim.AdamW(model.parameters(), lr=0.02)

@@ -1,4 +1,4 @@
-"""Ranks as processes of their own."""
+"""Run ranks as separate processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ __all__ = ["answers", "join", "ranks"]
 
 
 def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
-    """Runs ``script RANK WORLD FOLDER ARGUMENTS...``, of this folder unless absolute, once per rank; their outputs.
+    """Run ``script RANK WORLD FOLDER ARGUMENTS...`` once per rank, and return the outputs.
+
+    A relative path is relative to this folder.
 
     Raises:
         AssertionError: a rank failed, or took longer than ``timeout`` seconds.
     """
     root = Path(gradguide.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    # A process of its own per rank, by path: pytest's test modules cannot be imported in a spawned child.
+    # One process per rank, by path: a spawned child cannot import pytest's test modules.
     path = Path(__file__).parent / script
     processes = [
         subprocess.Popen(
@@ -47,18 +49,18 @@ def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, tim
     finally:
         for process in processes:
             process.kill()
-            process.communicate()  # reaped, with its pipe closed, whatever happened
+            process.communicate()  # reap the process and close its pipe in any case
     return outputs
 
 
 def answers(script: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
-    """Runs the script on ``world`` ranks; what each of them saved as ``folder/rankR.pt``."""
+    """Run the script on ``world`` ranks, and return what each saved as ``folder/rankR.pt``."""
     ranks(script, folder, world)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def join(work: Callable[..., None]) -> NoReturn:
-    """What a rank's script does: ``work(rank, world, folder, arguments...)`` of its command line, in a gloo group."""
+    """Run ``work(rank, world, folder, arguments...)`` with the command-line arguments, in a gloo group."""
     rank, world, folder, *arguments = sys.argv[1:]
     meeting = Path(folder) / "-".join(["meeting", world, *arguments])
     torch.set_num_threads(1)
@@ -67,9 +69,9 @@ def join(work: Callable[..., None]) -> NoReturn:
         init_method=f"file://{meeting}",
         rank=int(rank),
         world_size=int(world),
-        timeout=timedelta(seconds=60),  # for what a rank waits that another has left
+        timeout=timedelta(seconds=60),  # if another rank has exited
     )
     work(int(rank), int(world), Path(folder), *arguments)
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # a thread of gloo that outlives its group would abort the process while Python is taken down
+    os._exit(0)  # a gloo thread that outlives its group would abort the process at interpreter shutdown

@@ -1,4 +1,4 @@
-"""One rank of test_meshes.py: ``python mesh_rank.py RANK WORLD FOLDER hsdp|tensor-parallel``."""
+"""Run one rank of test_meshes.py: ``python mesh_rank.py RANK WORLD FOLDER hsdp|tensor-parallel``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net() -> nn.Sequential:
 
 
 def train(model: nn.Module, share: slice) -> dict[str, Any]:
-    """Steps of every mechanism but a source, whose tables are those of another model."""
+    """Train with every mechanism except a source, whose tables belong to another model."""
     optimizer = problem.guide(model, "default")
     for step in range(STEPS):
         x, y = problem.batch(step)
@@ -43,7 +43,7 @@ def main(rank: int, world: int, folder: Path, how: str) -> None:
     else:
         mesh = init_device_mesh("cpu", (world,))
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-        share = slice(0, 8)  # every rank sees every row
+        share = slice(0, 8)  # every rank uses every row
     torch.save(train(model, share), folder / f"rank{rank}.pt")
 
 

@@ -1,6 +1,6 @@
-"""One rank of test_names.py: ``python names_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt.
+"""Run one rank of test_names.py: ``python names_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt.
 
-Names and scopes are taken before ``fully_shard``, and used after it.
+Names and scopes are created before ``fully_shard``, and used after it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 class Layer(nn.Module):
-    """Parameters as an adapted transformer layer has them: most have the same numbers in every layer."""
+    """Parameters like an adapted transformer layer. Most have the same values in every layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(6)
         self.lora_A = nn.Linear(6, 2, bias=False)
         self.lora_B = nn.Linear(2, 6, bias=False)
-        self.scale = nn.Parameter(torch.ones(1))  # of which the second rank has no part
+        self.scale = nn.Parameter(torch.ones(1))  # the second rank has an empty shard
         nn.init.zeros_(self.lora_B.weight)
 
 
@@ -49,7 +49,7 @@ def layers() -> nn.Module:
 
 
 def by_decay(model: nn.Module) -> list[dict[str, Any]]:
-    """Groups with and without weight decay."""
+    """Return groups with and without weight decay."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     return [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
 
@@ -69,7 +69,7 @@ def shard(model: nn.Module, world: int) -> nn.Module:
 
 
 def sourced(form: str | None, world: int) -> dict[str, Tensor]:
-    """The parameters after some steps with a source that was captured before sharding; names of ``form``, or late."""
+    """Train with a source captured before sharding and return the parameters. Names have a form or are given late."""
     model = problem.net()
     batches = [problem.batch(step) for step in range(3)]
     source = (
@@ -99,7 +99,7 @@ def found_names(
     taken: Callable[[nn.Module], Mapping[str, Tensor]] = lambda model: dict(model.named_parameters()),
     meta: bool = False,
 ) -> str:
-    """Which of the names taken early are at their parameters afterwards: "all", or what is wrong."""
+    """Return "all" if the names given early belong to the right parameters after sharding, else the errors."""
     if meta:
         with torch.device("meta"):
             model = layers()
@@ -119,7 +119,7 @@ def found_names(
 
 
 def added(world: int) -> bool:
-    """Whether a group that is added after sharding has the names that were given with all others before it."""
+    """Return whether a group added after sharding has the names that were given before sharding."""
     model: nn.Module = problem.net()
     names = list(model.named_parameters())
     shard(model, world)
@@ -131,9 +131,9 @@ def added(world: int) -> bool:
 
 
 def scoped(early: bool, swapped: bool, world: int) -> dict[str, Tensor]:
-    """The parameters after some steps with a mapping of scopes, made before sharding or after it.
+    """Train with a mapping of scopes from before or after sharding, and return the parameters.
 
-    With ``swapped`` the optimizer is made before sharding too, and is given the new parameters.
+    With ``swapped``, the optimizer is created before sharding, and its parameters are replaced.
     """
 
     def scope_of(model: nn.Module) -> dict[Tensor, str]:

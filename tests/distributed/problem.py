@@ -1,4 +1,4 @@
-"""The problem that one process and two ranks solve: uneven shards, a parameter that is whole, one that is not used."""
+"""A problem for one process and two ranks: uneven shards, a replicated parameter, and an unused one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, R
 STEPS = 20
 KINDS = ("default", "gradient", "update", "shared", "module", "tensor", "two sources", "regularizer")
 REPLAYS = (("ddp", 1), ("ddp", 3), ("ddp, bare loss", 1), ("fsdp", 1), ("fsdp", 3))
-"""How ranks train, and every how many steps a live source is asked."""
+"""The wrapper of the ranks, and the interval of a live source in steps."""
 
 
 def close(found: Tensor, wanted: Tensor, kind: str, name: str) -> None:
-    """Equal but for rounding; a difference quotient divides its own rounding by the length of the move, about 1e-3."""
+    """Assert equality up to rounding. A difference quotient divides its rounding error by the step of about 1e-3."""
     loose = 5.0 if kind == "regularizer" else 1.0
     torch.testing.assert_close(found, wanted, rtol=2e-4 * loose, atol=2e-5 * loose, msg=name)
 
@@ -29,7 +29,7 @@ class Net(nn.Module):
         self.first = nn.Linear(5, 7)
         self.last = nn.Linear(7, 3)
         self.unused = nn.Linear(3, 2)
-        self.gain = nn.Parameter(torch.ones(7))  # whole on every rank
+        self.gain = nn.Parameter(torch.ones(7))  # replicated on every rank
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.last(torch.tanh(self.first(x)) * self.gain)
@@ -51,13 +51,13 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def share(x: Tensor, y: Tensor, rank: int, world: int) -> tuple[Tensor, Tensor]:
-    """A rank's part of a batch."""
+    """Return a rank's part of a batch."""
     part = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
     return x[part], y[part]
 
 
 def train(model: nn.Module, optimizer: GradGuide, steps: range = range(STEPS), rank: int = 0, world: int = 1) -> None:
-    """Trains on this rank's part of each batch."""
+    """Train on this rank's part of each batch."""
     for step in steps:
         optimizer.zero_grad()
         loss_of(model, *share(*batch(step), rank, world)).backward()
@@ -65,7 +65,7 @@ def train(model: nn.Module, optimizer: GradGuide, steps: range = range(STEPS), r
 
 
 def source(seed: int, without: tuple[str, ...] = ("gain",)) -> SourceGradient:
-    """Whole tables for every parameter but those named; the same on all ranks."""
+    """Return a source for every parameter except those named; the same on all ranks."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: p.shape for name, p in net().named_parameters() if name not in without}
     tables = [{n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(3)]
@@ -99,7 +99,7 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
 
 
 def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int, world: int) -> GradGuide:
-    """Guided by live batches of another task, of which this rank has a part, through the module ``replayed``."""
+    """Return an optimizer guided by this rank's part of live batches of another task, run through ``replayed``."""
     batches = [share(*batch(900 + k), rank, world) for k in range(3)]
     live = ReplaySource(batches, lambda b: loss_of(replayed, *b), every)
     base = AdamW(model.parameters(), lr=0.02)
@@ -109,7 +109,7 @@ def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int
 
 
 def guide_for_deepspeed(model: Net) -> GradGuide:
-    """Guided with a source; what is not used is frozen, since ZeRO waits for its gradients."""
+    """Return an optimizer guided by a source. The unused parameter is frozen, since ZeRO waits for its gradient."""
     model.unused.requires_grad_(False)
     base = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     unknown = ("gain", "unused.weight", "unused.bias")
@@ -118,7 +118,7 @@ def guide_for_deepspeed(model: Net) -> GradGuide:
 
 
 def alone(kind: str) -> dict[str, Any]:
-    """What one process gets over all steps: parameters, directions, metrics of each step."""
+    """Train in one process; return parameters, directions and the metrics of each step."""
     model = net()
     optimizer = guide(model, kind)
     metrics = []

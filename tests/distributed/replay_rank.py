@@ -1,4 +1,4 @@
-"""One rank of test_replay.py: ``python replay_rank.py RANK WORLD FOLDER``; writes what it got to FOLDER/rankR.pt."""
+"""Run one rank of test_replay.py: ``python replay_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.distributed.launch import join
 
 
 def run(kind: str, every: int, rank: int, world: int) -> dict[str, Any]:
-    """Trains with ``kind``; under FSDP one parameter is left whole, whose gradient is added up here."""
+    """Train with ``kind``. Under FSDP one parameter is not sharded, and its gradient is summed here."""
     model = problem.net()
     trained: nn.Module = model
     if kind == "fsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params={model.gain})
     else:
         trained = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
-    # Through the wrapper, which averages; past it, where the source itself has to.
+    # The wrapper averages gradients. Without it, the source has to.
     replayed = model if kind == "ddp, bare loss" else trained
     optimizer = problem.guide_by_replay(model, replayed, every, rank, world)
     for step in range(problem.STEPS):

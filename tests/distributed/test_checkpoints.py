@@ -1,4 +1,4 @@
-"""Distributed checkpoints that change the number of ranks: what was saved on n goes on, on m, as if never stopped."""
+"""Resume distributed checkpoints of n ranks on m ranks, as if training had not been interrupted."""
 
 from __future__ import annotations
 

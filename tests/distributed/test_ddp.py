@@ -1,4 +1,4 @@
-"""DDP on two gloo ranks against one process that sees both halves of every batch (row 18)."""
+"""Compare DDP on two gloo ranks with one process that uses both halves of every batch (row 18)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_i18_two_ddp_ranks_equal_one_process(found: list[dict[str, Any]], kind: 
 
 @pytest.mark.parametrize("kind", problem.KINDS)
 def test_i18_ddp_ranks_stay_bitwise_together_and_guidance_sends_nothing(found: list[dict[str, Any]], kind: str) -> None:
-    """DDP has summed the gradients already, so every rank measures the whole. Only the options are compared, once."""
+    """DDP averages gradients, so every rank computes the whole Gram matrix. Only the options are compared, once."""
     for name, value in found[0][kind]["parameters"].items():
         assert torch.equal(value, found[1][kind]["parameters"][name]), name
     assert [rank[kind]["all_reduces"] for rank in found] == [[2], [2]]
@@ -51,6 +51,6 @@ def test_i18_a_base_that_divides_its_state_among_ranks_is_bitwise_the_same(found
 
 
 def test_i32_guides_of_some_of_the_parameters_each_are_refused_on_every_rank(found: list[dict[str, Any]]) -> None:
-    """ZeroRedundancyOptimizer makes an optimizer of its rank's parameters; GradGuide goes around it, not into it."""
+    """ZeroRedundancyOptimizer creates an optimizer for its rank's parameters. GradGuide must wrap it from outside."""
     for rank in found:
         assert "the ranks differ in parameters in each group" in rank["inside zero"]

@@ -1,4 +1,4 @@
-"""The real DeepSpeed on two gloo ranks: ZeRO is refused by name, stage 0 trains as one process does (row 15)."""
+"""Run the real DeepSpeed on two gloo ranks: ZeRO raises, stage 0 equals one process (row 15)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.distributed.launch import answers
 
 pytestmark = [
     pytest.mark.slow,
-    # Not imported here, where it would delay the collection of every test.
+    # Not imported at the top, because that would delay the collection of all tests.
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 

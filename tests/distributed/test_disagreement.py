@@ -1,4 +1,4 @@
-"""Ranks whose options differ: an error on every rank that names the option, no hang, nothing changed (row 32)."""
+"""Check options that differ between ranks: every rank raises with the option, without deadlock or change (row 32)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.distributed.launch import ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
-# What the message calls it, where that is not the case's own name.
+# The label in the message, if it is not the name of the case.
 NAMED = {
     "number of sources": "alignment.source",
     "order of sources": "alignment.source",
     "names of sources": "alignment.source",
     "kind of source": "alignment.source",
-    "when a source is asked": "alignment.source",
+    "when a source is refreshed": "alignment.source",
     "scope mapping": "parameter",
     "order of parameters": "parameter 0",
     "number of parameters": "parameters in each group",
@@ -36,7 +36,7 @@ NAMED = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str | None]]]:
-    """What each rank was given as an error, under FSDP2 and under DDP."""
+    """Return the error of each rank, under FSDP2 and under DDP."""
     return {how: messages(tmp_path_factory.mktemp(how), how) for how in ("fsdp", "ddp")}
 
 
@@ -49,14 +49,14 @@ def messages(folder: Path, how: str) -> list[dict[str, str | None]]:
 def test_i32_an_option_that_differs_is_refused_by_name_on_every_rank(
     found: dict[str, list[dict[str, str | None]]], how: str, case: str
 ) -> None:
-    told = [rank[case] for rank in found[how]]
-    for message in told:
+    errors = [rank[case] for rank in found[how]]
+    for message in errors:
         assert message is not None, "not refused"
         assert message.startswith("the ranks differ in ")
         assert NAMED.get(case, case) in message
         assert "on rank 0" in message
         assert "on rank 1" in message
-    assert told[0] == told[1]
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
@@ -71,7 +71,7 @@ def test_i32_every_option_of_every_rule_is_tried() -> None:
 
 
 def test_i32_values_are_told_apart_by_their_text() -> None:
-    """One text for equal values, another for each that differs, whatever its kind."""
+    """Equal values have equal text, and different values of any type have different text."""
     values = [None, True, 1, 1.5, "1", (1, 2), [1, [2]], {"a": 1}, {"b": 1}, torch.tensor(2.0)]
     texts = [tuple(describe("x", value).items()) for value in values]
     assert len(set(texts)) == len(values)

@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo ranks against one process (rows 8, 11, 16, 17)."""
+"""Compare FSDP2 on two gloo ranks with one process (rows 8, 11, 16, 17)."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_i17_one_all_reduce_of_a_few_numbers_per_measuring(found: list[dict[str,
     scopes = {"module": 4, "tensor": 7}.get(kind, 1)
     sources = {"gradient": 1, "update": 1, "two sources": 2, "regularizer": 1}.get(kind, 0)
     step = [scopes * (2 + sources) ** 2]
-    if kind == "regularizer":  # first its own source beside the parameters, then what it adds as one more row
+    if kind == "regularizer":  # its own source and the parameters, then its gradient as one more row
         step = [(2 + 1 + 1) ** 2, (2 + sources + 1) ** 2]
-    if kind not in ("gradient", "shared"):  # a rule acts on the update: measured once more
+    if kind not in ("gradient", "shared"):  # a rule acts on the update: one more all-reduce
         step.append(scopes * (2 + (sources if kind != "gradient" else 0)) ** 2)
     for rank in found:
-        # Before the first, one to see that the ranks agree.
+        # Before the first step, one to compare options.
         assert rank[kind]["all_reduces"] == [2, *step * problem.STEPS]
 
 

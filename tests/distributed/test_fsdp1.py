@@ -1,4 +1,4 @@
-"""FSDP1, whose pieces of a flat tensor would each be measured alone, is refused (row 11)."""
+"""Reject FSDP1, because its shards of a flat tensor have no layout (row 11)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 
 
 def test_i11_fsdp1_is_refused_on_every_rank_with_a_way_out(tmp_path: Path) -> None:
-    for told in answers("flat_rank.py", tmp_path):
-        assert set(told) == {"original, new", "original, capture", "original, step", "flat, new", "flat, capture"}
-        for case, message in told.items():
+    for cases in answers("flat_rank.py", tmp_path):
+        assert set(cases) == {"original, new", "original, capture", "original, step", "flat, new", "flat, capture"}
+        for case, message in cases.items():
             assert message is not None, case
             assert "FSDP1" in message and "fully_shard" in message, case
 

@@ -1,4 +1,4 @@
-"""Gradients that are missing, or not finite, on one of two ranks: no hang, the same decision on both (rows 17, 19)."""
+"""Check gradients that are missing or not finite on one rank: no deadlock, equal decisions (rows 17, 19)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_i17_the_collectives_of_a_step_are_the_same_whatever_gradients_are_missi
     assert full == [2, *one_lacks], "only the first step compares options"
     assert one_lacks == all_lack
     for name, value in first["parameters"].items():
-        # The parameter that is whole on both ranks differs, as with the base alone: only one of them had its gradient.
+        # The replicated parameter differs, as with the base alone: only one rank had its gradient.
         assert name == "gain" or torch.equal(value, second["parameters"][name]), name
         assert value.isfinite().all(), name
 

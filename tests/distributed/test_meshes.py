@@ -1,4 +1,4 @@
-"""Other ways to lie over ranks: HSDP on a 2 x 2 mesh, and tensor parallelism, against one process (row 11)."""
+"""Compare HSDP on a 2 x 2 mesh and tensor parallelism with one process (row 11)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.distributed.layouts import Layout, add_up_, unsupported
+from gradguide.distributed.layouts import Layout, all_reduce_sum, unsupported
 from tests.distributed.launch import ranks
 from tests.distributed.mesh_rank import net, train
 
@@ -29,7 +29,7 @@ def test_i11_meshes_equal_one_process(tmp_path: Path, how: str, world: int) -> N
 
 
 class _Mesh:
-    """A mesh of two dimensions whose groups are their names."""
+    """A mesh of two dimensions whose groups are strings."""
 
     @staticmethod
     def get_group(dim: int) -> str:
@@ -39,14 +39,14 @@ class _Mesh:
 def test_only_dimensions_that_hold_different_shards_are_summed_over() -> None:
     from torch.distributed.tensor import Replicate, Shard
 
-    assert Layout(_Mesh(), (Replicate(), Shard(0))).summed == ("shard",)
-    assert Layout(_Mesh(), (Shard(0), Shard(1))).summed == ("replicate", "shard")
-    assert Layout(_Mesh(), (Replicate(), Replicate())).summed == ()
+    assert Layout(_Mesh(), (Replicate(), Shard(0))).reduce_groups == ("shard",)
+    assert Layout(_Mesh(), (Shard(0), Shard(1))).reduce_groups == ("replicate", "shard")
+    assert Layout(_Mesh(), (Replicate(), Replicate())).reduce_groups == ()
 
 
 def test_what_is_whole_everywhere_is_counted_once() -> None:
-    assert add_up_({}) is None
-    total = add_up_({(): torch.ones(2, 2)})
+    assert all_reduce_sum({}) is None
+    total = all_reduce_sum({(): torch.ones(2, 2)})
     assert total is not None
     assert torch.equal(total, torch.ones(2, 2))
 
@@ -64,6 +64,6 @@ def test_gradients_that_lie_otherwise_than_their_parameters_are_refused() -> Non
 
     sharded, partial = _Placed(Shard(0)), _Placed(Partial())
     assert unsupported(sharded, sharded) is None  # type: ignore[arg-type]
-    assert "its parameter as" in str(unsupported(torch.zeros(2), sharded))  # type: ignore[arg-type]
-    assert "lies over ranks as" in str(unsupported(sharded, _Placed(Shard(1))))  # type: ignore[arg-type]
+    assert "its parameter" in str(unsupported(torch.zeros(2), sharded))  # type: ignore[arg-type]
+    assert "has placements" in str(unsupported(sharded, _Placed(Shard(1))))  # type: ignore[arg-type]
     assert "partial sum" in str(unsupported(partial, partial))  # type: ignore[arg-type]

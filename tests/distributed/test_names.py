@@ -1,4 +1,4 @@
-"""Names and scopes taken before ``fully_shard`` serve the DTensors that replace the parameters (rows 8, 35)."""
+"""Use names and scopes from before ``fully_shard`` for the DTensors that replace the parameters (rows 8, 35)."""
 
 from __future__ import annotations
 

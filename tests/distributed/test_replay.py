@@ -1,4 +1,4 @@
-"""Live sources on two gloo ranks, each with batches of its own, against one process that sees all of them."""
+"""Compare live sources on two gloo ranks, each with its own batches, with one process that uses all batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str, eve
 
 
 def test_the_replayed_source_has_a_say() -> None:
-    """Without it, training ends elsewhere: the comparison above is one of guided steps."""
+    """Training without the source ends at other parameters, so the comparison above covers guided steps."""
     guided, plain = problem.net(), problem.net()
     problem.train(guided, problem.guide_by_replay(guided, guided, 1, 0, 1))
     problem.train(plain, problem.guide(plain, "default"))

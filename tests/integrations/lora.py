@@ -39,7 +39,7 @@ def llama(**options: Any) -> PeftModel:
 
 
 class Classifier(nn.Module):
-    """An adapted encoder and a head of its own."""
+    """An adapted encoder with a head outside the PEFT model."""
 
     def __init__(self, encoder: PeftModel, classes: int = 3) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def examples(seed: int, count: int = 12, size: int = 2) -> list[Batch]:
-    """Batches of token ids whose first token tells the class."""
+    """Return batches of token ids whose first token encodes the class."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 40, (count, 6), generator=generator)
     labels = torch.randint(3, (count,), generator=generator)
@@ -65,7 +65,7 @@ def examples(seed: int, count: int = 12, size: int = 2) -> list[Batch]:
 
 
 def adapters(model: nn.Module, adapter: str = "default") -> dict[nn.Module, list[nn.Parameter]]:
-    """LoRA parameters of every adapted layer, found through PEFT's own layer class."""
+    """Return the LoRA parameters of every adapted layer, found by PEFT's layer class."""
     found: dict[nn.Module, list[nn.Parameter]] = {}
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -78,7 +78,7 @@ def adapters(model: nn.Module, adapter: str = "default") -> dict[nn.Module, list
 
 
 def move(model: nn.Module, scale: float = 0.1) -> None:
-    """Away from the start, where every B is zero."""
+    """Set every B to random values, since B starts at zero."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""Accelerate's own checks of training, schedulers and gradient sync, with guided optimizers in the place of torch's."""
+"""Run Accelerate's checks of training, schedulers and gradient sync with guided optimizers."""
 
 from __future__ import annotations
 

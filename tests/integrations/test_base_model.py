@@ -1,4 +1,4 @@
-"""A source and its base model: another one of the same shapes is refused, the same one in another form is not."""
+"""Check the base model of a source: another model of equal shapes raises, the same model in another form does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = QUIET
 
 
 def adapted(seed: int = 0, **sizes: int) -> PeftModel:
-    """A language model with an adapter that is the same whatever the seed of the base model."""
+    """Return a language model with an adapter that does not depend on the seed of the base model."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}))
     torch.manual_seed(100)
@@ -45,7 +45,7 @@ def batches() -> Iterator[Tensor]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> SourceGradient:
-    """Through a file, as it is used elsewhere."""
+    """Return a source that was saved and loaded."""
     path = tmp_path_factory.mktemp("source") / "s.safetensors"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -125,7 +125,7 @@ def test_i36_rows_added_to_the_embedding_make_no_other_base_of(source: SourceGra
 
 
 def test_i36_a_single_layer_that_is_initialised_anew_makes_no_other_base_of() -> None:
-    """As a pooler that a checkpoint lacks."""
+    """One random layer, such as a pooler that a checkpoint lacks, is accepted."""
 
     def model_of(pooler: int) -> PeftModel:
         torch.manual_seed(0)
@@ -136,9 +136,9 @@ def test_i36_a_single_layer_that_is_initialised_anew_makes_no_other_base_of() ->
         return get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
 
     first, second = model_of(1), model_of(2)
-    known = base_of(first)
-    assert "pooler.dense.weight" in known["weights"]
-    guide(second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": known}))
+    base = base_of(first)
+    assert "pooler.dense.weight" in base["weights"]
+    guide(second, SourceGradient({n: torch.ones_like(p) for n, p in lora_parameters(first)}, metadata={"base": base}))
 
 
 def test_i36_the_other_target_modules_of_an_adapter_hide_no_weight() -> None:
@@ -147,7 +147,7 @@ def test_i36_the_other_target_modules_of_an_adapter_hide_no_weight() -> None:
 
 
 def test_i36_old_heads_are_not_compared() -> None:
-    """A head that is frozen while the source is captured, and the one that PEFT trains a copy of."""
+    """Heads are not compared: one frozen during capture, and one that PEFT trains a copy of."""
     model = Classifier(bert())
     move(model)
     model.head.requires_grad_(False)
@@ -209,7 +209,7 @@ def test_i36_a_frozen_body_without_peft() -> None:
 
 
 def test_i36_without_frozen_weights_nothing_is_compared() -> None:
-    """The anchor is where training starts; a large distance from it is normal later."""
+    """Training starts at the anchor, and a large distance from it is normal later."""
     torch.manual_seed(0)
     model, other = nn.Linear(4, 2), nn.Linear(4, 2)
     source = SourceGradient.capture(model, [torch.ones(2, 4)] * 2, lambda m, b: m(b).mean())

@@ -1,4 +1,4 @@
-"""A causal language model with a LoRA adapter in Trainer and in TRL's SFTTrainer, guided by a source."""
+"""Train a causal language model with LoRA in Trainer and TRL's SFTTrainer, guided by a source."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_i03_a_guided_adapter_resumes_bitwise(tmp_path: Path) -> None:
     assert optimizer.metrics()["source_cosine"] != 0
     kit.assert_same({name: dict(model.named_parameters())[name].detach() for name in base}, base)
 
-    other_model = lora.llama()  # its adapter is what the checkpoint has to bring
+    other_model = lora.llama()  # the checkpoint must restore its adapter
     other = guide(other_model, source)
     resumed = trainer_of(other_model, tmp_path, optimizers=constant(other))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -86,7 +86,7 @@ def test_i03_a_guided_adapter_resumes_bitwise(tmp_path: Path) -> None:
 
 
 def test_i05_a_class_and_its_options_take_names_and_source(tmp_path: Path) -> None:
-    """Trainer hands the class its own groups, in which decayed parameters come first: names find their tables."""
+    """Trainer passes its own groups, with decayed parameters first. Names map them to the source's tables."""
     model = adapted()
     options = {"alignment": Alignment(source_of(model)), "names": lora_parameters(model)}
     trainer = trainer_of(model, tmp_path, optimizer_cls_and_kwargs=(guided(torch.optim.AdamW, **options), {"lr": 1e-2}))
@@ -98,7 +98,7 @@ def test_i05_a_class_and_its_options_take_names_and_source(tmp_path: Path) -> No
 
 
 def test_i05_trl_sft_trainer_takes_a_gradguide(tmp_path: Path) -> None:
-    """The same as a Trainer on the same rows, since SFTTrainer is one."""
+    """The result equals that of Trainer on the same rows."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")

@@ -1,4 +1,4 @@
-"""Optimizers that keep their state in 8 bits: those of bitsandbytes, and torchao's, which compile their step first."""
+"""Guide optimizers with 8-bit state: bitsandbytes, and torchao, which compiles its step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ("AdamW8bit", "PagedAdamW8bit", pytest.param("torchao", marks=pytest.mar
 
 
 def net() -> nn.Sequential:
-    """Large enough for quantised state: tensors under 4,096 elements are kept whole."""
+    """Return a model large enough for quantised state: tensors under 4,096 elements are not quantised."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
 

@@ -1,4 +1,4 @@
-"""LoRA parameters by name and by layer, and adapters that come and go during training."""
+"""Find LoRA parameters by name and by layer, and change adapters during training."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_scopes_put_the_parts_of_a_layer_together(dora: bool) -> None:
 
 
 def test_scopes_equal_scope_module() -> None:
-    """The same training, bit for bit, and not that of one global scope."""
+    """Both scopes give equal results bit for bit, different from one global scope."""
     ends: dict[str, list[Tensor]] = {}
     for kind in ("mapping", "module", "global"):
         model = Classifier(bert())
@@ -110,7 +110,7 @@ def test_scopes_equal_scope_module() -> None:
 
 
 def captured(model: Classifier) -> SourceGradient:
-    """A source over the adapter alone."""
+    """Capture a source of the adapter only."""
     model.head.requires_grad_(False)
     source = SourceGradient.capture(model, examples(1), cross_entropy)
     model.head.requires_grad_(True)
@@ -205,7 +205,7 @@ def test_adapter_frozen_later_stays_untouched() -> None:
     metrics = optimizer.metrics()
     assert metrics["steps"] == 6
     assert metrics["update_norm"] > 0
-    # And thawed again.
+    # And unfrozen again.
     model.encoder.base_model.set_adapter(["default", "second"])
     step(4)
     assert not any(torch.equal(p, value) for p, value in kept.items())

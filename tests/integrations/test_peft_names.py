@@ -1,4 +1,4 @@
-"""Names of PEFT models: the README's source example for every kind of head, other adapter names, and mismatches."""
+"""Match names of PEFT models: the README's example for every kind of head, other adapter names, and mismatches."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def batches(model: PeftModel, seed: int = 0) -> list[Batch]:
 
 
 def capture(model: PeftModel, **options: Any) -> SourceGradient:
-    """As the README does it, with what ``options`` change."""
+    """Capture as in the README, with changed ``options``."""
     options = {"names": lora_parameters(model), **options}
     return SourceGradient.capture(model, batches(model), lambda model, batch: model(**batch).loss, **options)
 
@@ -113,7 +113,7 @@ def refused(model: PeftModel, source: SourceGradient, names: Any) -> str:
 
 
 def run(line: str, model: PeftModel) -> Any:
-    """The value of an expression for ``names`` that a message gives."""
+    """Evaluate an expression for ``names`` from a message."""
     return eval(line, {"lora_parameters": lora_parameters, "model": model})
 
 
@@ -155,7 +155,7 @@ def test_i35_another_rank_is_named(rank: int, targets: list[str]) -> None:
     source = capture(causal(r=rank, target_modules=targets))
     model = causal(target_modules=targets)
     message = refused(model, source, lora_parameters(model))
-    assert f"adapter of rank {rank}, found one of rank 2: make the adapter with LoraConfig(r={rank})" in message
+    assert f"adapter of rank {rank}, found one of rank 2: create the adapter with LoraConfig(r={rank})" in message
 
 
 def test_i35_other_target_modules_are_named() -> None:
@@ -197,7 +197,7 @@ def two_adapters(first: Callable[[], PeftModel]) -> PeftModel:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_i35_a_source_of_one_adapter_serves_another(kind: str) -> None:
-    """The pull on each parameter is that of the entry without the adapter's name."""
+    """Each parameter is pulled by the entry that is equal up to the adapter's name."""
     source = capture(MODELS[kind](), names=None)
     model = two_adapters(MODELS[kind])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -222,12 +222,12 @@ def test_i35_a_source_of_one_adapter_serves_another(kind: str) -> None:
 
 
 def test_i35_the_adapter_that_was_captured_keeps_its_source() -> None:
-    """Both are in the optimizer, one is frozen: which one a source of the frozen one is for must be said."""
+    """The optimizer has both adapters, one frozen. A source of the frozen one is ambiguous and raises."""
     source = capture(causal())
     model = two_adapters(causal)
     message = refused(model, source, model)
     assert "missing from the source" in message
-    assert "The source is of adapter 'default', which the optimizer has too, beside 'b'" in message
+    assert "The source is of adapter 'default', which the optimizer trains together with 'b'" in message
     found = re.search(r"names=(.*\))$", message)
     assert found is not None
     GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model))
@@ -240,12 +240,12 @@ def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
     assert len(both.names()) == 2 * len(capture(causal()).names())
     first = {name: t for name, t in both.anchor.items() if ".default." in name}
     GradGuide(AdamW(model.parameters()), alignment=Alignment(both), names=lora_parameters(model))
-    # Of one of them only: the other has no source, and no entry of it is taken for another's.
+    # Names of one adapter only: the other one has no source.
     source = capture(causal())
     message = refused(model, source, lora_parameters(model))
     assert f"{len(first)} missing from the source" in message
     assert ".b." in message
-    # And of a third one: either could be meant.
+    # A source of a third adapter could belong to either.
     third = source.renamed({name: name.replace(".default.", ".c.") for name in source.names()})
     message = refused(model, third, lora_parameters(model))
     assert "The source has adapter 'c', the optimizer 'b' and 'default'" in message

@@ -1,4 +1,4 @@
-"""Sources of LoRA adapters: capture, training under one, and files."""
+"""Capture sources of LoRA adapters, train with them, and save them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = QUIET
 
 
 def capture(model: Classifier, batches: list[Batch] | None = None) -> SourceGradient:
-    """Over the adapter alone: the head is frozen meanwhile."""
+    """Capture a source of the adapter only, with a frozen head."""
     model.head.requires_grad_(False)
     source = SourceGradient.capture(model, batches or examples(1), cross_entropy)
     model.head.requires_grad_(True)
@@ -79,7 +79,7 @@ def test_capture_is_of_the_adapter() -> None:
 
 @pytest.fixture(scope="module")
 def learned() -> Learned:
-    """A source task learned with every trainable parameter, and the source of its adapter."""
+    """A model trained on the source task with all trainable parameters, and the source of its adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ class Learned:
     source: SourceGradient
 
     def adapt(self, seed: int = 3, **options: Any) -> Adapted:
-        """Train on a target with a fresh head outside ``names``, from the same start each time."""
+        """Train on a target with a new head outside ``names``, from the same initial state."""
         model = self.model
         model.load_state_dict(self.state)
         torch.manual_seed(seed)
@@ -117,7 +117,7 @@ class Learned:
                 optimizer.step()
                 optimizer.zero_grad()
         modelled = self.modelled()
-        # The source loss is that under the head that it was learned with.
+        # The source loss needs the head of the source task.
         model.head.load_state_dict({name: self.state[f"head.{name}"] for name in ("weight", "bias")})
         model.eval()
         with torch.no_grad():
@@ -125,13 +125,13 @@ class Learned:
         return Adapted(sum(losses[:6]) / 6, sum(losses[-6:]) / 6, modelled, kept, optimizer.metrics())
 
     def modelled(self) -> float:
-        """By how much the source loss rose, as the source models it: s0 d + F d^2 / 2."""
-        known = lora_parameters(self.model)
-        row = self.source.row([name for name, _ in known], [p.detach() for _, p in known])
+        """Return the rise of the source loss that the source predicts: s0 d + F d^2 / 2."""
+        pairs = lora_parameters(self.model)
+        row = self.source.row([name for name, _ in pairs], [p.detach() for _, p in pairs])
         assert row.offset is not None
         assert row.scale is not None
         assert row.anchor is not None
-        parts = zip(row.offset, row.scale, row.anchor, known, strict=True)
+        parts = zip(row.offset, row.scale, row.anchor, pairs, strict=True)
         moves = [(s0, f, p.detach() - anchor) for s0, f, anchor, (_, p) in parts]
         return sum(float((s0 * d + 0.5 * f * d.square()).sum()) for s0, f, d in moves)
 
@@ -159,7 +159,7 @@ def test_whole_loop(learned: Learned, tmp_path: Path) -> None:
 
 
 def test_defaults_keep_the_source(learned: Learned) -> None:
-    """Under the default options the source loss ends below that of a run without the source, in the mean over heads."""
+    """With default options, the final source loss is below that without the source, on average over heads."""
     anchored = Alignment(learned.source.anchored())
     plain, guided = ([learned.adapt(seed, alignment=each) for seed in range(3, 8)] for each in (None, anchored))
     before = learned.source.metadata["loss"]

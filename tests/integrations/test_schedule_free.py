@@ -1,5 +1,4 @@
-"""Bases that evaluate elsewhere than they train: ``train`` and ``eval`` are theirs, also through Accelerate and Trainer
-(row 22)."""
+"""Forward ``train`` and ``eval`` of schedule-free bases, also through Accelerate and Trainer (row 22)."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def base_of(model: nn.Module) -> Any:
 
 
 def train(model: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    """Steps on the batches of ``steps``; then the parameters are those to evaluate."""
+    """Train on the batches of ``steps``, and switch to the parameters for evaluation."""
     optimizer.train()
     kit.train(model, optimizer, steps)
     optimizer.eval()

@@ -1,4 +1,4 @@
-"""GradGuideCallback in a real Trainer."""
+"""Run GradGuideCallback in a real Trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def reporter(rows: list[dict[str, float]]) -> Any:
-    """A callback that takes down what TensorBoard and the like would be given."""
+    """Return a callback that records the logs that reporters such as TensorBoard receive."""
 
     class Reporter(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -32,7 +32,7 @@ def train(folder: Path, *, steps: int = 4, every: int = 1, **extra: Any) -> tupl
     rows: list[dict[str, float]] = []
     trainer = trainer_of(bert(), folder, steps=steps, callbacks=[GradGuideCallback()], **extra)
     trainer.args.logging_steps = trainer.state.logging_steps = every
-    # Where Trainer puts its reporters: after the flow of control, before the callbacks of the user.
+    # The position of Trainer's reporters: after the flow callback, before user callbacks.
     trainer.callback_handler.callbacks.insert(1, reporter(rows))
     trainer.train()
     return trainer, rows

@@ -1,4 +1,4 @@
-"""One rank of test_base_shards.py: a frozen, sharded base model, and names that were made before it was sharded.
+"""Run one rank of test_base_shards.py: a frozen, sharded base model, and names created before sharding.
 
 Run as ``python base_rank.py RANK WORLD FOLDER``.
 """

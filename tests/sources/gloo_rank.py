@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: captures over its share of the data and saves what it got.
+"""Run one rank of test_distributed.py: capture over its share of the data and save the source.
 
 Run as ``python gloo_rank.py RANK WORLD FOLDER``.
 """
@@ -33,7 +33,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         for p, (gradient, value) in held.items():
             assert p.grad is gradient
             assert torch.equal(gradient, value)
-    # DDP averages over ranks again, as before the capture.
+    # After the capture, DDP averages over ranks again.
     ddp.zero_grad()
     F.cross_entropy(ddp(share["x"]), share["y"]).backward()
     for p, (_, value) in held.items():

@@ -15,7 +15,7 @@ Table = dict[str, Tensor]
 
 
 def softmax_problem(count: int, features: int = 3, classes: int = 3, seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A linear classifier in float64, inputs [count, features] and labels [count]."""
+    """Return a linear classifier in float64, inputs [count, features] and labels [count]."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(features, classes, dtype=torch.float64)
     with torch.no_grad():
@@ -27,13 +27,13 @@ def softmax_problem(count: int, features: int = 3, classes: int = 3, seed: int =
 
 
 def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Mean loss of a batch (x, y)."""
+    """Return the mean loss of a batch (x, y)."""
     x, y = batch
     return F.cross_entropy(model(x), y)
 
 
 def per_example(model: nn.Linear, x: Tensor, y: Tensor) -> Table:
-    """Gradients of each example's cross entropy, by hand: (p - onehot(y)) times x, shape [count, ...]."""
+    """Return per-example gradients of cross entropy in closed form: (p - onehot(y)) times x, shape [count, ...]."""
     with torch.no_grad():
         scores = x @ model.weight.T + model.bias
         residual = scores.softmax(dim=1) - F.one_hot(y, scores.shape[1])
@@ -41,13 +41,13 @@ def per_example(model: nn.Linear, x: Tensor, y: Tensor) -> Table:
 
 
 def split(x: Tensor, y: Tensor, sizes: Sequence[int]) -> list[Example]:
-    """Batches (x, y) of the given sizes, in order."""
+    """Split data into batches (x, y) of the given sizes, in order."""
     assert sum(sizes) == x.shape[0]
     return list(zip(x.split(list(sizes)), y.split(list(sizes)), strict=True))
 
 
 def answer(source: SourceGradient, at: Table | None = None) -> Table:
-    """What the source answers in float64, at ``at`` (default: zeros, which matters only with curvature)."""
+    """Return the source gradient in float64 at ``at`` (default: zeros, which is relevant only with curvature)."""
     names = source.names()
     points = [torch.zeros(source.shapes()[n], dtype=torch.float64) if at is None else at[n].detach() for n in names]
     row = source.row(names, points)
@@ -55,7 +55,7 @@ def answer(source: SourceGradient, at: Table | None = None) -> Table:
 
 
 def fisher(source: SourceGradient, model: nn.Module) -> Table:
-    """The source's F, after a check that one unit along every parameter moves the answer by just that."""
+    """Return F, and check that a unit step along every parameter changes the source gradient by F."""
     here = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     names = source.names()
     row = source.row(names, [here[name] for name in names])
@@ -68,14 +68,14 @@ def fisher(source: SourceGradient, model: nn.Module) -> Table:
 
 
 def close(found: Table, wanted: Table, rtol: float = 1e-12, atol: float = 1e-14) -> None:
-    """Same names in the same order, and the same values."""
+    """Assert equal names in equal order, and close values."""
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=rtol, atol=atol)
 
 
 def frozen_body(seed: int) -> nn.Sequential:
-    """Three frozen layers of sizes that two ranks cannot divide evenly, and a head that is trained."""
+    """Return three frozen layers whose sizes are not divisible by two ranks, and a trained head."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 9), nn.Linear(9, 3), nn.Linear(3, 1))
     model[:3].requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A base model that FSDP2 shards is recognised on every rank, and its numbers are those of one process (row 36)."""
+"""Identify a base model sharded by FSDP2 on every rank, with the values of one process (row 36)."""
 
 from __future__ import annotations
 

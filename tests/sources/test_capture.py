@@ -1,4 +1,4 @@
-"""The mean gradient that a capture finds, against gradients by hand."""
+"""Compare captured mean gradients with gradients in closed form."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_i31_unused_parameters_are_stored_as_zero_and_named(curvature: bool) -> 
 
 
 def test_i31_a_parameter_that_one_batch_reaches_is_not_named() -> None:
-    """An expert without tokens in the other batch."""
+    """Each of two experts gets tokens in one batch only."""
     experts = nn.ModuleList([nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)]).double()
     batches = [torch.full((2, 2), float(which), dtype=torch.float64) for which in range(2)]
     source = SourceGradient.capture(
@@ -120,7 +120,7 @@ def test_sums_are_wider_than_a_bfloat16_model() -> None:
 
 
 class Pair(nn.Module):
-    """Takes its inputs by keyword, as language models do."""
+    """A model with keyword inputs, like language models."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Captures that cannot be made say why."""
+"""Check the errors of captures that are not possible."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_i25_hooks_that_would_step_in_backward_are_refused() -> None:
     before = model.bias.detach().clone()
     with pytest.raises(RuntimeError, match=r"bias has a hook that runs in backward.*remove the hooks"):
         SourceGradient.capture(model, batches(), mean)
-    with pytest.raises(RuntimeError, match="bias has a hook"):  # it is not captured, but its hook would run
+    with pytest.raises(RuntimeError, match="bias has a hook"):  # not captured, but its hook would run
         SourceGradient.capture(model, batches(), mean, names=[("weight", model.weight)])
     assert torch.equal(model.bias, before)
     handle.remove()
@@ -107,7 +107,7 @@ def test_loss_not_finite_names_the_batch(bad: float) -> None:
 def test_gradient_not_finite_under_a_finite_loss() -> None:
     model = nn.Linear(2, 1, bias=False)
     with pytest.raises(ValueError, match=r"batch 0 has a loss of 0\.0 and gradients that are not finite"):
-        # The square root of zero has no slope.
+        # The square root has no finite derivative at zero.
         SourceGradient.capture(model, batches(), lambda m, b: m(b * 0.0).sqrt().mean())
 
 

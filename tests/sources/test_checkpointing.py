@@ -1,4 +1,4 @@
-"""Captures of models that are trained with activation checkpointing or compiled: the gradient of the plain model."""
+"""Capture models with activation checkpointing or torch.compile: gradients equal those of the plain model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .problems import answer, close, fisher
 
 
 class Net(nn.Module):
-    """Two layers, of which the first is checkpointed, within another checkpoint if asked."""
+    """Two layers. The first one is checkpointed, optionally inside another checkpoint."""
 
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_i31_a_checkpointed_model_has_the_gradient_of_the_plain_one(kind: str, c
 
 
 def test_i31_parameters_cut_off_by_a_reentrant_checkpoint_are_named() -> None:
-    """Its inputs require no gradient: training gives these parameters none either."""
+    """The inputs require no gradient, so the parameters get no gradient in training either."""
     batches = [batch.detach() for batch in data()]
     with (
         pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),

@@ -1,4 +1,4 @@
-"""Capture under torch.distributed: every rank gets the source of all the data."""
+"""Capture under torch.distributed: every rank gets the source of all data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many examples a batch counts as."""
+"""Count the examples of batches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .problems import answer, close
 
 
 def packed(lengths: list[int]) -> dict[str, Tensor]:
-    """Sequences one after the other in a single row, as padding-free collators make them."""
+    """Return sequences concatenated in a single row, like padding-free collators."""
     generator = torch.Generator().manual_seed(sum(lengths))
     x = torch.randn(1, sum(lengths), 3, generator=generator)
     return {"x": x, "ends": torch.tensor(lengths).cumsum(0)}
 
 
 def mean_of_means(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean over the sequences of each one's mean output."""
+    """Return the mean over sequences of their mean output."""
     lengths = batch["ends"].diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
     return torch.stack([part.mean() for part in model(batch["x"])[0].split(lengths)]).mean()
 
@@ -78,7 +78,7 @@ def test_any_kind_of_batch_with_a_count() -> None:
         nn.Linear(3, 1), batches, of_graph, curvature=False, examples=lambda batch: batch.num_graphs
     )
     assert source.metadata["examples"] == 5
-    with pytest.raises(TypeError, match=r"found Graph; for other kinds give examples=lambda batch"):
+    with pytest.raises(TypeError, match=r"found Graph; for other types pass examples=lambda batch"):
         SourceGradient.capture(nn.Linear(3, 1), batches, of_graph)
 
 

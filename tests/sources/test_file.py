@@ -1,4 +1,4 @@
-"""Source files: what was saved comes back bit for bit, and nothing else is taken for a source."""
+"""Save and load source files: sources are restored bit for bit, and other files are rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .problems import cross_entropy, softmax_problem, split
 
 
 def tables(source: SourceGradient) -> dict[str, list[Tensor]]:
-    """Every tensor that the source holds, as it holds it."""
+    """Return every tensor of the source in its stored dtype."""
     names = source.names()
     row = source.row(names, [torch.zeros(shape) for shape in source.shapes().values()])
     parts = {"offset": row.offset, "scale": row.scale, "anchor": row.anchor}
@@ -57,7 +57,7 @@ def test_round_trip_of_a_capture(tmp_path: Path, curvature: bool, dtype: torch.d
     path = tmp_path / "folder" / "source.safetensors"
     source.save(path)
     equal(SourceGradient.load(path), source)
-    # Once more over itself, by a string, from what was loaded.
+    # Save the loaded source to the same path, given as a string.
     SourceGradient.load(str(path)).save(str(path))
     equal(SourceGradient.load(path), source)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -144,7 +144,7 @@ def test_any_other_bytes(tmp_path: Path, content: bytes) -> None:
 
 
 class Trap:
-    """Unpickling it would leave a mark."""
+    """An object whose unpickling sets ``sprung``."""
 
     sprung = False
 
@@ -265,7 +265,7 @@ def test_metadata_nested_without_end(tmp_path: Path, text: str) -> None:
 
 
 def test_one_flipped_bit_in_the_header(tmp_path: Path) -> None:
-    """Each file loads or is refused with ``ValueError``: no other error, whatever the bit is part of."""
+    """Each file loads or raises ``ValueError``. No flipped bit leads to another error."""
     model, x, y = softmax_problem(4)
     SourceGradient.capture(model, split(x, y, [2, 2]), cross_entropy).save(tmp_path / "whole.safetensors")
     content = (tmp_path / "whole.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""The Fisher information that a capture finds: against per-example loops, exact expectations and closed forms."""
+"""Compare captured Fisher information with per-example loops, exact expectations and closed forms."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def mean_square(gradients: Table) -> Table:
 
 
 def linear(model: nn.Module, x: Tensor) -> Tensor:
-    """A loss whose per-example gradient is x itself."""
+    """Return a loss whose per-example gradient is x."""
     loss: Tensor = model(x).mean()
     return loss
 
 
 def partitions(items: Sequence[int], sizes: Sequence[int]) -> Iterator[list[list[int]]]:
-    """All ordered ways to deal the items into batches of the given sizes."""
+    """Yield all ordered ways to split the items into batches of the given sizes."""
     if not sizes:
         yield []
         return
@@ -83,12 +83,12 @@ def test_small_batches_are_unbiased() -> None:
         table = torch.stack(values)
         error = table.std(dim=0) / math.sqrt(len(values))
         assert ((table.mean(dim=0) - wanted[name]).abs() < 4 * error).all(), name
-        # The error is small enough to tell an estimate that ignores the batch size, which is off by a factor near 3.
+        # The tolerance excludes an estimate that ignores the batch size: it is off by a factor of about 3.
         assert (error < 0.1 * wanted[name]).all(), name
 
 
 def test_never_negative() -> None:
-    # One large batch among small ones, every batch with the same sum: the unbiased estimate alone is -0.29.
+    # One large batch among small ones, all with equal sums: the unbiased estimate without clamping is -0.29.
     x = torch.tensor([[0.125]] * 8 + [[1.0], [1.0]], dtype=torch.float64)
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     source = SourceGradient.capture(model, x.split([8, 1, 1]), linear, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_never_negative() -> None:
 
 
 def test_true_fisher_in_exact_expectation() -> None:
-    """Weighing every assignment of labels by its probability under the model gives the analytic Fisher information."""
+    """The mean over all label assignments, weighted by their probability, is the analytic Fisher information."""
     model, x, y = softmax_problem(3, features=2, classes=2)
     probabilities = (x @ model.weight.T + model.bias).softmax(dim=1).detach()
     wanted: Table = {}
@@ -124,7 +124,7 @@ def test_true_fisher_in_exact_expectation() -> None:
 
 def test_true_fisher_from_drawn_labels() -> None:
     model, x, _ = softmax_problem(1600, features=2, classes=2, seed=5)
-    y = torch.zeros(1600, dtype=torch.long)  # wrong labels: the empirical Fisher information is another one
+    y = torch.zeros(1600, dtype=torch.long)  # wrong labels: the empirical Fisher information differs
     probabilities = (x @ model.weight.T + model.bias).softmax(dim=1).detach()
     variance = probabilities.prod(dim=1)
     wanted = (variance[:, None] * x.square()).mean(dim=0).expand(2, 2)
@@ -170,7 +170,7 @@ def test_moving_answer() -> None:
 
 
 def test_moving_answer_is_the_gradient_of_a_quadratic_loss() -> None:
-    """Least squares with one feature per example: F is the Hessian, so the answer is the gradient everywhere."""
+    """For least squares with one feature per example, F is the Hessian, so the model of the gradient is exact."""
     x = torch.diag(torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)).repeat(2, 1)
     y = torch.randn(8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
@@ -180,7 +180,7 @@ def test_moving_answer_is_the_gradient_of_a_quadratic_loss() -> None:
         return loss
 
     def one(m: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        # A residual of one has the square of the model's own unit noise.
+        # A residual of 1 equals the standard deviation of the model's unit noise.
         predicted = m(batch[0])
         loss: Tensor = 0.5 * (predicted - predicted.detach() - 1.0).square().mean()
         return loss

@@ -1,4 +1,4 @@
-"""Several sources: names, weights, and a set that changes while training goes on."""
+"""Use several sources: names, weights, and changes during training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_names_tell_the_metrics_apart() -> None:
 
 
 def test_each_source_has_a_weight_of_its_own() -> None:
-    """A source of weight 0 beside another pulls nothing."""
+    """A source of weight 0 has no pull."""
     model, twin = kit.net(), kit.net()
     both = guide(model, Alignment([source(1), source(2)], weight=[0.7, 0.0], project=False))
     one = guide(twin, Alignment(source(1), weight=0.7, project=False))

@@ -1,4 +1,4 @@
-"""Whether a source fits an optimizer: the list of what does not, and the names that wrappers change."""
+"""Match sources with optimizers: lists of mismatches, and names changed by wrappers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class Wrapped(nn.Module):
-    """As DDP, FSDP and torch.compile do it: the model under an attribute of theirs."""
+    """A wrapper like DDP, FSDP and torch.compile, with the model in an attribute."""
 
     def __init__(self, model: nn.Module, attribute: str) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_a_child_called_module_matches_under_ddp() -> None:
 
 
 class WithModule(nn.Module):
-    """Has a submodule that is really called ``module``, and parameters of the same names outside it."""
+    """A model with a submodule named ``module``, and parameters with the same names outside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_a_submodule_called_module_keeps_its_name_also_under_ddp() -> None:
     part = SourceGradient({"module.weight": torch.ones(1, 3)})
     inner = list(model.module.parameters())
     GradGuide(AdamW(inner), alignment=Alignment(part), names=model)
-    # Pairs of this submodule alone are taken for those of DDP, and match all the same.
+    # Pairs of this submodule alone look like those of DDP, and still match.
     GradGuide(AdamW(inner), alignment=Alignment(part), names={"module.weight": inner[0]})
 
 
@@ -196,7 +196,7 @@ def test_optimizer_given_named_parameters_needs_no_names() -> None:
 
 
 def test_frozen_parameters_need_not_be_in_the_source() -> None:
-    """The base model under an adapter: PEFT's examples give all parameters to the optimizer."""
+    """Frozen base parameters in the optimizer, as in PEFT's examples, need no entry in the source."""
     frozen, trained = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(2))
     source = SourceGradient({"trained": torch.tensor([1.0, 0.0])})
     optimizer = GradGuide(

@@ -1,4 +1,4 @@
-"""Several sources merged into one, and files of sources in 8 bits, which are refused."""
+"""Merge several sources into one, and reject files of 8-bit sources."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_captured_in_8_bits_is_refused() -> None:
 
 
 def test_merging_answers_with_the_sum_of_the_answers_everywhere() -> None:
-    """Exactly, with curvature too: wherever the parameters are, not only where a source was captured."""
+    """The result is exact at any parameters, also with curvature."""
     torch.manual_seed(0)
     sources = [kit.source_of(kit.net(), seed=seed) for seed in (1, 2, 3)]
     weights = [0.5, 0.0, 2.0]
@@ -69,7 +69,7 @@ def test_merging_without_curvature() -> None:
         (lambda: [fixed(1)], [-1.0], r"weight must be in \[0, inf\), found -1.0"),
         (lambda: [fixed(1)], [0.0], "must not all be 0"),
         (lambda: [fixed(1), kit.source_of(kit.net())], None, "merge like with like"),
-        (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "has not the names and shapes of source 0"),
+        (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "differs from source 0 in names or shapes"),
     ],
 )
 def test_sources_that_do_not_merge(sources: Any, weights: Any, message: str) -> None:

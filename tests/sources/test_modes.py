@@ -1,4 +1,4 @@
-"""The mode that a capture runs the model in, and the buffers that it leaves as they were."""
+"""Run captures in each mode, and preserve buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .problems import answer
 
 
 class Detector(nn.Module):
-    """Has a loss in train mode only, as torchvision's detectors; batch norm, and a count that is replaced."""
+    """A model with a loss in train mode only, like torchvision's detectors, batch norm, and a replaced buffer."""
 
     steps: Tensor
 

@@ -1,4 +1,4 @@
-"""Names of parameters: which forms are taken, when they are read, and that they can be given later."""
+"""Give names of parameters: accepted forms, time of reading, and names given later."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def guide(parameters: Any, **options: Any) -> GradGuide:
 
 
 def pulled(optimizer: GradGuide, source: SourceGradient, names: Mapping[nn.Parameter, str]) -> None:
-    """Take a step, and check that each named parameter is pulled by its own entry, and others by nothing."""
+    """Step, and check that each named parameter is pulled by its own entry, and others are not pulled."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.ones_like(p)
@@ -150,7 +150,7 @@ def test_a_group_that_a_source_lacks_is_refused_with_nothing_changed() -> None:
 
 
 def test_i35_parameters_that_were_replaced_are_found_by_the_model() -> None:
-    """As ``fully_shard`` replaces them, before the optimizer is made and after it."""
+    """Parameters are replaced as by ``fully_shard``, before and after the optimizer is created."""
     model = model_of()
     source = source_of(model)
 
@@ -161,7 +161,7 @@ def test_i35_parameters_that_were_replaced_are_found_by_the_model() -> None:
 
     optimizer = guide(replaced(), alignment=pull(source), names=model)
     pulled(optimizer, source, {p: name for name, p in model.named_parameters()})
-    optimizer.param_groups[0]["params"] = replaced()[::-1]  # in another order, so that the place does not tell
+    optimizer.param_groups[0]["params"] = replaced()[::-1]  # in another order, so that the position gives no hint
     pulled(optimizer, source, {p: name for name, p in model.named_parameters()})
 
 
@@ -173,7 +173,7 @@ def test_i20_an_optimizer_with_a_model_as_names_can_be_copied(copied: Callable[[
     model.append(frozen.requires_grad_(False))
     optimizer = guide(model[:2].parameters(), alignment=pull(source), names=model)
     alone = pickle.dumps(optimizer)
-    assert len(alone) < 300 * 300 * 4  # the frozen weights are not in it
+    assert len(alone) < 300 * 300 * 4  # frozen weights are not included
     twin_model, twin = copied((model, optimizer))
     pulled(twin, source, {p: name for name, p in twin_model[:2].named_parameters()})
 

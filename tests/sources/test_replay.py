@@ -1,4 +1,4 @@
-"""Live source gradients."""
+"""Replay source batches for live source gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.contract import kit
 
 
 def old(step: int) -> tuple[Tensor, Tensor]:
-    """Batches of the source task, apart from those of the target."""
+    """Return a batch of the source task, distinct from those of the target."""
     return kit.batch(500 + step)
 
 
@@ -39,7 +39,7 @@ def flat(tensors: Any) -> Tensor:
 
 
 def test_the_projection_is_that_of_a_gem() -> None:
-    """g - (g.r / r.r) r where they conflict, with r the live gradient of the next source batch."""
+    """On conflict the gradient is g - (g.r / r.r) r, where r is the gradient of the next source batch."""
     model = kit.net()
     optimizer = guide(model, replay_of(model))
     conflicts = 0
@@ -80,7 +80,7 @@ def test_between_evaluations_the_last_answer_stands() -> None:
 
 
 def test_a_weighted_pull_adds_the_live_gradient() -> None:
-    """Weight 1 without projection is training on the sum of both losses, as replay does."""
+    """Weight 1 without projection equals training on the sum of both losses."""
     model, plain = kit.net(), kit.net()
     optimizer = guide(model, replay_of(model), alignment={"weight": 1.0, "project": False})
     other = kit.sgd(plain.parameters())
@@ -105,7 +105,7 @@ class Noisy(nn.Module):
 
 
 def test_it_leaves_no_trace_but_its_answer() -> None:
-    """Gradients, those of parameters that it is not asked about too, batch statistics, randomness."""
+    """Gradients (also of other parameters), batch statistics and random state are unchanged."""
     model, plain = Noisy(), Noisy()
     for each in (model, plain):
         each.old.requires_grad_(False)
@@ -152,7 +152,7 @@ def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer()
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return kit.loss_of(model, batch) * (float("inf") if explode.pop(0) else 1.0)
 
-    scaler.scale(torch.zeros(()))  # which makes it draw up its scale
+    scaler.scale(torch.zeros(()))  # initialises its scale
     source = ReplaySource([old(0)], loss, scaler=scaler)
     named = dict(model.named_parameters())
     source.refresh(named, list(named.values()))
@@ -266,7 +266,7 @@ def test_parameters_of_another_optimizer_keep_their_gradients(reentrant: bool) -
         assert p.grad is gradient
         assert torch.equal(gradient, value)
     assert batch.grad is None
-    assert optimizer.metrics()["source_cosine"] == optimizer.metrics()["source_cosine"]  # measured, not NaN
+    assert optimizer.metrics()["source_cosine"] == optimizer.metrics()["source_cosine"]  # not NaN
 
 
 def test_i25_hooks_that_a_replay_would_set_off_are_refused() -> None:

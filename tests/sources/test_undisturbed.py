@@ -1,4 +1,4 @@
-"""What a capture leaves as it was, also when it fails."""
+"""Check that a capture restores the model's state, also after an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradguide import SourceGradient
 
 
 def model_of_all_sorts() -> nn.Sequential:
-    """Batch norm, dropout, a frozen layer, mixed modes, and gradients on some parameters only."""
+    """Return a model with batch norm, dropout, a frozen layer, mixed modes, and gradients on some parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 6),

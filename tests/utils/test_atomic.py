@@ -17,7 +17,7 @@ import torch
 
 from gradguide import History, SourceGradient
 from gradguide.utils import atomic
-from gradguide.utils.atomic import replacing
+from gradguide.utils.atomic import atomic_write
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 def test_new_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         assert temporary.name == target.name
         temporary.write_text("new")
         assert not target.exists()
@@ -43,7 +43,7 @@ def test_new_file(tmp_path: Path) -> None:
 
 
 def test_folders_are_made_and_strings_taken(tmp_path: Path) -> None:
-    with replacing(str(tmp_path / "deep" / "er" / "a")) as temporary:
+    with atomic_write(str(tmp_path / "deep" / "er" / "a")) as temporary:
         temporary.write_text("new")
     assert (tmp_path / "deep" / "er" / "a").read_text() == "new"
 
@@ -51,7 +51,7 @@ def test_folders_are_made_and_strings_taken(tmp_path: Path) -> None:
 def test_old_content_until_the_end(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
@@ -64,7 +64,7 @@ def test_failure_leaves_what_was_there(tmp_path: Path, error: type[BaseException
     target = tmp_path / "a.txt"
     if existing:
         target.write_text("old")
-    with pytest.raises(error, match="stop"), replacing(target) as temporary:
+    with pytest.raises(error, match="stop"), atomic_write(target) as temporary:
         temporary.write_text("half")
         raise error("stop")
     assert names(tmp_path) == (["a.txt"] if existing else [])
@@ -77,7 +77,7 @@ def test_writer_that_removes_the_temporary_fails_and_keeps_the_old(tmp_path: Pat
     target = tmp_path / "a.txt"
     if existing:
         target.write_text("old")
-    with pytest.raises(FileNotFoundError), replacing(target) as temporary:
+    with pytest.raises(FileNotFoundError), atomic_write(target) as temporary:
         temporary.unlink()
     assert names(tmp_path) == (["a.txt"] if existing else [])
 
@@ -86,7 +86,7 @@ def test_writer_that_removes_the_temporary_fails_and_keeps_the_old(tmp_path: Pat
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o000])
 def test_mode_follows_the_umask(tmp_path: Path, umask: None, mask: int) -> None:
     os.umask(mask)
-    with replacing(tmp_path / "a.txt") as temporary:
+    with atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
     (tmp_path / "plain.txt").write_text("as open() makes it")
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.txt", "plain.txt")]
@@ -96,7 +96,7 @@ def test_mode_follows_the_umask(tmp_path: Path, umask: None, mask: int) -> None:
 
 def test_two_writers_at_once_do_not_share_a_temporary(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    with replacing(target) as first, replacing(target) as second:
+    with atomic_write(target) as first, atomic_write(target) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -110,7 +110,7 @@ import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
 atomic = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(atomic)
-with atomic.replacing(sys.argv[2]) as temporary:
+with atomic.atomic_write(sys.argv[2]) as temporary:
     temporary.write_text("half")
     (temporary.parent / "of the writer").write_text("safetensors and others write files of their own first")
     print("writing", flush=True)
@@ -131,7 +131,7 @@ def writer(target: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def save(target: Path, text: str = "new") -> None:
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(text)
 
 
@@ -172,7 +172,7 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path: Path) -> None:
 @posix
 def test_without_file_locks_only_old_leftovers_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_lock", lambda file: None)
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt") as temporary:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a.txt") as temporary:
         left = [temporary.parent, temporary.parent.with_name(f"{temporary.parent.name}0")]
         raise RuntimeError
     for folder, age in zip(left, (60, 48 * 3600), strict=True):
@@ -239,7 +239,7 @@ def test_what_is_no_regular_file_is_refused_before_anything_is_written(tmp_path:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
     for name, error in (("folder", IsADirectoryError), ("pipe", OSError), ("file/below", NotADirectoryError)):
-        with pytest.raises(error, match=name), replacing(tmp_path / name):
+        with pytest.raises(error, match=name), atomic_write(tmp_path / name):
             pytest.fail("must not start to write")
     assert names(tmp_path) == ["file", "folder", "pipe"]
 

@@ -21,7 +21,7 @@ from gradguide.utils.names import (
     canonical_names,
     model_names,
     module_of,
-    named,
+    normalize_names,
     without_adapter,
 )
 
@@ -140,25 +140,25 @@ def test_named_from_every_form() -> None:
         yield from given_pairs
 
     for form in (given_pairs, generator(), dict(given_pairs), {p: name for name, p in given_pairs}):
-        found = named(form)
+        found = normalize_names(form)
         assert found == wanted
         assert list(found.values()) == ["b.weight", "a.weight"]
 
 
 def test_first_name_of_a_shared_parameter_counts() -> None:
     shared = nn.Parameter(torch.zeros(1))
-    assert named([("embed.weight", shared), ("head.weight", shared)]) == {shared: "embed.weight"}
+    assert normalize_names([("embed.weight", shared), ("head.weight", shared)]) == {shared: "embed.weight"}
 
 
 def test_the_same_pair_twice_is_no_conflict() -> None:
     one = nn.Parameter(torch.zeros(1))
-    assert named([("a", one), ("_orig_mod.a", one)]) == {one: "a"}
+    assert normalize_names([("a", one), ("_orig_mod.a", one)]) == {one: "a"}
 
 
 @pytest.mark.parametrize("second", ["a.weight", "a._orig_mod.weight"])
 def test_one_name_for_two_parameters(second: str) -> None:
     with pytest.raises(ValueError, match=r"unique, found 'a\.weight' for two parameters"):
-        named([("a.weight", nn.Parameter(torch.zeros(1))), (second, nn.Parameter(torch.zeros(1)))])
+        normalize_names([("a.weight", nn.Parameter(torch.zeros(1))), (second, nn.Parameter(torch.zeros(1)))])
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_one_name_for_two_parameters(second: str) -> None:
 )
 def test_what_does_not_pair(wrong: object) -> None:
     with pytest.raises(TypeError, match="names must pair parameters with their names"):
-        named(wrong)  # type: ignore[arg-type]
+        normalize_names(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [3, None, object(), torch.ones])
 def test_what_is_no_collection(wrong: object) -> None:
     with pytest.raises(TypeError, match="names must be a model, pairs as of model"):
-        named(wrong)  # type: ignore[arg-type]
+        normalize_names(wrong)  # type: ignore[arg-type]
 
 
 def test_a_model_is_read_when_a_parameter_is_new() -> None:

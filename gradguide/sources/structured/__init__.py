@@ -1,7 +1,11 @@
-"""Sources in weight space: Kronecker-factored curvature of a base model, per linear layer.
+"""Provide a source in weight space: Kronecker-factored curvature of a base model, per linear layer.
 
-Start at ``source.StructuredSource``. ``layers`` finds linear layers and adapters, ``capture`` observes them,
-``factors`` holds S and G in low rank, ``pull`` is the gradient, ``storage`` the file.
+- ``source``: :class:`gradguide.StructuredSource`. Start here.
+- ``layers``: finds linear layers and adapters.
+- ``capture``: accumulates statistics of the layers over source text.
+- ``factors``: S and G in low rank.
+- ``binding``, ``pull``: the gradient with respect to a model's parameters.
+- ``storage``: files.
 """
 
 from gradguide.sources.structured.source import StructuredSource

@@ -1,4 +1,4 @@
-"""A model's parameters that change the layers of a source, and the pull on them."""
+"""Bind a source to the parameters of a model that change its layers, and compute the pull on them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Binding"]
 
 @dataclass(frozen=True, slots=True)
 class _BoundLayer:
-    """Which parameters change a layer, by name.
+    """The names of the parameters that change a layer.
 
     adapters: names of A and B, rank and scale of each trained adapter.
-    fixed: the part of D that training does not change: frozen adapters, less the source's anchor.
-    weight, start: the weight where it is trained itself, and its values at the base.
+    fixed: the constant part of D: frozen adapters minus the source's anchor.
+    weight, start: name and base values of the weight, if the weight itself is trained.
     """
 
     name: str
@@ -35,14 +35,14 @@ class _BoundLayer:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Layers of one kind and shape are computed together."""
+        """Key of the layer: layers with equal key and shape are computed together."""
         ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
         return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight is None, self.transposed
 
 
 @dataclass(slots=True)
 class _Group:
-    """Layers of one kind and shape, with their factors stacked: [layers, ...]."""
+    """Layers with equal kind and shape, and their stacked factors: [layers, ...]."""
 
     layers: list[_BoundLayer]
     inputs: Factor
@@ -54,15 +54,15 @@ class _Group:
 class Binding:
     """The parameters of one model that change the layers of a source.
 
-    It holds names and numbers, no parameter, so that it can be copied and pickled with the optimizer.
+    It holds names and values but no parameter, so it can be copied and pickled with the optimizer.
 
     Args:
-        model: with adapters of any rank, start and name, or with trained weights.
-        layers: what is stored of each layer.
-        floor (float): see :class:`gradguide.StructuredSource`.
+        model: a model with adapters of any rank, initialisation and name, or with trained weights.
+        layers: the factors of each layer.
+        floor (float): ``floor / E|y|^2`` is added to the diagonal of G for the pull, y being the layer's outputs.
 
     Raises:
-        ValueError: a layer has another shape than the source's, or no trained parameter changes any of them.
+        ValueError: a layer has another shape than in the source, or no trained parameter changes any of them.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float) -> None:
@@ -76,7 +76,7 @@ class Binding:
                 raise ValueError(
                     f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
                 )
-            bound = _bound(layer, layers[name], names)
+            bound = _bind_layer(layer, layers[name], names)
             if bound.adapters or bound.weight:
                 kinds.setdefault((*shape, *bound.kind), []).append(bound)
         if not kinds:
@@ -84,11 +84,11 @@ class Binding:
                 f"no trained parameter of the model changes one of the source's {len(layers)} layers: add an adapter, "
                 "unfreeze weights, or capture the layers that are trained"
             )
-        self._groups = [_group(bounds, layers, floor) for bounds in kinds.values()]
+        self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
 
     @property
     def names(self) -> set[str]:
-        """Names of the parameters that it pulls."""
+        """Names of the parameters with a pull."""
         found = set()
         for group in self._groups:
             for bound in group.layers:
@@ -107,10 +107,10 @@ class Binding:
 
     @torch.no_grad()
     def pull(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the pull on each parameter by name, this rank's part of it, and the modelled KL, Tensor [].
+        """Return the pull on each parameter by name (of a sharded one: the local part), and the modelled KL, Tensor [].
 
         Raises:
-            KeyError: a parameter that changes a layer is not among ``parameters``.
+            KeyError: a parameter that changes a layer is not in ``parameters``.
         """
         rows: dict[str, Tensor] = {}
         drifts = []
@@ -126,7 +126,7 @@ class Binding:
 
 
 def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[tuple[str, Tensor]], Tensor]:
-    """Return (name, pull) of every parameter of a group, and the modelled KL [layers]."""
+    """Return (name, pull) for every parameter of a group, and the modelled KL [layers]."""
     inputs, outputs = group.inputs.to(dtype=torch.float32), group.outputs.to(dtype=torch.float32)
     lefts, rights, parts, first = [], [], [], 0
     for index, (_, _, rank, scale) in enumerate(group.layers[0].adapters):
@@ -145,37 +145,37 @@ def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[tuple[s
             for bound, b_pull, a_pull in zip(group.layers, b_pulls, a_pulls, strict=True):
                 found += [(bound.adapters[index][0], a_pull), (bound.adapters[index][1], b_pull)]
         return found, drift
-    moved = torch.stack([_moved(bound, parameters) for bound in group.layers])
+    delta = torch.stack([_weight_change(bound, parameters) for bound in group.layers])
     if lefts:
-        moved = moved + torch.cat(lefts, -1) @ torch.cat(rights, -2)
-    weights, drift = weight_pull(inputs, outputs, group.floor, moved)
+        delta = delta + torch.cat(lefts, -1) @ torch.cat(rights, -2)
+    weights, drift = weight_pull(inputs, outputs, group.floor, delta)
     for place, (bound, pull) in enumerate(zip(group.layers, weights, strict=True)):
         assert bound.weight is not None
         found.append((bound.weight, pull.T if bound.transposed else pull))
         for index, (a, b, _, scale) in enumerate(bound.adapters):
-            # The left factor holds the scale already.
+            # The left factor includes the scale.
             found += [(a, lefts[index][place].T @ pull), (b, scale * (pull @ rights[index][place].T))]
     return found, drift
 
 
-def _moved(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:
+def _weight_change(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:
     """Return the change of a trained weight, [out, in]."""
     assert bound.weight is not None
     assert bound.start is not None
     now = _whole(parameters[bound.weight])
-    moved = now - bound.start.to(now.device, torch.float32)
-    return moved.T if bound.transposed else moved
+    delta = now - bound.start.to(now.device, torch.float32)
+    return delta.T if bound.transposed else delta
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """Return a parameter whole in float32. Of a DTensor that is what FSDP gathers for each forward pass too."""
+    """Return the whole parameter in float32. A DTensor is gathered, as FSDP does in each forward pass."""
     whole = parameter.detach()
     if layout_of(parameter) is not None:
         whole = whole.full_tensor()  # type: ignore[attr-defined]
     return whole.float()
 
 
-def _bound(layer: Layer, held: LayerFactors, names: Mapping[int, str]) -> _BoundLayer:
+def _bind_layer(layer: Layer, factors: LayerFactors, names: Mapping[int, str]) -> _BoundLayer:
     trained, fixed = [], []
     for adapter in layer.adapters:
         if adapter.a.requires_grad and adapter.b.requires_grad:
@@ -183,8 +183,8 @@ def _bound(layer: Layer, held: LayerFactors, names: Mapping[int, str]) -> _Bound
             trained.append((a, b, int(adapter.a.shape[0]), adapter.scale))
         elif bool(adapter.b.any()):
             fixed.append((_whole(adapter.b) * adapter.scale, _whole(adapter.a)))
-    if held.anchor is not None:
-        fixed.append((-held.anchor[0], held.anchor[1]))
+    if factors.anchor is not None:
+        fixed.append((-factors.anchor[0], factors.anchor[1]))
     device = layer.weight.device
     product = None
     if fixed:
@@ -194,13 +194,13 @@ def _bound(layer: Layer, held: LayerFactors, names: Mapping[int, str]) -> _Bound
     return _BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
 
 
-def _group(bounds: list[_BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:
-    held = [layers[bound.name] for bound in bounds]
+def _stack_group(bounds: list[_BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:
+    entries = [layers[bound.name] for bound in bounds]
     fixed = [bound.fixed for bound in bounds if bound.fixed is not None]
     return _Group(
         bounds,
-        stacked([factors.inputs for factors in held]),
-        stacked([factors.outputs for factors in held]),
-        torch.tensor([floor / factors.scale if factors.scale > 0 else 0.0 for factors in held]),
+        stacked([entry.inputs for entry in entries]),
+        stacked([entry.outputs for entry in entries]),
+        torch.tensor([floor / entry.scale if entry.scale > 0 else 0.0 for entry in entries]),
         (torch.stack([left for left, _ in fixed]), torch.stack([right for _, right in fixed])) if fixed else None,
     )

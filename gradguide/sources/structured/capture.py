@@ -1,4 +1,4 @@
-"""One pass over source text: what each linear layer receives, and what its output is worth."""
+"""Accumulate input covariances and output-gradient covariances of linear layers in one pass over source text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.distributed.layouts import several_ranks
+from gradguide.distributed.layouts import is_distributed
 from gradguide.sources.base_model import base_of
 from gradguide.sources.structured.factors import Covariance
 from gradguide.sources.structured.layers import Layer
 from gradguide.sources.undisturbed import undisturbed
 
-__all__ = ["LayerStatistics", "Loss", "measure"]
+__all__ = ["LayerStatistics", "Loss", "capture_statistics"]
 
 Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
 
@@ -26,15 +26,15 @@ Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
 class LayerStatistics:
     """Running sums of one layer.
 
-    inputs: sum of ``x x^T`` over tokens; layers with the same input share it.
-    outputs: sum of ``d d^T``, d the gradient of the summed loss at the layer's output.
+    inputs: sum of ``x x^T`` over tokens. Layers with the same input share it.
+    outputs: sum of ``d d^T``, where d is the gradient of the summed loss at the layer's output.
     """
 
     def __init__(self, layer: Layer, rank: int | None, inputs: Covariance, device: torch.device) -> None:
         self.layer = layer
         self.inputs = inputs
         self.outputs = Covariance(layer.shape[0], rank, device)
-        # Number of input rows, and the sum of the output's squares.
+        # Number of input rows, and the sum of squares of the output.
         self.scalars = torch.zeros(2, dtype=torch.float64, device=device)
 
 
@@ -43,7 +43,6 @@ class _Batch:
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        self.seen: dict[int, tuple[Tensor, Covariance]] = {}
         self.gradients: list[tuple[LayerStatistics, Tensor]] = []
 
 
@@ -59,17 +58,17 @@ class _Recorder:
         self._last_input: tuple[Tensor, str] | None = None
 
     def start(self) -> None:
-        """Forget the batch before."""
+        """Clear the state of the previous batch."""
         self.batch = _Batch()
         self._last_input = None
 
     def root(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Note the attention mask that the model receives."""
+        """Store the attention mask from the model's arguments."""
         mask = keywords.get("attention_mask")
         self.batch.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def embedding(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Make the embeddings the start of the graph, since no parameter is."""
+        """Make the embeddings require a gradient, because no parameter does."""
         return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
 
     def hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
@@ -77,16 +76,16 @@ class _Recorder:
 
         def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
-                return None  # the first pass of reentrant checkpointing, which is made again
-            given = arguments[0]
+                return None  # the first pass of reentrant checkpointing, which is repeated with gradients
+            layer_input = arguments[0]
             started = not output.requires_grad
             if started:
                 output = output.detach().requires_grad_()
-            found = self._of(layer, given)
+            found = self._statistics_of(layer, layer_input)
             with torch.no_grad():
-                mask = self._rows(given)
+                mask = self._rows(layer_input)
                 if self.shared[layer.name] == layer.name:
-                    found.inputs.add(_flat(given, mask))
+                    found.inputs.add(_flat(layer_input, mask))
                 rows = _flat(output.detach(), mask)
                 found.scalars += torch.stack(
                     [rows.new_tensor(rows.shape[0], dtype=torch.float64), rows.double().square().sum()]
@@ -97,50 +96,54 @@ class _Recorder:
         return record
 
     def add_gradients(self, predictions: int) -> None:
-        """Add what the backward pass gave; the loss was the mean over ``predictions``."""
+        """Add the output gradients of the backward pass. The loss was the mean over ``predictions``."""
         for found, gradient in self.batch.gradients:
-            # The gradient of the sum; F adds over predictions, so its mean is d d^T / predictions at the end.
+            # Gradient of the summed loss. The sum of d d^T is divided by the number of predictions at the end.
             found.outputs.add(gradient.reshape(-1, gradient.shape[-1]).float() * predictions)
         self.batch.gradients.clear()
 
-    def _of(self, layer: Layer, given: Tensor) -> LayerStatistics:
+    def _statistics_of(self, layer: Layer, layer_input: Tensor) -> LayerStatistics:
         if layer.name not in self.statistics:
             leader = layer.name
-            if self._last_input is not None and self._last_input[0] is given:
+            if self._last_input is not None and self._last_input[0] is layer_input:
                 leader = self._last_input[1]
             self.shared[layer.name] = leader
-            size, device = layer.shape[1], given.device
+            size, device = layer.shape[1], layer_input.device
             inputs = self.statistics[leader].inputs if leader != layer.name else Covariance(size, self.rank, device)
             self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
         if self.shared[layer.name] == layer.name:
-            self._last_input = given, layer.name
+            self._last_input = layer_input, layer.name
         return self.statistics[layer.name]
 
-    def _rows(self, given: Tensor) -> Tensor | None:
+    def _rows(self, layer_input: Tensor) -> Tensor | None:
         mask = self.batch.mask
-        if mask is None or given.shape[:-1] != mask.shape:
+        if mask is None or layer_input.shape[:-1] != mask.shape:
             return None
-        return mask.bool().reshape(-1).to(given.device)
+        return mask.bool().reshape(-1).to(layer_input.device)
 
 
-def measure(
+def capture_statistics(
     model: nn.Module, batches: Iterable[Any], loss: Loss, layers: Sequence[Layer], rank: int | None
 ) -> tuple[dict[str, LayerStatistics], dict[str, str], dict[str, Any]]:
-    """Run the batches and return statistics by layer, the layer with whose input each shares, and totals.
+    """Run the batches and accumulate statistics.
+
+    Returns:
+        Statistics by layer; for each layer, the name of the layer whose input statistics it shares (or its own); and
+        totals.
 
     Raises:
-        ValueError: there is no batch, a loss is no scalar, is not finite or has no gradient, or a layer was reached by
-            no batch.
+        ValueError: there is no batch. A loss is not a scalar, is not finite or has no gradient. No batch reached some
+            layer.
     """
     recorder = _Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
-    with _observed(model, recorder):
-        base = base_of(model)  # every weight counts, since none is trained here
+    with _recording(model, recorder):
+        base = base_of(model)  # all weights are comparable, because none requires a gradient here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
-            value, number = _checked(loss(model, batch), index)
+            value, number = _check_loss(loss(model, batch), index)
             value.backward()
-            number = number or _predictions(recorder.batch.gradients)
+            number = number or _count_predictions(recorder.batch.gradients)
             if not math.isfinite(float(value.detach())) or number < 1:
                 raise ValueError(
                     f"batch {index} has a loss of {float(value.detach())} over {number} predictions; nothing was "
@@ -158,15 +161,15 @@ def measure(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "
             "with modules=, or check that the loss uses them"
         )
-    totals = _reduced(recorder.statistics, recorder.shared, predictions, total)
+    totals = _reduce_totals(recorder.statistics, recorder.shared, predictions, total)
     return recorder.statistics, recorder.shared, {**totals, "base": base}
 
 
-def _reduced(
+def _reduce_totals(
     statistics: Mapping[str, LayerStatistics], shared: Mapping[str, str], predictions: int, total: float
 ) -> dict[str, Any]:
-    """Add up over the ranks of ``torch.distributed``, if there are any."""
-    if several_ranks():
+    """Sum over the ranks of ``torch.distributed``, if there are several, and return the totals."""
+    if is_distributed():
         device = next(iter(statistics.values())).scalars.device
         numbers = torch.tensor([predictions, total], dtype=torch.float64, device=device)
         parts = [numbers]
@@ -181,12 +184,12 @@ def _reduced(
 
 
 @contextmanager
-def _observed(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Observe the layers. Parameters need no gradient inside, and everything is as before afterwards."""
+def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Register the hooks and disable gradients of parameters inside; undo everything afterwards."""
     trained = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, "eval"))
-        stack.callback(_require, trained)
+        stack.callback(_enable_gradients, trained)
         stack.callback(model.register_forward_pre_hook(recorder.root, with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, nn.Embedding):
@@ -198,33 +201,33 @@ def _observed(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-def _require(parameters: Sequence[Tensor]) -> None:
+def _enable_gradients(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         p.requires_grad_(True)
 
 
 def _flat(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows [tokens, n] in float32, those of padding left out."""
+    """Return the rows [tokens, n] in float32, without padding."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
     return rows if mask is None else rows[mask]
 
 
-def _predictions(gradients: Sequence[tuple[LayerStatistics, Tensor]]) -> int:
-    """Return how many predictions the loss is a mean over: rows with a gradient at the layer nearest to the loss."""
+def _count_predictions(gradients: Sequence[tuple[LayerStatistics, Tensor]]) -> int:
+    """Return the number of predictions: rows with a nonzero gradient at the layer nearest to the loss."""
     if not gradients:
         return 0
     nearest = gradients[0][1]  # the backward pass reaches it first
     return int((nearest.reshape(-1, nearest.shape[-1]) != 0).any(dim=1).sum())
 
 
-def _checked(value: Any, index: int) -> tuple[Tensor, int]:
+def _check_loss(value: Any, index: int) -> tuple[Tensor, int]:
     value, number = value if isinstance(value, tuple) and len(value) == 2 else (value, 0)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar tensor, or one and a count, found {found} on batch {index}")
     if not value.requires_grad:
         raise ValueError(
-            f"the loss of batch {index} has no gradient: it was detached, made under no_grad, or reentrant "
-            "checkpointing cut it off (use_reentrant=False)"
+            f"the loss of batch {index} has no gradient: it was detached, computed under no_grad, or cut "
+            "off by reentrant checkpointing (pass use_reentrant=False)"
         )
     return value.reshape(()), int(number)

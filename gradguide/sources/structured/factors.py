@@ -1,4 +1,4 @@
-"""Symmetric positive factors in low rank plus a diagonal, and the sketch that estimates one in a single pass."""
+"""Symmetric positive semidefinite factors, low rank plus diagonal, and a sketch that estimates one in a single pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["OVERSAMPLING", "Covariance", "Factor", "LayerFactors", "Product", "merged", "stacked", "weighted_sum"]
 
 OVERSAMPLING = 16
-"""Columns of a sketch beyond its rank. They hold the error of the kept part near that of the best approximation."""
+"""Columns of a sketch beyond its rank. They keep the error close to that of the best approximation of that rank."""
 
 
 Product: TypeAlias = tuple[Tensor, Tensor]
@@ -27,7 +27,7 @@ class Factor:
         basis (Tensor): shape [..., n, rank].
         rest (Tensor): shape [..., n], at least 0.
 
-    Leading dimensions, if there are any, stack the factors of several layers.
+    Optional leading dimensions stack the factors of several layers.
     """
 
     basis: Tensor
@@ -57,12 +57,12 @@ class Factor:
         return self.basis.float().square().sum() + self.rest.float().sum()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device or in another precision."""
+        """Return the factor on another device or in another dtype."""
         return Factor(self.basis.to(device, dtype), self.rest.to(device, dtype))
 
     @staticmethod
     def of_matrix(matrix: Tensor, rank: int | None) -> Factor:
-        """Return the factor of rank ``rank`` nearest to ``matrix`` [n, n], with the rest of its diagonal.
+        """Return the best factor of rank ``rank`` for ``matrix`` [n, n], plus the remaining diagonal.
 
         ``rank=None`` keeps the whole matrix.
         """
@@ -78,12 +78,12 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class LayerFactors:
-    """What is stored of one linear layer.
+    """The stored factors of one linear layer.
 
     inputs (Factor): S = E[x x^T] over tokens, [in, in].
     outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
     scale (float): E|y|^2 of the layer's outputs y.
-    anchor: the adapters' change of the weight where the source was captured, as ([out, R], [R, in]); None at the base.
+    anchor: the adapters' change of the weight at capture, as ([out, R], [R, in]); None for the base model.
     """
 
     inputs: Factor
@@ -95,15 +95,15 @@ class LayerFactors:
 class Covariance:
     """A running estimate of ``sum_i x_i x_i^T`` for vectors of one size, in bounded memory.
 
-    With a rank it keeps the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns.
-    :meth:`factor` is the Nystrom approximation from that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736,
-    algorithm 3). The sketch is linear, so sketches of several ranks add up. Without a rank, or where the sketch would
-    be as large as the matrix, it keeps the whole matrix.
+    With a rank, it stores the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns.
+    :meth:`factor` computes the Nystrom approximation from that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv
+    1706.05736, algorithm 3). The sketch is linear, so the sketches of several processes can be summed. Without a rank,
+    or if the sketch would be as large as the matrix, it stores the whole matrix.
 
     Args:
         size (int): n, length of the vectors.
         rank (int | None): rank to keep; None for the whole matrix.
-        device (torch.device): where the sums are kept, in float32.
+        device (torch.device): device of the sums, which are float32.
     """
 
     def __init__(self, size: int, rank: int | None, device: torch.device) -> None:
@@ -127,7 +127,7 @@ class Covariance:
         assert self.rank is not None
         sketch, test = self.sums.double() * scale, self._test.double()
         diagonal = self.diagonal.double() * scale
-        # A shift of the size of rounding makes the small matrix positive definite; it is taken off again.
+        # A shift of the size of rounding errors makes the small matrix positive definite. It is subtracted below.
         shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
         if shift == 0:
             return Factor(torch.zeros(self.size, self.rank, device=sketch.device), diagonal.float())
@@ -155,9 +155,9 @@ def stacked(factors: Sequence[Factor]) -> Factor:
 
 
 def merged(factors: Sequence[Factor], weights: Sequence[float], rank: int | None) -> Factor:
-    """Return the weighted sum of factors of one size, cut to ``rank`` (None keeps the sum of their ranks).
+    """Return the weighted sum of factors of one size, truncated to ``rank`` (None keeps the sum of their ranks).
 
-    What the cut takes off the low-rank part stays on the diagonal.
+    The diagonal of the truncated part is added to the diagonal rest.
     """
     pairs = list(zip(factors, weights, strict=True))
     basis = torch.cat([factor.basis.double() * weight**0.5 for factor, weight in pairs], dim=1)
@@ -171,13 +171,13 @@ def merged(factors: Sequence[Factor], weights: Sequence[float], rank: int | None
 
 
 def weighted_sum(products: Sequence[tuple[Product, float]]) -> Product | None:
-    """Return the weighted sum of products as one product; None of none."""
+    """Return the weighted sum of products as one product; None for an empty sequence."""
     if not products:
         return None
     return torch.cat([left * w for (left, _), w in products], dim=1), torch.cat([right for (_, right), _ in products])
 
 
 def _test_matrix(size: int, columns: int, device: torch.device) -> Tensor:
-    """Return the same random matrix [size, columns] on every rank and in every capture of that size."""
+    """Return a random matrix [size, columns], the same on every rank and in every capture."""
     generator = torch.Generator().manual_seed(size)
     return torch.randn(size, columns, generator=generator).to(device)

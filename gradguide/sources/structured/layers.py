@@ -1,4 +1,4 @@
-"""Linear layers of a model by the base model's names, and the trained parameters that change them."""
+"""Find the linear layers of a model by the base model's names, and the adapters that change them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Adapter:
 class Layer:
     """A linear layer.
 
-    name: by the base model, such as ``model.layers.0.self_attn.q_proj``.
-    module: the module to observe: PEFT's wrapper where there is one, else the layer itself.
+    name: name in the base model, such as ``model.layers.0.self_attn.q_proj``.
+    module: the module to hook: PEFT's wrapper if there is one, else the layer itself.
     linear: the layer that holds the weight.
     transposed: whether the weight is stored as [in, out], as in GPT-2's Conv1D.
     adapters: active LoRA adapters.
@@ -56,7 +56,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of outputs and inputs. Quantised weights have other shapes than their layer."""
+        """Numbers of outputs and inputs. They are not read from the weight, because quantised weights are packed."""
         linear: Any = self.linear
         if self.transposed:
             return int(linear.weight.shape[1]), int(linear.weight.shape[0])
@@ -74,7 +74,7 @@ class Layer:
 
 
 def base_name(name: str) -> str:
-    """Return the base model's name for a module or parameter of a PEFT model, a wrapped or a compiled one."""
+    """Return the name that a module or parameter of a PEFT, wrapped or compiled model has in the base model."""
     name = canonical_names([name])[0].removeprefix(_PEFT_PREFIX)
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
@@ -83,8 +83,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all linear layers of ``model`` by the base model's name, in the model's order.
 
     Raises:
-        ValueError: an active adapter is of a kind other than LoRA (DoRA, IA3, LoHa, ...): its change of the weight is
-            not ``scale * B @ A``.
+        ValueError: an active adapter is not LoRA (but DoRA, IA3, LoHa, ...): its change of the weight is not
+            ``scale * B @ A``.
     """
     found: dict[str, Layer] = {}
     inside: set[int] = set()
@@ -102,14 +102,14 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[str] | None) -> list[Layer]:
-    """Choose layers.
+    """Return the layers to capture, in the model's order.
 
     Args:
-        modules: names, endings of names (``q_proj``) or patterns (``*.mlp.*``); None for every layer that is trained or
-            adapted, or, where nothing is trained, for every layer but the language head.
+        modules: names, suffixes of names (``q_proj``) or patterns (``*.mlp.*``). None selects every trained or adapted
+            layer, or, if nothing is trained, every layer except the language head.
 
     Raises:
-        ValueError: there is no linear layer, or nothing matches an entry of ``modules``.
+        ValueError: there is no linear layer, or no layer matches an entry of ``modules``.
     """
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer, so there is nothing to capture")
@@ -117,13 +117,13 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
         patterns = [modules] if isinstance(modules, str) else list(modules)
         chosen: dict[str, Layer] = {}
         for pattern in patterns:
-            these = {n: layer for n, layer in layers.items() if _matches(n, pattern)}
-            if not these:
+            matching = {n: layer for n, layer in layers.items() if _matches(n, pattern)}
+            if not matching:
                 raise ValueError(
                     f"no linear layer is called {pattern!r}; the model has {len(layers)}, such as "
                     f"{', '.join(list(layers)[:3])}"
                 )
-            chosen.update(these)
+            chosen.update(matching)
         return [layer for name, layer in layers.items() if name in chosen]
     trained = [layer for layer in layers.values() if layer.trained or layer.adapted]
     if any(p.requires_grad for p in model.parameters()) and trained:
@@ -175,12 +175,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D, which is not imported for this.
+    # By name, to avoid an import of transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
 def _is_head(model: nn.Module, layer: Layer) -> bool:
-    """Return whether the layer maps to the vocabulary: it is the output embedding, or tied to an input embedding."""
+    """Return whether the layer is the language head: the output embedding, or tied to an input embedding."""
     get: Any = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if callable(get) else None

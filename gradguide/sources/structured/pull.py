@@ -1,4 +1,4 @@
-"""The pull of a structured source on the parameters of layers that have one shape, all layers at once."""
+"""Compute the pull of a structured source on the parameters of several layers of one shape, batched over layers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def adapter_pull(
 
     Args:
         inputs, outputs: S and G of L layers, stacked.
-        floor (Tensor): shape [L], what is added to the diagonal of G for the gradient.
-        left, right (Tensor): shapes [L, out, R] and [L, R, in]: columns of ``scale * B`` beside each other, and rows of
-            A below each other.
-        parts: for each adapter its first column, its rank r and its scale.
+        floor (Tensor): shape [L], added to the diagonal of G for the gradient.
+        left, right (Tensor): shapes [L, out, R] and [L, R, in]: ``scale * B`` and A of all adapters, concatenated along
+            the rank dimension.
+        parts: first column, rank r and scale of each adapter.
 
     Returns:
         For each adapter the gradients with respect to B [L, out, r] and A [L, r, in]; and the value without the floor,
@@ -35,7 +35,7 @@ def adapter_pull(
     found = []
     for first, rank, scale in parts:
         b, a = left[..., first : first + rank], right[..., first : first + rank, :]
-        # b holds scale * B already.
+        # b is scale * B.
         found.append((scale * (g_left @ (right_s @ a.mT)), (b.mT @ g_left) @ right_s))
     return found, drift
 

@@ -1,4 +1,4 @@
-"""A source in weight space: what each linear layer of a base model receives and what its output is worth."""
+"""Provide a source in weight space: the Kronecker-factored curvature of the linear layers of a base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
-from gradguide.sources.structured.capture import Loss, measure
+from gradguide.sources.structured.capture import Loss, capture_statistics
 from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
 from gradguide.utils.checks import check_range
@@ -27,22 +27,23 @@ FLOOR = 0.1
 
 
 class StructuredSource:
-    """The curvature of what a language model knows, per linear layer, in weight space.
+    """The curvature of a language model on its source data, per linear layer, in weight space.
 
     A linear layer computes ``W x``, and training changes W by D: ``scale * B A`` for a LoRA adapter. The
-    Kullback-Leibler divergence from the model before is about ``1/2 tr(D^T G D S)`` nats per token, summed over layers.
-    S is the covariance of the layer's inputs, G that of the gradients of log p at its outputs (Kronecker-factored
-    curvature, arXiv 1503.05671; for keeping old tasks, arXiv 1805.07810). The source gives the gradient of that with
-    respect to A and B, or W. It depends on D alone, so one file serves every adapter of a base model.
+    Kullback-Leibler divergence from the captured model is about ``1/2 tr(D^T G D S)`` nats per token, summed over
+    layers. S is the covariance of the layer's inputs, G that of the gradients of log p at its outputs
+    (Kronecker-factored curvature, arXiv 1503.05671; for continual learning, arXiv 1805.07810). The source returns the
+    gradient of that KL with respect to A and B, or W. It depends on D alone, so one file serves every adapter of a base
+    model.
 
-    Made by :meth:`capture` or :meth:`load`; give it to :class:`gradguide.Alignment`, and the model to ``names``.
+    Create it with :meth:`capture` or :meth:`load`. Pass it to :class:`gradguide.Alignment`, and the model to ``names``.
     """
 
     def __init__(self, layers: Mapping[str, LayerFactors], metadata: Mapping[str, Any] | None = None) -> None:
-        """Put together factors by layer name.
+        """Create a source from factors by layer name.
 
         Raises:
-            ValueError: there is no layer, or a factor is not finite or negative.
+            ValueError: there is no layer, a factor is not finite, or a diagonal is negative.
         """
         if not layers:
             raise ValueError("a structured source needs at least one layer, found none")
@@ -57,7 +58,7 @@ class StructuredSource:
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.floor = FLOOR
         self.drift: Tensor | None = None
-        """Modelled KL in nats per token from where the source was captured, at the last step: Tensor []."""
+        """Modelled KL from the captured model at the last step, in nats per token: Tensor []."""
         self._binding: Binding | None = None
         self._rows: dict[str, Tensor] = {}
 
@@ -74,26 +75,27 @@ class StructuredSource:
     ) -> StructuredSource:
         """Capture the factors in one pass over source batches.
 
-        The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state are afterwards
-        as they were. Memory beside the model: per layer ``(rank + 16) (in + out)`` numbers in float32 (layers with the
-        same input share theirs), and what one batch's forward and backward pass holds. Under ``torch.distributed``
-        every rank gives its share of the batches and gets the same source.
+        The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
+        Memory in addition to the model: ``(rank + 16) (in + out)`` float32 elements per layer (layers with the same
+        input share the input part), and one forward and backward pass of a batch. Under ``torch.distributed``, every
+        rank supplies its share of the batches, and all ranks get the same source.
 
         Args:
-            model: a base model, or a PEFT model, fresh or trained.
-            batches: source batches, as ``loss`` takes them.
+            model: a base model or a PEFT model, trained or not.
+            batches: source batches, in the form that ``loss`` expects.
             loss: ``loss(model, batch)``, the mean negative log likelihood of labels *drawn from the model*, a scalar;
-                or that and the number of predictions it is a mean over. Without the number, rows with a gradient at
-                the last layer are counted. Whether labels are drawn from the model cannot be seen from here: with the
-                data's own labels the factors are those of the empirical Fisher information.
-            modules: names, endings of names or patterns of layers; by default every linear layer that is trained or
-                adapted, or, where the model has none, every linear layer but the language head.
-            rank (int | None): rank of S and G; the rest of the spectrum is kept as a diagonal. None keeps them whole.
+                or that and the number of predictions in the mean. Without the number, rows with a gradient at the last
+                layer are counted. Whether labels are drawn from the model cannot be checked: with the labels of the
+                data, the factors are those of the empirical Fisher information.
+            modules: names, suffixes of names or patterns of layers. The default is every trained or adapted linear
+                layer, or, if there is none, every linear layer except the language head.
+            rank (int | None): rank of S and G; the rest of the spectrum is stored as a diagonal. None stores the whole
+                matrices.
             dtype: storage of the factors: torch.float32 (the default) or bfloat16.
 
         Raises:
-            ValueError: no linear layer, no batch, a layer that no batch reached, a loss that is no scalar or not
-                finite, factors that are not finite.
+            ValueError: there is no linear layer or no batch, or no batch reached some layer. A loss is not a scalar or
+                not finite. Factors are not finite.
         """
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank must be a whole number of at least 1, or None, found {rank!r}")
@@ -101,7 +103,7 @@ class StructuredSource:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, found {dtype}")
         layers = select(model, find_layers(model), modules)
-        statistics, shared, totals = measure(model, batches, loss, layers, rank)
+        statistics, shared, totals = capture_statistics(model, batches, loss, layers, rank)
         inputs = {
             name: found.inputs.factor(1.0 / float(found.scalars[0]))
             for name, found in statistics.items()
@@ -128,7 +130,7 @@ class StructuredSource:
         return list(self._layers)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Return S [in, in] and G [out, out] of a layer, dense in float32: 1/2 tr(D^T G D S) is KL in nats per token.
+        """Return S [in, in] and G [out, out] of a layer, dense in float32. ``1/2 tr(D^T G D S)`` is KL in nats/token.
 
         Raises:
             KeyError: the source has no such layer.
@@ -139,7 +141,7 @@ class StructuredSource:
         return found.inputs.dense(), found.outputs.dense()
 
     def bound(self, model: nn.Module) -> StructuredSource:
-        """Return the source for the parameters of ``model`` that change its layers. Factors are shared with this one.
+        """Return the source for the parameters of ``model`` that change its layers. The factors are shared, not copied.
 
         Raises:
             ValueError: a layer has another shape, or no trained parameter changes any layer.
@@ -150,11 +152,11 @@ class StructuredSource:
         return source
 
     def shapes(self) -> None:
-        """Return None: it answers for any parameter, with zero for one that changes none of its layers."""
+        """Return None: it covers any parameter, with a zero row for one that changes none of its layers."""
         return
 
     def fingerprint(self) -> str:
-        """Return a digest of layers and numbers."""
+        """Return a digest of layers and values."""
         digest = hashlib.sha256(repr(self.floor).encode())
         for name, held in self._layers.items():
             anchor = held.anchor or ()
@@ -164,14 +166,14 @@ class StructuredSource:
         return digest.hexdigest()
 
     def shards(self, layouts: Mapping[str, Layout]) -> StructuredSource:
-        """Return the source itself: factors are whole on every rank, and the pull is cut where it is written."""
+        """Return the source itself: factors are whole on every rank, and the pull is sharded when it is computed."""
         return self
 
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-        """Compute the pull at the parameters as they are.
+        """Compute the pull at the current parameters.
 
         Raises:
-            RuntimeError: the source was not bound to a model.
+            RuntimeError: the source is not bound to a model.
         """
         if self._binding is None:
             raise RuntimeError("a structured source needs the model: pass names=model to GradGuide")
@@ -180,20 +182,20 @@ class StructuredSource:
             self._rows, self.drift = self._binding.pull(parameters)
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
-        """Return the pull on the parameters called ``names``; zero where a parameter changes no layer."""
+        """Return the pull on the parameters ``names``; zero for a parameter that changes no layer."""
         pairs = zip(names, at, strict=True)
         return Row(offset=[self._rows[n] if n in self._rows else torch.zeros_like(p) for n, p in pairs])
 
     @staticmethod
     def merge(sources: Sequence[StructuredSource], weights: Sequence[float] | None = None) -> StructuredSource:
-        """Return one source for several tasks of one base model, at the memory of one.
+        """Return one source for several tasks of one base model, with the memory of one.
 
-        S and G are merged by themselves (weighted sums, cut to the largest rank), and so are anchors, weighted alike. A
-        sum of Kronecker products is no Kronecker product: what is lost is which inputs went with which outputs, so that
-        the merged source also holds combinations that no single task used.
+        S, G and anchors are merged separately: as weighted sums, S and G truncated to the largest rank. A sum of
+        Kronecker products is not a Kronecker product. The merged source loses which inputs belong to which outputs, so
+        it also penalises combinations that no single task used.
 
         Raises:
-            ValueError: there is none, or the weights do not fit.
+            ValueError: there is no source, or the weights do not match.
         """
         if not sources:
             raise ValueError("merge needs at least one source, found none")
@@ -224,16 +226,16 @@ class StructuredSource:
         return StructuredSource(layers, self.metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears whole or not at all."""
+        """Write a safetensors file atomically."""
         storage.write(path, self._layers, self.metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StructuredSource:
-        """Read a file of :meth:`save`. Nothing is unpickled.
+        """Read a file written by :meth:`save`. Nothing is unpickled.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged, no structured source, or of a newer format.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, not a structured source, or of a newer format.
         """
         layers, metadata = storage.read(path)
         return cls(layers, metadata)
@@ -244,7 +246,7 @@ class StructuredSource:
 
 
 def _anchor(layer: Layer) -> tuple[Tensor, Tensor] | None:
-    """Return the adapters' change of the weight at capture, unless it is zero as that of a fresh adapter."""
+    """Return the adapters' change of the weight at capture; None if it is zero, as for an untrained adapter."""
     found = change(layer)
     if found is None or not bool(found[0].any()) or not bool(found[1].any()):
         return None

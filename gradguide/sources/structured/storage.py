@@ -1,4 +1,4 @@
-"""Files of structured sources: safetensors with JSON metadata."""
+"""Read and write files of structured sources: safetensors with JSON metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KIND = "structured"
 
 
 def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], metadata: Mapping[str, Any]) -> None:
-    """Write the factors. Layers that share S store it once."""
+    """Write the factors atomically. An S that several layers share is stored once."""
     tables: dict[str, dict[str, Tensor]] = {t: {} for t in ("s_basis", "s_rest", "g_basis", "g_rest")}
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
@@ -42,8 +42,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
     """Read factors by layer and metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, no structured source, or of a newer format.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, not a structured source, or of a newer format.
     """
     tables, metadata = file.read(path)
     if metadata.pop("kind", None) != KIND:

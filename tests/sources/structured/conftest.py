@@ -6,7 +6,7 @@ from tests.integrations.lora import QUIET
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """PEFT's own reading of a deprecated property is no error here."""
+    """Ignore the warning that PEFT causes by reading a deprecated property."""
     for item in items:
         if "sources/structured" in item.nodeid:
             item.add_marker(QUIET)

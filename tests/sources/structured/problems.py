@@ -1,4 +1,4 @@
-"""Small models with linear layers, and the quadratic form of a source written densely."""
+"""Small models with linear layers, and a dense quadratic form of a source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = 48
 
 
 def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
-    """A random causal language model whose predictions are not flat."""
+    """Return a random causal language model whose predictions are not uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
@@ -27,21 +27,21 @@ def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    """A random GPT-2, whose layers keep their weights transposed."""
+    """Return a random GPT-2, whose layers store transposed weights."""
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.0)
     return _sharpened(GPT2LMHeadModel(config))
 
 
 def adapted(model: nn.Module, r: int = 4, **options: Any) -> nn.Module:
-    """A LoRA adapter on all linear layers."""
+    """Add a LoRA adapter to all linear layers."""
     given = {"r": r, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     wrapped: nn.Module = get_peft_model(model, LoraConfig(**given))
     return wrapped
 
 
 def text(batches: int = 12, rows: int = 3, length: int = 16, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Batches of random tokens."""
+    """Return batches of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {
@@ -53,12 +53,12 @@ def text(batches: int = 12, rows: int = 3, length: int = 16, seed: int = 1) -> l
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters by canonical name."""
+    """Return the trained parameters by canonical name."""
     return {name: p for name, p in model_names(model).items() if p.requires_grad}
 
 
 def spread(model: nn.Module, size: float, seed: int = 3) -> None:
-    """Move every trained parameter at random."""
+    """Add random noise to every trained parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -67,7 +67,7 @@ def spread(model: nn.Module, size: float, seed: int = 3) -> None:
 
 
 def energy(source: StructuredSource, model: nn.Module, starts: dict[str, Tensor], values: dict[str, Tensor]) -> Tensor:
-    """``1/2 sum tr(D^T (G + floor I) D S)`` with D formed in float64, as a function of ``values`` by name."""
+    """Return ``1/2 sum tr(D^T (G + floor I) D S)`` with dense D in float64, as a function of ``values`` by name."""
     names = {id(p): name for name, p in model_names(model).items()}
     total = torch.zeros((), dtype=torch.float64)
     for name, layer in find_layers(model).items():

@@ -1,4 +1,4 @@
-"""Capturing leaves everything as it was, works on every kind of model, and refuses what it cannot do."""
+"""Capture structured sources from every kind of model, without side effects, and reject unsupported ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_names_are_those_of_the_base_model_without_the_language_head() -> None:
 
 
 def test_the_factors_are_the_moments_of_inputs_and_output_gradients() -> None:
-    """Of one layer, against hooks written out by hand."""
+    """The factors of one layer equal moments from explicit hooks."""
     model, batches = llama(1), text(3)
     name = "model.layers.0.mlp.down_proj"
     layer = model.get_submodule(name)

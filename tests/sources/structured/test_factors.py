@@ -1,4 +1,4 @@
-"""Factors in low rank plus a diagonal, against dense matrices."""
+"""Compare factors (low rank plus diagonal) with dense matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def vectors(rows: int, size: int, seed: int, decay: float = 1.0) -> Tensor:
-    """Random vectors whose covariance has a spectrum that falls by ``decay``."""
+    """Return random vectors whose covariance spectrum decays by the factor ``decay``."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
     scales = torch.logspace(0, size - 1, size, base=decay)

@@ -1,4 +1,4 @@
-"""A structured source in GradGuide: it keeps a model near its base while an adapter learns."""
+"""Train with a structured source in GradGuide: the model stays near its base while an adapter learns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def source() -> StructuredSource:
 
 
 def target() -> dict[str, Tensor]:
-    """Rows that always continue with token 7."""
+    """Return rows that always continue with token 7."""
     ids = text(1, rows=8, length=10, seed=5)[0]["input_ids"]
     ids[:, 5:] = 7
     return {"input_ids": ids, "labels": ids}
@@ -43,7 +43,7 @@ def trained(lr: float, steps: int = 12, **options: Any) -> tuple[nn.Module, Grad
 
 
 def drift(model: nn.Module) -> float:
-    """KL from the base model on other text, in nats per token."""
+    """Return the KL from the base model on other text, in nats per token."""
     base, total, held = llama(), 0.0, text(10, seed=9)
     with torch.no_grad():
         for batch in held:

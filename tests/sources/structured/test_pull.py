@@ -1,4 +1,4 @@
-"""The pull against autograd on the dense quadratic form in float64."""
+"""Compare the pull with autograd on the dense quadratic form in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.sources.structured.problems import adapted, energy, gpt2, llama, spre
 
 
 def checked(source: StructuredSource, model: nn.Module, starts: dict[str, Tensor] | None = None) -> None:
-    """The rows are the gradient of the dense form, to float32 rounding."""
+    """Assert that the rows equal the gradient of the dense form up to float32 rounding."""
     if starts is None:
         source = source.bound(model)
     parameters = trained(model)
@@ -137,7 +137,7 @@ def test_it_is_zero_for_a_fresh_adapter_and_grows_along_its_own_direction(source
 
 
 def test_the_modelled_drift_is_that_of_the_model(source: StructuredSource) -> None:
-    """KL of a slightly moved model on other text, measured; within a third, as far as two factors can say it."""
+    """The modelled KL is within a third of the true KL of a slightly changed model on other text."""
     model = adapted(llama())
     spread(model, 0.004)
     base = llama()

@@ -1,4 +1,4 @@
-"""Files of structured sources."""
+"""Save and load structured sources."""
 
 from __future__ import annotations
 
