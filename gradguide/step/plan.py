@@ -128,6 +128,7 @@ class StepPlan:
                 wanted = [replace(write, coefficients=write.coefficients.to(device)) for write in wanted]
             backend.combine_(these, wanted)
 
+    @torch.no_grad()
     def snapshot(self) -> list[TensorList]:
         """Copy the parameters of each bucket into memory owned by the plan, and return the copies."""
         if self.cache.snapshots is None:

@@ -364,3 +364,18 @@ def test_a_source_of_ones_own_kind_is_refreshed() -> None:
         give_gradients(held, step)
         optimizer.step()
     assert source.refreshed == 2
+
+
+def test_no_graph_grows_with_the_steps() -> None:
+    """Outside of ``no_grad``, copying parameters would record each copy."""
+    held = parameters()
+    optimizer = GradGuide(SGD(held, lr=0.1))
+    for step in range(3):
+        give_gradients(held, step)
+        optimizer.step()
+    kept = optimizer._engine.planner._plan
+    assert kept is not None
+    snapshots = kept[1].cache.snapshots
+    assert snapshots
+    assert not any(tensor.requires_grad for tensors in snapshots for tensor in tensors)
+    assert not any(tensor.requires_grad for tensor in optimizer._engine.directions.values())
