@@ -134,15 +134,15 @@ def check_shapes(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> No
     lists += [write.into for write in writes]
     wanted = list(map(_SHAPE, lists[0]))
     for part in {id(part): part for part in lists[1:]}.values():
-        for index, shape in enumerate(map(_SHAPE, part)):
-            if index >= len(wanted) or shape != wanted[index]:
-                expected = tuple(wanted[index]) if index < len(wanted) else "no tensor"
-                raise ValueError(
-                    f"the tensors of a row, or of what is written, differ in size from those of the first row: tensor "
-                    f"{index} has shape {tuple(shape)}, expected {expected}"
-                )
         if len(part) != len(wanted):
             raise ValueError(f"a row, or what is written, has {len(part)} tensors, expected {len(wanted)}")
+        found = list(map(_SHAPE, part))
+        if found != wanted:
+            index = next(i for i, (one, other) in enumerate(zip(found, wanted, strict=True)) if one != other)
+            raise ValueError(
+                "the tensors of a row, or of what is written, differ in size from those of the first row: tensor "
+                f"{index} has shape {tuple(found[index])}, expected {tuple(wanted[index])}"
+            )
 
 
 def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:

@@ -55,7 +55,7 @@ def _form(groups: Sequence[dict[str, Any]], signs: Sequence[int], parameters: Se
         [len(group["params"]) for group in groups],
         list(signs),
         [g is None for g in gradients],
-        len(set(map(id, there))),  # fewer where parameters share a gradient
+        len(set(map(Tensor.data_ptr, there))),  # fewer where parameters share the memory of a gradient
         [torch._is_zerotensor(g) for g in there],
         *(list(map(read, tensors)) for tensors in (parameters, there) for read in _READERS),
     )

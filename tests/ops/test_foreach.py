@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Callable
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gradguide import GradGuide
 from gradguide.ops import Row, Stack, Write, blocks, foreach, reference
+from gradguide.ops.rounding import DOTS, EXACT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((), (0,), (1,), (3, 5), (7, 0, 2), (64, 33), (300, 301))
@@ -164,3 +167,85 @@ def test_rows_check_their_parts() -> None:
         Row(offset=one, scale=one)
     with pytest.raises(ValueError, match="its `offset` alone"):
         Row()
+
+
+def test_rows_of_other_shapes_are_refused_before_anything_is_written() -> None:
+    g, short = [torch.ones(4, 3)], [torch.ones(3, 4)]
+    with pytest.raises(ValueError, match=r"tensor 0 has shape \(3, 4\), expected \(4, 3\)"):
+        foreach.gram([Row(offset=g), Row(offset=short)])
+    with pytest.raises(ValueError, match="differ in size"):
+        foreach.combine_([Row(offset=g)], [Write(into=short, coefficients=torch.ones(1, 1))])
+    with pytest.raises(ValueError, match="has 2 tensors, expected 1"):
+        foreach.gram([Row(offset=g), Row(offset=[*g, *g])])
+    assert short[0].eq(1).all()
+
+
+@pytest.mark.parametrize("size", [100, foreach.SMALL, foreach.SMALL + 1, foreach.DOT, 5 * foreach.DOT + 7, 300_000])
+@pytest.mark.parametrize("kind", [torch.randn, torch.rand, torch.ones])
+def test_the_error_of_products_is_below_what_the_rules_take_for_rounding(
+    kind: Callable[..., Tensor], size: int
+) -> None:
+    a, b = [kind(size) * 0.3], [kind(size) * 0.7]
+    rows: list[Row | None] = [Row(offset=a), Row(offset=b)]
+    found, exact = foreach.gram(rows)[0], reference.gram(rows)[0]
+    error = (found - exact).abs() / exact.diagonal().sqrt().outer(exact.diagonal().sqrt())
+    assert float(error.max()) <= DOTS
+    if size <= foreach.SMALL:
+        assert float(error.max()) <= EXACT
+
+
+def test_a_row_in_another_list_than_what_is_written_is_read_before() -> None:
+    g, d = [torch.arange(5.0)], [torch.ones(5)]
+    rows: list[Row | None] = [Row(offset=list(g)), Row(offset=d), Row(offset=[g[0]])]
+    foreach.combine_(rows, [Write(into=g, coefficients=torch.tensor([[2.0, 1.0, 3.0]]))])
+    assert g[0].tolist() == [5.0 * x + 1.0 for x in range(5)]
+
+
+def test_many_scopes_at_once_are_each_scope_by_itself() -> None:
+    shapes = [(3, 5), (0,), (50, 60), (), (7,), (100, 101)]
+    rows = some_rows(0, shapes, [torch.float32], [1, 2, 0, 3])
+    found = foreach.gram(rows)
+    ends = [0, 1, 3, 3, 6]
+    for scope, (start, end) in enumerate(pairwise(ends)):
+        alone = [cut(row, start, end) for row in rows]
+        wanted = foreach.gram(alone)[0] if end > start else torch.zeros(5, 5, dtype=torch.float64)
+        torch.testing.assert_close(found[scope], wanted, rtol=1e-12, atol=0)
+
+
+def cut(row: Row | None, start: int, end: int) -> Row | None:
+    if row is None:
+        return None
+    offset, scale, at, anchor = (None if part is None else part[start:end] for part in row.fields)
+    return Row(offset=offset, scale=scale, at=at, anchor=anchor)
+
+
+def test_on_another_device_nothing_is_read_and_nothing_fails() -> None:
+    """The meta device holds no numbers, so a read by the host would be an error."""
+    shapes = [(3, 5), (0,), (50, 60)]
+    rows = Stack([moved(row) for row in some_rows(0, shapes, [torch.float32])], [1, 2])
+    found = foreach.gram(rows)
+    assert (found.shape, found.device.type) == ((2, 5, 5), "meta")
+    first = rows[0]
+    assert first is not None and first.offset is not None
+    foreach.combine_(rows, [Write(into=first.offset, coefficients=found[:, 0])])
+
+
+def moved(row: Row | None) -> Row | None:
+    if row is None:
+        return None
+    offset, scale, at, anchor = (None if part is None else [t.to("meta") for t in part] for part in row.fields)
+    return Row(offset=offset, scale=scale, at=at, anchor=anchor)
+
+
+@pytest.mark.parametrize("size", [1e160, 1e300])
+def test_finite_float64_rows_whose_squares_overflow_are_an_error_with_the_way_out(size: float) -> None:
+    """They are finite, so the step is not skipped as if they were not."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1))
+    parameter.grad = torch.full((3,), size, dtype=torch.float64)
+    with pytest.raises(OverflowError, match="whose squares overflow; scale the loss down"):
+        optimizer.step()
+    assert parameter.tolist() == [1.0] * 3
+    parameter.grad = torch.full((3,), float("inf"), dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.metrics()["skipped"] == 1

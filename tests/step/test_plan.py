@@ -103,6 +103,21 @@ def gradient_negated(groups: Groups, held: list[nn.Parameter]) -> None:
     held[1].grad = torch.ones(5, dtype=torch.complex64).conj().imag
 
 
+def gradient_zero(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = torch._efficientzerotensor(3, 4)
+
+
+def gradients_sharing_memory(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = torch.ones(3, 4)
+    held[2].grad = held[0].grad.view(-1)[:4].view(2, 2)
+
+
+def parameter_shortened(groups: Groups, held: list[nn.Parameter]) -> None:
+    held[0].grad = None
+    held[0].data = held[0].data[:2]
+    held[0].grad = torch.ones(2, 4)
+
+
 def parameter_of_another_type(groups: Groups, held: list[nn.Parameter]) -> None:
     class Other(nn.Parameter):
         pass
@@ -114,8 +129,8 @@ def parameter_of_another_type(groups: Groups, held: list[nn.Parameter]) -> None:
     "change",
     [
         replaced, moved_between_groups, added, without_gradient, of_another_precision, of_another_size, reshaped,
-        gradient_transposed, sparse, parameter_transposed, gradient_expanded, gradient_negated,
-        parameter_of_another_type,
+        gradient_transposed, sparse, parameter_transposed, gradient_expanded, gradient_negated, gradient_zero,
+        gradients_sharing_memory, parameter_shortened, parameter_of_another_type,
     ],
 )  # fmt: skip
 def test_a_plan_is_stale_after(change: Callable[[Groups, list[nn.Parameter]], None]) -> None:
@@ -349,3 +364,18 @@ def test_a_source_of_ones_own_kind_is_refreshed() -> None:
         give_gradients(held, step)
         optimizer.step()
     assert source.refreshed == 2
+
+
+def test_no_graph_grows_with_the_steps() -> None:
+    """Outside of ``no_grad``, copying parameters would record each copy."""
+    held = parameters()
+    optimizer = GradGuide(SGD(held, lr=0.1))
+    for step in range(3):
+        give_gradients(held, step)
+        optimizer.step()
+    kept = optimizer._engine.planner._plan
+    assert kept is not None
+    snapshots = kept[1].cache.snapshots
+    assert snapshots
+    assert not any(tensor.requires_grad for tensors in snapshots for tensor in tensors)
+    assert not any(tensor.requires_grad for tensor in optimizer._engine.directions.values())
