@@ -1,0 +1,325 @@
+"""What the rules must give, written plainly in float64 from the design and the docstrings of the rules.
+
+Nothing here calls the rules of gradguide. A result is a combination of rows. The numbers of a row are known to the
+rounding of the pass that reads them, and products of rows to ``PRODUCTS`` times the product of their lengths. A
+``Space`` that is disturbed decides as a step might that errs by as much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from gradguide import Direction, Magnitude
+
+__all__ = [
+    "CONFLICT",
+    "PRODUCTS",
+    "Guided",
+    "Limited",
+    "Rows",
+    "Space",
+    "Statistics",
+    "Vector",
+    "cosine",
+    "guide",
+    "length",
+    "limit",
+]
+
+Array = NDArray[np.float64]
+
+CONFLICT = 1e-6
+"""A cosine above minus this is no conflict."""
+
+PRODUCTS = {"auto": 1e-12, "foreach": 1e-12, "triton": 4e-6}
+"""Largest error of a product of two rows by backend, relative to the product of their lengths.
+
+Kernels add products in float32. On a CPU products of small tensors are in float64, and a combination shorter than 1e-6
+of its terms is lost where it is written in float32.
+"""
+
+SURELY_ZERO = 2.0
+"""A combination shorter than this many times the rounding of its terms is zero."""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Numbers, and the absolute rounding of each."""
+
+    value: Array
+    error: Array
+
+    @property
+    def norm(self) -> float:
+        return length(self.value)
+
+
+def length(value: Array) -> float:
+    """Euclidean length, without overflow or underflow of squares."""
+    largest = float(np.max(np.abs(value), initial=0.0))
+    return 0.0 if largest == 0 else largest * float(np.sqrt(np.sum((value / largest) ** 2)))
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of the angle, 0 where one vector is zero."""
+    la, lb = length(a), length(b)
+    return 0.0 if la == 0 or lb == 0 else float(np.dot(a / la, b / lb))
+
+
+class Space:
+    """The rows of one scope, and combinations of them by their coefficients.
+
+    Args:
+        rows: vectors of the same size.
+        products: error of a product of two rows, relative to the product of their lengths.
+        generator: disturbs the rows within the rounding of their products; None leaves them as they are.
+    """
+
+    def __init__(self, rows: Sequence[Vector], products: float, generator: np.random.Generator | None = None) -> None:
+        self.true = np.stack([row.value for row in rows])
+        self.errors = np.stack([row.error for row in rows])
+        self.products = products
+        self.generator = generator
+        self.lengths = np.array([row.norm for row in rows])
+        self.rows = self.true
+        if generator is not None and self.true.size:
+            scale = np.where(self.lengths > 0, self.lengths, 1.0)
+            units = self.true / scale[:, None]
+            mixed = generator.uniform(-1, 1, (len(rows), len(rows))) @ units
+            noise = generator.uniform(-1, 1, units.shape)
+            self.rows = self.true + products * self.lengths[:, None] * (mixed + noise) / 2
+            self.rows = self.rows + self.errors * generator.uniform(-2, 2, units.shape)
+
+    def row(self, index: int) -> Array:
+        """Coefficients of a row."""
+        coefficients = np.zeros(len(self.rows))
+        coefficients[index] = 1.0
+        return coefficients
+
+    def combine(self, coefficients: Array) -> Vector:
+        """The combination of the rows as they are, and its rounding."""
+        return Vector(coefficients @ self.true, np.abs(coefficients) @ self.errors)
+
+    def reach(self, coefficients: Array) -> float:
+        """The sum of the lengths of the terms."""
+        return float(np.abs(coefficients) @ self.lengths)
+
+    def norm(self, coefficients: Array) -> float:
+        """Length of a combination; 0 where its terms cancel to rounding."""
+        found, reach = length(coefficients @ self.rows), self.reach(coefficients)
+        if found <= SURELY_ZERO * length(np.abs(coefficients) @ self.errors):
+            return 0.0
+        if self.generator is None or reach == 0:
+            return found
+        share = found / reach
+        square = share**2 + self.products * (1 - share**2) * float(self.generator.uniform(-1, 1))
+        return 0.0 if square <= 0 else reach * math.sqrt(square)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is remembered of a scope: see the docstrings of Direction's Average and Magnitude's LogNorms."""
+
+    mass: float = 0.0
+    square: float = 0.0
+    log_weight: float = 0.0
+    log_mean: float = 0.0
+    log_spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step looks at in one scope.
+
+    gradient, direction: in the frame of descent: the sign of groups that maximize is turned.
+    momentum: decay and gain of the base's own average, where the direction is that.
+    products: error of a product of two rows.
+    """
+
+    gradient: Vector
+    direction: Vector
+    sources: list[Vector]
+    weights: tuple[float, ...] = ()
+    projecting: tuple[bool, ...] = ()
+    momentum: tuple[float, float] | None = None
+    products: float = PRODUCTS["auto"]
+
+    def space(self, generator: np.random.Generator | None = None) -> Space:
+        """Their space."""
+        return Space([self.gradient, self.direction, *self.sources], self.products, generator)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """What is decided on the gradient of a scope.
+
+    gradient, direction: as they are written. origin: the gradient as it is projected, times ``factor``.
+    start: the sum of the lengths of the terms of ``origin``.
+    norm, reach: length of the guided gradient before clipping, and the sum of the lengths of its terms.
+    strength: share of the part orthogonal to the direction that was removed.
+    decided: whether no rounding may have decided otherwise.
+    """
+
+    gradient: Vector
+    direction: Vector
+    origin: Array
+    start: float
+    reach: float
+    norm: float
+    factor: float
+    strength: float
+    coherence: float
+    statistics: Statistics
+    decided: bool = True
+
+
+def guide(
+    rows: Rows,
+    seen: Statistics,
+    direction: Direction | None,
+    magnitude: Magnitude | None,
+    *,
+    on: bool,
+    generator: np.random.Generator | None = None,
+) -> Guided:
+    """Direction, alignment on the gradient (where ``on``), magnitude: in this order."""
+    space = rows.space(generator)
+    g, d = space.row(0), space.row(1)
+    received = float(space.lengths[0])
+    guided, strength, coherence = g, math.nan, math.nan
+    if direction is not None:
+        strength = direction.damping * evidence(space.norm(d), seen)
+        guided = damp(space, strength)
+    if received > 0:
+        guided = guided + np.array([0.0, 0.0, *rows.weights])
+    origin = guided
+    if on:
+        guided = project(space, guided, [k for k, wanted in enumerate(rows.projecting, 2) if wanted])
+    norm, reach = space.norm(guided), space.reach(guided)
+    if norm == 0:
+        guided = np.zeros_like(guided)
+    bound, statistics = math.inf, seen
+    if magnitude is not None:
+        fixed = magnitude.max_norm if magnitude.max_norm is not None else math.inf if magnitude.adaptive else 1.0
+        bound = min(fixed, threshold(seen)) if magnitude.adaptive else fixed
+        statistics = observe(seen, norm) if magnitude.adaptive else seen
+    factor = bound / norm if norm > bound else 1.0
+    final, new = guided * factor, d
+    if direction is not None:
+        if rows.momentum is not None:
+            decay, gain = rows.momentum
+            term, step = final, norm * factor
+        else:
+            decay, gain = direction.decay, 1 - direction.decay
+            term, step = g / received if received > 0 else g, float(received > 0)
+        if step > 0:
+            new = decay * d + gain * term
+            mass, square = decay * seen.mass + gain * step, decay**2 * seen.square + (gain * step) ** 2
+            statistics = replace(statistics, mass=mass, square=square)
+        coherence = resultant(space.norm(new), statistics)
+    written = space.combine(final), space.combine(new), space.combine(origin * factor).value
+    return Guided(*written, space.reach(origin) * factor, reach, norm, factor, strength, coherence, statistics)
+
+
+def resultant(norm: float, seen: Statistics) -> float:
+    """Mean resultant length: |d| over what it would be had all gradients agreed."""
+    return min(norm / seen.mass, 1.0) if seen.mass > 0 else 0.0
+
+
+def evidence(norm: float, seen: Statistics) -> float:
+    """Coherence beyond chance, 0 where there is nothing to compare with."""
+    chance = min(seen.square / seen.mass**2, 1.0) if seen.mass > 0 else 0.0
+    if 1 - chance <= 1e-6:
+        return 0.0
+    return math.sqrt(min(max(resultant(norm, seen) ** 2 - chance, 0.0) / (1 - chance), 1.0))
+
+
+def damp(space: Space, strength: float) -> Array:
+    """``(1 - k) g + k P g``, P the projection onto the ray along d."""
+    g, d, norm = space.rows[0], space.rows[1], length(space.rows[1])
+    if norm == 0 or strength == 0:
+        return space.row(0)
+    along = max(float(np.dot(g, d / norm)), 0.0)
+    return (1 - strength) * space.row(0) + strength * along / norm * space.row(1)
+
+
+def project(space: Space, coefficients: Array, sources: Sequence[int]) -> Array:
+    """The nearest combination without a conflict; the given one where there is none beyond rounding."""
+    there = [k for k in sources if length(space.rows[k]) > 0]
+    vector = coefficients @ space.rows
+    if not any(cosine(vector, space.rows[k]) < -CONFLICT for k in there):
+        return coefficients
+    # In units of the lengths, so that no scale decides.
+    norms = np.array([length(space.rows[k]) for k in there])
+    units = (space.rows[there] / norms[:, None]).T
+    multiples, _ = nnls(units, -vector / length(vector), maxiter=100 * len(there))
+    result: Array = coefficients.copy()
+    result[there] += multiples * (length(vector) / norms)
+    return result
+
+
+def threshold(seen: Statistics) -> float:
+    """Largest norm that does not stand out: 2.5 deviations over the mean of the logarithms, the prior's 0.5 worth 4."""
+    if seen.log_weight == 0:
+        return math.inf
+    variance = (4 * 0.5**2 + seen.log_spread) / (4 + seen.log_weight)
+    return math.exp(seen.log_mean + 2.5 * math.sqrt(variance * (1 + 1 / seen.log_weight)))
+
+
+def observe(seen: Statistics, norm: float) -> Statistics:
+    """One more norm, which counts as no more than the threshold; a norm of 0 says nothing."""
+    if norm == 0:
+        return seen
+    value = math.log(min(norm, threshold(seen)))
+    weight = 0.95 * seen.log_weight + 1
+    mean = seen.log_mean + (value - seen.log_mean) / weight
+    spread = 0.95 * seen.log_spread + (value - seen.log_mean) * (value - mean)
+    return replace(seen, log_weight=weight, log_mean=mean, log_spread=spread)
+
+
+@dataclass(frozen=True)
+class Limited:
+    """What is left of an update.
+
+    update: what is left. origin: what the bound left, before it was freed of conflicts. acted: whether a rule did.
+    norm, factor: length of the base's update, and what the bound multiplied it by. bound: the longest length.
+    reach: the sum of the lengths of the terms.
+    """
+
+    update: Vector
+    origin: Array
+    acted: bool
+    norm: float
+    factor: float
+    bound: float
+    reach: float
+
+
+def limit(
+    update: Vector,
+    before: Vector,
+    sources: Sequence[Vector],
+    max_update: float | None,
+    products: float,
+    generator: np.random.Generator | None = None,
+) -> Limited:
+    """Bound the update by the parameters' own length, and free it of conflicts: it may not go along a source."""
+    space = Space([update, before, *sources], products, generator)
+    made, bound = space.row(0), math.inf
+    if max_update is not None:
+        bound = max_update * max(before.norm, 0.01 * math.sqrt(before.value.size))
+    norm = space.norm(made)
+    factor = bound / norm if norm > bound else 1.0
+    freed = -project(space, -made, range(2, len(space.rows)))
+    reach = space.reach(freed) * factor
+    if space.norm(freed) == 0:
+        freed = np.zeros_like(freed)
+    acted = factor < 1 or not np.array_equal(freed, made)
+    left, origin = space.combine(freed * factor), space.combine(made * factor).value
+    return Limited(left, origin, acted and norm > 0, norm, factor, bound, reach)
