@@ -98,7 +98,7 @@ def check(
 
 
 def check_conflicts(
-    what: str, found: Array, sources: list[Vector], origin: Array, reach: float, slack: float, products: float
+    what: str, found: Array, sources: list[Vector], start: float, reach: float, slack: float, rounding: float
 ) -> None:
     """Raise where a vector conflicts with a source by more than rounding.
 
@@ -106,10 +106,12 @@ def check_conflicts(
     that a step chose may be twice as long as the oracle's.
 
     Args:
+        start, reach: the sum of the lengths of the terms of what was projected, and of the result.
         slack: length of the rounding of the numbers found.
+        rounding: relative error of terms and their products.
     """
-    terms = min(max(reach, length(origin)), LONGEST * length(origin))
-    allowed = CONFLICT * length(origin) + 2 * products * terms + slack
+    terms = min(max(reach, start), LONGEST * start)
+    allowed = CONFLICT * start + 2 * rounding * terms + slack
     for number, source in enumerate(sources):
         size = source.norm
         along = float(np.dot(found, source.value / size)) if size > 0 else 0.0

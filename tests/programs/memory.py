@@ -34,21 +34,13 @@ def check_memory(
     directions, statistics, counts = observed(world, model)
     if counts is not None and counts != (model.steps, model.skipped):
         raise Disagreement(f"steps and skipped steps are {counts}, expected {(model.steps, model.skipped)}")
-    stepped: dict[int, Vector] = {}
     undecided = [] if plan is None else [s.label for s, g in zip(plan.scopes, guided, strict=True) if not g.decided]
-    if plan is not None:
-        for scope, result in zip(plan.scopes, guided, strict=True):
-            ends = np.cumsum([world.parameters[n].numel() for n in scope.members])[:-1]
-            parts = zip(np.split(result.direction.value, ends), np.split(result.direction.error, ends), strict=True)
-            stepped |= {n: Vector(*part) for n, part in zip(scope.members, parts, strict=True)}
     for number, found in directions.items():
-        wanted = model.directions.get(number, np.zeros_like(found))
-        error = stepped[number].error if number in stepped else np.zeros_like(found)
-        slack = spacing(wanted, torch.float32) if model.exact else 1e-5 * np.ones_like(found)
-        expected = Vector(wanted, error)
-        check(f"direction of parameter {number}", found, expected, slack, 0.0, partial(unmoved, wanted), tally)
+        expected = model.directions.get(number, Vector(np.zeros_like(found), np.zeros_like(found)))
+        stored, kept = spacing(expected.value, torch.float32), partial(unmoved, expected.value)
+        check(f"direction of parameter {number}", found, expected, stored, 0.0, kept, tally)
         if model.exact:
-            model.directions[number] = found
+            model.directions[number] = Vector(found, np.zeros_like(found))
     for label, seen in statistics.items():
         expected_seen = model.statistics.get(label, Statistics())
         if label not in undecided and not alike(seen, expected_seen, exact=model.exact):

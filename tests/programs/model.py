@@ -60,7 +60,7 @@ class Model:
     """The oracle's own memory. ``exact``: whether directions were read from the state dict after each step."""
 
     def __init__(self, world: World) -> None:
-        self.directions: dict[int, Array] = {}
+        self.directions: dict[int, Vector] = {}
         self.statistics: dict[Hashable, Statistics] = {}
         self.steps = 0
         self.skipped = 0
@@ -141,10 +141,11 @@ class Model:
             state: dict[str, Any] = world.base.state.get(parameter, {})
             momentum = state.get("momentum_buffer", state.get("exp_avg"))
             value = np.zeros(size) if momentum is None else as_array(momentum)
+            error = np.zeros(size)
         else:
-            value = self.directions.get(number, np.zeros(size))
-            fine = fine if self.exact else max(fine, unit(torch.float32))
-        return Vector(value, fine * np.abs(value))
+            kept = self.directions.get(number, Vector(np.zeros(size), np.zeros(size)))
+            value, error = kept.value, kept.error
+        return Vector(value, error + fine * np.abs(value))
 
     def source_row(
         self, world: World, source: int, numbers: list[int], values: list[Tensor], covered: set[str]

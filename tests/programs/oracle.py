@@ -160,6 +160,7 @@ class Guided:
     """What is decided on the gradient of a scope.
 
     gradient, direction: as they are written. origin: the gradient as it is projected, times ``factor``.
+    start: the sum of the lengths of the terms of ``origin``.
     norm, reach: length of the guided gradient before clipping, and the sum of the lengths of its terms.
     strength: share of the part orthogonal to the direction that was removed.
     decided: whether no rounding may have decided otherwise.
@@ -168,6 +169,7 @@ class Guided:
     gradient: Vector
     direction: Vector
     origin: Array
+    start: float
     reach: float
     norm: float
     factor: float
@@ -222,7 +224,7 @@ def guide(
             statistics = replace(statistics, mass=mass, square=square)
         coherence = resultant(space.norm(new), statistics)
     written = space.combine(final), space.combine(new), space.combine(origin * factor).value
-    return Guided(*written, reach, norm, factor, strength, coherence, statistics)
+    return Guided(*written, space.reach(origin) * factor, reach, norm, factor, strength, coherence, statistics)
 
 
 def resultant(norm: float, seen: Statistics) -> float:

@@ -16,7 +16,7 @@ from tests.programs.gradients import put_gradients
 from tests.programs.measures import check_metrics
 from tests.programs.memory import check_memory
 from tests.programs.model import Model, Plan, ScopePlan
-from tests.programs.numbers import as_array, spacing, twin
+from tests.programs.numbers import as_array, spacing, twin, unit
 from tests.programs.oracle import Guided, Limited, Vector, guide, length, limit
 from tests.programs.program import Step
 from tests.programs.world import World
@@ -111,7 +111,7 @@ def decide(scope: ScopePlan, world: World, handed: Sequence[Tensor | None], tall
     if on:
         projected = [s for s, wanted in zip(scope.rows.sources, scope.rows.projecting, strict=True) if wanted]
         slack = TIGHT * length(guided.gradient.error) + length(stored)
-        check_conflicts(what, found, projected, guided.origin, reach, slack, products)
+        check_conflicts(what, found, projected, guided.start, reach, slack, products + scope.fineness)
     if program.magnitude is not None and program.magnitude.bound < np.inf:
         longest = program.magnitude.bound * (1 + 1e-5) + length(stored)
         if length(found) > longest:
@@ -149,7 +149,7 @@ def check_update(
     nearest = limited.origin if len(sources) > 1 else None
     check(what, found - start, end, stored, limited.reach, again, tally, products=products, origin=nearest)
     slack = TIGHT * length(end.error) + length(stored)
-    check_conflicts(what, start - found, sources, limited.origin, limited.reach, slack, products)
+    check_conflicts(what, start - found, sources, length(limited.origin), limited.reach, slack, products + fine)
     moved = length(found - start)
     if moved > limited.bound * (1 + 1e-5) + length(stored):
         raise Disagreement(f"{what}: moved by {moved:.7g}, at most {limited.bound:.7g} allowed")
@@ -166,9 +166,11 @@ def remember(plan: Plan, guided: Sequence[Guided], model: Model, world: World) -
         model.statistics[scope.label] = result.statistics
         sizes = [world.parameters[n].numel() for n in scope.members]
         own = world.program.direction is not None and not world.program.direction.share_momentum
-        for number, part in zip(scope.members, np.split(result.direction.value, np.cumsum(sizes)[:-1]), strict=True):
+        ends = np.cumsum(sizes)[:-1]
+        values, errors = np.split(result.direction.value, ends), np.split(result.direction.error, ends)
+        for number, value, error in zip(scope.members, values, errors, strict=True):
             if own:
-                model.directions[number] = part
+                model.directions[number] = Vector(value, error + unit(torch.float32) * np.abs(value))
     model.steps += any(scope.rows.gradient.norm > 0 for scope in plan.scopes)
 
 
