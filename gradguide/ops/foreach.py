@@ -121,7 +121,8 @@ def _mend(products: Tensor, rows: Sequence[Row], parts: Sequence[_Part], pairs: 
     sound = ((squares > SOUND[0]) & (squares < SOUND[1])).all(dim=1)
     for number in (~sound).nonzero().flatten().tolist():
         part = parts[number]
-        values = [row_tensors(row, part.block, torch.float64) for row in rows]
+        # Rows as a combination forms them: what overflows float32 there must not look finite here.
+        values = [row_tensors(row, part.block, compute_dtype(rows)) for row in rows]
         products[number] = torch.stack(_wide_products(values, part, pairs, torch.float64))
         if compute_dtype(rows) == torch.float64 and not products[number].isfinite().all():
             largest = torch.stack([tensors[place].abs().max() for tensors in values for place in part.places]).max()

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from gradguide.ops.foreach import SMALL
 
-__all__ = ["DOTS", "EXACT", "KERNELS", "rounding"]
+__all__ = ["DOTS", "EXACT", "KERNELS", "WRITTEN", "rounding"]
+
+WRITTEN = 5e-7
+"""Largest error of a combination when it is written in float32, relative to the sum of the lengths of its terms."""
 
 EXACT = 1e-12
 """Bound for products in float64. They are more exact than this. But a combination of the rows is written in float32,

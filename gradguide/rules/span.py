@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gradguide.ops.rounding import KERNELS
+from gradguide.ops.rounding import KERNELS, WRITTEN
 
 __all__ = ["Extent", "Span", "divide"]
 
@@ -70,12 +70,13 @@ class Span:
         The squared length is ``a' G a``. If its terms cancel, the errors of G remain: at most
         ``rounding * reach(a)^2``. A squared length below that counts as zero, and so does the vector. Otherwise the
         true squared length is at most ``a' G a + rounding * (reach(a)^2 - a' G a)``, which equals ``a' G a`` if
-        nothing cancels. The rounding of the vector itself, when it is written in float32, is smaller than either.
+        nothing cancels. Writing the vector in float32 adds at most ``WRITTEN * (reach(a) - length)``.
         """
-        square, floor = self.inner(a, a).clamp(min=0.0), self.rounding * self.reach(a).square()
+        square, reach = self.inner(a, a).clamp(min=0.0), self.reach(a)
+        floor, length = self.rounding * reach.square(), square.sqrt()
         lost = square < floor  # False if both are 0, Inf or NaN
-        ceiling = (floor + (1.0 - self.rounding) * square).sqrt()
-        vector, norm = a.masked_fill(lost.unsqueeze(1), 0.0), square.sqrt().masked_fill(lost, 0.0)
+        ceiling = (floor + (1.0 - self.rounding) * square).sqrt() + WRITTEN * (reach - length)
+        vector, norm = a.masked_fill(lost.unsqueeze(1), 0.0), length.masked_fill(lost, 0.0)
         return Extent(vector, norm, ceiling.masked_fill(lost, 0.0))
 
 

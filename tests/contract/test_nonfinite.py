@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gradguide import GradGuide
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 from tests.contract import kit
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -81,6 +81,23 @@ def test_i19_huge_but_finite_gradients_are_no_fault() -> None:
         assert optimizer.metrics()["steps"] == 3
         assert all(p.isfinite().all() for p in model.parameters())
         assert kit.differ(kit.parameters_of(model), before)
+
+
+@pytest.mark.parametrize("size", [2, 3000, 40000])
+def test_i19_a_source_that_overflows_when_it_is_written_skips_the_step(size: int) -> None:
+    """Its products may be finite in float64, in which small tensors are measured."""
+    parameter = torch.nn.Parameter(torch.ones(size))
+    far = {"p": torch.full((size,), -1e5)}
+    source = SourceGradient(None, fisher={"p": torch.full((size,), 3e38)}, anchor=far)
+    optimizer = GradGuide(
+        torch.optim.SGD([parameter], lr=0.1), alignment=Alignment(source, weight=1.0), names={"p": parameter},
+        magnitude=Magnitude(max_update=None),
+    )  # fmt: skip
+    parameter.grad = torch.ones(size)
+    optimizer.step()
+    assert optimizer.metrics()["skipped"] == 1
+    assert torch.equal(parameter.detach(), torch.ones(size))
+    assert torch.equal(parameter.grad, torch.ones(size))
 
 
 def test_i19_nothing_is_checked_with_every_rule_off() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.rounding import KERNELS
+from gradguide.ops.rounding import KERNELS, WRITTEN
 
 __all__ = ["at", "atmost", "clamp01", "clip", "extent", "inner", "lengths", "load_gram", "norm", "relu", "safe_div"]
 
 SMALLEST: tl.constexpr = tl.constexpr(KERNELS)
+ROUNDED: tl.constexpr = tl.constexpr(WRITTEN)
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def extent(gram, of_rows, a):
     reach = tl.sum(tl.abs(a) * of_rows, axis=0)
     square, floor = relu(inner(gram, a, a)), reach * reach * SMALLEST
     lost = square < floor  # False if both are 0, Inf or NaN
-    ceiling = tl.sqrt(square + (floor - square * SMALLEST))
+    ceiling = tl.sqrt(square + (floor - square * SMALLEST)) + (reach - tl.sqrt(square)) * ROUNDED
     return tl.where(lost, 0.0, a), tl.where(lost, 0.0, tl.sqrt(square)), tl.where(lost, 0.0, ceiling)
 
 
