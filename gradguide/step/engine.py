@@ -194,8 +194,10 @@ class Engine:
         plan = state.plan
         sources = plan.sources[: self.rules.update_sources]
         rows: Rows = []
-        for bucket, copies in zip(plan.buckets, before, strict=True):
-            own = [Row(at=bucket.values, anchor=copies), Row(offset=copies)]
+        # The base may have restrided a parameter, so metadata is read again.
+        after_step = [TensorList(bucket.values) for bucket in plan.buckets]
+        for bucket, values, copies in zip(plan.buckets, after_step, before, strict=True):
+            own = [Row(at=values, anchor=copies), Row(offset=copies)]
             rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
         limit = _rules_for(plan).constrain(span, self.rules, plan.element_counts())
@@ -205,10 +207,10 @@ class Engine:
             return  # measured for the history only
         assert limit.coefficients is not None
         after: Rows = [
-            Stack([Row(offset=bucket.values), *these[1:]], bucket.sizes)
-            for bucket, these in zip(plan.buckets, rows, strict=True)
+            Stack([Row(offset=values), *these[1:]], bucket.sizes)
+            for bucket, values, these in zip(plan.buckets, after_step, rows, strict=True)
         ]
-        plan.combine_(after, [[Write(into=b.values, coefficients=limit.coefficients)] for b in plan.buckets])
+        plan.combine_(after, [[Write(into=values, coefficients=limit.coefficients)] for values in after_step])
 
     def record(self, state: StepState) -> Record | None:
         """Return the record that metrics are read from; None before a decision."""

@@ -13,6 +13,7 @@ from gradguide.base_checks import check_differentiable
 from gradguide.distributed.agreement import describe, is_plain
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.ops.rounding import rounding
+from gradguide.ops.tensors import metadata_of
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Label, Scope, build_buckets, scope_labeler, signs_of
@@ -103,6 +104,10 @@ class StepPlanner:
         )
         if not buckets and not ranks.sharded:
             return None
+        for bucket in buckets:
+            # Valid as long as the signature matches.
+            bucket.values.metadata = metadata_of(bucket.values)
+            bucket.gradients.metadata = metadata_of(bucket.gradients)
         sources = ranks.shard_sources(self.sources, trained, self.names)
         device = trained[0].device
         backends = [ops.select(self._backend, bucket.gradients[0].device) for bucket in buckets]

@@ -1,4 +1,8 @@
-"""Detection of stale plans: identity and metadata of every parameter, metadata of every gradient."""
+"""Detection of stale plans: identity and metadata of every parameter, metadata of every gradient.
+
+A step on a GPU takes the host about a millisecond, and one question to 300 tensors 5 to 45 microseconds. So each
+question is asked once, by one call of map.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,17 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradguide.distributed.layouts import layout_of
 from gradguide.ops.tensors import same_objects
 
 __all__ = ["Signature"]
 
-_SHAPE, _LAYOUT, _DTYPE, _DEVICE = map(attrgetter, ("shape", "layout", "dtype", "device"))
+_READERS: tuple[Any, ...] = (
+    type, attrgetter("layout"), attrgetter("shape"), Tensor.stride, attrgetter("dtype"), Tensor.get_device,
+    Tensor.is_neg,
+)  # fmt: skip
 
 
 class Signature:
@@ -49,20 +56,17 @@ class Signature:
 def _form(groups: Sequence[dict[str, Any]], signs: Sequence[int], parameters: Sequence[Tensor]) -> Any:
     gradients = [p.grad for p in parameters]
     there = [g for g in gradients if g is not None]
-    if any(layout_of(p) is not None for p in parameters) or not _strided(parameters) or not _strided(there):
+    if not {Tensor, nn.Parameter}.issuperset(map(type, parameters)) and any(map(layout_of, parameters)):
         return None
-    return (
-        [len(group["params"]) for group in groups],
-        list(signs),
-        [g is None for g in gradients],
-        len(set(map(Tensor.data_ptr, there))),  # fewer where parameters share the memory of a gradient
-        [torch._is_zerotensor(g) for g in there],
-        *(list(map(read, tensors)) for tensors in (parameters, there) for read in _READERS),
-    )
-
-
-_READERS: tuple[Any, ...] = (type, _SHAPE, Tensor.stride, _DTYPE, _DEVICE, Tensor.is_neg)
-
-
-def _strided(tensors: Sequence[Tensor]) -> bool:
-    return all(layout == torch.strided for layout in map(_LAYOUT, tensors))
+    try:
+        addresses = set(map(Tensor.data_ptr, there))
+        return (
+            [len(group["params"]) for group in groups],
+            list(signs),
+            [g is None for g in gradients],
+            len(addresses),  # fewer where parameters share the memory of a gradient
+            list(map(torch._is_zerotensor, there)) if 0 in addresses else [],
+            *(list(map(read, tensors)) for tensors in (parameters, there) for read in _READERS),
+        )
+    except RuntimeError:  # sparse tensors have no address, and some no strides
+        return None

@@ -159,8 +159,13 @@ def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_ref
 
 
 def test_no_plan_is_kept_where_a_parameter_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks may have gradients of different parameters, and planning uses collectives."""
+    """Ranks may have gradients of different parameters, and must plan together."""
+
+    class Sharded(nn.Parameter):
+        pass
+
     groups, held, signature = signed()
+    held[2].__class__ = Sharded
     monkeypatch.setattr("gradguide.step.signature.layout_of", lambda p: object() if p is held[2] else None)
     assert not signature.matches(groups, SIGNS)
     assert not Signature(groups, SIGNS).matches(groups, SIGNS)
