@@ -101,7 +101,7 @@ class MetadataCache:
         kept = self._kept.get(key)
         if kept is not None and same_objects(list(map(ref.__call__, kept[0])), tensors):
             lengths = array("q", map(Tensor.numel, tensors))
-            if lengths == kept[1].lengths:
+            if lengths == kept[1].lengths and common_value(map(DTYPE, tensors)) == kept[1].dtype:
                 return TensorList(tensors, kept[1])
         metadata = metadata_of(tensors)
         self._kept[key] = list(map(ref, tensors)), metadata

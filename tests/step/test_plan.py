@@ -261,21 +261,22 @@ def test_metadata_of_mixed_tensors_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    "make",
     [
-        torch.ones(2, dtype=torch.complex64).conj().imag,
-        torch.ones(2, 3).t(),
-        torch.ones(1).expand(3),
-        torch.ones(3).to_sparse(),
-        torch.ones(2, dtype=torch.complex64).conj(),
+        lambda: torch.ones(2, dtype=torch.complex64).conj().imag,
+        lambda: torch.ones(2, 3).t(),
+        lambda: torch.ones(1).expand(3),
+        lambda: torch.ones(3).to_sparse(),
+        lambda: torch.ones(2, dtype=torch.complex64).conj(),
     ],
 )
-def test_a_tensor_whose_memory_is_not_its_numbers_is_not_plain(tensor: torch.Tensor) -> None:
-    assert not metadata_of([torch.ones(2), tensor]).plain
+def test_a_tensor_whose_memory_is_not_its_numbers_is_not_plain(make: Callable[[], torch.Tensor]) -> None:
+    assert not metadata_of([torch.ones(2), make()]).plain
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(2, device="meta"), torch._efficientzerotensor(2)])
-def test_a_tensor_without_memory_has_no_address(tensor: torch.Tensor) -> None:
+@pytest.mark.parametrize("make", [lambda: torch.ones(2, device="meta"), lambda: torch._efficientzerotensor(2)])
+def test_a_tensor_without_memory_has_no_address(make: Callable[[], torch.Tensor]) -> None:
+    tensor = make()
     assert addresses_of([tensor], metadata_of([tensor])) is None
     assert addresses_of([torch.ones(0), torch.ones(2)], metadata_of([torch.ones(0), torch.ones(2)])) is not None
 
