@@ -166,8 +166,10 @@ def test_i30_after_any_change_of_a_parameter_a_step_is_that_of_a_new_optimizer(
         q.grad = p.grad.clone()
     optimizer.step()
     other.step()
+    # The magnitude is one number for all tensors, so one bfloat16 tensor's rounding (2**-8) reaches each of them.
+    rtol, atol = (1e-2, 1e-2) if change is made_bfloat16 else (1e-5, 1e-6)
     for p, q in zip(held, others, strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
