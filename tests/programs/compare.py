@@ -25,7 +25,6 @@ Array = NDArray[np.float64]
 TIGHT = 8.0
 DRAWS = 24
 REACH = 2.0
-LONGEST = 500.0
 
 
 class Disagreement(AssertionError):  # noqa: N818 (it is no error of the program that is run)
@@ -84,8 +83,7 @@ def check(
     if lost and not found.any():
         return False
     if origin is not None:
-        terms = min(reach, LONGEST * length(origin))
-        nearest = length(expected.value - origin) + products * terms + length(allowed)
+        nearest = length(expected.value - origin) + products * reach + length(allowed)
         if length(found - origin) <= nearest * (1 + 1e-6):
             return False
     generator = np.random.default_rng(0)
@@ -108,16 +106,13 @@ def check_conflicts(
 ) -> None:
     """Raise where a vector conflicts with a source by more than rounding.
 
-    Terms longer than ``LONGEST`` times what was projected come from sources that are dependent to rounding. The terms
-    that a step chose may be twice as long as the oracle's.
-
     Args:
-        start, reach: the sum of the lengths of the terms of what was projected, and of the result.
+        start, reach: the sum of the lengths of the terms of what was projected, and of the result. The terms that a
+            step chose may be twice as long as the oracle's.
         slack: length of the rounding of the numbers found.
         rounding: relative error of terms and their products.
     """
-    terms = min(max(reach, start), LONGEST * start)
-    allowed = CONFLICT * start + 2 * rounding * terms + slack
+    allowed = CONFLICT * start + 2 * rounding * max(reach, start) + slack
     for number, source in enumerate(sources):
         size = source.norm
         along = float(np.dot(found, source.value / size)) if size > 0 else 0.0

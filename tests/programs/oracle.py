@@ -41,7 +41,7 @@ PRODUCTS = {"auto": 1e-12, "foreach": 1e-12, "triton": 4e-6}
 """Largest error of a product of two rows by backend, relative to the product of their lengths.
 
 Kernels add products in float32. On a CPU products of small tensors are in float64, and a combination shorter than 1e-6
-of its terms is lost where it is written in float32.
+of its terms is lost where it is written in float32. Multipliers of dependent sources are at most its root's inverse.
 """
 
 SURELY_ZERO = 2.0
@@ -109,6 +109,10 @@ class Space:
     def reach(self, coefficients: Array) -> float:
         """The sum of the lengths of the terms."""
         return float(np.abs(coefficients) @ self.lengths)
+
+    def bounded_reach(self, coefficients: Array, start: float) -> float:
+        """The same of a projection, whose multipliers are bounded. ``start`` is the reach of what was projected."""
+        return min(self.reach(coefficients), start * (1 + float(np.sqrt(1 / self.products))))
 
     def norm(self, coefficients: Array) -> float:
         """Length of a combination; 0 where its terms cancel to rounding."""
@@ -201,7 +205,7 @@ def guide(
     origin = guided
     if on:
         guided = project(space, guided, [k for k, wanted in enumerate(rows.projecting, 2) if wanted])
-    norm, reach = space.norm(guided), space.reach(guided)
+    norm, reach = space.norm(guided), space.bounded_reach(guided, space.reach(origin))
     if norm == 0:
         guided = np.zeros_like(guided)
     bound, statistics = math.inf, seen
@@ -317,7 +321,7 @@ def limit(
     norm = space.norm(made)
     factor = bound / norm if norm > bound else 1.0
     freed = -project(space, -made, range(2, len(space.rows)))
-    reach = space.reach(freed) * factor
+    reach = space.bounded_reach(freed, norm) * factor
     if space.norm(freed) == 0:
         freed = np.zeros_like(freed)
     acted = factor < 1 or not np.array_equal(freed, made)
