@@ -62,8 +62,7 @@ def observed(world: World, model: Model) -> tuple[dict[int, Array], dict[Hashabl
         entry = state.get(position, {})
         if "gradguide.direction" in entry:
             # As the gradients are received; the oracle's is in the frame of descent.
-            sign = -1.0 if world.base.param_groups[group].get("maximize", False) else 1.0
-            directions[number] = sign * as_array(entry["gradguide.direction"])
+            directions[number] = world.sign(group) * as_array(entry["gradguide.direction"])
         if "gradguide.counters" in entry:
             numbers = entry["gradguide.counters"].tolist()
             counts = int(numbers[1]), int(numbers[2])

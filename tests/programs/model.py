@@ -90,8 +90,7 @@ class Model:
             numbers = [number for _, number in pairs]
             rows = self.rows(world, pairs, covered)
             sizes = [world.parameters[n].numel() for n in numbers]
-            up = [bool(world.base.param_groups[group].get("maximize", False)) for group, _ in pairs]
-            signs = np.repeat(np.where(up, -1.0, 1.0), sizes)
+            signs = np.repeat([world.sign(group) for group, _ in pairs], sizes)
             fine = max(fineness(world.parameters[n].dtype) for n in numbers)
             statistics = self.statistics.get(label, Statistics())
             plan.scopes.append(ScopePlan(label, numbers, rows, signs, fine, statistics))
@@ -114,9 +113,8 @@ class Model:
         fine = max(fineness(world.parameters[number].dtype) for number in numbers)
         for group, number in pairs:
             parameter = world.parameters[number]
-            sign = -1.0 if world.base.param_groups[group].get("maximize", False) else 1.0
             assert parameter.grad is not None
-            g = sign * as_array(parameter.grad)
+            g = world.sign(group) * as_array(parameter.grad)
             gradients.append(Vector(g, fine * np.abs(g)))
             directions.append(self.direction(world, number, fine))
         alignment = world.spec

@@ -118,7 +118,6 @@ FAULTS: dict[str, Callable[[Program], Program]] = {
     "project": aligned(project=False),
     "on": aligned(on="gradient"),
     "scope": lambda p: replace(p, scope="tensor"),
-    "maximize": lambda p: replace(p, groups=tuple(replace(g, options=()) for g in p.groups)),
 }
 
 
@@ -140,3 +139,16 @@ def test_a_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None
             except Disagreement:
                 return
     pytest.fail(f"no program tells that {fault} is another")
+
+
+def test_a_sign_that_is_not_seen_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle takes groups that maximize for others."""
+    monkeypatch.setattr(World, "sign", lambda self, group: 1.0)
+    mixed = [p for p in some_programs() if FEATURES["both signs of maximize"](p) and p.alignment is not None]
+    found = 0
+    for program in mixed[:10]:
+        try:
+            run(program)
+        except Disagreement:
+            found += 1
+    assert found >= 3

@@ -81,6 +81,10 @@ class World:
         specs = self.program.parameters
         return {specs[n].name: p for n, p in enumerate(self.parameters) if self.named(n)}
 
+    def sign(self, group: int) -> float:
+        """-1 for a group that maximizes, else 1: what turns its gradients into those of descent."""
+        return -1.0 if self.base.param_groups[group].get("maximize", False) else 1.0
+
     def present(self) -> list[tuple[int, int, int]]:
         """Group, place in it and number of each parameter that the optimizer has."""
         members = [self.program.groups[group].members for group in self.added]
