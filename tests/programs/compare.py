@@ -3,7 +3,7 @@
 The rule. Every number of a result may be off by ``TIGHT`` times the rounding of the terms that were combined for it,
 and by one unit in the last place of the dtype that it is stored in. Where that is exceeded, the decision may have been
 one that rounding makes: a conflict, a bound, a length that is left where terms cancel. Then the oracle decides again
-``DRAWS`` times on rows that are disturbed within the rounding of their products (``oracle.PRODUCTS``), and the result
+``DRAWS`` times on rows that are disturbed within the rounding of their products (``space.PRODUCTS``), and the result
 may lie ``REACH`` times as far away as those results do. A combination whose squared length is below the rounding of its
 products, twice over, may be zero. A projection that several sources ask for may be any vector that is as near to what
 was projected. What is promised of lengths and conflicts is checked in every case.
@@ -16,7 +16,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.programs.oracle import CONFLICT, Vector, length
+from tests.programs.oracle import CONFLICT
+from tests.programs.space import Vector, length
 
 __all__ = ["TIGHT", "Disagreement", "OverflowedError", "Tally", "check", "check_conflicts"]
 

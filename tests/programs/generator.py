@@ -59,14 +59,14 @@ def generate(seed: int) -> Program:
         late=names == "late",
         backend=draw.one(["auto", "foreach"]),
         nonfinite="raise" if draw.chance(0.15) else "skip",
-        watched=draw.chance(0.6) or (alignment is not None and remembers_norms(direction, magnitude)),
+        watched=draw.chance(0.6) or remembers_norms(direction, magnitude),
         events=(),
     )
     return replace(program, events=draw_events(draw, program, profile))
 
 
 def remembers_norms(direction: Direction | None, magnitude: Magnitude | None) -> bool:
-    """Whether statistics are of norms that rounding may decide, so that they have to be read after each step."""
+    """Whether statistics are of norms, which rounding changes, so that they have to be read after each step."""
     shared = direction is not None and direction.share_momentum
     return shared or (magnitude is not None and magnitude.adaptive)
 

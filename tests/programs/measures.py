@@ -9,7 +9,8 @@ import numpy as np
 
 from tests.programs.compare import Disagreement
 from tests.programs.model import Model, Plan, source_names
-from tests.programs.oracle import CONFLICT, PRODUCTS, Guided, Limited, cosine, length
+from tests.programs.oracle import CONFLICT, Guided, Limited
+from tests.programs.space import PRODUCTS, cosine, length
 from tests.programs.world import World
 
 __all__ = ["check_metrics"]
@@ -25,6 +26,7 @@ def check_metrics(world: World, model: Model, plan: Plan, guided: Sequence[Guide
     if norm > 0 and all(g.decided for g in guided):
         factor = total([g.norm * g.factor for g in guided]) / norm
         slack = 1e-3 + products * max((g.reach / g.norm) ** 2 for g in guided if g.norm > 0)
+        slack += max(g.allowance for g in guided)
         expected |= {"guided_norm": (norm, slack * norm), "clip_factor": (factor, slack * factor)}
         alive = [g for g, size in zip(guided, lengths, strict=True) if size > 0]
         if world.program.direction is not None and alive:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tests.programs.compare import Disagreement, Tally, check
 from tests.programs.model import Model, Plan
 from tests.programs.numbers import as_array, spacing
-from tests.programs.oracle import Guided, Statistics, Vector
+from tests.programs.oracle import Guided, Statistics
+from tests.programs.space import Vector
 from tests.programs.world import World
 
 __all__ = ["check_memory"]
@@ -35,6 +36,7 @@ def check_memory(
     if counts is not None and counts != (model.steps, model.skipped):
         raise Disagreement(f"steps and skipped steps are {counts}, expected {(model.steps, model.skipped)}")
     undecided = [] if plan is None else [s.label for s, g in zip(plan.scopes, guided, strict=True) if not g.decided]
+    allowances = {} if plan is None else {s.label: g.allowance for s, g in zip(plan.scopes, guided, strict=True)}
     for number, found in directions.items():
         expected = model.directions.get(number, Vector(np.zeros_like(found), np.zeros_like(found)))
         stored, kept = spacing(expected.value, torch.float32), partial(unmoved, expected.value)
@@ -43,7 +45,7 @@ def check_memory(
             model.directions[number] = Vector(found, np.zeros_like(found))
     for label, seen in statistics.items():
         expected_seen = model.statistics.get(label, Statistics())
-        if label not in undecided and not alike(seen, expected_seen, exact=model.exact):
+        if label not in undecided and not alike(seen, expected_seen, 1e-3 + allowances.get(label, 0.0)):
             raise Disagreement(f"statistics of scope {label!r} are {seen}, expected {expected_seen}")
         if model.exact:
             model.statistics[label] = seen
@@ -70,8 +72,7 @@ def observed(world: World, model: Model) -> tuple[dict[int, Array], dict[Hashabl
     return directions, statistics, counts
 
 
-def alike(found: Statistics, expected: Statistics, *, exact: bool) -> bool:
+def alike(found: Statistics, expected: Statistics, slack: float) -> bool:
     """Whether statistics are the same to the rounding of the norms that went into them."""
-    slack = 1e-3 if exact else 1e-2
     pairs = [(getattr(found, name), getattr(expected, name)) for name in Statistics.__dataclass_fields__]
     return all(abs(a - b) <= slack * max(abs(a), abs(b), 0 if i < 2 else 1) for i, (a, b) in enumerate(pairs))

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.programs.numbers import DTYPES, as_array, twin, unit
-from tests.programs.oracle import PRODUCTS, Rows, Statistics, Vector
+from tests.programs.oracle import Rows, Statistics
 from tests.programs.program import AlignmentSpec, SourceSpec
+from tests.programs.space import PRODUCTS, Vector
 from tests.programs.world import ReplayLoss, World
 
 __all__ = ["Model", "Plan", "ScopePlan", "source_names", "weights_of"]

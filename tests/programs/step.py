@@ -17,8 +17,9 @@ from tests.programs.measures import check_metrics
 from tests.programs.memory import check_memory
 from tests.programs.model import Model, Plan, ScopePlan
 from tests.programs.numbers import as_array, spacing, twin, unit
-from tests.programs.oracle import Guided, Limited, Vector, guide, length, limit
+from tests.programs.oracle import Guided, Limited, guide, limit
 from tests.programs.program import Step
+from tests.programs.space import Vector, length
 from tests.programs.world import World
 
 __all__ = ["make_step"]
@@ -103,7 +104,7 @@ def decide(scope: ScopePlan, world: World, handed: Sequence[Tensor | None], tall
     if float(np.max(np.abs(guided.gradient.value), initial=0.0)) >= min(torch.finfo(g.dtype).max for g in gradients):
         raise OverflowedError
     found = np.concatenate([as_array(g) for g in gradients]) * scope.signs
-    stored = spaced(guided.gradient.value, gradients)
+    stored = spaced(guided.gradient.value, gradients) + guided.allowance * np.abs(guided.gradient.value)
     what, reach = f"guided gradient of scope {scope.label!r}", guided.reach * guided.factor
     other = lambda generator: again(generator).gradient.value  # noqa: E731
     origin = guided.origin if on and sum(scope.rows.projecting) > 1 else None
