@@ -125,7 +125,7 @@ def _mend(products: Tensor, rows: Sequence[Row], parts: Sequence[_Part], pairs: 
         values = [row_tensors(row, part.block, compute_dtype(rows)) for row in rows]
         products[number] = torch.stack(_wide_products(values, part, pairs, torch.float64))
         if compute_dtype(rows) == torch.float64 and not products[number].isfinite().all():
-            largest = torch.stack([tensors[place].abs().max() for tensors in values for place in part.places]).max()
+            largest = torch.cat([tensors[place].reshape(-1) for tensors in values for place in part.places]).abs().max()
             if largest.isfinite():
                 raise OverflowError(
                     f"a float64 gradient, direction or source has elements of {float(largest):.1e}, whose squares "

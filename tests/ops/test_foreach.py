@@ -249,3 +249,13 @@ def test_finite_float64_rows_whose_squares_overflow_are_an_error_with_the_way_ou
     parameter.grad = torch.full((3,), float("inf"), dtype=torch.float64)
     optimizer.step()
     assert optimizer.metrics()["skipped"] == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_beside_a_parameter_without_numbers(bad: float) -> None:
+    full, empty = (torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (2, 0))
+    optimizer = GradGuide(torch.optim.SGD([full, empty], lr=0.1))
+    full.grad, empty.grad = torch.full_like(full, bad), torch.zeros_like(empty)
+    optimizer.step()
+    assert torch.equal(full.detach(), torch.ones(2, dtype=torch.float64))
+    assert optimizer.metrics()["skipped"] == 1
