@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from benchmarks.demo import DEFAULT_MODEL, Classifier, add_lora, load_encoder
-from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
+from benchmarks.harness import Case, Result, ratios, save, summarise, time_side_by_side, versions
 from gradguide import GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters
 
@@ -115,15 +115,13 @@ def main(argv: list[str] | None = None) -> None:
         capture_cases(model, rows), rounds=rounds, warmup=0 if options.quick else 1, label="capture"
     )
     results: list[Result] = []
-    base = times["forward and backward alone"]
-    for name, found in times.items():
-        ratios = [a / b for a, b in zip(found, base, strict=True)]
-        results.append(summarise(f"capture of {len(rows) * BATCH} examples", name, SHARE, "ratio", ratios))
+    for name in times:
+        found = ratios(times, name, "forward and backward alone")
+        results.append(summarise(f"capture of {len(rows) * BATCH} examples", name, SHARE, "ratio", found))
     metrics = time_side_by_side(
         metric_cases(model, rows[0]), rounds=3 if options.quick else 40, warmup=3, label="metrics"
     )
-    pairs = zip(metrics["step, metrics read"], metrics["step"], strict=True)
-    shares = [100 * (a / b - 1) for a, b in pairs]
+    shares = [100 * (ratio - 1) for ratio in ratios(metrics, "step, metrics read", "step")]
     results.append(
         summarise("training step of MiniLM, LoRA r8", "metrics read", "share that reading adds", "%", shares)
     )

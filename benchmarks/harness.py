@@ -25,7 +25,9 @@ __all__ = [
     "BASELINE",
     "Case",
     "Result",
+    "compared",
     "held_bytes",
+    "ratios",
     "save",
     "summarise",
     "synchronise",
@@ -98,6 +100,20 @@ def summarise(benchmark: str, provider: str, metric: str, unit: str, values: lis
         high=cuts[3],
         rounds=len(values),
     )
+
+
+def ratios(times: Mapping[str, list[float]], name: str, against: str) -> list[float]:
+    """Return the time of ``name`` divided by that of ``against`` in the same round."""
+    return [mine / base for mine, base in zip(times[name], times[against], strict=True)]
+
+
+def compared(benchmark: str, times: Mapping[str, list[float]], against: str, metric: str = "time") -> list[Result]:
+    """Return the milliseconds of each case, and their ratio to ``against``."""
+    results = []
+    for name, mine in times.items():
+        results.append(summarise(benchmark, name, metric, "ms", mine))
+        results.append(summarise(benchmark, name, f"{metric} / {against}", "ratio", ratios(times, name, against)))
+    return results
 
 
 def held_bytes() -> int:

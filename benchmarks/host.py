@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.harness import BASELINE, Case, Result, save, summarise, time_side_by_side, versions
+from benchmarks.harness import BASELINE, Case, Result, compared, save, time_side_by_side, versions
 from benchmarks.registers import recorded
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.step import nonfinite as finite
@@ -103,12 +103,7 @@ def measure(benchmark: str, tensors: int, rounds: int) -> list[Result]:
     with nothing_launched():
         cases = [case(name, make, tensors) for name, make in PROVIDERS.items()]
         times = time_side_by_side(cases, rounds=rounds, warmup=5, label=benchmark)
-    results = []
-    for name, mine in times.items():
-        ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
-        results.append(summarise(benchmark, name, "host's part", "ms", mine))
-        results.append(summarise(benchmark, name, f"host's part / {BASELINE}", "ratio", ratios))
-    return results
+    return compared(benchmark, times, BASELINE, "host's part")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
+from benchmarks.harness import Case, Result, compared, save, time_side_by_side, versions
 from benchmarks.sets import SETS, Set
 from benchmarks.zclip import ZClip
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
@@ -145,12 +145,7 @@ def compare(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
             continue
         cases.append(Case(name=name, prepare=vectors.fill, run=run))
     times = time_side_by_side(cases, rounds=rounds, warmup=3, label=chosen.name)
-    results = []
-    for name, mine in times.items():
-        ratios = [m / o for m, o in zip(mine, times[OURS], strict=True)]
-        results.append(summarise(chosen.name, name, "time", "ms", mine))
-        results.append(summarise(chosen.name, name, f"time / {OURS}", "ratio", ratios))
-    return results
+    return compared(chosen.name, times, OURS)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import BASELINE, Case, Result, save, summarise, time_side_by_side, versions
+from benchmarks.harness import BASELINE, Case, Result, compared, save, time_side_by_side, versions
 from benchmarks.sets import SETS
 from benchmarks.step import Option, Problem, Provider, base
 from gradguide import Alignment, GradGuide
@@ -42,7 +42,7 @@ def steps(rounds: int) -> list[Result]:
             Provider(BASELINE, problem, Option(base, 0), clip=True),
             Provider(PORTABLE, problem, Option(partial(guided, source=source), 0), clip=False),
         ]
-        results += compared(f"step, {label}", [provider.case for provider in made], BASELINE, rounds)
+        results += timed(f"step, {label}", [provider.case for provider in made], BASELINE, rounds)
     return results
 
 
@@ -83,20 +83,14 @@ def passes(rounds: int) -> list[Result]:
         foreach.combine_(Stack(rows, [len(parameters)]), writes)
 
     return [
-        *compared("pass, measure two rows", cases({PORTABLE: measure, PLAIN: plain_measure}), PLAIN, rounds),
-        *compared("pass, combine two rows", cases({PORTABLE: combine, PLAIN: plain_combine}), PLAIN, rounds),
+        *timed("pass, measure two rows", cases({PORTABLE: measure, PLAIN: plain_measure}), PLAIN, rounds),
+        *timed("pass, combine two rows", cases({PORTABLE: combine, PLAIN: plain_combine}), PLAIN, rounds),
     ]
 
 
-def compared(benchmark: str, cases: list[Case], against: str, rounds: int) -> list[Result]:
+def timed(benchmark: str, cases: list[Case], against: str, rounds: int) -> list[Result]:
     """Milliseconds of each case, and their ratio to those of ``against`` in the same round."""
-    times = time_side_by_side(cases, rounds=rounds, warmup=3, label=benchmark)
-    results = []
-    for name, mine in times.items():
-        ratios = [m / b for m, b in zip(mine, times[against], strict=True)]
-        results.append(summarise(benchmark, name, "time", "ms", mine))
-        results.append(summarise(benchmark, name, f"time / {against}", "ratio", ratios))
-    return results
+    return compared(benchmark, time_side_by_side(cases, rounds=rounds, warmup=3, label=benchmark), against)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.harness import BASELINE, Case, Result, held_bytes, save, summarise, time_side_by_side, versions
+from benchmarks.harness import BASELINE, Case, Result, held_bytes, ratios, save, summarise, time_side_by_side, versions
 from benchmarks.sets import SETS, Set
 from benchmarks.training import minilm_step
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
@@ -206,12 +206,11 @@ def time_set(chosen: Set, rounds: int, device: torch.device) -> list[Result]:
         # The two rows of AdamW's state are not a cost of GradGuide.
         for name, provider in made.items():
             mine = times[name]
-            ratios = [m / b for m, b in zip(mine, times[BASELINE], strict=True)]
             extra = (provider.bytes - made[BASELINE].bytes) / chosen.elements
             floor = float(FUSED_FLOORS.get(name, found[name].floor) if device.type == "cuda" else found[name].floor)
             results += [
                 summarise(chosen.name, name, "time", "ms", mine),
-                summarise(chosen.name, name, f"time / {BASELINE}", "ratio", ratios),
+                summarise(chosen.name, name, f"time / {BASELINE}", "ratio", ratios(times, name, BASELINE)),
                 summarise(chosen.name, name, "memory beyond AdamW, sources included", "bytes per parameter", [extra]),
                 summarise(chosen.name, name, "moved at least", "bytes moved per parameter", [floor]),
             ]

@@ -18,15 +18,9 @@ from torch import nn
 from torch.optim import AdamW
 
 from gradguide import GradGuide, History
+from tests.recording.histories import history
 
 NAN = math.nan
-
-
-def history(*rows: dict[str, float]) -> History:
-    made = History()
-    for row in rows:
-        made.append(row)
-    return made
 
 
 def same(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> bool:

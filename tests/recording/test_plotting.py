@@ -11,15 +11,9 @@ import pytest
 import gradguide
 from gradguide import History
 from gradguide.recording.plotting import curve, draw, figure_for, save_figure
+from tests.recording.histories import history
 
 NAN = math.nan
-
-
-def history(*rows: dict[str, float]) -> History:
-    made = History()
-    for row in rows:
-        made.append(row)
-    return made
 
 
 @pytest.fixture
