@@ -200,7 +200,7 @@ class GradGuide(Wrapper):
             self.base.add_param_group(param_group)  # raises the base's own error
             return
         check_differentiable([param_group])
-        if engine.rules.direction is not None and engine.rules.direction.share_momentum:
+        if engine.rules.share_momentum:
             check_momentum(self.base, [param_group])
         # Read once: it may be a generator.
         param_group = {**param_group, "params": [added] if isinstance(added, Tensor) else list(added)}

@@ -35,7 +35,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is not a source file, is damaged, or has a newer format.
     """
     tables, metadata = _read(path)
-    names = _order(tables, metadata)
+    names = metadata["names"]
     layers = [{"layer": layer, **_measures(tables, members)} for layer, members in _by_layer(names).items()]
     return {
         "path": os.fspath(path),
@@ -60,7 +60,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
     """
     (ours, metadata), (theirs, _) = _read(path), _read(other)
     first, second = next(iter(ours.values())), next(iter(theirs.values()))
-    shared = [n for n in _order(ours, metadata) if n in second and second[n].shape == first[n].shape]
+    shared = [n for n in metadata["names"] if n in second and second[n].shape == first[n].shape]
     if not shared:
         raise ValueError(f"{os.fspath(path)!r} and {os.fspath(other)!r} share no parameter of one name and shape")
 
@@ -108,7 +108,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
         distance = _norm(moves, names)
         return {"distance": distance, "relative": distance / start if start > 0 else math.inf, "modelled_rise": rise}
 
-    names = [name for name in _order(tables, metadata) if name in moves]
+    names = [name for name in metadata["names"] if name in moves]
     layers = [{"layer": layer, **measures(members)} for layer, members in _by_layer(names).items()]
     return {"path": os.fspath(adapter), "matched": len(names), **measures(names), "layers": layers}
 
@@ -144,11 +144,6 @@ def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dic
             if (name == key or bare == key or bare.endswith(f".{key}")) and value.shape == anchor[name].shape:
                 result[name] = value
     return result
-
-
-def _order(tables: Tables, metadata: Mapping[str, Any]) -> list[str]:
-    held = next(iter(tables.values()))
-    return [name for name in metadata.get("names", held) if name in held]
 
 
 def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:

@@ -99,8 +99,8 @@ def capture_source(model: Classifier, rows: Encoded, *, seed: int, head: str = H
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(model(head, batch), batch["labels"])
+    def loss(_: nn.Module, batch: Batch) -> Tensor:
+        return model.loss(head, batch)
 
     def sampled_loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = model(head, batch)

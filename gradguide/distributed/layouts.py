@@ -18,6 +18,7 @@ __all__ = [
     "all_reduce_sum",
     "as_dtensor",
     "check_divided",
+    "full",
     "is_distributed",
     "layout_of",
     "local",
@@ -98,6 +99,14 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def full(tensor: Tensor) -> Tensor:
+    """Gather a DTensor on every rank. Return a plain tensor unchanged."""
+    if layout_of(tensor) is None:
+        return tensor
+    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
 def shard(whole: Tensor, layout: Layout) -> Tensor:
     """Return this rank's part of a tensor that is whole on every rank, without communication."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -131,8 +140,7 @@ def to_layout(value: Tensor, like: Tensor) -> Tensor:
     given, wanted = layout_of(value), layout_of(like)
     if given == wanted:
         return local(value)
-    whole: Tensor = value if given is None else value.full_tensor()  # type: ignore[attr-defined]
-    return whole if wanted is None else shard(whole, wanted)
+    return full(value) if wanted is None else shard(full(value), wanted)
 
 
 def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:

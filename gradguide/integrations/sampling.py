@@ -30,24 +30,16 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     Raises:
         ValueError: no position is used.
     """
-    labels = batch.get("labels")
-    mask = batch.get("attention_mask")
+    labels: Tensor | None = batch.get("labels")
+    mask: Tensor | None = batch.get("attention_mask")
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    if logits.dim() == 2:
-        used = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    elif _is_causal(model):
-        logits = logits[:, :-1]
-        after = labels if labels is not None else mask
-        if after is None:
-            used = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        else:
-            used = (after[:, 1:] != -100) if labels is not None else after[:, 1:].bool()
-    elif labels is not None:
+    used = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if logits.dim() > 2 and labels is not None:
         used = labels != -100
-    elif mask is not None:
+    elif logits.dim() > 2 and mask is not None:
         used = mask.bool()
-    else:
-        used = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    if logits.dim() > 2 and _is_causal(model):
+        logits, used = logits[:, :-1], used[:, 1:]
     number = int(used.sum())
     if number == 0:
         raise ValueError("no position of the batch counts: its labels are all -100, or its attention mask all 0")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradguide.ops.row import Row, Write, scopes_of
+from gradguide.ops.row import Row, Write, lists_of, scopes_of
 
 __all__ = ["LARGE", "Block", "blocks", "row_tensors", "row_vector", "store", "tensors_of", "vector"]
 
@@ -33,8 +33,7 @@ class Block(NamedTuple):
 
 def blocks(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[Block]:
     """Yield the blocks of all scopes, in order. A tensor that is not contiguous in every list is not split."""
-    lists = [part for row in rows if row is not None for part in row.parts]
-    lists += [write.into for write in writes]
+    lists = lists_of(rows, writes)
     if not lists[0]:
         return
     large = LARGE if lists[0][0].device.type == "cpu" else DEVICE_LARGE

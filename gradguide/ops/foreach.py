@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradguide.ops.blocks import Block, blocks, row_tensors, row_vector, store, tensors_of, vector
 from gradguide.ops.row import Row, Write, check_shapes, check_writes, compute_dtype, sizes_of
+from gradguide.ops.tensors import wide_dtype
 
 __all__ = ["combine_", "gram"]
 
@@ -51,7 +52,7 @@ def gram(rows: Sequence[Row | None]) -> Tensor:
     check_shapes(rows)
     device = _device(rows)
     on_cpu = _on_cpu(device)
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = wide_dtype(device)
     present = [row for row in rows if row is not None]
     pairs = list(combinations_with_replacement(range(len(present)), 2))
     dtype = compute_dtype(rows)

@@ -6,11 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Row", "Stack", "Write", "check_shapes", "check_writes", "compute_dtype", "scopes_of", "sizes_of"]
+__all__ = [
+    "Row",
+    "Stack",
+    "Write",
+    "check_shapes",
+    "check_writes",
+    "compute_dtype",
+    "lists_of",
+    "scopes_of",
+    "sizes_of",
+]
 
 _SHAPE = attrgetter("shape")
 
@@ -78,12 +89,15 @@ class Stack(list["Row | None"]):
 
     Args:
         sizes: number of tensors of each of S consecutive scopes; by default all tensors are one scope.
+        kept: cache of a stack of the same step that has some of these lists, and outlives this one.
     """
 
-    def __init__(self, rows: Iterable[Row | None], sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, rows: Iterable[Row | None], sizes: Sequence[int] | None = None, kept: dict[int, Any] | None = None
+    ) -> None:
         super().__init__(rows)
         self.sizes = sizes
-        self.kept: object = None
+        self.kept = {} if kept is None else kept
 
 
 def sizes_of(rows: Sequence[Row | None]) -> Sequence[int]:
@@ -128,10 +142,14 @@ def check_writes(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
             )
 
 
+def lists_of(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> list[Sequence[Tensor]]:
+    """Return all lists of tensors that are read or written."""
+    return [part for row in rows if row is not None for part in row.parts] + [write.into for write in writes]
+
+
 def check_shapes(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> None:
     """Raise ValueError unless all lists have tensors of the same shapes: other shapes might broadcast."""
-    lists = [part for row in rows if row is not None for part in row.parts]
-    lists += [write.into for write in writes]
+    lists = lists_of(rows, writes)
     wanted = list(map(_SHAPE, lists[0]))
     for part in {id(part): part for part in lists[1:]}.values():
         if len(part) != len(wanted):

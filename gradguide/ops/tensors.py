@@ -11,7 +11,16 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ListMetadata", "MetadataCache", "TensorList", "addresses_of", "common_value", "metadata_of", "same_objects"]
+__all__ = [
+    "ListMetadata",
+    "MetadataCache",
+    "TensorList",
+    "addresses_of",
+    "common_value",
+    "metadata_of",
+    "same_objects",
+    "wide_dtype",
+]
 
 DTYPE, DEVICE = attrgetter("dtype"), attrgetter("device")
 _LAYOUT = attrgetter("layout")
@@ -72,6 +81,11 @@ def addresses_of(tensors: Sequence[Tensor], metadata: ListMetadata) -> array[int
     if 0 in addresses and any(length and not where for length, where in zip(metadata.lengths, addresses, strict=True)):
         return None
     return addresses
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating dtype of a device: float32 on mps, else float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def common_value(values: Iterable[Any]) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradguide.recording.plotting import curve, figure_for
+from gradguide.recording.plotting import draw_curve, figure_for, save_figure
 from gradguide.utils.atomic import atomic_write
 
 __all__ = ["History"]
@@ -103,21 +103,12 @@ class History:
         figure = figure_for(path, (9, 6), "History.plot")
         for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
             for key in keys:
-                self._draw(axes, key, logarithmic=title == "norms")
+                draw_curve(axes, self.rows, key, logarithmic=title == "norms", label=key.replace("_", " "))
             axes.set_title(title)
             axes.set_xlabel("step")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=120)
-
-    def _draw(self, axes: Any, key: str, *, logarithmic: bool) -> None:
-        steps, values = curve(self.rows, key)
-        if not values:
-            return
-        axes.plot(steps, values, label=key.replace("_", " "), linewidth=1.2)
-        if logarithmic and min(values) > 0:
-            axes.set_yscale("log")
+        save_figure(figure, path, dpi=120)
 
 
 def _plain(value: float) -> float | None:

@@ -14,7 +14,7 @@ from gradguide.utils.atomic import atomic_write
 if TYPE_CHECKING:
     from gradguide.recording.history import History
 
-__all__ = ["curve", "draw", "figure_for", "save_figure"]
+__all__ = ["curve", "draw", "draw_curve", "figure_for", "save_figure"]
 
 _PANELS = {
     "direction_cosine": "cosine with the direction",
@@ -44,12 +44,10 @@ def draw(runs: Mapping[str, History], path: str | os.PathLike[str]) -> None:
     lines = {}
     for axes, (key, title) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
         for number, (name, history) in enumerate(runs.items()):
-            steps, values = curve(history, key)
-            if values:
-                # Fixed colours: a panel may lack an earlier run.
-                (lines[name],) = axes.plot(steps, values, label=name, color=f"C{number}", linewidth=1.2)
-            if values and key in _LOGARITHMIC and min(values) > 0:
-                axes.set_yscale("log")
+            # Fixed colours: a panel may lack an earlier run.
+            line = draw_curve(axes, history, key, logarithmic=key in _LOGARITHMIC, label=name, color=f"C{number}")
+            if line is not None:
+                lines[name] = line
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize="small")
@@ -82,6 +80,22 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int) -> None:
     """Write a figure to an image file atomically."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
+
+
+def draw_curve(axes: Any, rows: Iterable[Mapping[str, float]], key: str, *, logarithmic: bool, **style: Any) -> Any:
+    """Draw a metric and return its line; None if it has no finite value.
+
+    Args:
+        logarithmic: whether the axis is logarithmic, if all values are positive.
+        style: keyword arguments of ``Axes.plot``.
+    """
+    steps, values = curve(rows, key)
+    if not values:
+        return None
+    (line,) = axes.plot(steps, values, linewidth=1.2, **style)
+    if logarithmic and min(values) > 0:
+        axes.set_yscale("log")
+    return line
 
 
 def curve(rows: Iterable[Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:

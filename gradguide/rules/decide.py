@@ -57,6 +57,11 @@ class Rules:
         return 0 if self.alignment is None else len(self.alignment.sources)
 
     @property
+    def share_momentum(self) -> bool:
+        """Return whether the base's momentum is the direction."""
+        return self.direction is not None and self.direction.share_momentum
+
+    @property
     def max_update(self) -> float | None:
         """Return the relative bound of the update, None if it is unbounded."""
         return None if self.magnitude is None else self.magnitude.max_update

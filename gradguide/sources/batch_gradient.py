@@ -69,13 +69,14 @@ def batch_gradient(
     with _without_gradients([*trained, *leaves(value)]):
         (value if mesh is None else value * count).backward()
         found = [p.grad for p in parameters]
+    mean_loss = float(value.detach())
     reached = [g is not None for g in found]
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
     if mesh is not None:
-        return _mean_over_ranks(parameters, gradients, reached, mesh, count, float(value.detach()), index)
+        return _mean_over_ranks(parameters, gradients, reached, mesh, count, mean_loss, index)
     finite = torch.stack([g.isfinite().all() for g in gradients]).all()
-    _check_finite(float(value.detach()), bool(finite), index)
-    return BatchGradient(count, float(value.detach()), gradients, reached)
+    _check_finite(mean_loss, bool(finite), index)
+    return BatchGradient(count, mean_loss, gradients, reached)
 
 
 @contextmanager

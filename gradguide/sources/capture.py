@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.distributed.layouts import as_dtensor, check_divided, is_distributed, layout_of, local
+from gradguide.distributed.layouts import as_dtensor, check_divided, full, is_distributed, layout_of, local
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
 from gradguide.sources.metadata import metadata_of
@@ -140,8 +140,7 @@ class _Sums:
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Gather tensors that are sharded like the parameters, on every rank."""
-        pairs = zip(parts, self.parameters, strict=True)
-        return [as_dtensor(part, p).full_tensor() if layout_of(p) is not None else part for part, p in pairs]  # type: ignore[attr-defined]
+        return [full(as_dtensor(part, p)) for part, p in zip(parts, self.parameters, strict=True)]
 
     def mean(self) -> list[Tensor]:
         """Return the mean gradient of each parameter."""

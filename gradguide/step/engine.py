@@ -128,8 +128,7 @@ class Engine:
         These are the sources. With ``share_momentum`` also the direction: the base's momentum is an average of the
         descended gradient.
         """
-        shared = self.rules.direction is not None and self.rules.direction.share_momentum
-        return slice(DIRECTION if shared else SOURCES, SOURCES + sources)
+        return slice(DIRECTION if self.rules.share_momentum else SOURCES, SOURCES + sources)
 
     @torch.no_grad()
     def decide(self, state: StepState, base: Optimizer, totals: Tensor) -> None:
@@ -138,7 +137,6 @@ class Engine:
         Args:
             totals (Tensor): shape [2], steps made and steps skipped, updated in place.
         """
-        shared = self.rules.direction is not None and self.rules.direction.share_momentum
         state.decision = _rules_for(state.plan).decide(
             state.span,
             self.rules,
@@ -147,7 +145,7 @@ class Engine:
             totals,
             finite=state.found_finite,
             regularized=state.regularized,
-            rates=_ema_coefficients_by_scope(state, base) if shared else None,
+            rates=_ema_coefficients_by_scope(state, base) if self.rules.share_momentum else None,
         )
 
     @torch.no_grad()
@@ -207,7 +205,7 @@ class Engine:
             return  # measured for the history only
         assert limit.coefficients is not None
         after: Rows = [
-            Stack([Row(offset=values), *these[1:]], bucket.sizes)
+            Stack([Row(offset=values), *these[1:]], bucket.sizes, these.kept)
             for bucket, values, these in zip(plan.buckets, after_step, rows, strict=True)
         ]
         plan.combine_(after, [[Write(into=values, coefficients=limit.coefficients)] for values in after_step])

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradguide import ops
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
-from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of
+from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_dtype
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.step.buckets import Bucket, Label
@@ -91,7 +91,7 @@ class StepPlan:
         """
         if all(bucket.sign > 0 for bucket in self.buckets):
             return [None] * len(self.buckets)
-        signs = torch.ones(size, dtype=self._wide, device=self.device)
+        signs = torch.ones(size, dtype=wide_dtype(self.device), device=self.device)
         signs[signed] = -1.0
         return [None if bucket.sign > 0 else signs for bucket in self.buckets]
 
@@ -107,9 +107,9 @@ class StepPlan:
             part = backend.gram(these).to(self.device)
             part = part if signs is None else part * signs.outer(signs)
             parts[bucket.reduce_groups] = parts[bucket.reduce_groups] + part if bucket.reduce_groups in parts else part
-        shape = len(self.labels), size, size
+        shape, wide = (len(self.labels), size, size), wide_dtype(self.device)
         whole = {
-            groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=self._wide, device=self.device)
+            groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=wide, device=self.device)
             for groups in self.ranks.groups  # the same order on all ranks, even if some lack gradients
         }
         return Span(self.ranks.all_reduce_sum(whole), self.rounding)
@@ -148,7 +148,7 @@ class StepPlan:
 
                 return numbers_of(self.device, counts)  # cached there, for CUDA graphs
             # Filled on the device: a copy from the host would synchronize.
-            parts = [torch.full((1,), count, dtype=self._wide, device=self.device) for count in counts]
+            parts = [torch.full((1,), count, dtype=wide_dtype(self.device), device=self.device) for count in counts]
             self.cache.element_counts = torch.cat(parts)
         return self.cache.element_counts
 
@@ -168,8 +168,3 @@ class StepPlan:
             }
             found.append(replace(row, **parts))
         return found
-
-    @property
-    def _wide(self) -> torch.dtype:
-        """Float64 if the device supports it, else float32."""
-        return torch.float32 if self.device.type == "mps" else torch.float64

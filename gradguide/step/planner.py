@@ -16,7 +16,7 @@ from gradguide.ops.rounding import rounding
 from gradguide.ops.tensors import metadata_of
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
-from gradguide.step.buckets import Label, Scope, build_buckets, scope_labeler, signs_of
+from gradguide.step.buckets import Label, Labeler, Scope, build_buckets, scope_labeler, signs_of
 from gradguide.step.plan import StepPlan
 from gradguide.step.ranks import Ranks
 from gradguide.step.signature import Signature
@@ -97,7 +97,7 @@ class StepPlanner:
         labels: dict[Label, int] = {}
         if ranks.sharded:
             # Ranks may lack different gradients, but collectives need the same scopes on all ranks.
-            everywhere = self.labels(base)
+            everywhere = _labels_of(base, label)
             labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
         buckets = build_buckets(
             base.param_groups, label, self.names, self._covered, labels, signs, sharded=ranks.sharded
@@ -146,12 +146,7 @@ class StepPlanner:
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Return the scope label of every parameter of the base."""
         self.track_replaced(base)
-        label = scope_labeler(self._scope, self.names)
-        return {
-            parameter: label(parameter, index, place)
-            for index, group in enumerate(base.param_groups)
-            for place, parameter in enumerate(group["params"])
-        }
+        return _labels_of(base, scope_labeler(self._scope, self.names))
 
     def track_replaced(self, base: Optimizer) -> None:
         """Transfer name and scope to tensors that replace a parameter, as FSDP2 and some loaders do."""
@@ -192,6 +187,14 @@ class StepPlanner:
                 which = self.names.get(p, "no name"), tuple(p.shape), p.dtype, trained, f"scope {labels[p]}"
                 found[f"group {index} parameter {place}"] = ", ".join(map(str, which))
         return found
+
+
+def _labels_of(base: Optimizer, label: Labeler) -> dict[Tensor, Label]:
+    return {
+        parameter: label(parameter, index, place)
+        for index, group in enumerate(base.param_groups)
+        for place, parameter in enumerate(group["params"])
+    }
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradguide.ops.tensors import wide_dtype
 from gradguide.rules.decide import STATISTICS
 from gradguide.step.buckets import Label
 
@@ -24,7 +25,7 @@ class ScopeState:
             self._index.setdefault(label, len(self._index))
         missing = len(self._index) - self._values.shape[0]
         if missing or self._values.device != device:
-            wide = torch.float32 if device.type == "mps" else torch.float64
+            wide = wide_dtype(device)
             new = torch.zeros(missing, len(STATISTICS), dtype=wide, device=device)
             self._values = torch.cat([self._values.to(device, wide), new])
         return torch.tensor([self._index[label] for label in labels], device=device)

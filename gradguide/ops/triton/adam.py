@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Groups:
     maximize: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Moments:
     """Aligned lists over a bucket: parameters, first and second moments, and 0-d float32 step counts."""
 
@@ -72,6 +73,11 @@ class Moments:
     first: Sequence[Tensor]
     second: Sequence[Tensor]
     steps: Sequence[Tensor]
+
+    @cached_property
+    def step_addresses(self) -> array[int]:
+        """Addresses of the step counts, read once: the moments are those of one step."""
+        return array("q", map(Tensor.data_ptr, self.steps))
 
 
 def plan_adam(rows: Sequence[Row | None], direction: Write | None, moments: Moments) -> KernelOperands | None:
@@ -163,7 +169,7 @@ def launch_preview_update(
 
 def _steps(operands: KernelOperands, moments: Moments) -> Tensor:
     """Return the addresses of the step counts, on the device."""
-    return table_of(operands.device, array("q", map(Tensor.data_ptr, moments.steps)))
+    return table_of(operands.device, moments.step_addresses)
 
 
 def _settings(operands: KernelOperands, groups: Groups) -> tuple[Tensor, tuple[tuple[float | Tensor, ...], ...]]:

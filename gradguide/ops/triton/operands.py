@@ -66,7 +66,7 @@ def operands_of(
     Raises:
         ValueError: lists differ in number or size of their tensors.
     """
-    kept = _kept(rows)
+    kept: dict[int, tuple[ListMetadata, array[int] | None]] = rows.kept if isinstance(rows, Stack) else {}
 
     def locate(part: Sequence[Tensor]) -> tuple[ListMetadata, array[int] | None]:
         found = kept.get(id(part)) if id(part) in stacked else None
@@ -118,12 +118,3 @@ def operands_of(
         lengths=lengths,
         sizes=array("q", sizes_of(rows)),
     )
-
-
-def _kept(rows: Sequence[Row | None]) -> dict[int, tuple[ListMetadata, array[int] | None]]:
-    """Return the cache of a stack: metadata and addresses by identity of the list. Other rows have an empty cache."""
-    if not isinstance(rows, Stack):
-        return {}
-    if not isinstance(rows.kept, dict):
-        rows.kept = {}
-    return rows.kept

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradguide.distributed.layouts import layout_of, shard
+from gradguide.distributed.layouts import full, layout_of, shard
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import Layer, find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
@@ -169,10 +169,7 @@ def _weight_change(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tens
 
 def _whole(parameter: Tensor) -> Tensor:
     """Return the whole parameter in float32. A DTensor is gathered, as FSDP does in each forward pass."""
-    whole = parameter.detach()
-    if layout_of(parameter) is not None:
-        whole = whole.full_tensor()  # type: ignore[attr-defined]
-    return whole.float()
+    return full(parameter.detach()).float()
 
 
 def _bind_layer(layer: Layer, factors: LayerFactors, names: Mapping[int, str]) -> _BoundLayer:

@@ -31,7 +31,6 @@ class LayerStatistics:
     """
 
     def __init__(self, layer: Layer, rank: int | None, inputs: Covariance, device: torch.device) -> None:
-        self.layer = layer
         self.inputs = inputs
         self.outputs = Covariance(layer.shape[0], rank, device)
         # Number of input rows, and the sum of squares of the output.
@@ -143,15 +142,15 @@ def capture_statistics(
             recorder.start()
             value, number = _check_loss(loss(model, batch), index)
             value.backward()
+            mean_loss = float(value.detach())
             number = number or _count_predictions(recorder.batch.gradients)
-            if not math.isfinite(float(value.detach())) or number < 1:
+            if not math.isfinite(mean_loss) or number < 1:
                 raise ValueError(
-                    f"batch {index} has a loss of {float(value.detach())} over {number} predictions; nothing was "
-                    "captured"
+                    f"batch {index} has a loss of {mean_loss} over {number} predictions; nothing was captured"
                 )
             recorder.add_gradients(number)
             predictions += number
-            total += float(value.detach()) * number
+            total += mean_loss * number
             count += 1
     if count == 0:
         raise ValueError("batches must hold at least one batch, found none; a generator can be read only once")

@@ -25,7 +25,6 @@ class Adapter:
     a, b: the parameters, [r, in] and [out, r].
     """
 
-    name: str
     a: Tensor
     b: Tensor
     scale: float
@@ -161,7 +160,7 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
                 "use_dora=False, or SourceGradient.anchored()"
             )
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        adapters.append(Adapter(adapter, a, b, float(wrapper.scaling[adapter])))
+        adapters.append(Adapter(a, b, float(wrapper.scaling[adapter])))
     return Layer(name, module, base, _is_conv1d(base), tuple(adapters))
 
 
