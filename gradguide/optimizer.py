@@ -249,7 +249,8 @@ class GradGuide(Wrapper):
 
             - ``grad_norm``: norm of the gradient as received.
             - ``guided_norm``: norm of the guided gradient before clipping.
-            - ``clip_factor``: factor of clipping, in [0, 1].
+            - ``clip_factor``: factor of clipping, in [0, 1]. Also below 1 where the gradient's dtype could not hold the
+              guided gradient.
             - ``direction_cosine``: cosine of the gradient as received with the running direction before the step.
             - ``coherence``: agreement of the recent gradients, in [0, 1].
             - ``damping``: removed share of the gradient part orthogonal to the direction, in [0, 1].

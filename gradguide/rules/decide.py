@@ -172,6 +172,7 @@ def decide(
             bound = torch.minimum(bound, bounding.threshold(norms))
             new_norms = bounding.observe(norms, norm)
         factor = bounding.clip(ceiling, bound)
+    factor = factor * bounding.fit(span, guided * factor.unsqueeze(1), GRADIENT)
     final = guided * factor.unsqueeze(1)
 
     moved, new_average, coherence = direction, average, None

@@ -9,15 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradguide.rules.span import Span
 from gradguide.utils.checks import check_flag, check_range
 from gradguide.utils.constants import LEAST_LENGTH
 
-__all__ = ["LogNorms", "Magnitude", "clip", "observe", "shrink", "threshold"]
+__all__ = ["LogNorms", "Magnitude", "clip", "fit", "observe", "shrink", "threshold"]
 
 DECAY = 0.95
 PRIOR_DEVIATION = 0.5
 PRIOR_COUNT = 4.0
 DEVIATIONS = 2.5
+
+FITTING = 1.0 - 1e-6
+"""Share of the largest number of a dtype that a result may reach. The rest is for rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +107,26 @@ def observe(seen: LogNorms, norm: Tensor) -> LogNorms:
 def clip(norm: Tensor, bound: Tensor) -> Tensor:
     """Return the factor in (0, 1] that scales ``norm`` [S] to at most ``bound`` [S]: Tensor [S]."""
     return torch.where(norm > bound, bound / torch.where(norm > bound, norm, 1.0), 1.0)
+
+
+def fit(span: Span, vector: Tensor, received: int) -> Tensor:
+    """Return the factor in (0, 1] that keeps every element of a vector within the range of the gradients' dtype.
+
+    The elements of row ``received`` are within that range. Those of the other rows are at most their lengths.
+
+    Args:
+        span: the rows.
+        vector (Tensor): coordinates [S, R].
+        received (int): index of the gradient as received.
+
+    Returns:
+        Tensor [S].
+    """
+    largest = FITTING * span.largest
+    elements = span.lengths.clone()
+    elements[:, received] = elements[:, received].clamp(max=largest)
+    reach = (vector.abs() * elements).sum(dim=1)
+    return clip(reach, torch.full_like(reach, largest))
 
 
 def shrink(update: Tensor, length: Tensor, numbers: Tensor, largest: float) -> Tensor:

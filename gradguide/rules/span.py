@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -35,10 +36,12 @@ class Span:
     Args:
         gram (Tensor): shape [S, R, R], positive semidefinite, the inner products of the rows.
         rounding (float): maximum error of a product of two rows, relative to the product of their lengths.
+        largest (float): largest number that the dtype of the gradients can hold.
     """
 
     gram: Tensor
     rounding: float = KERNELS
+    largest: float = math.inf
 
     @cached_property
     def lengths(self) -> Tensor:

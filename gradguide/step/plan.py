@@ -56,6 +56,7 @@ class StepPlan:
     backends: the backend of each bucket.
     uses_triton (bool): whether the rules also run as Triton kernels.
     rounding: relative error of products, see ``gradguide.ops.rounding``.
+    largest: largest number that the dtype of every gradient can hold.
     """
 
     buckets: list[Bucket]
@@ -66,6 +67,7 @@ class StepPlan:
     backends: Sequence[ops.Ops]
     uses_triton: bool
     rounding: float
+    largest: float
     cache: PlanCache = field(default_factory=PlanCache)
 
     def with_gradients(self, gradients: Mapping[int, Tensor] | None) -> StepPlan:
@@ -112,7 +114,7 @@ class StepPlan:
             groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=wide, device=self.device)
             for groups in self.ranks.groups  # the same order on all ranks, even if some lack gradients
         }
-        return Span(self.ranks.all_reduce_sum(whole), self.rounding)
+        return Span(self.ranks.all_reduce_sum(whole), self.rounding, self.largest)
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = UNSIGNED) -> None:
         """Write combinations of the rows of each bucket. ``signed`` as in :meth:`gram`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,7 +14,7 @@ from gradguide.base_checks import check_differentiable
 from gradguide.distributed.agreement import describe, is_plain
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.ops.rounding import rounding
-from gradguide.ops.tensors import metadata_of
+from gradguide.ops.tensors import DTYPE, metadata_of
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Label, Labeler, Scope, build_buckets, scope_labeler, signs_of
@@ -114,7 +115,8 @@ class StepPlanner:
         fused = ops.is_fused(self._backend, device)
         tensors = [tensor for bucket in buckets for tensor in (*bucket.gradients, *bucket.values)]
         error = rounding(fused, device, tensors, sharded=ranks.sharded)
-        return StepPlan(buckets, list(labels), sources, device, ranks, backends, fused, error)
+        largest = min(torch.finfo(dtype).max for dtype in set(map(DTYPE, tensors)))
+        return StepPlan(buckets, list(labels), sources, device, ranks, backends, fused, error, largest)
 
     def check_ranks(self, base: Optimizer) -> list[Tensor]:
         """Read layouts, compare options over ranks, and return the trained parameters.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradguide.ops.triton.launch import FUSION, REGISTERS, numbers_of, on
 from gradguide.rules.decide import SOURCES, Decision, Limit, Rules
+from gradguide.rules.magnitude import FITTING
 from gradguide.rules.span import Span
 from gradguide.rules.triton.kernels.decision import decide as decide_kernel
 from gradguide.rules.triton.kernels.decision import limit as limit_kernel
@@ -43,6 +44,7 @@ def decide(
         0.0 if direction is None else direction.damping,
         0.0 if direction is None else direction.decay,
         0.0 if magnitude is None else magnitude.bound,
+        FITTING * span.largest,
         *weights,
     ])  # fmt: skip
     gradient, turned, guided = (torch.empty_like(gram[:, 0]) for _ in range(3))

@@ -92,7 +92,8 @@ def decide(
         gram: float64 [scopes, ROWS, ROWS].
         statistics: float64 [.., KEPT], changed in place at ``positions`` (int64 [scopes]) of this scope.
         totals: float64 [2], steps made and steps skipped, updated by the first program.
-        settings: float64: damping, decay of the direction, bound of the gradient, then the weight of each source.
+        settings: float64: damping, decay of the direction, bound of the gradient, largest number that the gradients can
+            hold, then the weight of each source.
         decays, gains: float64 [scopes], of the momentum that is the direction; read if SHARED.
         gradients, directions, guideds: output, float64 [scopes, ROWS], coordinates of the clipped guided gradient, the
             new direction, and the guided gradient before clipping.
@@ -131,7 +132,7 @@ def decide(
         guided = (1.0 - strength) * guided + strength * along * direction
     if PULLED:
         is_source = (lanes >= SOURCES) & (lanes < SOURCES + SOURCE_COUNT)
-        weights = tl.load(settings + 3 + lanes - SOURCES, mask=is_source, other=0.0)
+        weights = tl.load(settings + 4 + lanes - SOURCES, mask=is_source, other=0.0)
         guided = guided + tl.where(received > 0, weights, 0.0)
     if PROJECTED > 0:
         guided = projected(g, of_rows, guided, SOURCES, PROJECTED, SIZE)
@@ -152,6 +153,9 @@ def decide(
             new_mean = tl.where(counted > 0, middle, mean)
             new_spread = tl.where(counted > 0, LOG_DECAY * spread + (value - mean) * (value - middle), spread)
         factor = clip(ceiling, bound)
+    held = tl.load(settings + 3)
+    elements = tl.where(lanes == GRADIENT, atmost(of_rows, held), of_rows)
+    factor = factor * clip(tl.sum(tl.abs(guided * factor) * elements, axis=0), held)
     final = guided * factor
 
     turned = direction
