@@ -8,6 +8,7 @@ skipped for lack of time, and how long it took.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,6 @@ from pathlib import Path
 import torch
 
 from gradguide.utils.atomic import atomic_write
-
-BUDGET = 570.0
-"""Seconds for all parts."""
 
 LORA = ("LoRA r16 of a 1.1B Llama", "LoRA r64 of a 1.1B Llama", "LoRA r16 of an 8B Llama", "LoRA r16 of a 70B Llama")
 OTHERS = ("LoRA r64 of an 8B Llama", "10,000 tiny tensors", "all of a 124M GPT-2")
@@ -40,13 +38,15 @@ def parts(out: Path) -> list[Part]:
     """Return the parts, the most important first."""
     python = [sys.executable, "-m"]
     tests = [*python, "pytest", "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
+    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     step = [*python, "benchmarks.step", "--quick"]
     found = [
-        Part("tests", [*tests, "tests/gpu", "tests/ops/triton"], 200),
+        Part("tests", [*tests, *parallel, "tests/gpu", "tests/ops/triton"], 200),
         Part("kernels", [*python, "benchmarks.bandwidth", "--out", str(out / "kernels.csv")], 60),
         Part("step-lora", [*step, "--sets", *LORA, "--out", str(out / "step-lora.csv")], 90),
         Part("step-whole", [*step, "--sets", *WHOLE, "--out", str(out / "step-whole.csv")], 120),
         Part("training", [*python, "benchmarks.llama", "--out", str(out / "training.csv")], 90),
+        Part("training-8b", [*python, "benchmarks.llama", "--size", "8B", "--out", str(out / "training-8b.csv")], 90),
         Part("peers", [*python, "benchmarks.peers", "--out", str(out / "peers.csv")], 60),
         Part("step-others", [*step, "--sets", *OTHERS, "--out", str(out / "step-others.csv")], 90),
     ]
@@ -76,16 +76,19 @@ def run(part: Part, out: Path, left: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="run these parts only")
+    parser.add_argument("--seconds", type=float, default=570.0, help="for all parts (default: %(default)s)")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("this suite needs a CUDA device, found none")
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + BUDGET
+    end = time.monotonic() + options.seconds
+    chosen = [part for part in parts(out) if options.parts is None or part.name in options.parts]
     lines = [f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}"]
     if shutil.which("compute-sanitizer") is None:
         lines.append("sanitizer: skipped, compute-sanitizer is not installed")
-    for part in parts(out):
+    for part in chosen:
         lines.append(f"{part.name}: {run(part, out, end - time.monotonic())}")
         print(lines[-1], flush=True)
         with atomic_write(out / "summary.txt") as temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["SETS", "Set"]
+__all__ = ["LLAMAS", "SETS", "Llama", "Set"]
 
 Shape = tuple[int, ...]
 
@@ -27,29 +27,48 @@ class Set:
         return sum(map(math.prod, self.shapes))
 
 
-def llama_linears(layers: int, hidden: int, inner: int, kv: int) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of the linear layers of a Llama, without the output layer."""
-    layer = [
-        (hidden, hidden),
-        (hidden, kv),
-        (hidden, kv),
-        (hidden, hidden),
-        (hidden, inner),
-        (hidden, inner),
-        (inner, hidden),
-    ]
-    return layer * layers
+@dataclass(frozen=True, slots=True)
+class Llama:
+    """Sizes of a Llama: number of layers, and widths of the stream, the MLP, and keys and values."""
+
+    layers: int
+    hidden: int
+    inner: int
+    kv: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """Return (inputs, outputs) of the linear layers, without the output layer."""
+        layer = [
+            (self.hidden, self.hidden),
+            (self.hidden, self.kv),
+            (self.hidden, self.kv),
+            (self.hidden, self.hidden),
+            (self.hidden, self.inner),
+            (self.hidden, self.inner),
+            (self.inner, self.hidden),
+        ]
+        return layer * self.layers
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Return the shapes of all parameters: embedding, linear layers, norms, output layer."""
+        ends: Shape = (self.vocabulary, self.hidden)
+        weights: list[Shape] = [(outs, ins) for ins, outs in self.linears]
+        return [ends, *weights, *([(self.hidden,)] * (2 * self.layers + 1)), ends]
+
+
+LLAMAS = {
+    "1.1B": Llama(layers=22, hidden=2048, inner=5632, kv=256, vocabulary=32000),
+    "8B": Llama(layers=32, hidden=4096, inner=14336, kv=1024, vocabulary=128256),
+    "70B": Llama(layers=80, hidden=8192, inner=28672, kv=1024, vocabulary=128256),
+}
 
 
 def lora(linears: list[tuple[int, int]], rank: int) -> list[Shape]:
     """Return the shapes of LoRA's two matrices on each linear layer."""
     return [shape for ins, outs in linears for shape in ((rank, ins), (outs, rank))]
-
-
-def llama(linears: list[tuple[int, int]], layers: int, hidden: int, vocabulary: int) -> list[Shape]:
-    """Return the shapes of all parameters of a Llama: embedding, linear layers, norms, output layer."""
-    weights: list[Shape] = [(outs, ins) for ins, outs in linears]
-    return [(vocabulary, hidden), *weights, *([(hidden,)] * (2 * layers + 1)), (vocabulary, hidden)]
 
 
 def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
@@ -68,9 +87,7 @@ def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: i
     return [(vocabulary, width), (context, width), *layer * layers, (width,), (width,)]
 
 
-_1B = llama_linears(layers=22, hidden=2048, inner=5632, kv=256)
-_8B = llama_linears(layers=32, hidden=4096, inner=14336, kv=1024)
-_70B = llama_linears(layers=80, hidden=8192, inner=28672, kv=1024)
+_1B, _8B, _70B = (LLAMAS[size].linears for size in ("1.1B", "8B", "70B"))
 
 SETS = {
     chosen.name: chosen
@@ -83,6 +100,6 @@ SETS = {
         Set("LoRA r64 of a 70B Llama", lora(_70B, 64), whole=True),
         Set("10,000 tiny tensors", [(8, 8)] * 10_000),
         Set("all of a 124M GPT-2", gpt2()),
-        Set("all of a 1.1B Llama", llama(_1B, 22, 2048, 32000), whole=True),
+        Set("all of a 1.1B Llama", LLAMAS["1.1B"].shapes, whole=True),
     )
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from benchmarks.harness import BASELINE, Result, summarise, synchronise
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from benchmarks.sets import LLAMAS
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient, StructuredSource
+from gradguide.sources.structured.capture import Loss
 
 __all__ = ["llama_step", "minilm_step"]
 
@@ -92,21 +96,37 @@ def minilm_step(rounds: int, label: str) -> list[Result]:
 
 
 def llama_step(
-    rounds: int, label: str, device: torch.device, *, layers: int = 22, batch: tuple[int, int] = (4, 512)
+    rounds: int,
+    label: str,
+    device: torch.device,
+    *,
+    size: str = "1.1B",
+    layers: int | None = None,
+    batch: tuple[int, int] = (4, 512),
+    rank: int = 64,
 ) -> list[Result]:
-    """Time a Llama of 1.1B in bfloat16 with random weights and LoRA of rank 16 on all linear layers."""
+    """Time a Llama in bfloat16 with random weights and LoRA of rank 16 on all linear layers.
+
+    Args:
+        size: a key of ``LLAMAS``.
+        layers: number of layers, by default that of the size.
+        batch: sequences and tokens of each.
+        rank: rank of the structured source, which is stored in bfloat16.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from gradguide.integrations.peft import lora_parameters
+    from gradguide.integrations.sampling import sampled_loss
 
+    shape = LLAMAS[size]
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=layers or shape.layers,
         num_attention_heads=32,
-        num_key_value_heads=4,
+        num_key_value_heads=shape.kv * 32 // shape.hidden,
     )
     torch.manual_seed(0)
     with device:
@@ -114,5 +134,44 @@ def llama_step(
     model: Any = get_peft_model(plain, LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False)
     tokens = torch.randint(config.vocab_size, batch, device=device)
     trained = [p for p in model.parameters() if p.requires_grad]
+    batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}] * 3
+
+    def loss() -> Tensor:
+        return model(input_ids=tokens, labels=tokens).loss  # type: ignore[no-any-return]
+
+    source, times = time_capture(model, batches, sampled_loss, rank, lambda: loss().backward())
     optimizers = guided(trained, list(lora_parameters(model)))
-    return time_training(label, rounds, lambda: model(input_ids=tokens, labels=tokens).loss, trained, optimizers)
+    base = AdamW(trained, lr=0.0, fused=True)
+    optimizers["defaults, structured source"] = GradGuide(base, alignment=Alignment(source), names=model)
+    results = [
+        summarise(label, "structured source", "capture / forward and backward", "ratio", times),
+        summarise(label, "structured source", "size of the file", "MiB", [file_size(source) / 2**20]),
+    ]
+    return results + time_training(label, rounds, loss, trained, optimizers)
+
+
+def file_size(source: StructuredSource) -> int:
+    """Return the number of bytes of the saved source."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "source.safetensors"
+        source.save(path)
+        return path.stat().st_size
+
+
+def time_capture(
+    model: nn.Module, batches: list[Any], loss: Loss, rank: int, plain: Callable[[], None]
+) -> tuple[StructuredSource, list[float]]:
+    """Capture three times, and return the source and its times as multiples of plain passes over the batches."""
+    ratios = []
+    plain()
+    for _ in range(3):
+        synchronise()
+        start = time.perf_counter()
+        for _ in batches:
+            plain()
+        synchronise()
+        between = time.perf_counter()
+        source = StructuredSource.capture(model, batches, loss, rank=rank, dtype=torch.bfloat16)
+        synchronise()
+        ratios.append((time.perf_counter() - between) / (between - start))
+    return source, ratios
