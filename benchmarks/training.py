@@ -134,7 +134,7 @@ def llama_step(
     model: Any = get_peft_model(plain, LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False)
     tokens = torch.randint(config.vocab_size, batch, device=device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}] * 3
+    batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}] * 16
 
     def loss() -> Tensor:
         return model(input_ids=tokens, labels=tokens).loss  # type: ignore[no-any-return]
@@ -161,10 +161,10 @@ def file_size(source: StructuredSource) -> int:
 def time_capture(
     model: nn.Module, batches: list[Any], loss: Loss, rank: int, plain: Callable[[], None]
 ) -> tuple[StructuredSource, list[float]]:
-    """Capture three times, and return the source and its times as multiples of plain passes over the batches."""
+    """Capture twice, and return the source and its times as multiples of plain passes over the batches."""
     ratios = []
     plain()
-    for _ in range(3):
+    for _ in range(2):
         synchronise()
         start = time.perf_counter()
         for _ in batches:

@@ -249,8 +249,7 @@ class GradGuide(Wrapper):
 
             - ``grad_norm``: norm of the gradient as received.
             - ``guided_norm``: norm of the guided gradient before clipping.
-            - ``clip_factor``: factor of clipping, in [0, 1]. Also below 1 where the gradient's dtype could not hold the
-              guided gradient.
+            - ``clip_factor``: factor of clipping, or of fitting the guided gradient into its dtype; in [0, 1].
             - ``direction_cosine``: cosine of the gradient as received with the running direction before the step.
             - ``coherence``: agreement of the recent gradients, in [0, 1].
             - ``damping``: removed share of the gradient part orthogonal to the direction, in [0, 1].

@@ -253,7 +253,7 @@ def _combined_in_place(planned: _Planned, values: Values, block: Block, dtype: t
 def _combine_on_device(rows: Sequence[Row | None], writes: Sequence[Write]) -> None:
     dtype = compute_dtype(rows)
     bound = torch.finfo(dtype).max
-    coefficients = [write.coefficients.clamp(-bound, bound).to(dtype) for write in writes]
+    coefficients = [write.coefficients.to(dtype).clamp(-bound, bound) for write in writes]
     dropped = [each == 0 for each in coefficients]
     for block in blocks(rows, writes):
         vectors = [None if row is None else row_vector(row, block, dtype) for row in rows]

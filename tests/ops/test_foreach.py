@@ -150,6 +150,13 @@ def test_a_coefficient_beyond_float32_still_gives_the_right_result_on_cpu() -> N
     assert torch.allclose(g[0], torch.tensor([2.0, 2.0]), rtol=1e-4)
 
 
+def test_float64_rows_take_float32_coefficients_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreach, "_on_cpu", lambda device: False)
+    g, s = [torch.tensor([1.0, 2.0]).double()], [torch.tensor([3.0, 4.0]).double()]
+    foreach.combine_([Row(offset=g), Row(offset=s)], [Write(into=g, coefficients=torch.tensor([[2.0, 0.5]]))])
+    assert g[0].tolist() == [3.5, 6.0]
+
+
 @pytest.mark.parametrize("shape", [(2,), (1, 3), (2, 2)])
 def test_a_write_has_a_coefficient_for_every_scope_and_row(shape: tuple[int, ...]) -> None:
     g = [torch.ones(2), torch.ones(3)]

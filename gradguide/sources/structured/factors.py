@@ -125,26 +125,40 @@ class Covariance:
         if self._test is None:
             return Factor.of_matrix(self.sums * scale, self.rank)
         assert self.rank is not None
-        sketch, test = self.sums.double() * scale, self._test.double()
-        diagonal = self.diagonal.double() * scale
+        device = torch.device("cpu") if self.sums.device.type == "mps" else self.sums.device  # mps has no float64
+        sketch, test = self.sums.to(device, torch.float64) * scale, self._test.to(device, torch.float64)
+        diagonal = self.diagonal.to(device, torch.float64) * scale
         # A shift of the size of rounding errors makes the small matrix positive definite. It is subtracted below.
-        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
+        shift = torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(sketch))
         if shift == 0:
-            return Factor(torch.zeros(self.size, self.rank, device=sketch.device), diagonal.float())
+            return Factor(torch.zeros(self.size, self.rank, device=device), diagonal.float())
         sketch = sketch + shift * test
-        small = test.T @ sketch
-        root, failed = torch.linalg.cholesky_ex((small + small.T) / 2)
-        if failed:
-            values, vectors = torch.linalg.eigh((small + small.T) / 2)
-            root = vectors * values.clamp(min=float(shift)).sqrt()
-            half = torch.linalg.solve(root, sketch.T).T
-        else:
-            half = torch.linalg.solve_triangular(root, sketch.T, upper=False).T
-        vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
-        kept = (values.square() - shift).clamp(min=0.0)[: self.rank]
-        basis = vectors[:, : self.rank] * kept.sqrt()
+        weights = _nystrom_weights(test.T @ sketch, sketch.T @ sketch, shift, self.rank)
+        basis = sketch @ weights.to(device)
         rest = (diagonal - basis.square().sum(1)).clamp(min=0.0)
         return Factor(basis.float(), rest.float())
+
+
+def _nystrom_weights(core: Tensor, products: Tensor, shift: float, rank: int) -> Tensor:
+    """Return the matrix that turns a shifted sketch Y of M into a basis of the approximation ``Y core^-1 Y^T - shift``.
+
+    Decompositions of matrices of this size take milliseconds on the host, and longer on a GPU.
+
+    Args:
+        core (Tensor): shape [k, k], test^T Y.
+        products (Tensor): shape [k, k], Y^T Y.
+        shift (float): subtracted from the eigenvalues of the approximation.
+        rank (int): number of eigenvalues to keep.
+
+    Returns:
+        Tensor [k, rank] on the host, float64.
+    """
+    values, vectors = torch.linalg.eigh(((core + core.T) / 2).cpu())
+    whiten = vectors * values.clamp(min=shift).rsqrt()
+    values, vectors = torch.linalg.eigh(whiten.T @ products.cpu() @ whiten)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    kept = (1.0 - shift / values.clamp(min=shift)).sqrt()
+    return whiten @ vectors * kept
 
 
 def stacked(factors: Sequence[Factor]) -> Factor:
