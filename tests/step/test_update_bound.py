@@ -52,7 +52,7 @@ def excess(before: Sequence[Tensor], after: Sequence[Tensor], scope: str, larges
     return worst
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(
     gradient=SCALES,
     rate=SCALES,
