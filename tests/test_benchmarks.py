@@ -34,7 +34,7 @@ def test_objective(tmp_path: Path) -> None:
     assert found["no regularizer"] == 1.0
 
 
-def test_every_peer_reconciles_the_gradients(tmp_path: Path) -> None:
+def test_every_peer_reconciles_the_gradients() -> None:
     """In place: the result does not conflict with the source. ZClip does not use the source."""
     small = Set("small", [(8, 4), (16,)])
     found = peers.compare(small, 2, torch.device("cpu"))

@@ -223,46 +223,6 @@ def test_unwrap_cycles_end() -> None:
     assert unwrap(alone) is None
 
 
-LIGHTNING = """
-import warnings
-
-warnings.simplefilter("ignore")
-try:
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-except ImportError:
-    raise SystemExit(5)
-import torch
-from gradguide import GradGuide, History, unwrap
-
-model = torch.nn.Linear(2, 1)
-guide = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1))
-wrapped = LightningOptimizer(guide)
-assert unwrap(wrapped) is guide, unwrap(wrapped)
-assert unwrap(LightningOptimizer(guide.base)) is None
-history = History()
-unwrap(wrapped).record(history)
-model(torch.ones(1, 2)).sum().backward()
-guide.step()
-assert len(history) == 1
-"""
-
-
-def test_unwrap_lightning() -> None:
-    """In a separate process: importing lightning changes logging and warning filters."""
-    root = Path(gradguide.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHTNING],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if done.returncode == 5:
-        pytest.skip("lightning is not installed")
-    assert done.returncode == 0, done.stderr
-
-
 def test_unwrap_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)

@@ -141,7 +141,7 @@ def test_core_imports_optional_packages_only_where_used() -> None:
 
 def _tree(into: Path) -> Path:
     """Return a copy of the repository without what a build leaves."""
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__", "*.so")
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
     shutil.copytree(ROOT, into / "tree", ignore=ignored)
     return into / "tree"
 

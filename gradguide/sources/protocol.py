@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
 
-__all__ = ["Source", "sources_of"]
+__all__ = ["Source", "row_or_zeros", "sources_of"]
 
 
 @runtime_checkable
@@ -47,6 +47,12 @@ class Source(Protocol):
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """Return the source-task gradient for the parameters ``names``, whose values are ``at``, on their device."""
         ...
+
+
+def row_or_zeros(parts: Mapping[str, Tensor], names: Sequence[str], at: Sequence[Tensor]) -> Row:
+    """Return a row of the parts of ``names``; zeros in the shape of the parameter in ``at`` for a name without one."""
+    pairs = zip(names, at, strict=True)
+    return Row(offset=[parts[name] if name in parts else torch.zeros_like(p) for name, p in pairs])
 
 
 def sources_of(source: Source | Sequence[Source]) -> tuple[Source, ...]:

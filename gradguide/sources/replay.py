@@ -12,6 +12,7 @@ from torch import Tensor
 from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.row import Row
+from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients
 from gradguide.utils.checks import check_steps
 
@@ -93,8 +94,7 @@ class ReplaySource:
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """Return the last gradient; zero for parameters that the loss did not reach, such as frozen ones."""
-        rows = [self._rows.get(name) for name in names]
-        return Row(offset=[torch.zeros_like(p) if row is None else row for row, p in zip(rows, at, strict=True)])
+        return row_or_zeros(self._rows, names, at)
 
     def __getstate__(self) -> dict[str, Any]:
         # An iterator can be neither copied nor pickled. A copy starts at the first batch.

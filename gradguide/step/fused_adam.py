@@ -88,10 +88,8 @@ def plan_launches(
     """
     if not _is_replaceable(base) or not all(map(_is_supported, base.param_groups)):
         return None
-    if not plan.uses_triton or any(backend is not plan.backends[0] for backend in plan.backends):
-        return None
     # Kernels read the decision on its device.
-    if any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
+    if not plan.uses_triton or any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
         return None
     from gradguide.ops.triton.adam import plan_adam
 
@@ -135,7 +133,7 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
     """Return the param groups of a bucket, equal settings merged; None if one launch cannot step all of them."""
     from gradguide.ops.triton.adam import Groups, Settings
 
-    kinds: set[tuple[bool, bool, bool]] = set()
+    kinds: set[tuple[bool, bool]] = set()
     places: dict[Settings, int] = {}
     place_of: dict[int, int] = {}
     for index in dict.fromkeys(bucket.groups):
@@ -151,12 +149,14 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
         )
         place_of[index] = places.setdefault(settings, len(places))
         decoupled = isinstance(base, AdamW) or group.get("decoupled_weight_decay", False)
-        kinds.add((on_device, decoupled, group["maximize"]))
+        kinds.add((on_device, decoupled))
     if len(kinds) > 1 or len(places) > MAX_SETTINGS:
         return None
-    on_device, decoupled, maximize = kinds.pop()
+    on_device, decoupled = kinds.pop()
     which = array("q", map(place_of.__getitem__, bucket.groups))
-    return Groups(settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=maximize)
+    return Groups(
+        settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=bucket.sign < 0
+    )
 
 
 def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: int, sources: int) -> Tensor:

@@ -35,13 +35,15 @@ class PlanCache:
     directions: the running directions of each bucket.
     snapshots: memory for a copy of each bucket's parameters.
     positions (Tensor): indices into the scopes' statistics.
-    element_counts (Tensor): number of elements of each scope.
+    elements: number of elements of each scope.
+    element_counts (Tensor): the same on the device; None with Triton.
     """
 
     metadata: MetadataCache = field(default_factory=MetadataCache)
     directions: list[TensorList] | None = None
     snapshots: list[TensorList] | None = None
     positions: Tensor | None = None
+    elements: list[int] | None = None
     element_counts: Tensor | None = None
 
 
@@ -142,13 +144,16 @@ class StepPlan:
 
     def element_counts(self) -> Tensor:
         """Return the number of elements of each scope: Tensor [S], float64."""
-        if self.cache.element_counts is None:
+        if self.cache.elements is None:
             elements = (bucket.elements for bucket in self.buckets)
-            counts = list(map(sum, zip([0] * len(self.labels), *elements, strict=True)))
-            if self.uses_triton:
-                from gradguide.ops.triton.launch import numbers_of
+            self.cache.elements = list(map(sum, zip([0] * len(self.labels), *elements, strict=True)))
+        counts = self.cache.elements
+        if self.uses_triton:
+            from gradguide.ops.triton.launch import numbers_of
 
-                return numbers_of(self.device, counts)  # cached there, for CUDA graphs
+            # The tensor is cached there, because a CUDA graph that reads it may outlive the plan.
+            return numbers_of(self.device, counts)
+        if self.cache.element_counts is None:
             # Filled on the device: a copy from the host would synchronize.
             parts = [torch.full((1,), count, dtype=wide_dtype(self.device), device=self.device) for count in counts]
             self.cache.element_counts = torch.cat(parts)

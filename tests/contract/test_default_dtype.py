@@ -22,12 +22,12 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def outcome(dtype: torch.dtype, on: str, backend: str, scope: str) -> tuple[object, ...]:
+def outcome(dtype: torch.dtype, on: str, scope: str) -> tuple[object, ...]:
     model = kit.net()
     source = kit.source_of(model)
     with default(dtype):
         optimizer = kit.guide(
-            model, kit.adamw, scope=scope, backend=backend, names=model.named_parameters(),
+            model, kit.adamw, scope=scope, names=model.named_parameters(),
             direction=Direction(decay=0.9, damping=0.7),
             alignment=Alignment([source, source.anchored()], on=on, weight=0.3, project=True),
             magnitude=Magnitude(max_norm=0.3, adaptive=True, max_update=1e-3),
@@ -43,10 +43,9 @@ def outcome(dtype: torch.dtype, on: str, backend: str, scope: str) -> tuple[obje
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("on", ["gradient", "update"])
-def test_steps_are_the_same(on: str, backend: str, scope: str, dtype: torch.dtype) -> None:
-    kit.assert_same(outcome(dtype, on, backend, scope), outcome(torch.float32, on, backend, scope))
+def test_steps_are_the_same(on: str, scope: str, dtype: torch.dtype) -> None:
+    kit.assert_same(outcome(dtype, on, scope), outcome(torch.float32, on, scope))
 
 
 def after_closures(dtype: torch.dtype) -> list[torch.Tensor]:

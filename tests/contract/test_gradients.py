@@ -192,11 +192,10 @@ def test_i25_gradients_eaten_in_backward_are_named() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("kind", kit.KINDS)
-def test_i18_gradients_are_written_in_place(kind: str, backend: str) -> None:
+def test_i18_gradients_are_written_in_place(kind: str) -> None:
     model = kit.net()
-    optimizer = kit.guide(model, kit.sgd, kind, backend=backend)
+    optimizer = kit.guide(model, kit.sgd, kind)
     for step in range(3):
         kit.give_gradients(model, step, scale=10.0 if step < 2 else 1000.0)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -210,11 +209,10 @@ def test_i18_gradients_are_written_in_place(kind: str, backend: str) -> None:
             assert not parameter.grad.requires_grad
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_i18_gradients_that_are_views_are_written_through(backend: str) -> None:
+def test_i18_gradients_that_are_views_are_written_through() -> None:
     """Rows of one flat buffer, one of them transposed, as in DDP's buckets and channels-last layers."""
     views, plain = kit.net(), kit.net()
-    one, other = kit.guide(views, kit.sgd, backend=backend), kit.guide(plain, kit.sgd, backend=backend)
+    one, other = kit.guide(views, kit.sgd), kit.guide(plain, kit.sgd)
     buffer = torch.zeros(sum(p.numel() for p in views.parameters()))
     for step in range(3):
         kit.give_gradients(plain, step, scale=5.0)

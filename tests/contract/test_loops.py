@@ -124,6 +124,7 @@ def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, automatic:
     """Lightning wraps the optimizer in its own class, and steps with a closure unless the module steps itself."""
     pytest.importorskip("lightning")
     from lightning.pytorch import Trainer
+    from lightning.pytorch.core.optimizer import LightningOptimizer
 
     module = lightning_module("on update", automatic=automatic)
     # Its source uses the names of `net`, which the plain copy shares.
@@ -149,6 +150,7 @@ def test_i22_lightning_trainer_equals_the_plain_loop(accumulate: int, automatic:
     guide: GradGuide = module.guide
     assert guide.metrics()["steps"] == 4
     assert all(found is guide for found in module.found), "unwrap finds GradGuide itself"
+    assert unwrap(LightningOptimizer(guide.base)) is None
     torch.testing.assert_close(kit.parameters_of(module.net), kit.parameters_of(plain), rtol=1e-3, atol=1e-4)
     if accumulate == 1:
         kit.assert_same(kit.parameters_of(module.net), kit.parameters_of(plain))

@@ -83,7 +83,7 @@ def problem(named: dict[str, nn.Parameter], signs: Sequence[int], step: int) -> 
 
 
 def run(
-    base: str, rules: str, scope: str, signs: Sequence[int], stated: bool, backend: str, steps: int = STEPS
+    base: str, rules: str, scope: str, signs: Sequence[int], stated: bool, steps: int = STEPS
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
     """Return parameters and metrics per step; ``stated`` as descent, or with ``maximize`` if the sign is -1."""
     named = {name: nn.Parameter(table) for name, table in draw(0).items()}
@@ -94,7 +94,7 @@ def run(
         }
         for sign, prefix in zip(signs, ("a.", "b."), strict=True)
     ]  # fmt: skip
-    optimizer = GradGuide(BASES[base](groups), names=named, scope=scope, backend=backend, **RULES[rules]())
+    optimizer = GradGuide(BASES[base](groups), names=named, scope=scope, **RULES[rules]())
     exact = rules == "exact objective"
     found, metrics = [], []
     for step in range(steps):
@@ -118,9 +118,8 @@ def run(
     ("base", "rules"), [(base, rules) for base in ("AdamW", "SGD") for rules in RULES] + [("NAdam", "shared momentum")]
 )
 def test_i28_maximize_is_the_same_problem_stated_as_descent(base: str, rules: str, scope: str, signs: str) -> None:
-    backend = "foreach" if scope == "tensor" else "auto"
-    found, metrics = run(base, rules, scope, SIGNS[signs], False, backend)
-    wanted, expected = run(base, rules, scope, SIGNS[signs], True, backend)
+    found, metrics = run(base, rules, scope, SIGNS[signs], False)
+    wanted, expected = run(base, rules, scope, SIGNS[signs], True)
     # A difference quotient divides rounding errors by a small step.
     rtol, atol = (1e-2, 3e-4) if "quotient" in rules else (1e-4, 1e-5)
     for mine, other in zip(found, wanted, strict=True):
@@ -132,8 +131,8 @@ def test_i28_maximize_is_the_same_problem_stated_as_descent(base: str, rules: st
 @pytest.mark.parametrize("rules", [rules for rules in RULES if "quotient" not in rules])
 def test_i28_of_one_sign_every_bit_is_the_same(rules: str) -> None:
     """Except for a difference quotient, which is taken on the other side."""
-    found, metrics = run("AdamW", rules, "global", (-1, -1), False, "auto")
-    wanted, expected = run("AdamW", rules, "global", (-1, -1), True, "auto")
+    found, metrics = run("AdamW", rules, "global", (-1, -1), False)
+    wanted, expected = run("AdamW", rules, "global", (-1, -1), True)
     assert all(map(torch.equal, found, wanted))
     assert repr(metrics) == repr(expected)  # repr, so that NaN equals NaN
 
@@ -141,7 +140,7 @@ def test_i28_of_one_sign_every_bit_is_the_same(rules: str) -> None:
 @pytest.mark.parametrize("rules", RULES)
 def test_i28_every_rule_changes_this_trajectory(rules: str) -> None:
     """Ensures that the other tests compare rules that act."""
-    guided, _ = run("SGD", rules, "global", (-1, -1), False, "auto")
+    guided, _ = run("SGD", rules, "global", (-1, -1), False)
     named = {name: nn.Parameter(table) for name, table in draw(0).items()}
     plain = BASES["SGD"]([{"params": list(named.values()), "maximize": True}])
     for step in range(STEPS):

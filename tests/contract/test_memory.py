@@ -14,15 +14,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._pytree import tree_map
 
 from gradguide import Direction, GradGuide, Magnitude
-from tests.kernels import HAVE_KERNELS
-
-if HAVE_KERNELS:
-    from tests.ops.triton.interpreter import repair
-
-    repair()
-
-NEEDS_KERNELS = pytest.mark.skipif(not HAVE_KERNELS, reason="kernels cannot run here")
-BACKENDS = ["foreach", "auto", pytest.param("triton", marks=[NEEDS_KERNELS, pytest.mark.slow])]
+from tests.contract.backends import BACKENDS_AT_LENGTH
 
 
 class Wrapped(Tensor):
@@ -57,7 +49,7 @@ def bounded(value: Tensor, gradient: Tensor, backend: str, lr: float = 10.0) -> 
     return parameter
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i29_a_wrapper_subclass_is_guided_as_the_tensor_it_wraps(backend: str) -> None:
     found: Any = bounded(Wrapped(torch.ones(64)), torch.ones(64), backend)
     wanted = bounded(torch.ones(64), torch.ones(64), backend)
@@ -65,7 +57,7 @@ def test_i29_a_wrapper_subclass_is_guided_as_the_tensor_it_wraps(backend: str) -
     assert float((found.held - 1).norm()) == pytest.approx(0.4, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i29_a_negated_gradient_is_read_with_its_sign(backend: str) -> None:
     negated = torch.tensor([1 + 2j, 3 - 1j]).conj().imag
     assert negated.is_neg()
@@ -74,13 +66,13 @@ def test_i29_a_negated_gradient_is_read_with_its_sign(backend: str) -> None:
     torch.testing.assert_close(found.detach(), wanted.detach())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i29_an_efficient_zero_gradient_is_a_zero_gradient(backend: str) -> None:
     parameter = bounded(torch.ones(4), torch._efficientzerotensor(4), backend)
     assert torch.equal(parameter, torch.ones(4))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i29_an_expanded_gradient_is_guided_as_its_copy(backend: str) -> None:
     wanted = bounded(torch.ones(2, 3), torch.full((2, 3), 2.0), backend, lr=0.01)
     found = bounded(torch.ones(2, 3), torch.full((2, 1), 2.0).expand(2, 3), backend, lr=0.01)
@@ -96,7 +88,7 @@ def test_i29_fake_and_meta_tensors_are_refused_with_a_reason() -> None:
         with pytest.raises(RuntimeError, match="is a fake tensor"):
             GradGuide(base).step()
     with pytest.raises(RuntimeError, match="meta device"):
-        bounded(torch.ones(3, device="meta"), torch.ones(3, device="meta"), "auto")
+        bounded(torch.ones(3, device="meta"), torch.ones(3, device="meta"), "foreach")
 
 
 def test_i29_a_gradient_that_two_parameters_share_is_refused_and_nothing_changes() -> None:
@@ -145,7 +137,7 @@ CHANGES = [transposed, made_contiguous_elsewhere, made_float64, made_bfloat16, r
 
 @pytest.mark.parametrize("clear", [True, False], ids=["gradients cleared", "gradients kept"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i30_after_any_change_of_a_parameter_a_step_is_that_of_a_new_optimizer(
     backend: str, change: Callable[[nn.Parameter], None], clear: bool
 ) -> None:
@@ -172,7 +164,7 @@ def test_i30_after_any_change_of_a_parameter_a_step_is_that_of_a_new_optimizer(
         torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i30_weights_swapped_for_their_average_and_back_train_on(backend: str) -> None:
     """As an average of weights is evaluated: data swapped away and back between steps."""
     runs = []
@@ -190,7 +182,7 @@ def test_i30_weights_swapped_for_their_average_and_back_train_on(backend: str) -
     assert torch.equal(*runs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i34_every_write_raises_the_version(backend: str) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = GradGuide(SGD([p], lr=10.0), direction=Direction(), magnitude=Magnitude(max_norm=0.1), backend=backend)
@@ -202,7 +194,7 @@ def test_i34_every_write_raises_the_version(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AT_LENGTH)
 def test_i34_autograd_notices_a_gradient_with_a_graph_that_was_changed(backend: str) -> None:
     x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     p = nn.Parameter(torch.zeros(3))

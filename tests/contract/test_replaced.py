@@ -37,10 +37,9 @@ def test_i08_a_name_follows_a_place_only_when_its_parameter_is_gone() -> None:
     assert torch.allclose(head, torch.ones(3))
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_a_parameter_of_another_size_starts_a_direction_of_its_own(backend: str) -> None:
+def test_a_parameter_of_another_size_starts_a_direction_of_its_own() -> None:
     p = nn.Parameter(torch.ones(4))
-    optimizer = GradGuide(SGD([p], lr=0.1), backend=backend)
+    optimizer = GradGuide(SGD([p], lr=0.1))
     for size in (4, 1000, 2):
         p.grad = None
         p.data = torch.ones(size)

@@ -1,7 +1,7 @@
-"""Run one rank of test_checkpoints.py: ``python checkpoint_rank.py RANK WORLD FOLDER save|load NAME``.
+"""Run one rank of test_checkpoints.py: ``python checkpoint_rank.py RANK WORLD FOLDER ACTION-NAME...``.
 
-"save" trains, writes a distributed checkpoint to FOLDER/NAME and continues; "load" starts from that checkpoint.
-Both write the final parameters to FOLDER/NAME-ACTION-WORLD.pt.
+Each action has a model and an optimizer of its own. "save" trains, writes a distributed checkpoint to FOLDER/NAME and
+continues; "load" starts from that checkpoint. Both write the final parameters to FOLDER/NAME-ACTION-WORLD.pt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from tests.distributed.launch import join
 HALF = 6
 
 
-def main(rank: int, world: int, folder: Path, action: str, name: str) -> None:
+def main(rank: int, world: int, folder: Path, *actions: str) -> None:
+    for each in actions:
+        train(rank, world, folder, *each.split("-"))
+
+
+def train(rank: int, world: int, folder: Path, action: str, name: str) -> None:
     model = problem.net()
     model.unused.requires_grad_(False)  # torch's loader needs state for every trainable parameter, before any step
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))

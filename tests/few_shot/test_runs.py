@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.few_shot import runs
 from benchmarks.few_shot.data import CONDITIONS
 from benchmarks.few_shot.grid import SEQUENCES, Run
 from benchmarks.few_shot.results import append, done
@@ -22,8 +24,11 @@ def run_of(**fields: object) -> Run:
 
 
 @pytest.fixture(scope="module")
-def suite(sets: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    return Suite(Settings(data=sets, cache=tmp_path_factory.mktemp("cache"), model=str(tiny_model)))
+def suite(sets: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+    """A suite whose runs are short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "STEPS", 10)
+        yield Suite(Settings(data=sets, cache=tmp_path_factory.mktemp("cache"), model=str(tiny_model)))
 
 
 RUNS = [

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from gradguide import SourceGradient
+
 # transformers reads its own deprecated property when PEFT prepares a model.
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 Batch = tuple[Tensor, Tensor]
@@ -62,6 +64,14 @@ def examples(seed: int, count: int = 12, size: int = 2) -> list[Batch]:
     labels = torch.randint(3, (count,), generator=generator)
     ids[:, 0] = labels + 3 * seed % 30
     return list(zip(ids.split(size), labels.split(size), strict=True))
+
+
+def capture(model: Classifier, batches: list[Batch] | None = None) -> SourceGradient:
+    """Capture a source of the adapter only, with a frozen head."""
+    model.head.requires_grad_(False)
+    source = SourceGradient.capture(model, batches or examples(1), cross_entropy)
+    model.head.requires_grad_(True)
+    return source
 
 
 def adapters(model: nn.Module, adapter: str = "default") -> dict[nn.Module, list[nn.Parameter]]:

@@ -11,10 +11,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude
 from gradguide.integrations.peft import lora_parameters, lora_scopes
 
-from .lora import QUIET, Classifier, adapters, bert, cross_entropy, examples, llama, move
+from .lora import QUIET, Classifier, adapters, bert, capture, cross_entropy, examples, llama, move
 
 pytestmark = QUIET
 
@@ -109,18 +109,10 @@ def test_scopes_equal_scope_module() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(ends["mapping"], ends["global"], strict=True))
 
 
-def captured(model: Classifier) -> SourceGradient:
-    """Capture a source of the adapter only."""
-    model.head.requires_grad_(False)
-    source = SourceGradient.capture(model, examples(1), cross_entropy)
-    model.head.requires_grad_(True)
-    return source
-
-
 def test_adapter_added_later_is_guided_without_the_source() -> None:
     model = Classifier(bert())
     move(model)
-    source = captured(model)
+    source = capture(model)
     first = dict(lora_parameters(model))
     weight = 5.0
     optimizer = GradGuide(
@@ -163,7 +155,7 @@ def test_adapter_added_under_a_name_that_the_source_lacks() -> None:
     move(model)
     optimizer = GradGuide(
         SGD([p for _, p in lora_parameters(model)], lr=0.01),
-        alignment=Alignment(captured(model)),
+        alignment=Alignment(capture(model)),
         names=lora_parameters(model),
     )
     model.encoder.add_adapter("second", LoraConfig(r=3, target_modules=["query"]))
@@ -183,7 +175,7 @@ def test_adapter_frozen_later_stays_untouched() -> None:
     move(model)
     optimizer = GradGuide(
         AdamW([p for _, p in lora_parameters(model)], lr=1e-2, weight_decay=0.1),
-        alignment=Alignment(captured(model)),
+        alignment=Alignment(capture(model)),
         names=lora_parameters(model),
     )
 

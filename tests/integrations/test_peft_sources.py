@@ -15,17 +15,9 @@ from torch.optim import AdamW
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters
 
-from .lora import QUIET, Batch, Classifier, bert, cross_entropy, examples, llama, move
+from .lora import QUIET, Classifier, bert, capture, cross_entropy, examples, llama, move
 
 pytestmark = QUIET
-
-
-def capture(model: Classifier, batches: list[Batch] | None = None) -> SourceGradient:
-    """Capture a source of the adapter only, with a frozen head."""
-    model.head.requires_grad_(False)
-    source = SourceGradient.capture(model, batches or examples(1), cross_entropy)
-    model.head.requires_grad_(True)
-    return source
 
 
 def adapted(rank: int = 2) -> Classifier:

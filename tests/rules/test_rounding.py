@@ -40,12 +40,12 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, list[Tensor]]:
     return rows[0] * 10.0 ** draw(st.integers(-3, 3)), rows[1:]
 
 
-def written(gradient: Tensor, sources: list[Tensor], backend: str, weight: float, max_norm: float) -> Tensor:
+def written(gradient: Tensor, sources: list[Tensor], weight: float, max_norm: float) -> Tensor:
     """Return the guided gradient."""
     parameter = nn.Parameter(torch.zeros_like(gradient))
     alignment = Alignment([SourceGradient({"p": s}) for s in sources], on="gradient", weight=weight)
     optimizer = GradGuide(
-        SGD([parameter], lr=1.0), alignment=alignment, direction=None, names={"p": parameter}, backend=backend,
+        SGD([parameter], lr=1.0), alignment=alignment, direction=None, names={"p": parameter},
         magnitude=Magnitude(max_norm=max_norm, max_update=None),
     )  # fmt: skip
     parameter.grad = gradient.clone()
@@ -55,46 +55,43 @@ def written(gradient: Tensor, sources: list[Tensor], backend: str, weight: float
 
 
 @settings(max_examples=150)
-@given(problems(), st.sampled_from(["auto", "foreach"]), st.sampled_from([0.0, 0.5]), st.sampled_from([1e-3, 1.0, 1e3]))
+@given(problems(), st.sampled_from([0.0, 0.5]), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_the_written_gradient_is_at_most_max_norm_long(
-    problem: tuple[Tensor, list[Tensor]], backend: str, weight: float, max_norm: float
+    problem: tuple[Tensor, list[Tensor]], weight: float, max_norm: float
 ) -> None:
-    left = written(*problem, backend, weight, max_norm).double()
+    left = written(*problem, weight, max_norm).double()
     assert left.isfinite().all()
     assert float(left.norm()) <= max_norm * (1 + 1e-6)
 
 
 @settings(max_examples=100)
-@given(problems(), st.sampled_from(["auto", "foreach"]))
-def test_a_projected_gradient_is_no_longer_than_it_was(problem: tuple[Tensor, list[Tensor]], backend: str) -> None:
-    left = written(*problem, backend, 0.0, math.inf).double()
+@given(problems())
+def test_a_projected_gradient_is_no_longer_than_it_was(problem: tuple[Tensor, list[Tensor]]) -> None:
+    left = written(*problem, 0.0, math.inf).double()
     assert float(left.norm()) <= float(problem[0].double().norm()) * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("n", [1, 2, 3, 100, 4096, 10**6])
 @pytest.mark.parametrize("kind", ["normal", "uniform", "constant"])
-def test_a_gradient_exactly_against_its_source_leaves_exactly_nothing(n: int, kind: str, backend: str) -> None:
+def test_a_gradient_exactly_against_its_source_leaves_exactly_nothing(n: int, kind: str) -> None:
     for seed in range(10 if n < 1000 else 2):
         torch.manual_seed(seed)
         source = {"normal": torch.randn, "uniform": torch.rand, "constant": torch.ones}[kind](n)
         source = source * torch.rand(())
         gradient = -source * torch.rand(()) * 1e4
-        assert not written(gradient, [source], backend, 0.0, 1.0).any()
+        assert not written(gradient, [source], 0.0, 1.0).any()
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_a_pull_that_balances_the_gradient_leaves_exactly_nothing(backend: str) -> None:
+def test_a_pull_that_balances_the_gradient_leaves_exactly_nothing() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         source = torch.randn(3)
-        assert not written(-0.7 * source, [source], backend, 0.7, 1.0).any()
+        assert not written(-0.7 * source, [source], 0.7, 1.0).any()
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("on", ["gradient", "update"])
 @pytest.mark.parametrize("n", [1, 1000])
-def test_where_nothing_is_left_adam_does_not_move(n: int, on: str, backend: str) -> None:
+def test_where_nothing_is_left_adam_does_not_move(n: int, on: str) -> None:
     """Adam's step does not depend on the gradient's length, so rounding errors alone would give a full step."""
     for seed in range(20):
         torch.manual_seed(seed)
@@ -104,7 +101,7 @@ def test_where_nothing_is_left_adam_does_not_move(n: int, on: str, backend: str)
         before = parameter.detach().clone()
         optimizer = GradGuide(
             AdamW([parameter], lr=1e-3, weight_decay=0.0), alignment=Alignment(SourceGradient({"p": source}), on=on),
-            names={"p": parameter}, backend=backend,
+            names={"p": parameter},
         )  # fmt: skip
         for _ in range(2):
             parameter.grad = -source * torch.rand(()) * 1e4
@@ -115,14 +112,13 @@ def test_where_nothing_is_left_adam_does_not_move(n: int, on: str, backend: str)
         assert optimizer.metrics()["coherence"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_sources_that_leave_no_way_leave_nothing(backend: str) -> None:
+def test_sources_that_leave_no_way_leave_nothing() -> None:
     """Sixteen sources of both signs over one number."""
     for seed in range(30):
         torch.manual_seed(seed)
         signs = [torch.randn(1) for _ in range(16)]
         if len({bool(s > 0) for s in signs}) == 2:
-            assert not written(torch.randn(1) * 1000, signs, backend, 0.0, 1.0).any()
+            assert not written(torch.randn(1) * 1000, signs, 0.0, 1.0).any()
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(-8, 0).map(lambda power: 10.0**power), st.sampled_from([1e-15, 1.0, 1e15]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
@@ -16,12 +16,7 @@ from torch.optim import SGD
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.utils.names import NamedParameters
 from tests.distributed.launch import join
-from tests.sources.problems import frozen_body
-
-
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    value: Tensor = model(batch).square().mean()
-    return value
+from tests.sources.problems import frozen_body, mean_square
 
 
 def guide(model: nn.Module, names: object, source: SourceGradient) -> None:
@@ -35,7 +30,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     names = NamedParameters([(name, p) for name, p in model.named_parameters() if p.requires_grad], model)
     fully_shard(model, mesh=mesh)
     batches = [torch.full((2, 5), float(k + rank)) for k in range(2)]
-    source = SourceGradient.capture(model, batches, loss, names=names)
+    source = SourceGradient.capture(model, batches, mean_square, names=names)
     source.save(folder / f"base{rank}.safetensors")
     guide(model, names, source)
     guide(model, model, source)

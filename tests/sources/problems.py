@@ -32,6 +32,12 @@ def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return the mean of the squared outputs of a batch, a loss without targets."""
+    value: Tensor = model(batch).square().mean()
+    return value
+
+
 def per_example(model: nn.Linear, x: Tensor, y: Tensor) -> Table:
     """Return per-example gradients of cross entropy in closed form: (p - onehot(y)) times x, shape [count, ...]."""
     with torch.no_grad():

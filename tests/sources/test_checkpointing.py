@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from gradguide import SourceGradient
 from tests.integrations.lora import QUIET, llama, move
 
-from .problems import answer, close, fisher
+from .problems import answer, close, fisher, mean_square
 
 
 class Net(nn.Module):
@@ -42,25 +42,20 @@ class Net(nn.Module):
         return self.a(x)
 
 
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    value: Tensor = model(batch).square().mean()
-    return value
-
-
 def data() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(2, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(4)]
 
 
-@pytest.mark.parametrize("curvature", [True, loss, False])
+@pytest.mark.parametrize("curvature", [True, mean_square, False])
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "nested"])
 def test_i31_a_checkpointed_model_has_the_gradient_of_the_plain_one(kind: str, curvature: Any) -> None:
-    plain = SourceGradient.capture(Net(), data(), loss, curvature=curvature, dtype=torch.float64)
+    plain = SourceGradient.capture(Net(), data(), mean_square, curvature=curvature, dtype=torch.float64)
     model = Net(kind)
     model.b.weight.grad = held = torch.ones(2, 4, dtype=torch.float64)
     batches = data()
     batches[0].grad = of_batch = torch.ones_like(batches[0])
-    source = SourceGradient.capture(model, batches, loss, curvature=curvature, dtype=torch.float64)
+    source = SourceGradient.capture(model, batches, mean_square, curvature=curvature, dtype=torch.float64)
     at = {name: p.detach() for name, p in model.named_parameters()}
     close(answer(source, at), answer(plain, at))
     assert all(value.any() for value in answer(source, at).values())
@@ -80,14 +75,14 @@ def test_i31_parameters_cut_off_by_a_reentrant_checkpoint_are_named() -> None:
         pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
         pytest.warns(UserWarning, match=r"2 of the 4 .*\(a\.0\.weight, a\.0\.bias\).*enable_input_require_grads"),
     ):
-        SourceGradient.capture(Net("reentrant"), batches, loss)
+        SourceGradient.capture(Net("reentrant"), batches, mean_square)
 
 
 def test_i31_some_of_the_parameters_of_a_checkpoint() -> None:
     model = Net("reentrant")
-    whole = SourceGradient.capture(model, data(), loss, dtype=torch.float64)
+    whole = SourceGradient.capture(model, data(), mean_square, dtype=torch.float64)
     names = [("a.0.bias", model.get_parameter("a.0.bias"))]
-    part = SourceGradient.capture(model, data(), loss, dtype=torch.float64, names=names)
+    part = SourceGradient.capture(model, data(), mean_square, dtype=torch.float64, names=names)
     at = {name: p.detach() for name, p in model.named_parameters()}
     close(answer(part, at), {"a.0.bias": answer(whole, at)["a.0.bias"]})
 
@@ -117,7 +112,7 @@ def test_i31_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
 @pytest.mark.parametrize("wrap", [copy.deepcopy, lambda m: torch.compile(m, backend="eager")])
 def test_a_compiled_model_has_the_gradient_of_the_plain_one(wrap: Callable[[nn.Module], nn.Module]) -> None:
     batches = [batch.detach() for batch in data()]
-    plain = SourceGradient.capture(Net(), batches, loss, dtype=torch.float64)
-    source = SourceGradient.capture(wrap(Net()), batches, loss, dtype=torch.float64)
+    plain = SourceGradient.capture(Net(), batches, mean_square, dtype=torch.float64)
+    source = SourceGradient.capture(wrap(Net()), batches, mean_square, dtype=torch.float64)
     at = {name: p.detach() for name, p in Net().named_parameters()}
     close(answer(source, at), answer(plain, at))

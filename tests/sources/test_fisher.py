@@ -51,17 +51,18 @@ def test_batches_of_one_are_the_loop() -> None:
     close(found, mean_square(per_example(model, x, y)))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2), (3, 2, 1), (2, 1, 1, 1, 1), (5, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2), (3, 2, 1), (2, 1, 1, 1), (5, 1)])
 def test_expectation_over_all_partitions_is_exact(sizes: tuple[int, ...]) -> None:
     # Gradients with a clear mean, so that no estimate needs clamping at zero, which alone would bias it.
     generator = torch.Generator().manual_seed(3)
-    x = 1.0 + 0.3 * torch.rand(6, 2, generator=generator, dtype=torch.float64)
+    number = sum(sizes)
+    x = 1.0 + 0.3 * torch.rand(number, 2, generator=generator, dtype=torch.float64)
     model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
     estimates = []
-    for batches in partitions(range(6), sizes):
+    for batches in partitions(range(number), sizes):
         source = SourceGradient.capture(model, [x[batch] for batch in batches], linear, dtype=torch.float64)
         estimates.append(fisher(source, model)["weight"])
-    assert len(estimates) == math.factorial(6) // math.prod(math.factorial(n) for n in sizes)
+    assert len(estimates) == math.factorial(number) // math.prod(math.factorial(n) for n in sizes)
     table = torch.stack(estimates)
     assert (table > 0).all()
     assert table.std(dim=0).min() > 1e-3

@@ -11,6 +11,8 @@ from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.sources.validation import match_sources
 from gradguide.utils.names import Names
 
+from .problems import mean_square
+
 
 def source_of(*names: str, shape: tuple[int, ...] = (2,)) -> SourceGradient:
     return SourceGradient({name: torch.ones(shape) for name in names})
@@ -97,11 +99,6 @@ def test_named_parameter_outside_the_optimizer_is_not_asked_for() -> None:
     match_sources([source_of("a")], [{"params": [next(iter(names))]}], Names(names))
 
 
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    value: Tensor = model(batch).square().mean()
-    return value
-
-
 class Wrapped(nn.Module):
     """A wrapper like DDP, FSDP and torch.compile, with the model in an attribute."""
 
@@ -136,17 +133,17 @@ WRAPPINGS: dict[str, nn.Module] = {
 
 @pytest.mark.parametrize("there", WRAPPINGS)
 def test_names_match_through_wrappers(there: str) -> None:
-    source = SourceGradient.capture(tower(), [torch.ones(2, 3)], loss, curvature=False)
+    source = SourceGradient.capture(tower(), [torch.ones(2, 3)], mean_square, curvature=False)
     model = WRAPPINGS[there]
     assert [name for name, _ in model.named_parameters()] != source.names() or there == "plain"
     GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model.named_parameters())
-    back = SourceGradient.capture(model, [torch.ones(2, 3)], loss, curvature=False)
+    back = SourceGradient.capture(model, [torch.ones(2, 3)], mean_square, curvature=False)
     assert back.names() == source.names() == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
 def test_a_child_called_module_matches_under_ddp() -> None:
     inner = Wrapped(nn.Linear(3, 1), "module")
-    source = SourceGradient.capture(inner, [torch.ones(2, 3)], loss, curvature=False)
+    source = SourceGradient.capture(inner, [torch.ones(2, 3)], mean_square, curvature=False)
     wrapped = Wrapped(inner, "module")
     GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=wrapped.named_parameters())
 
@@ -167,7 +164,7 @@ class WithModule(nn.Module):
 def test_a_submodule_called_module_keeps_its_name_also_under_ddp() -> None:
     model = WithModule()
     for wrapped in (model, Wrapped(model, "module"), Wrapped(Wrapped(model, "module"), "_orig_mod")):
-        source = SourceGradient.capture(wrapped, [torch.ones(2, 3)], loss, curvature=False)
+        source = SourceGradient.capture(wrapped, [torch.ones(2, 3)], mean_square, curvature=False)
         assert source.names() == ["weight", "module.weight"]
         for names in (wrapped, wrapped.named_parameters()):
             GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=names)

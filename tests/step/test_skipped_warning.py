@@ -29,10 +29,9 @@ def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:
     return [str(entry.message) for entry in caught]
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_it_comes_once_in_a_run_of_skipped_steps(backend: str) -> None:
+def test_it_comes_once_in_a_run_of_skipped_steps() -> None:
     model = kit.net()
-    optimizer = kit.guide(model, kit.adamw, backend=backend)
+    optimizer = kit.guide(model, kit.adamw)
     assert steps(model, optimizer, "bbbbgbbbb") == []
     (message,) = steps(model, optimizer, "bbbbb")
     assert "the last 5 steps were skipped: the gradient of 0.bias and 1 more has NaN or Inf" in message

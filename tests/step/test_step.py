@@ -95,7 +95,6 @@ def source_of(s0: Tensor, fisher: Tensor, anchor: Tensor) -> SourceGradient:
     on=st.sampled_from(["update", "gradient"]),
     max_norm=st.sampled_from([0.1, 1.0, math.inf]),
     largest=st.sampled_from([0.02, 0.1, 1e9]),
-    backend=st.sampled_from(["auto", "foreach"]),
 )
 def test_steps_are_the_methods(
     seed: int,
@@ -105,7 +104,6 @@ def test_steps_are_the_methods(
     on: str,
     max_norm: float,
     largest: float,
-    backend: str,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -121,7 +119,6 @@ def test_steps_are_the_methods(
         alignment=Alignment(source_of(s0, fisher, anchor), on=on, weight=weight),
         magnitude=Magnitude(max_norm=max_norm, max_update=largest),
         names=[(f"p{i}", p) for i, p in enumerate(trained)],
-        backend=backend,
     )
     for _ in range(6):
         gradient = shared + draw()
@@ -160,9 +157,8 @@ def test_no_update_conflicts_with_a_source_whatever_the_base_makes_of_the_gradie
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, backend: str, scope: str) -> None:
+def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, scope: str) -> None:
     generator = torch.Generator().manual_seed(5)
     s0 = torch.randn(SIZE, generator=generator)
     gradients = [s0 + 2 * torch.randn(SIZE, generator=generator) for _ in range(6)]
@@ -176,7 +172,6 @@ def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, bac
             magnitude=Magnitude(adaptive=True),
             scope=scope,
             names=[(f"p{i}", p) for i, p in enumerate(trained)],
-            backend=backend,
         )
         rows = []
         for gradient in gradients:
@@ -193,10 +188,9 @@ def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, bac
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_opposite_and_zero_gradients_stay_finite(backend: str) -> None:
+def test_opposite_and_zero_gradients_stay_finite() -> None:
     trained = parameters(torch.ones(SIZE))
-    optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1), backend=backend)
+    optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1))
     gradient = torch.randn(SIZE)
     for factor in (0.0, 1.0, -1.0, 0.0, 1e30, -1e-30):
         fill(trained, gradient * factor)
@@ -205,13 +199,12 @@ def test_opposite_and_zero_gradients_stay_finite(backend: str) -> None:
         assert 0 <= optimizer.metrics()["coherence"] <= 1
 
 
-@pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_a_step_inside_autocast_is_the_same(backend: str) -> None:
+def test_a_step_inside_autocast_is_the_same() -> None:
     results = []
     for enabled in (False, True):
         generator = torch.Generator().manual_seed(0)
         trained = parameters(torch.ones(SIZE))
-        optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1), backend=backend)
+        optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1))
         for _ in range(4):
             fill(trained, torch.randn(SIZE, generator=generator))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

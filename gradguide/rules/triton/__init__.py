@@ -48,7 +48,7 @@ def decide(
         *weights,
     ])  # fmt: skip
     gradient, turned, guided = (torch.empty_like(gram[:, 0]) for _ in range(3))
-    numbers = torch.empty(4, scopes, dtype=gram.dtype, device=gram.device)
+    numbers = _numbers(gram)
     go = torch.empty((), dtype=torch.float32, device=gram.device)
     decays, gains = (gram, gram) if rates is None else rates
     size = triton.next_power_of_2(rows)
@@ -102,6 +102,7 @@ def constrain_preview(step: Span, products: Tensor, rules: Rules, numbers: Tenso
 
 
 def _numbers(gram: Tensor) -> Tensor:
+    """Return memory for the four numbers that a kernel writes for each scope."""
     return torch.empty(4, len(gram), dtype=gram.dtype, device=gram.device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
+from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
 from gradguide.sources.structured.capture import Loss, capture_statistics
@@ -183,8 +184,7 @@ class StructuredSource:
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
         """Return the pull on the parameters ``names``; zero for a parameter that changes no layer."""
-        pairs = zip(names, at, strict=True)
-        return Row(offset=[self._rows[n] if n in self._rows else torch.zeros_like(p) for n, p in pairs])
+        return row_or_zeros(self._rows, names, at)
 
     @staticmethod
     def merge(sources: Sequence[StructuredSource], weights: Sequence[float] | None = None) -> StructuredSource:

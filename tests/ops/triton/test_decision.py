@@ -29,6 +29,7 @@ MAGNITUDES = st.sampled_from([
 
 # Without shrinking, which would take minutes in the interpreter.
 SEARCH = settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+SHORT_SEARCH = settings(SEARCH, max_examples=15)
 
 
 def source() -> SourceGradient:
@@ -123,7 +124,7 @@ def assert_limits_agree(found: Limit, wanted: Limit, size: Tensor) -> None:
     close(found.norm.cpu(), wanted.norm, scale=size, tolerance=1e-5)
 
 
-@SEARCH
+@SHORT_SEARCH
 @given(st.data())
 def test_an_update(data: st.DataObject) -> None:
     """Compare both forms: an update already made, and a preview from products with the step's rows."""
@@ -169,19 +170,19 @@ def change_of(coefficients: Tensor | None, vectors: Tensor) -> Tensor:
     return vectors_of(found, vectors)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_sixteen_sources(seed: int) -> None:
     """Test more sources than dimensions: many are active and some are linearly dependent."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(3, 18, 10, generator=generator, dtype=torch.float64)
-    span, ones = span_of(vectors), torch.ones(3, dtype=torch.float64)
+    vectors = torch.randn(1, 18, 10, generator=generator, dtype=torch.float64)
+    span, ones = span_of(vectors), torch.ones(1, dtype=torch.float64)
     for on in ("gradient", "update"):
         rules = Rules(None, Alignment([source()] * 16, on=on, weight=0.0), Magnitude(max_update=10.0))
         if on == "gradient":
             found, wanted = (
                 kind.decide(
-                    Span(span.gram.to(device)), rules, torch.zeros(3, 5, dtype=torch.float64, device=device),
-                    torch.arange(3, device=device), torch.zeros(2, dtype=torch.float64, device=device),
+                    Span(span.gram.to(device)), rules, torch.zeros(1, 5, dtype=torch.float64, device=device),
+                    torch.arange(1, device=device), torch.zeros(2, dtype=torch.float64, device=device),
                 ).guided
                 for kind, device in ((triton, DEVICE), (decision, torch.device("cpu")))
             )  # fmt: skip
