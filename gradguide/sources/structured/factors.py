@@ -84,12 +84,14 @@ class LayerFactors:
     outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
     scale (float): E|y|^2 of the layer's outputs y.
     anchor: the adapters' change of the weight at capture, as ([out, R], [R, in]); None for the base model.
+    weight (Tensor): a sample of the weight at capture, see ``captured_weight``; None if it was quantised.
     """
 
     inputs: Factor
     outputs: Factor
     scale: float
     anchor: Product | None = None
+    weight: Tensor | None = None
 
 
 class Covariance:

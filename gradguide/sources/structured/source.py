@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from gradguide.ops.row import Row
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
 from gradguide.sources.structured.capture import Loss, capture_statistics
+from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
 from gradguide.utils.checks import check_range
@@ -54,6 +56,8 @@ class StructuredSource:
             if bool((factors.inputs.rest < 0).any()) or bool((factors.outputs.rest < 0).any()):
                 raise ValueError(f"the diagonal rest of {name} must be at least 0")
             check_range(f"the output scale of {name}", factors.scale, 0, float("inf"), open_high=True)
+            if factors.weight is not None and not factors.weight.is_floating_point():
+                raise ValueError(f"the sample of {name}'s weight must be floating, found {factors.weight.dtype}")
         self._layers = dict(layers)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.floor = FLOOR
@@ -115,6 +119,7 @@ class StructuredSource:
                 statistics[layer.name].outputs.factor(1.0 / totals["predictions"]).to("cpu", dtype),
                 float(statistics[layer.name].scalars[1] / statistics[layer.name].scalars[0]),
                 _anchor(layer),
+                sample_of(layer),
             )
             for layer in layers
         }
@@ -140,14 +145,25 @@ class StructuredSource:
         found = self._layers[layer]
         return found.inputs.dense(), found.outputs.dense()
 
-    def bound(self, model: nn.Module) -> StructuredSource:
+    def bound(self, model: nn.Module, earlier: Iterable[StructuredSource] = ()) -> StructuredSource:
         """Return the source for the parameters of ``model`` that change its layers. The factors are shared, not copied.
 
+        The pull on a trained weight is relative to the captured weight. So the model must still have the captured
+        weights, or a source in ``earlier`` must have been bound to the model when it had them.
+
+        Args:
+            earlier: sources bound to the model before.
+
         Raises:
-            ValueError: a layer has another shape, or no trained parameter changes any layer.
+            ValueError: a layer has another shape, a trained weight differs from the captured one, or no trained
+                parameter changes any layer.
+
+        Warns:
+            UserWarning: a trained weight was quantised at capture, so it cannot be compared.
         """
+        bindings = [given._binding for given in (self, *earlier) if given._binding is not None]
         source = copy.copy(self)
-        source._binding = Binding(model, self._layers, self.floor)
+        source._binding = Binding(model, self._layers, self.floor, bindings)
         source._rows, source.drift = {}, None
         return source
 
@@ -159,8 +175,8 @@ class StructuredSource:
         """Return a digest of layers and values."""
         digest = hashlib.sha256(repr(self.floor).encode())
         for name, held in self._layers.items():
-            anchor = held.anchor or ()
-            for part in (held.inputs.basis, held.inputs.rest, held.outputs.basis, held.outputs.rest, *anchor):
+            parts = [held.inputs.basis, held.inputs.rest, held.outputs.basis, held.outputs.rest, *(held.anchor or ())]
+            for part in parts if held.weight is None else [*parts, held.weight]:
                 digest.update(f"{name} {tuple(part.shape)} {part.dtype} {held.scale}".encode())
                 digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -195,7 +211,8 @@ class StructuredSource:
         it also penalises combinations that no single task used.
 
         Raises:
-            ValueError: there is no source, or the weights do not match.
+            ValueError: there is no source, or the weights do not match. Two sources were captured at different weights
+                of a layer; the merged source would have no weight that its pull is relative to.
         """
         if not sources:
             raise ValueError("merge needs at least one source, found none")
@@ -209,18 +226,26 @@ class StructuredSource:
             total = sum(weight for _, weight in held) or 1.0
             rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
             anchors = [(f.anchor, w / total) for f, w in held if f.anchor is not None]
+            samples = [f.weight for f, _ in held if f.weight is not None]
+            if any(count_differences(samples[0], sample) for sample in samples[1:]):
+                raise ValueError(
+                    f"the sources to merge were captured at different weights of {name}: pass them to Alignment as a "
+                    "list instead"
+                )
             layers[name] = LayerFactors(
                 merged([f.inputs for f, _ in held], [w / total for _, w in held], rank),
                 merged([f.outputs for f, _ in held], [w for _, w in held], rank),
                 sum(f.scale * w / total for f, w in held),
                 weighted_sum(anchors),
+                samples[0] if samples else None,
             )
         return StructuredSource(layers, {"merged": [source.metadata for source in sources]})
 
     def to_dtype(self, dtype: torch.dtype) -> StructuredSource:
         """Return the source with its factors stored in ``dtype``, torch.float32 or bfloat16."""
+        inputs = {id(f.inputs.basis): f.inputs.to(dtype=dtype) for f in self._layers.values()}  # layers share inputs
         layers = {
-            name: LayerFactors(f.inputs.to(dtype=dtype), f.outputs.to(dtype=dtype), f.scale, f.anchor)
+            name: replace(f, inputs=inputs[id(f.inputs.basis)], outputs=f.outputs.to(dtype=dtype))
             for name, f in self._layers.items()
         }
         return StructuredSource(layers, self.metadata)
