@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
+from gradguide.sources.metadata import check_metadata
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
 from gradguide.sources.structured.capture import Loss, capture_statistics
 from gradguide.sources.structured.captured_weight import count_differences, sample_of
-from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
+from gradguide.sources.structured.factors import LayerFactors, check_factors, merged, weighted_sum
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
-from gradguide.utils.checks import check_range
 
 __all__ = ["StructuredSource"]
 
@@ -45,21 +45,16 @@ class StructuredSource:
         """Create a source from factors by layer name.
 
         Raises:
-            ValueError: there is no layer, a factor is not finite, or a diagonal is negative.
+            ValueError: there is no layer, a factor is not finite or of another shape, or a diagonal is negative.
+                Metadata has other types than the library writes.
         """
         if not layers:
             raise ValueError("a structured source needs at least one layer, found none")
         for name, factors in layers.items():
-            parts = [factors.inputs.basis, factors.inputs.rest, factors.outputs.basis, factors.outputs.rest]
-            if not all(bool(part.isfinite().all()) for part in parts):
-                raise ValueError(f"the factors of {name} must be finite, found NaN or Inf")
-            if bool((factors.inputs.rest < 0).any()) or bool((factors.outputs.rest < 0).any()):
-                raise ValueError(f"the diagonal rest of {name} must be at least 0")
-            check_range(f"the output scale of {name}", factors.scale, 0, float("inf"), open_high=True)
-            if factors.weight is not None and not factors.weight.is_floating_point():
-                raise ValueError(f"the sample of {name}'s weight must be floating, found {factors.weight.dtype}")
+            check_factors(name, factors)
         self._layers = dict(layers)
         self.metadata: dict[str, Any] = dict(metadata or {})
+        check_metadata(self.metadata)
         self.floor = FLOOR
         self.drift: Tensor | None = None
         """Modelled KL from the captured model at the last step, in nats per token: Tensor []."""
@@ -263,7 +258,10 @@ class StructuredSource:
             ValueError: the file is damaged, not a structured source, or of a newer format.
         """
         layers, metadata = storage.read(path)
-        return cls(layers, metadata)
+        try:
+            return cls(layers, metadata)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
     def __repr__(self) -> str:
         numbers = sum(f.numel() for h in self._layers.values() for f in (h.inputs.basis, h.outputs.basis))
