@@ -180,14 +180,17 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_head(model: nn.Module, layer: Layer) -> bool:
     """Return whether the layer is the language head: the output embedding, or tied to an input embedding."""
-    get: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if callable(get) else None
-    except (AttributeError, NotImplementedError, TypeError):
-        head = None
-    if head is not None and head in (layer.linear, layer.module):
-        return True
-    return any(isinstance(m, nn.Embedding) and m.weight is layer.weight for m in model.modules())
+    for module in model.modules():  # the language model may be inside wrappers
+        if isinstance(module, nn.Embedding) and module.weight is layer.weight:
+            return True
+        get: Any = getattr(module, "get_output_embeddings", None)
+        try:
+            head = get() if callable(get) else None
+        except (AttributeError, NotImplementedError, TypeError):
+            head = None
+        if head is not None and head in (layer.linear, layer.module):
+            return True
+    return False
 
 
 def _matches(name: str, pattern: str) -> bool:

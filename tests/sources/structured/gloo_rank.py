@@ -147,11 +147,11 @@ def resume(kind: str, rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"through": through, "resumed": train(model, optimizer, rank, world, range(half, STEPS))}
 
 
-def refused(kind: str, rank: int, world: int, folder: Path) -> dict[str, str]:
+def refused(world: int, folder: Path) -> str:
     """Return why sharded weights that are not the captured ones are refused."""
-    model = language_model(kind)
+    model = language_model("whole")
     spread(model, 1e-3)
-    return {"error": error_of(lambda: guide(sharded(model, world), folder, "llama"))}
+    return error_of(lambda: guide(sharded(model, world), folder, "llama"))
 
 
 def tensor_parallel(kind: str, rank: int, world: int, folder: Path) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def tensor_parallel(kind: str, rank: int, world: int, folder: Path) -> dict[str,
     return {**train_mlp(model, guide(model, folder, "mlp")), "error": error_of(lambda: capture_of(model, square))}
 
 
-def capture(kind: str, rank: int, world: int, folder: Path) -> dict[str, str]:
+def capture(rank: int, world: int, folder: Path) -> dict[str, str]:
     """Capture on uneven shares, in several wrappers, and on parts of the layers."""
     batches = text(4, rows=2)
     uneven = [batches[:3], batches[3:]][rank]
@@ -218,12 +218,16 @@ def error_of(work: Callable[[], object]) -> str:
     return ""
 
 
-ACTIONS = {"ddp": ddp, "fsdp": fsdp, "resume": resume, "refused": refused, "tp": tensor_parallel, "capture": capture}
+KINDS = ("lora", "whole")
+ACTIONS = {"ddp": ddp, "fsdp": fsdp, "resume": resume, "tensor parallel": tensor_parallel}
 
 
 def main(rank: int, world: int, folder: Path, action: str) -> None:
-    name, _, kind = action.partition("-")
-    torch.save(ACTIONS[name](kind, rank, world, folder), folder / f"{action}-rank{rank}.pt")
+    if action == "capture":
+        found: dict[str, Any] = {**capture(rank, world, folder), "refused": refused(world, folder)}
+    else:
+        found = {kind: ACTIONS[action](kind, rank, world, folder) for kind in KINDS}
+    torch.save(found, folder / f"{action}-rank{rank}.pt")
 
 
 if __name__ == "__main__":
