@@ -121,7 +121,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
             f"{os.fspath(adapter)!r} adapts none of the {len(layers)} layers of {os.fspath(path)!r}: it adapts "
             f"{next(iter(changes))}, the source has {next(iter(layers))}"
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, held in layers.items():
         parts = [changes[name]] if name in changes else []
         for left, right in parts:

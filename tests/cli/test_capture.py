@@ -57,8 +57,8 @@ def test_text_of_a_file_is_cut_into_windows(folder: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out == f"wrote {tmp_path / 's'}: 7 layers from 80 tokens\n"
     windows = []
     for line in LINES:
-        ids = [WORDS.index(word) for word in line.split()]
-        windows += [ids[start : start + 16] for start in range(0, len(ids), 16)]
+        tokens = [WORDS.index(word) for word in line.split()]
+        windows += [tokens[start : start + 16] for start in range(0, len(tokens), 16)]
     assert sum(map(len, windows)) == 80
     batches = []
     for start in range(0, len(windows), 3):

@@ -170,7 +170,7 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     assert "saved as one of" in refused(capsys, base, "--adapter", model, "--plot", tmp_path / "a.doc")
     config = model / "adapter_config.json"
     content = json.loads(config.read_text())
-    changes = [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "of kind DoRA"),
         ({"peft_type": "LOHA"}, "of kind LOHA"),
         ({"lora_alpha": None}, "no configuration"),

@@ -62,6 +62,9 @@ class Binding:
 
     It holds names and values but no parameter, so it can be copied and pickled with the optimizer.
 
+    Factors are whole on every rank. A pull needs one gather of each sharded parameter (DTensor) that changes a layer:
+    all adapter matrices, or one weight at a time. Each rank computes the whole pull and keeps its own part.
+
     Args:
         model: a model with adapters of any rank, initialisation and name, or with trained weights.
         layers: the factors of each layer.

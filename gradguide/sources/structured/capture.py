@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -139,7 +140,10 @@ def capture_statistics(
 
     Raises:
         ValueError: there is no batch. A loss is not a scalar, is not finite or has no gradient. No batch reached some
-            layer.
+            layer. Factors are not finite.
+
+    Warns:
+        UserWarning: there are fewer tokens than the rank.
     """
     recorder = _Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
@@ -169,8 +173,32 @@ def capture_statistics(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "
             "with modules=, or check that the loss uses them"
         )
+    for name, found in recorder.statistics.items():
+        parts = (found.inputs.sums, found.outputs.sums, found.inputs.diagonal, found.outputs.diagonal, found.scalars)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ValueError(
+                f"the factors of {name} must be finite, found NaN or Inf: its inputs or gradients are not finite, or "
+                "their squares exceed float32"
+            )
+    _warn_if_few(recorder)
     totals = {"predictions": predictions, "loss": total / predictions, "base": base}
     return recorder.statistics, recorder.shared, totals
+
+
+def _warn_if_few(recorder: _Recorder) -> None:
+    """Warn if layers received fewer tokens than the rank of their factors."""
+    rank = recorder.rank
+    tokens = {name: int(found.scalars[0]) for name, found in recorder.statistics.items()}
+    few = {n: t for n, t in tokens.items() if rank is not None and t < min(rank, recorder.statistics[n].inputs.size)}
+    if few:
+        first = next(iter(few))
+        warnings.warn(
+            f"{len(few)} of {len(tokens)} layers received fewer tokens than the rank {rank} of their factors (first: "
+            f"{first}, {few[first]}): the source covers only what these tokens reach. Give more source text, or a "
+            "smaller rank",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _sum_over_ranks(recorder: _Recorder, predictions: int, total: float, count: int) -> tuple[int, float, int]:

@@ -77,7 +77,8 @@ class StructuredSource:
         The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
         Memory in addition to the model: ``(rank + 16) (in + out)`` float32 elements per layer (layers with the same
         input share the input part), and one forward and backward pass of a batch. Under ``torch.distributed``, every
-        rank supplies its share of the batches, and all ranks get the same source.
+        rank supplies its share of the batches (of any number without FSDP), and all ranks get the same source. Each
+        sum of a layer is one all-reduce, after the last batch.
 
         Args:
             model: a base model or a PEFT model, trained or not.
@@ -94,7 +95,11 @@ class StructuredSource:
 
         Raises:
             ValueError: there is no linear layer or no batch, or no batch reached some layer. A loss is not a scalar or
-                not finite. Factors are not finite.
+                not finite. Factors are not finite. An adapter is not LoRA. Layers are split over ranks (tensor
+                parallelism).
+
+        Warns:
+            UserWarning: a layer received fewer tokens than ``rank``. Its factors are exact for these tokens.
         """
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank must be a whole number of at least 1, or None, found {rank!r}")

@@ -47,8 +47,9 @@ def check_pull(optimizer: GradGuide, source: StructuredSource, model: nn.Module,
     values = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     energy(source, model, starts, values).backward()
     row = bound.row([WEIGHT], [parameters[WEIGHT]]).value(0, torch.float64)
-    assert values[WEIGHT].grad is not None
-    torch.testing.assert_close(row, values[WEIGHT].grad.reshape(-1), rtol=1e-3, atol=1e-9)
+    wanted = values[WEIGHT].grad
+    assert wanted is not None
+    torch.testing.assert_close(row, wanted.reshape(-1), rtol=1e-3, atol=1e-9)
 
 
 def test_a_run_that_binds_at_the_captured_weights_resumes_bitwise(source: StructuredSource) -> None:
