@@ -192,8 +192,3 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"no batch reached 1 of 2 layers \(unused\)"):
         StructuredSource.capture(Two(), [torch.ones(2, 4)], lambda model, x: model(x).square().mean())
-
-
-def test_dora_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="DoRA"):
-        StructuredSource.capture(adapted(llama(1), use_dora=True), text(1), sampled_loss)
