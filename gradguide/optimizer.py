@@ -212,7 +212,7 @@ class GradGuide(Wrapper):
         planner.track_replaced(self.base)
         groups = [*self.param_groups, {"params": bare}]
         known = extend_names(planner.name_lookup, names_in_groups([param_group]), groups)
-        sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known)
+        sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known, planner.sources)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)
         planner.set_sources(sources)
@@ -230,11 +230,11 @@ class GradGuide(Wrapper):
             TypeError, ValueError: see :class:`GradGuide`. Nothing is changed.
         """
         check_kind("alignment", alignment, Alignment)
-        engine = self._engine
-        engine.planner.track_replaced(self.base)
-        known = extend_names(engine.planner.name_lookup, names, self.param_groups)
-        sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known)
-        engine.planner.set_names(known, self.base)
+        engine, planner = self._engine, self._engine.planner
+        planner.track_replaced(self.base)
+        known = extend_names(planner.name_lookup, names, self.param_groups)
+        sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known, planner.sources)
+        planner.set_names(known, self.base)
         engine.set_alignment(alignment, sources)
         self._progress.last = None
 

@@ -1,5 +1,6 @@
-"""The command line, ``gradguide demo | inspect | plot``.
+"""The command line, ``gradguide demo | capture | inspect | plot``.
 
-``main`` parses arguments and runs a command. Start there. ``inspect`` reads source files into JSON types, ``tables``
-prints them.
+``main`` runs a command, ``arguments`` parses its arguments. Start there. ``capture`` makes the file of a structured
+source. ``inspect`` and ``structured`` read source files into JSON types, ``adapter`` reads adapters. ``tables`` prints
+the result, ``picture`` draws it.
 """

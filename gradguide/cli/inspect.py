@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from gradguide.cli.adapter import read_tensors
 from gradguide.sources import files as file
 from gradguide.sources.stored import SourceGradient
 from gradguide.utils.names import module_of
@@ -93,7 +91,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
         raise ValueError(
             f"{os.fspath(path)!r} has no curvature, and so not the parameters at capture: drift is unknown"
         )
-    found = _matched(tables["anchor"], _adapter(adapter))
+    found = _matched(tables["anchor"], read_tensors(adapter))
     if not found:
         raise ValueError(f"no tensor of {os.fspath(adapter)!r} fits a parameter of {os.fspath(path)!r}")
     moves = {name: value.double() - tables["anchor"][name].double() for name, value in found.items()}
@@ -117,19 +115,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
     """Return tables and metadata of a source file."""
     SourceGradient.load(path)  # validates the file
     return file.read(path)
-
-
-def _adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    place = Path(path)
-    if place.is_dir():
-        place = place / "adapter_model.safetensors"
-    if not place.is_file():
-        raise FileNotFoundError(f"no adapter file at {os.fspath(place)!r}")
-    try:
-        tensors: dict[str, Tensor] = load_file(place)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{os.fspath(place)!r} is not a readable safetensors file ({error})") from error
-    return tensors
 
 
 def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
-"""The command line: ``gradguide demo | inspect | plot``."""
+"""The command line: ``gradguide demo | capture | inspect | plot``."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -10,26 +9,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+from gradguide.cli.arguments import UsageError, parser
 
 __all__ = ["main", "run"]
 
 
-class _UsageError(Exception):
-    """The arguments cannot be parsed."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Parser that raises an exception for bad arguments, so that they print as one line like other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see {self.prog} --help)")
-
-
 # These errors have messages for users. Other errors are printed with type and location.
-_EXPECTED = (_UsageError, OSError, ValueError, ImportError)
+_EXPECTED = (UsageError, OSError, ValueError, ImportError)
 _INTERRUPTED = 130
 _LONGEST = 1000
 
@@ -44,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         int: exit code: 0 for success or a closed pipe, 2 for an error, which is one line on stderr.
     """
     try:
-        options = vars(_parser().parse_args(argv))
-        {"demo": _demo, "inspect": _inspect, "plot": _plot}[str(options.pop("command"))](options)
+        options = vars(parser().parse_args(argv))
+        _COMMANDS[str(options.pop("command"))](options)
         if sys.stdout is not None:
             sys.stdout.flush()  # raises here at a closed pipe, rather than at interpreter shutdown
     except SystemExit as end:  # --help and --version; rich, at a closed pipe
@@ -115,14 +104,32 @@ def _demo(options: dict[str, Any]) -> None:
     run_demo(DemoConfig(**options))
 
 
-def _inspect(options: dict[str, Any]) -> None:
-    from gradguide.cli import inspect
+def _capture(options: dict[str, Any]) -> None:
+    from gradguide.cli.capture import capture
 
-    found = {"source": inspect.describe(options["file"])}
+    as_json = options.pop("json")
+    found = capture(**options)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(f"wrote {found['out']}: {found['layers']} layers from {found['tokens']:,} tokens")
+
+
+def _inspect(options: dict[str, Any]) -> None:
+    if options["plot"] is not None and options["adapter"] is None:
+        raise UsageError("--plot draws the drift of an adapter: give one with --adapter")
+    from gradguide.cli import inspect, structured
+
+    contents: Any = structured if structured.is_structured(options["file"]) else inspect
+    found = {"source": contents.describe(options["file"])}
     if options["against"] is not None:
-        found["against"] = inspect.compare(options["file"], options["against"])
+        found["against"] = contents.compare(options["file"], options["against"])
     if options["adapter"] is not None:
-        found["drift"] = inspect.drift(options["file"], options["adapter"])
+        found["drift"] = contents.drift(options["file"], options["adapter"])
+    if options["plot"] is not None:
+        from gradguide.cli.picture import draw_drift
+
+        draw_drift(found["drift"], options["plot"])
     if options["json"]:
         print(json.dumps(found, indent=2))
     else:
@@ -148,81 +155,7 @@ def _run_name(path: Path, paths: Sequence[Path]) -> str:
     return path.stem if [other.stem for other in paths].count(path.stem) == 1 else str(path)
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"must be names joined by commas, found {text!r}")
-    return names
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gradguide", description="Guided gradients for few-shot fine-tuning.")
-    parser.add_argument("--version", action="version", version=f"gradguide {_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="adapt a pretrained encoder with few examples, with and without GradGuide, and compare",
-        description="Trains a LoRA adapter on source domains, then adapts it to a target domain with few examples, "
-        "once with AdamW and once with AdamW inside GradGuide. Reports target accuracy and source accuracy.",
-        # Options that are not given are left out, so that DemoConfig is the only place with defaults.
-        argument_default=argparse.SUPPRESS,
-    )
-    add = demo.add_argument
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="train.tsv and test.tsv: text, label, [domain] (built-in texts)",
-    )
-    add("--model", metavar="ID", help="hub id or folder of an encoder (sentence-transformers/all-MiniLM-L6-v2)")
-    add(
-        "--source",
-        type=_names,
-        action="extend",
-        metavar="NAME",
-        help="source domains, joined by commas or repeated (first five)",
-    )
-    add("--target", metavar="NAME", help="target domain (last in sorted order)")
-    add("--shots", type=int, metavar="N", help="training rows per target label (4)")
-    add("--seeds", type=int, metavar="N", help="runs per method (4)")
-    add("--steps", type=int, metavar="N", help="optimizer steps per run (50)")
-    add("--batch", type=int, metavar="N", help="rows per step (16)")
-    add("--lr", type=float, metavar="RATE", help="learning rate of the adaptation (2e-3)")
-    add("--out", type=Path, metavar="DIR", help="folder for results.csv and results.png (gradguide-demo)")
-    add("--save-source", type=Path, metavar="DIR", help="save source adapter, head and source gradient to a new folder")
-    add("--source-adapter", type=Path, metavar="DIR", help="load a folder of --save-source instead of training")
-    inspect = commands.add_parser(
-        "inspect",
-        help="print the contents of a source file, cosines with another, and the drift of an adapter",
-        description="Prints metadata, sizes and norms of a file written by SourceGradient.save, by layer.",
-    )
-    inspect.add_argument("file", type=Path, metavar="FILE", help="source file (safetensors)")
-    inspect.add_argument("--against", type=Path, metavar="FILE", help="another source file; prints cosines by layer")
-    inspect.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="PATH",
-        help="adapter saved by PEFT; prints its drift",
-    )
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    plot = commands.add_parser(
-        "plot",
-        help="compare recorded runs in one figure",
-        description="Draws one or more files written by History.save (.csv or .jsonl) into one figure.",
-    )
-    plot.add_argument("history", type=Path, nargs="+", metavar="HISTORY", help="file written by History.save")
-    plot.add_argument(
-        "--out", type=Path, default=Path("gradguide-plot.png"), metavar="FILE", help="image file (%(default)s)"
-    )
-    plot.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
-
-
-def _version() -> str:
-    try:
-        return version("gradguide")
-    except PackageNotFoundError:  # imported from a checkout that is not installed
-        return "unknown"
+_COMMANDS = {"demo": _demo, "capture": _capture, "inspect": _inspect, "plot": _plot}
 
 
 if __name__ == "__main__":

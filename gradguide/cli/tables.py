@@ -1,86 +1,91 @@
-"""Tables of ``gradguide inspect``, printed with rich."""
+"""Tables of ``gradguide inspect``, as plain text."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from collections.abc import Iterator
+from typing import Any
 
 __all__ = ["show"]
 
 _ALL = "(all)"
+# Titles of the columns by key; a column without a value is left out.
+_SOURCE = {
+    "numbers": "numbers",
+    "gradient_norm": "|s0|",
+    "fisher_trace": "sum of F",
+    "rank": "rank",
+    "input_kept": "S kept",
+    "output_kept": "G kept",
+    "scale": "E|y|^2",
+    "anchored": "anchor",
+}
+_AGAINST = {"gradient_cosine": "s0", "fisher_cosine": "F", "input_cosine": "S", "output_cosine": "G"}
+_DRIFT = {
+    "distance": "distance",
+    "relative": "relative",
+    "modelled_rise": "modelled rise of the loss",
+    "modelled_kl": "modelled drift, nats per token",
+}
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the results of ``gradguide.cli.inspect``.
-
-    Raises:
-        ImportError: rich is not installed.
-    """
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError('tables need rich: pip install "gradguide[demo]", or use --json') from error
-    console = Console(markup=False)  # names may contain brackets
+    """Print the results of ``gradguide.cli.inspect`` or ``gradguide.cli.structured``."""
     source = found["source"]
-    console.print(_summary(source))
-    console.print(
-        _layers(
-            "by layer", source["layers"], {"numbers": "numbers", "gradient_norm": "|s0|", "fisher_trace": "sum of F"}
-        )
-    )
+    print("\n".join(_grid([[name, _text(value)] for name, value in _summary(source) if value is not None], "<<")))
+    _show_layers("by layer", source["layers"], _SOURCE)
     if "against" in found:
         against = found["against"]
-        title = f"cosine with {against['path']} over {against['shared']} shared tensors"
-        whole = {"layer": _ALL, **{key: against[key] for key in ("gradient_cosine", "fisher_cosine")}}
-        columns = {"gradient_cosine": "s0", "fisher_cosine": "F"}
-        console.print(_layers(title, [whole, *against["layers"]], columns))
+        kind = "layers" if "input_cosine" in against else "tensors"
+        title = f"cosine with {against['path']} over {against['shared']} shared {kind}"
+        _show_layers(title, [{**against, "layer": _ALL}, *against["layers"]], _AGAINST)
     if "drift" in found:
         drift = found["drift"]
-        keys = {"distance": "distance", "relative": "relative", "modelled_rise": "modelled rise of the loss"}
-        whole = {"layer": _ALL, **{key: drift[key] for key in keys}}
-        title = f"drift of {drift['path']}, {drift['matched']} tensors"
-        console.print(_layers(title, [whole, *drift["layers"]], keys))
+        kind = "layers" if "modelled_kl" in drift else "tensors"
+        outside = len(drift.get("outside", ()))
+        more = f"; {outside} adapted layers are not in the source" if outside else ""
+        title = f"drift of {drift['path']}, {drift['matched']} {kind}{more}"
+        _show_layers(title, [{**drift, "layer": _ALL}, *drift["layers"]], _DRIFT)
 
 
-def _summary(source: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(show_header=False, show_edge=False)
+def _summary(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     metadata = source["metadata"]
-    rows = {
-        "file": source["path"],
-        "kind": source["kind"],
-        "tensors": f"{source['tensors']:,}",
-        "numbers": f"{source['numbers']:,}",
-        "bytes": f"{source['bytes']:,}",
-        "examples": metadata.get("examples"),
-        "mean loss": metadata.get("loss"),
-        "Fisher information": metadata.get("curvature"),
-        "adapter": metadata.get("adapter"),
-        "|s0|": source["gradient_norm"],
-        "sum of F": source["fisher_trace"],
-        **{f"captured with {name}": version for name, version in (metadata.get("versions") or {}).items()},
-    }
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, _text(value))
-    return table
+    yield "file", source["path"]
+    yield "kind", source["kind"]
+    yield "tensors", source.get("tensors")
+    yield "layers", len(source["layers"]) if "input_kept" in source else None
+    yield "numbers", source["numbers"]
+    yield "bytes", source["bytes"]
+    yield "base model", (metadata.get("base") or {}).get("id")
+    for key in ("examples", "tokens", "predictions", "rank", "text"):
+        yield key, metadata.get(key)
+    yield "mean loss", metadata.get("loss")
+    yield "Fisher information", metadata.get("curvature")
+    yield "adapter", metadata.get("adapter")
+    yield "|s0|", source.get("gradient_norm")
+    yield "sum of F", source.get("fisher_trace")
+    yield "S kept", source.get("input_kept")
+    yield "G kept", source.get("output_kept")
+    for name, version in (metadata.get("versions") or {}).items():
+        yield f"captured with {name}", version
 
 
-def _layers(title: str, layers: list[dict[str, Any]], columns: dict[str, str]) -> Table:
-    from rich.table import Table
-
+def _show_layers(title: str, layers: list[dict[str, Any]], columns: dict[str, str]) -> None:
     prefix = _common([layer["layer"] for layer in layers if layer["layer"] != _ALL])
-    table = Table(title=title, title_justify="left", show_edge=False)
-    table.add_column(f"layer of {prefix[:-1]}" if prefix else "layer", overflow="fold")
-    shown = {key: head for key, head in columns.items() if any(layer[key] is not None for layer in layers)}
-    for head in shown.values():
-        table.add_column(head, justify="right", no_wrap=True)
-    for layer in layers:
-        table.add_row(layer["layer"].removeprefix(prefix), *(_text(layer[key]) for key in shown))
-    return table
+    shown = {key: head for key, head in columns.items() if any(layer.get(key) is not None for layer in layers)}
+    rows = [[f"layer of {prefix[:-1]}" if prefix else "layer", *shown.values()]]
+    rows += [[layer["layer"].removeprefix(prefix), *(_text(layer.get(key)) for key in shown)] for layer in layers]
+    print("\n".join(["", title, *_grid(rows, "<" + ">" * len(shown))]))
+
+
+def _grid(rows: list[list[str]], sides: str) -> Iterator[str]:
+    """Return lines with aligned columns.
+
+    Args:
+        sides: one character for each column, "<" for left and ">" for right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)).rstrip()
 
 
 def _common(names: list[str]) -> str:
@@ -97,6 +102,8 @@ def _common(names: list[str]) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

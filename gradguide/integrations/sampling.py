@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,10 +101,12 @@ def _generate(
     ids = start
     if tokenizer.bos_token_id is not None:
         ids = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], dim=1)
+    known = inspect.signature(_unwrapped(model).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"  # the name in earlier versions of transformers
     inputs, cache = ids, None
     while ids.shape[1] < length:
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=inputs, use_cache=True, **{name: cache})
+        cache = getattr(output, name, None)
         probabilities = output.logits[:, -1].float().softmax(-1)
         drawn = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradguide.distributed.layouts import Layout, layout_of, local
 from gradguide.utils.names import Names, adapter_of, model_names
 
-__all__ = ["base_of", "check_base_model", "identity"]
+__all__ = ["ABSOLUTE", "RELATIVE", "base_of", "check_base_model", "elements", "identity"]
 
 MAX_WEIGHTS = 8
 # Flat positions. They do not depend on the size of a weight, so an embedding with added rows still matches.
@@ -66,7 +66,7 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> None:
+def check_base_model(metadata: Mapping[str, Any], names: Names, which: str, *, warn: bool = True) -> None:
     """Raise if the base model of a source differs from the model reachable through ``names``.
 
     Only weights that are frozen now are compared. If exactly one of several weights differs, it is accepted: a layer
@@ -77,12 +77,13 @@ def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> N
         metadata: the metadata of the source.
         names: the names of the optimizer.
         which: the label of the source in messages.
+        warn: whether to warn if no weight could be compared.
 
     Raises:
         ValueError: at least two weights differ, or all compared weights differ.
 
     Warns:
-        UserWarning: no weight could be compared, because none is reachable through ``names``.
+        UserWarning: no weight could be compared, because none is frozen and reachable through ``names``.
     """
     bases = [base for base in _bases(metadata) if base["weights"]]
     if not bases:
@@ -92,7 +93,7 @@ def check_base_model(metadata: Mapping[str, Any], names: Names, which: str) -> N
     for base in bases:
         stored: Mapping[str, list[float]] = base["weights"]
         found = {name: (stored[name], _elements(present[name])) for name in stored if name in present}
-        if not found:
+        if not found and warn:
             warnings.warn(
                 f"{which}is of base model {base['id']}, which could not be compared with this one: none of the frozen "
                 "weights in its file is reachable through names. Pass names=model, or names=lora_parameters(model)",
@@ -137,10 +138,14 @@ def _all_close(there: list[float], here: list[float]) -> bool:
     )
 
 
-@torch.no_grad()
 def _elements(weight: Tensor) -> list[float]:
-    """Return the elements at those ``POSITIONS`` that exist. A sharded weight needs an all-reduce."""
-    positions = [position for position in POSITIONS if position < weight.numel()]
+    """Return the elements at those ``POSITIONS`` that exist."""
+    return elements(weight, [position for position in POSITIONS if position < weight.numel()])
+
+
+@torch.no_grad()
+def elements(weight: Tensor, positions: list[int]) -> list[float]:
+    """Return the elements at flat positions. A sharded weight needs an all-reduce of as many numbers."""
     layout = layout_of(weight)
     if layout is None:
         index = torch.tensor(positions, device=weight.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from gradguide.sources.metadata import check_depth
 from gradguide.utils.atomic import atomic_write
 
-__all__ = ["FORMAT", "read", "write"]
+__all__ = ["FORMAT", "read", "read_metadata", "write"]
 
 FORMAT = 1
 _KEY = "gradguide"
@@ -48,21 +50,37 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], di
         FileNotFoundError: the file does not exist.
         ValueError: the file is truncated, not safetensors, not a source file, damaged, or of a newer format.
     """
+    tables: dict[str, dict[str, Tensor]] = {}
+    with _opened(path) as (file, metadata):
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            table, _, name = key.partition("/")
+            tables.setdefault(table, {})[name] = file.get_tensor(key)
+    return tables, metadata
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of a source file without its tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read`.
+    """
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the open safetensors file and its metadata."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no source file at {os.fspath(path)!r}")
-    tables: dict[str, dict[str, Tensor]] = {}
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            metadata = _metadata(path, file.metadata() or {})
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                table, _, name = key.partition("/")
-                tables.setdefault(table, {})[name] = file.get_tensor(key)
+            yield file, _metadata(path, file.metadata() or {})
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is not a readable safetensors file ({error}): it is truncated or of another kind; "
-            "save it again with SourceGradient.save"
+            "save it again with SourceGradient.save or StructuredSource.save"
         ) from error
-    return tables, metadata
 
 
 def _as_os_error(error: safetensors.SafetensorError, path: str | os.PathLike[str]) -> OSError:

@@ -57,6 +57,8 @@ def read_tables(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
         ValueError: the file is truncated, not safetensors, not a source file, damaged, of 8 bits, or of a newer format.
     """
     tables, metadata = files.read(path)
+    if metadata.get("kind") == "structured":
+        raise ValueError(f"{os.fspath(path)!r} holds a structured source; read it with StructuredSource.load")
     order = metadata.pop("names", None)
     metadata.pop("format")
     complete = isinstance(order, list) and all(isinstance(name, str) for name in order)

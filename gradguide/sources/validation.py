@@ -18,7 +18,9 @@ from gradguide.utils.names import Names, without_adapter
 __all__ = ["match_sources"]
 
 
-def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], names: Names) -> tuple[Source, ...]:
+def match_sources(
+    sources: Sequence[Source], groups: Iterable[dict[str, Any]], names: Names, earlier: Sequence[Source] = ()
+) -> tuple[Source, ...]:
     """Return the sources, renamed to the names of the optimizer's parameters.
 
     Each source must cover exactly the optimizer's named trained parameters, with equal shapes. Frozen parameters (the
@@ -32,6 +34,7 @@ def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], n
         sources: each is matched separately.
         groups: param groups of the optimizer.
         names: parameters without a name are guided without the sources.
+        earlier: sources that were matched with the same model before; see ``StructuredSource.bound``.
 
     Raises:
         ValueError: there are no names, two parameters of the optimizer share a name, or a source does not match. The
@@ -45,7 +48,7 @@ def match_sources(sources: Sequence[Source], groups: Iterable[dict[str, Any]], n
     matched = []
     for index, source in enumerate(sources):
         which = f"source {index} " if len(sources) > 1 else "the source "
-        matched.append(_matched(source, parameters, names, which))
+        matched.append(_matched(source, parameters, names, which, earlier))
     return tuple(matched)
 
 
@@ -62,9 +65,11 @@ def _by_name(names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     return parameters
 
 
-def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, which: str) -> Source:
+def _matched(
+    source: Source, parameters: Mapping[str, Tensor], names: Names, which: str, earlier: Sequence[Source]
+) -> Source:
     if isinstance(source, StructuredSource):
-        return _bound(source, names, which)
+        return _bound(source, names, which, earlier)
     found = source.shapes()
     if found is None:
         return source
@@ -83,13 +88,14 @@ def _matched(source: Source, parameters: Mapping[str, Tensor], names: Names, whi
     return source.renamed(pairs) if renamed and isinstance(source, SourceGradient) else source
 
 
-def _bound(source: StructuredSource, names: Names, which: str) -> StructuredSource:
+def _bound(source: StructuredSource, names: Names, which: str, earlier: Sequence[Source]) -> StructuredSource:
     """Bind a structured source to the model that ``names`` refers to."""
     models = names.models()
     if not models:
         raise ValueError(f"{which}is structured, and needs the model's layers: pass names=model")
-    check_base_model(source.metadata, names, which)
-    return source.bound(models[0])
+    # Trained weights are compared when the source is bound.
+    check_base_model(source.metadata, names, which, warn=any(not p.requires_grad for p in names.reachable().values()))
+    return source.bound(models[0], [given for given in earlier if isinstance(given, StructuredSource)])
 
 
 def _pairs(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], trained: Iterable[str]) -> dict[str, str]:

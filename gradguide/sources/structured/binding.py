@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gradguide.distributed.layouts import full, layout_of, shard
+from gradguide.distributed.layouts import as_dtensor, full, layout_of, local, shard, to_layout
+from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import Layer, find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
@@ -23,7 +25,8 @@ class _BoundLayer:
 
     adapters: names of A and B, rank and scale of each trained adapter.
     fixed: the constant part of D: frozen adapters minus the source's anchor.
-    weight, start: name and base values of the weight, if the weight itself is trained.
+    weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
+        start is sharded in the same way.
     """
 
     name: str
@@ -35,9 +38,12 @@ class _BoundLayer:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Key of the layer: layers with equal key and shape are computed together."""
+        """Key of the layer: layers with equal key and shape are computed together.
+
+        Each layer with a trained weight is computed alone, so that one whole weight is gathered at a time.
+        """
         ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
-        return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight is None, self.transposed
+        return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight, self.transposed
 
 
 @dataclass(slots=True)
@@ -56,16 +62,24 @@ class Binding:
 
     It holds names and values but no parameter, so it can be copied and pickled with the optimizer.
 
+    Factors are whole on every rank. A pull needs one gather of each sharded parameter (DTensor) that changes a layer:
+    all adapter matrices, or one weight at a time. Each rank computes the whole pull and keeps its own part.
+
     Args:
         model: a model with adapters of any rank, initialisation and name, or with trained weights.
         layers: the factors of each layer.
         floor (float): ``floor / E|y|^2`` is added to the diagonal of G for the pull, y being the layer's outputs.
+        earlier: bindings to the same model from before its weights were trained.
 
     Raises:
-        ValueError: a layer has another shape than in the source, or no trained parameter changes any of them.
+        ValueError: a layer has another shape than in the source, a trained weight differs from the captured one, or no
+            trained parameter changes any layer.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float, earlier: Sequence[Binding] = ()
+    ) -> None:
+        starts = [start for binding in earlier for start in binding._starts]
         names = {id(p): name for name, p in model_names(model).items()}
         kinds: dict[tuple[object, ...], list[_BoundLayer]] = {}
         for name, layer in find_layers(model).items():
@@ -76,7 +90,7 @@ class Binding:
                 raise ValueError(
                     f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
                 )
-            bound = _bind_layer(layer, layers[name], names)
+            bound = _bind_layer(layer, layers[name], names, [start for owner, start in starts if owner == name])
             if bound.adapters or bound.weight:
                 kinds.setdefault((*shape, *bound.kind), []).append(bound)
         if not kinds:
@@ -85,6 +99,12 @@ class Binding:
                 "unfreeze weights, or capture the layers that are trained"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
+
+    @property
+    def _starts(self) -> list[tuple[str, Tensor]]:
+        """The captured weight by layer, for layers whose weight is trained."""
+        bounds = [bound for group in self._groups for bound in group.layers]
+        return [(bound.name, bound.start) for bound in bounds if bound.start is not None]
 
     @property
     def names(self) -> set[str]:
@@ -162,8 +182,9 @@ def _weight_change(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tens
     """Return the change of a trained weight, [out, in]."""
     assert bound.weight is not None
     assert bound.start is not None
-    now = _whole(parameters[bound.weight])
-    delta = now - bound.start.to(now.device, torch.float32)
+    now = parameters[bound.weight].detach()
+    part = local(now).float() - to_layout(bound.start, now).to(now.device, torch.float32)
+    delta = full(as_dtensor(part, now))
     return delta.T if bound.transposed else delta
 
 
@@ -172,7 +193,9 @@ def _whole(parameter: Tensor) -> Tensor:
     return full(parameter.detach()).float()
 
 
-def _bind_layer(layer: Layer, factors: LayerFactors, names: Mapping[int, str]) -> _BoundLayer:
+def _bind_layer(
+    layer: Layer, factors: LayerFactors, names: Mapping[int, str], earlier: Sequence[Tensor]
+) -> _BoundLayer:
     trained, fixed = [], []
     for adapter in layer.adapters:
         if adapter.a.requires_grad and adapter.b.requires_grad:
@@ -187,8 +210,37 @@ def _bind_layer(layer: Layer, factors: LayerFactors, names: Mapping[int, str]) -
     if fixed:
         product = torch.cat([b.to(device) for b, _ in fixed], 1), torch.cat([a.to(device) for _, a in fixed])
     weight = names[id(layer.weight)] if layer.trained else None
-    start = _whole(layer.weight).to(layer.weight.dtype, copy=True) if layer.trained else None
+    start = _captured(layer, factors.weight, earlier) if layer.trained else None
     return _BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
+
+
+def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) -> Tensor:
+    """Return the captured weight: the present one, or the start of an earlier binding, whichever fits the sample.
+
+    Raises:
+        ValueError: none of them fits.
+    """
+    now = layer.weight.detach()
+    if stored is None:
+        if not earlier:
+            warnings.warn(
+                f"the weight of {layer.name} was quantised at capture, so it cannot be compared: its pull is relative "
+                "to the present weight. Create GradGuide before loading trained weights",
+                UserWarning,
+                stacklevel=2,
+            )
+        return earlier[0] if earlier else now.clone()
+    differences = []
+    for weight in (now, *earlier):
+        found = sample_of(layer, weight)
+        differences.append(len(stored) if found is None else count_differences(stored, found))
+        if differences[-1] == 0:
+            return weight.clone() if weight is now else weight
+    raise ValueError(
+        f"the weight of {layer.name} is trained, and it is not the weight at capture: {differences[0]} of "
+        f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
+        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
+    )
 
 
 def _stack_group(bounds: list[_BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:

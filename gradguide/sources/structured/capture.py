@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.distributed.layouts import is_distributed
+from gradguide.distributed.layouts import is_distributed, layout_of
 from gradguide.sources.base_model import base_of
 from gradguide.sources.structured.factors import Covariance
 from gradguide.sources.structured.layers import Layer
@@ -77,6 +78,7 @@ class _Recorder:
             if not torch.is_grad_enabled():
                 return None  # the first pass of reentrant checkpointing, which is repeated with gradients
             layer_input = arguments[0]
+            _check_whole(layer, layer_input, output)
             started = not output.requires_grad
             if started:
                 output = output.detach().requires_grad_()
@@ -106,13 +108,19 @@ class _Recorder:
             leader = layer.name
             if self._last_input is not None and self._last_input[0] is layer_input:
                 leader = self._last_input[1]
-            self.shared[layer.name] = leader
-            size, device = layer.shape[1], layer_input.device
-            inputs = self.statistics[leader].inputs if leader != layer.name else Covariance(size, self.rank, device)
-            self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
+            self.add_layer(layer, leader, layer_input.device)
         if self.shared[layer.name] == layer.name:
             self._last_input = layer_input, layer.name
         return self.statistics[layer.name]
+
+    def add_layer(self, layer: Layer, leader: str, device: torch.device) -> None:
+        """Create the statistics of a layer that has none. It shares the input statistics of ``leader``."""
+        if layer.name in self.statistics:
+            return
+        self.shared[layer.name] = leader
+        shares = leader != layer.name
+        inputs = self.statistics[leader].inputs if shares else Covariance(layer.shape[1], self.rank, device)
+        self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
 
     def _rows(self, layer_input: Tensor) -> Tensor | None:
         mask = self.batch.mask
@@ -132,7 +140,10 @@ def capture_statistics(
 
     Raises:
         ValueError: there is no batch. A loss is not a scalar, is not finite or has no gradient. No batch reached some
-            layer.
+            layer. Factors are not finite.
+
+    Warns:
+        UserWarning: there are fewer tokens than the rank.
     """
     recorder = _Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
@@ -152,6 +163,8 @@ def capture_statistics(
             predictions += number
             total += mean_loss * number
             count += 1
+    if is_distributed():
+        predictions, total, count = _sum_over_ranks(recorder, predictions, total, count)
     if count == 0:
         raise ValueError("batches must hold at least one batch, found none; a generator can be read only once")
     unreached = [layer.name for layer in layers if layer.name not in recorder.statistics]
@@ -160,26 +173,69 @@ def capture_statistics(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "
             "with modules=, or check that the loss uses them"
         )
-    totals = _reduce_totals(recorder.statistics, recorder.shared, predictions, total)
-    return recorder.statistics, recorder.shared, {**totals, "base": base}
+    for name, found in recorder.statistics.items():
+        parts = (found.inputs.sums, found.outputs.sums, found.inputs.diagonal, found.outputs.diagonal, found.scalars)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ValueError(
+                f"the factors of {name} must be finite, found NaN or Inf: its inputs or gradients are not finite, or "
+                "their squares exceed float32"
+            )
+    _warn_if_few(recorder)
+    totals = {"predictions": predictions, "loss": total / predictions, "base": base}
+    return recorder.statistics, recorder.shared, totals
 
 
-def _reduce_totals(
-    statistics: Mapping[str, LayerStatistics], shared: Mapping[str, str], predictions: int, total: float
-) -> dict[str, Any]:
-    """Sum over the ranks of ``torch.distributed``, if there are several, and return the totals."""
-    if is_distributed():
-        device = next(iter(statistics.values())).scalars.device
-        numbers = torch.tensor([predictions, total], dtype=torch.float64, device=device)
-        parts = [numbers]
-        for name, found in statistics.items():
-            parts += [found.outputs.sums, found.outputs.diagonal, found.scalars]
-            if shared[name] == name:
-                parts += [found.inputs.sums, found.inputs.diagonal]
+def _warn_if_few(recorder: _Recorder) -> None:
+    """Warn if layers received fewer tokens than the rank of their factors."""
+    rank = recorder.rank
+    tokens = {name: int(found.scalars[0]) for name, found in recorder.statistics.items()}
+    few = {n: t for n, t in tokens.items() if rank is not None and t < min(rank, recorder.statistics[n].inputs.size)}
+    if few:
+        first = next(iter(few))
+        warnings.warn(
+            f"{len(few)} of {len(tokens)} layers received fewer tokens than the rank {rank} of their factors (first: "
+            f"{first}, {few[first]}): the source covers only what these tokens reach. Give more source text, or a "
+            "smaller rank",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _sum_over_ranks(recorder: _Recorder, predictions: int, total: float, count: int) -> tuple[int, float, int]:
+    """Sum statistics and totals over the ranks of ``torch.distributed``. Each tensor of a layer is one all-reduce.
+
+    A layer that only some ranks reached gets statistics on all of them. Ranks may have no batch.
+
+    Raises:
+        ValueError: on some ranks a layer shares its input with other layers than on others.
+    """
+    device = recorder.layers[0].weight.device
+    numbers = torch.tensor([predictions, total, count], dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    # The position of the layer whose input statistics each layer shares; both extremes over the ranks.
+    places = {layer.name: place for place, layer in enumerate(recorder.layers)}
+    nowhere = len(places)
+    least = [places.get(recorder.shared.get(name, ""), nowhere) for name in places]
+    most = [-place if place < nowhere else 1 for place in least]
+    extremes = torch.tensor([least, most], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+    leaders = list(zip(recorder.layers, *extremes.tolist(), strict=True))
+    for layer, first, last in sorted(leaders, key=lambda each: places[each[0].name] != each[1]):  # shared inputs first
+        if first == nowhere:
+            continue
+        if first != -last:
+            raise ValueError(
+                f"{layer.name} shares its input with other layers on some ranks than on others: run the same model on "
+                "all ranks"
+            )
+        recorder.add_layer(layer, recorder.layers[first].name, device)
+        found = recorder.statistics[layer.name]
+        parts = [found.outputs.sums, found.outputs.diagonal, found.scalars]
+        if first == places[layer.name]:
+            parts += [found.inputs.sums, found.inputs.diagonal]
         for part in parts:
             dist.all_reduce(part)
-        predictions, total = round(float(numbers[0])), float(numbers[1])
-    return {"predictions": predictions, "loss": total / predictions}
+    return round(float(numbers[0])), float(numbers[1]), round(float(numbers[2]))
 
 
 @contextmanager
@@ -203,6 +259,17 @@ def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 def _enable_gradients(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         p.requires_grad_(True)
+
+
+def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
+    """Raise if this rank computes a part of the layer only, as under tensor parallelism."""
+    sizes = int(output.shape[-1]), int(layer_input.shape[-1])
+    if sizes != layer.shape or layout_of(output) is not None or layout_of(layer_input) is not None:
+        raise ValueError(
+            f"this rank computes outputs and inputs of sizes {sizes} of {layer.name}, whose sizes are {layer.shape}: "
+            "capture under tensor parallelism is not supported. Capture with whole layers (one process, DDP or FSDP2) "
+            "and load the file"
+        )
 
 
 def _flat(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,7 +9,19 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["OVERSAMPLING", "Covariance", "Factor", "LayerFactors", "Product", "merged", "stacked", "weighted_sum"]
+from gradguide.utils.checks import check_range
+
+__all__ = [
+    "OVERSAMPLING",
+    "Covariance",
+    "Factor",
+    "LayerFactors",
+    "Product",
+    "check_factors",
+    "merged",
+    "stacked",
+    "weighted_sum",
+]
 
 OVERSAMPLING = 16
 """Columns of a sketch beyond its rank. They keep the error close to that of the best approximation of that rank."""
@@ -56,6 +68,12 @@ class Factor:
         """Return the trace: Tensor []."""
         return self.basis.float().square().sum() + self.rest.float().sum()
 
+    def inner(self, other: Factor) -> float:
+        """Return the Frobenius inner product with another factor, tr(M N), without forming either matrix."""
+        u, v, p, q = (part.double() for part in (self.basis, other.basis, self.rest, other.rest))
+        low = (u.mT @ v).square().sum() + q @ u.square().sum(-1) + p @ v.square().sum(-1)
+        return float(low + p @ q)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
         """Return the factor on another device or in another dtype."""
         return Factor(self.basis.to(device, dtype), self.rest.to(device, dtype))
@@ -84,12 +102,42 @@ class LayerFactors:
     outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
     scale (float): E|y|^2 of the layer's outputs y.
     anchor: the adapters' change of the weight at capture, as ([out, R], [R, in]); None for the base model.
+    weight (Tensor): a sample of the weight at capture, see ``captured_weight``; None if it was quantised.
     """
 
     inputs: Factor
     outputs: Factor
     scale: float
     anchor: Product | None = None
+    weight: Tensor | None = None
+
+
+def check_factors(name: str, factors: LayerFactors) -> None:
+    """Raise unless the factors of layer ``name`` have matching shapes and valid values.
+
+    Raises:
+        ValueError: a tensor has another shape or dtype, or is not finite; or a diagonal or the scale is negative.
+    """
+    for factor in (factors.inputs, factors.outputs):
+        shapes = tuple(factor.basis.shape), tuple(factor.rest.shape)
+        if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
+            raise ValueError(f"the factors of {name} must be [n, rank] and [n], found {shapes[0]} and {shapes[1]}")
+        if bool((factor.rest < 0).any()):
+            raise ValueError(f"the diagonal rest of {name} must be at least 0")
+    left, right = factors.anchor or (factors.outputs.basis[:, :0], factors.inputs.basis[:, :0].T)
+    sizes = factors.outputs.size, factors.inputs.size
+    if (
+        left.dim() != 2
+        or right.dim() != 2
+        or (*left.shape, *right.shape) != (sizes[0], len(right), len(right), sizes[1])
+    ):
+        raise ValueError(f"the anchor of {name} must be [{sizes[0]}, R] and [R, {sizes[1]}]")
+    parts = [factors.inputs.basis, factors.inputs.rest, factors.outputs.basis, factors.outputs.rest, left, right]
+    if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in parts):
+        raise ValueError(f"the factors of {name} must be finite, found NaN, Inf or integers")
+    check_range(f"the output scale of {name}", factors.scale, 0, float("inf"), open_high=True)
+    if factors.weight is not None and not (factors.weight.is_floating_point() and factors.weight.dim() == 1):
+        raise ValueError(f"the sample of the weight of {name} must be a list of floating numbers")
 
 
 class Covariance:
@@ -158,7 +206,8 @@ def _nystrom_weights(core: Tensor, products: Tensor, shift: float, rank: int) ->
     values, vectors = torch.linalg.eigh(whiten.T @ products.cpu() @ whiten)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = (1.0 - shift / values.clamp(min=shift)).sqrt()
-    return whiten @ vectors * kept
+    weights: Tensor = whiten @ vectors * kept
+    return weights
 
 
 def stacked(factors: Sequence[Factor]) -> Factor:

@@ -16,6 +16,8 @@ from gradguide.utils.names import canonical_names
 __all__ = ["Adapter", "Layer", "base_name", "change", "find_layers", "select"]
 
 _PEFT_PREFIX = "base_model.model."
+# PEFT trains a copy of a module in ``modules_to_save``: the copy is modules_to_save.ADAPTER, next to original_module.
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Layer:
 
 def base_name(name: str) -> str:
     """Return the name that a module or parameter of a PEFT, wrapped or compiled model has in the base model."""
-    name = canonical_names([name])[0].removeprefix(_PEFT_PREFIX)
+    name = _SAVED.sub("", canonical_names([name])[0].removeprefix(_PEFT_PREFIX))
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
@@ -90,6 +92,10 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
+        if isinstance(original := getattr(module, "original_module", None), nn.Module) and list(_active(module)):
+            copies: Any = module.modules_to_save
+            unused = [copy for adapter, copy in copies.items() if adapter not in list(_active(module))]
+            inside.update(id(each) for copy in (original, *unused) for each in copy.modules())
         base: Any = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module):
             inside.update(map(id, module.modules()))
@@ -141,13 +147,12 @@ def change(layer: Layer) -> tuple[Tensor, Tensor] | None:
 def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
     active = list(_active(module))
     wrapper: Any = module
-    if not hasattr(module, "lora_A"):
-        kind = type(module).__name__
-        trained = any(p.requires_grad for n, p in module.named_parameters() if not n.startswith("base_layer."))
-        if active and trained:
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        if active:
+            kind = type(module).__module__.split(".")[-2]
             raise ValueError(
-                f"{name} has an adapter of kind {type(module).__module__.split('.')[-2]} ({kind}); a structured source "
-                "takes LoRA and whole weights. Use SourceGradient.anchored() for it"
+                f"{name} has an adapter of kind {kind} ({type(module).__name__}); a structured source takes LoRA and "
+                "whole weights. Use SourceGradient.anchored() for it, or merge it into the weights if it is not trained"
             )
         return Layer(name, module, base, _is_conv1d(base), ())
     adapters = []
@@ -180,14 +185,17 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_head(model: nn.Module, layer: Layer) -> bool:
     """Return whether the layer is the language head: the output embedding, or tied to an input embedding."""
-    get: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if callable(get) else None
-    except (AttributeError, NotImplementedError, TypeError):
-        head = None
-    if head is not None and head in (layer.linear, layer.module):
-        return True
-    return any(isinstance(m, nn.Embedding) and m.weight is layer.weight for m in model.modules())
+    for module in model.modules():  # the language model may be inside wrappers
+        if isinstance(module, nn.Embedding) and module.weight is layer.weight:
+            return True
+        get: Any = getattr(module, "get_output_embeddings", None)
+        try:
+            head = get() if callable(get) else None
+        except (AttributeError, NotImplementedError, TypeError):
+            head = None
+        if isinstance(head, nn.Module) and any(each is layer.linear for each in head.modules()):
+            return True
+    return False
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
+from gradguide.sources.metadata import check_metadata
 from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
 from gradguide.sources.structured.capture import Loss, capture_statistics
-from gradguide.sources.structured.factors import LayerFactors, merged, weighted_sum
+from gradguide.sources.structured.captured_weight import count_differences, sample_of
+from gradguide.sources.structured.factors import LayerFactors, check_factors, merged, weighted_sum
 from gradguide.sources.structured.layers import Layer, change, find_layers, select
-from gradguide.utils.checks import check_range
 
 __all__ = ["StructuredSource"]
 
@@ -44,19 +46,16 @@ class StructuredSource:
         """Create a source from factors by layer name.
 
         Raises:
-            ValueError: there is no layer, a factor is not finite, or a diagonal is negative.
+            ValueError: there is no layer, a factor is not finite or of another shape, or a diagonal is negative.
+                Metadata has other types than the library writes.
         """
         if not layers:
             raise ValueError("a structured source needs at least one layer, found none")
         for name, factors in layers.items():
-            parts = [factors.inputs.basis, factors.inputs.rest, factors.outputs.basis, factors.outputs.rest]
-            if not all(bool(part.isfinite().all()) for part in parts):
-                raise ValueError(f"the factors of {name} must be finite, found NaN or Inf")
-            if bool((factors.inputs.rest < 0).any()) or bool((factors.outputs.rest < 0).any()):
-                raise ValueError(f"the diagonal rest of {name} must be at least 0")
-            check_range(f"the output scale of {name}", factors.scale, 0, float("inf"), open_high=True)
+            check_factors(name, factors)
         self._layers = dict(layers)
         self.metadata: dict[str, Any] = dict(metadata or {})
+        check_metadata(self.metadata)
         self.floor = FLOOR
         self.drift: Tensor | None = None
         """Modelled KL from the captured model at the last step, in nats per token: Tensor []."""
@@ -79,7 +78,8 @@ class StructuredSource:
         The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
         Memory in addition to the model: ``(rank + 16) (in + out)`` float32 elements per layer (layers with the same
         input share the input part), and one forward and backward pass of a batch. Under ``torch.distributed``, every
-        rank supplies its share of the batches, and all ranks get the same source.
+        rank supplies its share of the batches (of any number without FSDP), and all ranks get the same source. Each
+        sum of a layer is one all-reduce, after the last batch.
 
         Args:
             model: a base model or a PEFT model, trained or not.
@@ -96,7 +96,11 @@ class StructuredSource:
 
         Raises:
             ValueError: there is no linear layer or no batch, or no batch reached some layer. A loss is not a scalar or
-                not finite. Factors are not finite.
+                not finite. Factors are not finite. An adapter is not LoRA. Layers are split over ranks (tensor
+                parallelism).
+
+        Warns:
+            UserWarning: a layer received fewer tokens than ``rank``. Its factors are exact for these tokens.
         """
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank must be a whole number of at least 1, or None, found {rank!r}")
@@ -116,6 +120,7 @@ class StructuredSource:
                 statistics[layer.name].outputs.factor(1.0 / totals["predictions"]).to("cpu", dtype),
                 float(statistics[layer.name].scalars[1] / statistics[layer.name].scalars[0]),
                 _anchor(layer),
+                sample_of(layer),
             )
             for layer in layers
         }
@@ -141,14 +146,25 @@ class StructuredSource:
         found = self._layers[layer]
         return found.inputs.dense(), found.outputs.dense()
 
-    def bound(self, model: nn.Module) -> StructuredSource:
+    def bound(self, model: nn.Module, earlier: Iterable[StructuredSource] = ()) -> StructuredSource:
         """Return the source for the parameters of ``model`` that change its layers. The factors are shared, not copied.
 
+        The pull on a trained weight is relative to the captured weight. So the model must still have the captured
+        weights, or a source in ``earlier`` must have been bound to the model when it had them.
+
+        Args:
+            earlier: sources bound to the model before.
+
         Raises:
-            ValueError: a layer has another shape, or no trained parameter changes any layer.
+            ValueError: a layer has another shape, a trained weight differs from the captured one, or no trained
+                parameter changes any layer.
+
+        Warns:
+            UserWarning: a trained weight was quantised at capture, so it cannot be compared.
         """
+        bindings = [given._binding for given in (self, *earlier) if given._binding is not None]
         source = copy.copy(self)
-        source._binding = Binding(model, self._layers, self.floor)
+        source._binding = Binding(model, self._layers, self.floor, bindings)
         source._rows, source.drift = {}, None
         return source
 
@@ -160,8 +176,8 @@ class StructuredSource:
         """Return a digest of layers and values."""
         digest = hashlib.sha256(repr(self.floor).encode())
         for name, held in self._layers.items():
-            anchor = held.anchor or ()
-            for part in (held.inputs.basis, held.inputs.rest, held.outputs.basis, held.outputs.rest, *anchor):
+            parts = [held.inputs.basis, held.inputs.rest, held.outputs.basis, held.outputs.rest, *(held.anchor or ())]
+            for part in parts if held.weight is None else [*parts, held.weight]:
                 digest.update(f"{name} {tuple(part.shape)} {part.dtype} {held.scale}".encode())
                 digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -195,7 +211,8 @@ class StructuredSource:
         it also penalises combinations that no single task used.
 
         Raises:
-            ValueError: there is no source, or the weights do not match.
+            ValueError: there is no source, or the weights do not match. Two sources were captured at different weights
+                of a layer; the merged source would have no weight that its pull is relative to.
         """
         if not sources:
             raise ValueError("merge needs at least one source, found none")
@@ -209,18 +226,26 @@ class StructuredSource:
             total = sum(weight for _, weight in held) or 1.0
             rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
             anchors = [(f.anchor, w / total) for f, w in held if f.anchor is not None]
+            samples = [f.weight for f, _ in held if f.weight is not None]
+            if any(count_differences(samples[0], sample) for sample in samples[1:]):
+                raise ValueError(
+                    f"the sources to merge were captured at different weights of {name}: pass them to Alignment as a "
+                    "list instead"
+                )
             layers[name] = LayerFactors(
                 merged([f.inputs for f, _ in held], [w / total for _, w in held], rank),
                 merged([f.outputs for f, _ in held], [w for _, w in held], rank),
                 sum(f.scale * w / total for f, w in held),
                 weighted_sum(anchors),
+                samples[0] if samples else None,
             )
         return StructuredSource(layers, {"merged": [source.metadata for source in sources]})
 
     def to_dtype(self, dtype: torch.dtype) -> StructuredSource:
         """Return the source with its factors stored in ``dtype``, torch.float32 or bfloat16."""
+        inputs = {id(f.inputs.basis): f.inputs.to(dtype=dtype) for f in self._layers.values()}  # layers share inputs
         layers = {
-            name: LayerFactors(f.inputs.to(dtype=dtype), f.outputs.to(dtype=dtype), f.scale, f.anchor)
+            name: replace(f, inputs=inputs[id(f.inputs.basis)], outputs=f.outputs.to(dtype=dtype))
             for name, f in self._layers.items()
         }
         return StructuredSource(layers, self.metadata)
@@ -238,7 +263,10 @@ class StructuredSource:
             ValueError: the file is damaged, not a structured source, or of a newer format.
         """
         layers, metadata = storage.read(path)
-        return cls(layers, metadata)
+        try:
+            return cls(layers, metadata)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
     def __repr__(self) -> str:
         numbers = sum(f.numel() for h in self._layers.values() for f in (h.inputs.basis, h.outputs.basis))

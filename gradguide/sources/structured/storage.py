@@ -21,6 +21,7 @@ def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], meta
     tables: dict[str, dict[str, Tensor]] = {t: {} for t in ("s_basis", "s_rest", "g_basis", "g_rest")}
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, held in layers.items():
@@ -30,8 +31,12 @@ def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], meta
         tables["g_basis"][name], tables["g_rest"][name] = held.outputs.basis, held.outputs.rest
         if held.anchor is not None:
             left[name], right[name] = held.anchor
+        if held.weight is not None:
+            weights[name] = held.weight
     if left:
         tables |= {"anchor_left": left, "anchor_right": right}
+    if weights:
+        tables["weight"] = weights
     # A list, since JSON objects are written in sorted order.
     listed = [[name, shared[name], held.scale] for name, held in layers.items()]
     header = {"kind": KIND, "layers": listed, **metadata}
@@ -59,6 +64,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
                 Factor(tables["g_basis"][name], tables["g_rest"][name]),
                 float(scale),
                 anchors.get(name),
+                tables.get("weight", {}).get(name),
             )
             for name, leader, scale in listed
         }

@@ -28,6 +28,19 @@ def test_names_are_those_of_the_base_model_without_the_language_head() -> None:
     assert StructuredSource.capture(adapted(llama()), text(2), sampled_loss, rank=4).names() == source.names()
 
 
+def test_a_wrapped_model_has_no_other_layers() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = llama(1)
+
+        def forward(self, **batch: Tensor) -> Any:
+            return self.module(**batch)
+
+    source = StructuredSource.capture(Wrapper(), text(2), sampled_loss, rank=4)
+    assert source.names() == StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4).names()
+
+
 def test_the_factors_are_the_moments_of_inputs_and_output_gradients() -> None:
     """The factors of one layer equal moments from explicit hooks."""
     model, batches = llama(1), text(3)
@@ -179,8 +192,3 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"no batch reached 1 of 2 layers \(unused\)"):
         StructuredSource.capture(Two(), [torch.ones(2, 4)], lambda model, x: model(x).square().mean())
-
-
-def test_dora_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="DoRA"):
-        StructuredSource.capture(adapted(llama(1), use_dora=True), text(1), sampled_loss)

@@ -1,0 +1,127 @@
+"""What a structured source cannot represent is refused by name, or warned of, and nothing changes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradguide.integrations.sampling import sampled_loss
+from gradguide.sources.structured import StructuredSource
+from gradguide.sources.structured.factors import Factor, LayerFactors
+from tests.sources.structured.problems import adapted, llama, text
+
+TARGETS = ["q_proj", "v_proj"]
+ADAPTERS: dict[str, Any] = {
+    "DoRA": lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+    "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=2),
+    "lokr": lambda: peft.LoKrConfig(target_modules=TARGETS, r=2),
+    "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=2),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=TARGETS, init_r=2, total_step=10),
+    "hra": lambda: peft.HRAConfig(target_modules=TARGETS, r=2),
+    "fourierft": lambda: peft.FourierFTConfig(target_modules=TARGETS, n_frequency=5),
+}
+
+
+@pytest.fixture(scope="module")
+def source() -> StructuredSource:
+    return StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_other_than_lora_are_refused_by_name(source: StructuredSource, kind: str, frozen: bool) -> None:
+    """Frozen ones too: their change of the weight would not count."""
+    model = peft.get_peft_model(llama(1), ADAPTERS[kind]())
+    if frozen:
+        model.requires_grad_(False)
+        model.get_submodule("base_model.model.model.layers.0.mlp").requires_grad_(True)
+    state = [(p.clone(), p.requires_grad) for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"q_proj has .*{kind}.*SourceGradient.anchored"):
+        StructuredSource.capture(model, text(1), sampled_loss, rank=4)
+    with pytest.raises(ValueError, match=rf"q_proj has .*{kind}.*SourceGradient.anchored"):
+        source.bound(model)
+    for p, (value, needed) in zip(model.parameters(), state, strict=True):
+        assert torch.equal(p, value)
+        assert p.requires_grad == needed
+
+
+def test_a_trained_copy_of_a_module_has_the_name_of_the_module(source: StructuredSource) -> None:
+    model = adapted(llama(1), modules_to_save=["lm_head"])
+    assert StructuredSource.capture(model, text(2), sampled_loss, rank=4).names() == source.names()
+    head = StructuredSource.capture(model, text(2), sampled_loss, rank=4, modules=["lm_head"])
+    assert head.names() == ["lm_head"]
+    assert head.bound(model)._binding.names == {"base_model.model.lm_head.modules_to_save.default.weight"}  # type: ignore[union-attr]
+
+
+class Small(nn.Module):
+    """Two layers in sequence; the second has inputs of any size."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.first, self.second, self.size = nn.Linear(3, 3), nn.Linear(3, 3), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x) * self.size) / self.size
+        return found
+
+
+def square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_factors_that_are_not_finite_are_refused(rank: int | None) -> None:
+    with pytest.raises(ValueError, match=r"the factors of second must be finite, found NaN or Inf"):
+        StructuredSource.capture(Small(1e25), [torch.ones(4, 3)], square, rank=rank)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_factors_given_with_numbers_that_are_not_finite_are_refused(number: float) -> None:
+    good = Factor(torch.ones(3, 1), torch.ones(3))
+    for bad in (Factor(torch.full((3, 1), number), torch.ones(3)), Factor(torch.ones(3, 1), torch.full((3,), number))):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="the factors of layer must be finite"):
+                StructuredSource({"layer": LayerFactors(*pair, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(2)), Factor(torch.ones(3, 1), torch.ones(3)), 1.0), "be .n"),
+        (LayerFactors(Factor(torch.ones(3), torch.ones(3)), Factor(torch.ones(3, 1), torch.ones(3)), 1.0), "be .n"),
+        (LayerFactors(Factor(torch.ones(3, 1), -torch.ones(3)), Factor(torch.ones(3, 1), torch.ones(3)), 1.0), "least"),
+        (LayerFactors(*[Factor(torch.ones(3, 1), torch.ones(3))] * 2, -1.0), "scale of layer must be in"),
+        (LayerFactors(*[Factor(torch.ones(3, 1), torch.ones(3))] * 2, 1.0, (torch.ones(3, 2), torch.ones(1, 3))), "be"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(factors: LayerFactors, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StructuredSource({"layer": factors})
+
+
+def test_fewer_tokens_than_the_rank_warn_and_the_factors_are_exact() -> None:
+    model, batches = llama(1), text(1, rows=1, length=10)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"7 of 7 layers received fewer tokens than the rank 12 .*q_proj, 10\)"):
+        few = StructuredSource.capture(model, batches, sampled_loss, rank=12)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = StructuredSource.capture(model, batches, sampled_loss, rank=None)
+        StructuredSource.capture(model, batches, sampled_loss, rank=10)
+    for name in whole.names():
+        for ours, theirs in zip(few.factors(name), whole.factors(name), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_a_rank_above_the_size_of_a_layer_keeps_it_whole() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = StructuredSource.capture(Small(1.0), [torch.randn(4, 3)], square, rank=64)
+    assert found._layers["first"].inputs.rank == 3
