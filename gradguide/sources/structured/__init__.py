@@ -4,7 +4,7 @@
 - ``layers``: finds linear layers and adapters.
 - ``capture``: accumulates statistics of the layers over source text.
 - ``factors``: S and G in low rank.
-- ``binding``, ``pull``: the gradient with respect to a model's parameters.
+- ``binding``, ``pull``, ``rows``: the gradient with respect to a model's parameters.
 - ``storage``: files.
 """
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradguide.distributed.layouts import as_dtensor, full, layout_of, local, shard, to_layout
+from gradguide.distributed.layouts import as_dtensor, full, local, to_layout
 from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import Layer, find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
+from gradguide.sources.structured.rows import Pull, PullRows
 from gradguide.utils.names import model_names
 
 __all__ = ["Binding"]
@@ -99,6 +100,7 @@ class Binding:
                 "unfreeze weights, or capture the layers that are trained"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
+        self._rows = PullRows()
 
     @property
     def _starts(self) -> list[tuple[str, Tensor]]:
@@ -129,53 +131,56 @@ class Binding:
     def pull(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the pull on each parameter by name (of a sharded one: the local part), and the modelled KL, Tensor [].
 
+        The next call overwrites the returned tensors.
+
         Raises:
             KeyError: a parameter that changes a layer is not in ``parameters``.
         """
-        rows: dict[str, Tensor] = {}
+        pulls: list[Pull] = []
         drifts = []
         for group in self._groups:
-            pulls, drift = _pull(group, parameters)
-            drifts.append(drift.sum())
-            for name, pull in pulls:
-                layout = layout_of(parameters[name])
-                part = pull.contiguous() if layout is None else shard(pull, layout)
-                # A tied parameter changes several layers.
-                rows[name] = part if name not in rows else rows[name] + part
-        return rows, torch.stack(drifts).sum()
+            found, drift = _pull(group, parameters)
+            pulls += found
+            drifts.append(drift)
+        return self._rows.update(pulls, parameters), torch.cat(drifts).sum()
 
 
-def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[tuple[str, Tensor]], Tensor]:
-    """Return (name, pull) for every parameter of a group, and the modelled KL [layers]."""
+def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], Tensor]:
+    """Return the pulls on the parameters of a group, and the modelled KL [layers]."""
     inputs, outputs = group.inputs.to(dtype=torch.float32), group.outputs.to(dtype=torch.float32)
-    lefts, rights, parts, first = [], [], [], 0
-    for index, (_, _, rank, scale) in enumerate(group.layers[0].adapters):
-        rights.append(torch.stack([_whole(parameters[bound.adapters[index][0]]) for bound in group.layers]))
-        lefts.append(torch.stack([_whole(parameters[bound.adapters[index][1]]) for bound in group.layers]) * scale)
-        parts.append((first, rank, scale))
-        first += rank
+    adapters = list(zip(*(bound.adapters for bound in group.layers), strict=True))
+    names = [([a for a, *_ in each], [b for _, b, *_ in each]) for each in adapters]
+    shapes = [(rank, scale) for (_, _, rank, scale), *_ in adapters]
+    rights = [_stacked_values(parameters, a) for a, _ in names]
+    lefts = [_stacked_values(parameters, b) * scale for (_, b), (_, scale) in zip(names, shapes, strict=True)]
     if group.fixed is not None:
         lefts.append(group.fixed[0])
         rights.append(group.fixed[1])
-    found: list[tuple[str, Tensor]] = []
     if group.layers[0].weight is None:
         left, right = torch.cat(lefts, -1), torch.cat(rights, -2)
-        pulls, drift = adapter_pull(inputs, outputs, group.floor, left, right, parts)
-        for index, (b_pulls, a_pulls) in enumerate(pulls):
-            for bound, b_pull, a_pull in zip(group.layers, b_pulls, a_pulls, strict=True):
-                found += [(bound.adapters[index][0], a_pull), (bound.adapters[index][1], b_pull)]
-        return found, drift
-    delta = torch.stack([_weight_change(bound, parameters) for bound in group.layers])
-    if lefts:
-        delta = delta + torch.cat(lefts, -1) @ torch.cat(rights, -2)
-    weights, drift = weight_pull(inputs, outputs, group.floor, delta)
-    for place, (bound, pull) in enumerate(zip(group.layers, weights, strict=True)):
-        assert bound.weight is not None
-        found.append((bound.weight, pull.T if bound.transposed else pull))
-        for index, (a, b, _, scale) in enumerate(bound.adapters):
-            # The left factor includes the scale.
-            found += [(a, lefts[index][place].T @ pull), (b, scale * (pull @ rights[index][place].T))]
+        pulls, drift = adapter_pull(inputs, outputs, group.floor, left, right, shapes)
+    else:
+        delta = torch.stack([_weight_change(bound, parameters) for bound in group.layers])
+        if lefts:
+            delta = delta + torch.cat(lefts, -1) @ torch.cat(rights, -2)
+        weight, drift = weight_pull(inputs, outputs, group.floor, delta)
+        # The left factor includes the scale.
+        pulls = [
+            (left.mT @ weight, scale * (weight @ right.mT))
+            for (_, scale), left, right in zip(shapes, lefts, rights, strict=False)
+        ]
+    found: list[Pull] = []
+    for (a, b), (a_pull, b_pull) in zip(names, pulls, strict=True):
+        found += [(a, a_pull), (b, b_pull)]
+    if group.layers[0].weight is not None:
+        trained = [str(bound.weight) for bound in group.layers]
+        found.append((trained, weight.mT if group.layers[0].transposed else weight))
     return found, drift
+
+
+def _stacked_values(parameters: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return parameters of one shape as one tensor, float32. A DTensor is gathered, as FSDP does in a forward pass."""
+    return torch.stack([full(parameters[name]) for name in names]).float()
 
 
 def _weight_change(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -57,7 +57,7 @@ class Factor:
 
     def apply(self, rows: Tensor) -> Tensor:
         """Return ``rows @ M`` for rows of shape [..., m, n]."""
-        return (rows @ self.basis) @ self.basis.mT + rows * self.rest.unsqueeze(-2)
+        return torch.addcmul((rows @ self.basis) @ self.basis.mT, rows, self.rest.unsqueeze(-2))
 
     def dense(self) -> Tensor:
         """Return the whole matrix: Tensor [n, n], float32."""

@@ -13,7 +13,7 @@ __all__ = ["adapter_pull", "weight_pull"]
 
 
 def adapter_pull(
-    inputs: Factor, outputs: Factor, floor: Tensor, left: Tensor, right: Tensor, parts: Sequence[tuple[int, int, float]]
+    inputs: Factor, outputs: Factor, floor: Tensor, left: Tensor, right: Tensor, adapters: Sequence[tuple[int, float]]
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Differentiate ``1/2 tr(D^T G D S)`` for ``D = left @ right`` without forming D.
 
@@ -22,21 +22,23 @@ def adapter_pull(
         floor (Tensor): shape [L], added to the diagonal of G for the gradient.
         left, right (Tensor): shapes [L, out, R] and [L, R, in]: ``scale * B`` and A of all adapters, concatenated along
             the rank dimension.
-        parts: first column, rank r and scale of each adapter.
+        adapters: rank r and scale of each adapter.
 
     Returns:
-        For each adapter the gradients with respect to B [L, out, r] and A [L, r, in]; and the value without the floor,
+        For each adapter the gradients with respect to A [L, r, in] and B [L, out, r]; and the value without the floor,
         Tensor [L], in nats per token.
     """
     right_s = inputs.apply(right)
     g_left = outputs.apply(left.mT).mT
-    drift = 0.5 * ((left.mT @ g_left) * (right_s @ right.mT)).sum(dim=(-2, -1))
-    g_left = g_left + floor[:, None, None] * left
-    found = []
-    for first, rank, scale in parts:
-        b, a = left[..., first : first + rank], right[..., first : first + rank, :]
-        # b is scale * B.
-        found.append((scale * (g_left @ (right_s @ a.mT)), (b.mT @ g_left) @ right_s))
+    between = right_s @ right.mT
+    drift = 0.5 * ((left.mT @ g_left) * between).sum(dim=(-2, -1))
+    g_left = torch.addcmul(g_left, floor[:, None, None], left)
+    found, first = [], 0
+    for rank, scale in adapters:
+        own = slice(first, first + rank)
+        # ``left`` includes the scale.
+        found.append(((left[..., own].mT @ g_left) @ right_s, g_left @ (scale * between[..., own])))
+        first += rank
     return found, drift
 
 
