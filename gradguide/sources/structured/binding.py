@@ -75,6 +75,9 @@ class Binding:
     Raises:
         ValueError: a layer has another shape than in the source, a trained weight differs from the captured one, or no
             trained parameter changes any layer.
+
+    Warns:
+        UserWarning: the captured weight of a trained layer is unknown.
     """
 
     def __init__(
@@ -102,6 +105,16 @@ class Binding:
                 "unfreeze weights, or capture the layers that are trained"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
+        known = {name for name, _ in starts}
+        unknown = [name for name, _ in self._starts if layers[name].weight is None and name not in known]
+        if unknown:
+            warnings.warn(
+                f"the source does not have the captured weight of {len(unknown)} trained layers (first: {unknown[0]}), "
+                "so it cannot be compared: their pull is relative to the present weight. Create GradGuide before "
+                "loading trained weights",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @property
     def _starts(self) -> list[tuple[str, Tensor]]:
@@ -249,13 +262,6 @@ def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) ->
     """
     now = layer.weight.detach()
     if stored is None:
-        if not earlier:
-            warnings.warn(
-                f"the source does not have the weight of {layer.name} at capture, so it cannot be compared: its pull is "
-                "relative to the present weight. Create GradGuide before loading trained weights",
-                UserWarning,
-                stacklevel=2,
-            )
         return earlier[0] if earlier else now.clone()
     differences = []
     for weight in (now, *earlier):
