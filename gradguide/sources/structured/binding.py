@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import as_dtensor, full, local, to_layout
+from gradguide.sources.base_model import ABSOLUTE, RELATIVE
 from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import Layer, find_layers
@@ -24,7 +25,7 @@ __all__ = ["Binding"]
 class _BoundLayer:
     """The names of the parameters that change a layer.
 
-    adapters: names of A and B, rank and scale of each trained adapter.
+    adapters: names of A and B, rank and scale of each adapter of which A or B is trained.
     fixed: the constant part of D: frozen adapters minus the source's anchor.
     weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
         start is sharded in the same way.
@@ -75,12 +76,16 @@ class Binding:
     Raises:
         ValueError: a layer has another shape than in the source, a trained weight differs from the captured one, or no
             trained parameter changes any layer.
+
+    Warns:
+        UserWarning: the captured weight of a trained layer is unknown.
     """
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float, earlier: Sequence[Binding] = ()
     ) -> None:
         starts = [start for binding in earlier for start in binding._starts]
+        self._frozen: dict[str, Tensor] = {}
         names = {id(p): name for name, p in model_names(model).items()}
         kinds: dict[tuple[object, ...], list[_BoundLayer]] = {}
         for name, layer in find_layers(model).items():
@@ -91,7 +96,8 @@ class Binding:
                 raise ValueError(
                     f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
                 )
-            bound = _bind_layer(layer, layers[name], names, [start for owner, start in starts if owner == name])
+            own = [start for owner, start in starts if owner == name]
+            bound = _bind_layer(layer, layers[name], names, own, self._frozen)
             if bound.adapters or bound.weight:
                 kinds.setdefault((*shape, *bound.kind), []).append(bound)
         if not kinds:
@@ -101,6 +107,16 @@ class Binding:
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
         self._rows = PullRows()
+        known = {name for name, _ in starts}
+        unknown = [name for name, _ in self._starts if layers[name].weight is None and name not in known]
+        if unknown:
+            warnings.warn(
+                f"the source does not have the captured weight of {len(unknown)} trained layers (first: {unknown[0]}), "
+                "so it cannot be compared: their pull is relative to the present weight. Create GradGuide before "
+                "loading trained weights",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @property
     def _starts(self) -> list[tuple[str, Tensor]]:
@@ -120,6 +136,7 @@ class Binding:
 
     def to(self, device: torch.device) -> None:
         """Move the factors to ``device``."""
+        self._frozen = {name: value.to(device) for name, value in self._frozen.items()}
         for group in self._groups:
             if group.floor.device != device:
                 group.inputs, group.outputs = group.inputs.to(device), group.outputs.to(device)
@@ -136,13 +153,14 @@ class Binding:
         Raises:
             KeyError: a parameter that changes a layer is not in ``parameters``.
         """
+        values = {**self._frozen, **parameters}
         pulls: list[Pull] = []
         drifts = []
         for group in self._groups:
-            found, drift = _pull(group, parameters)
+            found, drift = _pull(group, values)
             pulls += found
             drifts.append(drift)
-        return self._rows.update(pulls, parameters), torch.cat(drifts).sum()
+        return self._rows.update(pulls, values), torch.cat(drifts).sum()
 
 
 def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], Tensor]:
@@ -199,13 +217,19 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _bind_layer(
-    layer: Layer, factors: LayerFactors, names: Mapping[int, str], earlier: Sequence[Tensor]
+    layer: Layer,
+    factors: LayerFactors,
+    names: Mapping[int, str],
+    earlier: Sequence[Tensor],
+    frozen: dict[str, Tensor],
 ) -> _BoundLayer:
+    """Return a layer of the binding. Add the frozen matrices of its trained adapters to ``frozen``."""
     trained, fixed = [], []
     for adapter in layer.adapters:
-        if adapter.a.requires_grad and adapter.b.requires_grad:
+        if adapter.a.requires_grad or adapter.b.requires_grad:
             a, b = names[id(adapter.a)], names[id(adapter.b)]
             trained.append((a, b, int(adapter.a.shape[0]), adapter.scale))
+            frozen |= {names[id(p)]: _whole(p).clone() for p in (adapter.a, adapter.b) if not p.requires_grad}
         elif bool(adapter.b.any()):
             fixed.append((_whole(adapter.b) * adapter.scale, _whole(adapter.a)))
     if factors.anchor is not None:
@@ -215,8 +239,23 @@ def _bind_layer(
     if fixed:
         product = torch.cat([b.to(device) for b, _ in fixed], 1), torch.cat([a.to(device) for _, a in fixed])
     weight = names[id(layer.weight)] if layer.trained else None
+    if trained and weight is None:
+        _check_base_weight(layer, factors.weight)
     start = _captured(layer, factors.weight, earlier) if layer.trained else None
     return _BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
+
+
+def _check_base_weight(layer: Layer, stored: Tensor | None) -> None:
+    """Raise if the frozen weight under a trained adapter differs from the captured one beyond storage in 16 bits."""
+    found = None if stored is None else sample_of(layer)
+    if stored is None or found is None:
+        return
+    if len(stored) != len(found) or not torch.allclose(stored.double(), found.double(), RELATIVE, ABSOLUTE):
+        raise ValueError(
+            f"the weight of {layer.name} under the adapter is not the weight at capture: the model is another one, an "
+            "adapter was merged into it, or the adapter's start changed it (PiSSA, OLoRA, ...). Capture a source with "
+            "this model and its adapter"
+        )
 
 
 def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) -> Tensor:
@@ -227,13 +266,6 @@ def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) ->
     """
     now = layer.weight.detach()
     if stored is None:
-        if not earlier:
-            warnings.warn(
-                f"the weight of {layer.name} was quantised at capture, so it cannot be compared: its pull is relative "
-                "to the present weight. Create GradGuide before loading trained weights",
-                UserWarning,
-                stacklevel=2,
-            )
         return earlier[0] if earlier else now.clone()
     differences = []
     for weight in (now, *earlier):

@@ -160,11 +160,15 @@ class StructuredSource:
                 parameter changes any layer.
 
         Warns:
-            UserWarning: a trained weight was quantised at capture, so it cannot be compared.
+            UserWarning: a trained weight cannot be compared: it was quantised at capture, or ``metadata`` has no entry
+                "base", which was removed to use the source with another base model on purpose.
         """
+        layers = self._layers
+        if not {"base", "merged"} & self.metadata.keys():
+            layers = {name: replace(factors, weight=None) for name, factors in layers.items()}
         bindings = [given._binding for given in (self, *earlier) if given._binding is not None]
         source = copy.copy(self)
-        source._binding = Binding(model, self._layers, self.floor, bindings)
+        source._binding = Binding(model, layers, self.floor, bindings)
         source._rows, source.drift = {}, None
         return source
 

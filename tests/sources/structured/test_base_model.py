@@ -14,7 +14,7 @@ from gradguide import Alignment, GradGuide
 from gradguide.integrations.peft import lora_parameters
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
-from tests.sources.structured.problems import adapted, gpt2, llama, spread, text
+from tests.sources.structured.problems import adapted, gpt2, llama, spread, text, trained
 
 
 def bare(seed: int) -> nn.Module:
@@ -91,9 +91,30 @@ def test_another_base_model_is_refused_with_a_reason(source: StructuredSource, k
             unguided.set_alignment(Alignment(source))
 
 
+def test_an_adapter_whose_start_changes_the_base_needs_its_own_source() -> None:
+    """PiSSA moves the largest singular values of a weight into the adapter: B A is not the change of the model."""
+    torch.manual_seed(0)
+    model = adapted(llama(), init_lora_weights="pissa", target_modules=["q_proj"])
+    base = StructuredSource.capture(llama(), text(2), sampled_loss, rank=4)
+    with pytest.raises(ValueError, match=r"q_proj under the adapter is not the weight at capture"):
+        base.bound(model)
+    own = StructuredSource.capture(model, text(2), sampled_loss, rank=4)
+    bound = own.bound(model)
+    bound.refresh(trained(model), [])
+    assert bound.drift is not None
+    assert abs(float(bound.drift)) < 1e-6
+
+
 def test_a_whole_model_of_another_base_is_refused(source: StructuredSource) -> None:
     with pytest.raises(ValueError, match="is not the weight at capture"):
         guide(model := llama(seed=1), source, model)
+
+
+def test_another_base_model_on_purpose(source: StructuredSource) -> None:
+    changed = StructuredSource(
+        source._layers, {k: v for k, v in source.metadata.items() if k not in ("base", "merged")}
+    )
+    guide(model := adapted(llama(seed=1)), changed, model)
 
 
 def test_a_model_of_other_sizes_or_layers_is_refused(source: StructuredSource) -> None:

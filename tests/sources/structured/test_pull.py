@@ -78,6 +78,16 @@ def test_a_frozen_adapter_counts_and_is_not_pulled(source: StructuredSource) -> 
     checked(source, model)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_frozen_half_of_an_adapter_counts_and_the_other_is_pulled(source: StructuredSource, part: str) -> None:
+    model = adapted(llama())
+    spread(model, 0.1)
+    for name, p in model.named_parameters():
+        if part in name:
+            p.requires_grad_(False)
+    checked(source, model)
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_whole_weights(make: type[nn.Module]) -> None:
     model = make()

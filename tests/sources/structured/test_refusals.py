@@ -72,7 +72,8 @@ class Small(nn.Module):
 
 
 def square(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).square().mean()
+    value: Tensor = model(x).square().mean()
+    return value
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -90,14 +91,18 @@ def test_factors_given_with_numbers_that_are_not_finite_are_refused(number: floa
                 StructuredSource({"layer": LayerFactors(*pair, 1.0)})
 
 
+GOOD = Factor(torch.ones(3, 1), torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(2)), Factor(torch.ones(3, 1), torch.ones(3)), 1.0), "be .n"),
-        (LayerFactors(Factor(torch.ones(3), torch.ones(3)), Factor(torch.ones(3, 1), torch.ones(3)), 1.0), "be .n"),
-        (LayerFactors(Factor(torch.ones(3, 1), -torch.ones(3)), Factor(torch.ones(3, 1), torch.ones(3)), 1.0), "least"),
-        (LayerFactors(*[Factor(torch.ones(3, 1), torch.ones(3))] * 2, -1.0), "scale of layer must be in"),
-        (LayerFactors(*[Factor(torch.ones(3, 1), torch.ones(3))] * 2, 1.0, (torch.ones(3, 2), torch.ones(1, 3))), "be"),
+        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(2)), GOOD, 1.0), "must be .n, rank. and .n."),
+        (LayerFactors(Factor(torch.ones(3), torch.ones(3)), GOOD, 1.0), "must be .n, rank. and .n."),
+        (LayerFactors(Factor(torch.ones(3, 1), -torch.ones(3)), GOOD, 1.0), "rest of layer must be at least 0"),
+        (LayerFactors(GOOD, GOOD, -1.0), "scale of layer must be in"),
+        (LayerFactors(GOOD, GOOD, 1.0, (torch.ones(3, 2), torch.ones(1, 3))), "anchor of layer must be"),
+        (LayerFactors(GOOD, GOOD, 1.0, None, torch.ones(4).long()), "must be a list of floating numbers"),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(factors: LayerFactors, message: str) -> None:
