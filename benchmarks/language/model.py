@@ -37,8 +37,9 @@ class Language:
         from transformers import AutoModelForCausalLM
 
         self.device = device
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._masks: dict[int, Tensor] = {}
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype).to(device)
         self.model: Any = add_lora(base)
         self.model.eval()
         self._decoder: Any = base.get_decoder()
@@ -58,7 +59,9 @@ class Language:
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
-        found: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+        found: Tensor = self._decoder(
+            input_ids=ids, attention_mask=self._mask(ids.shape[1]), use_cache=False
+        ).last_hidden_state
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -87,6 +90,13 @@ class Language:
             a, directions = layer.lora_A[_ADAPTER].weight, used[name].to(self.device)
             rest = a - (a @ directions) @ directions.T
             a.copy_(rest * (a.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)))
+
+    def _mask(self, width: int) -> Tensor:
+        """Return the causal mask, [1, 1, width, width]. Given one, Transformers reads no values of the inputs."""
+        if width not in self._masks:
+            blocked = torch.full((width, width), torch.finfo(self._dtype).min, dtype=self._dtype, device=self.device)
+            self._masks[width] = blocked.triu(1)[None, None]
+        return self._masks[width]
 
     @torch.no_grad()
     def _check(self, base: Any) -> None:
