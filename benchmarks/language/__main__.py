@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,9 @@ def make_rows(
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Make the shared files that are missing, and do the runs; yield each run with its measured columns."""
     key = digest(settings.model, settings.data, device_of())
-    files = list(dict.fromkeys(file for run in runs for file in _files(run)))
-    have = {file for file in files if path_of(file, settings.cache, key).exists()}
     settings.cache.mkdir(parents=True, exist_ok=True)
-    missing = [_file_task(file) for file in files if file not in have]
-    # Runs that need no file come first in the queue of the other workers, so nobody waits for the captures.
-    tasks = [*missing, *(Task(what=run, needs=needs(parse(run.method))) for run in runs)]
+    have = {file for run in runs for file in _files(run) if path_of(file, settings.cache, key).exists()}
+    tasks = _tasks(runs, have)
     for task, outcome in do_tasks(tasks, settings.start, jobs, have=have, until=until):
         if isinstance(outcome, Failed) and not isinstance(task.what, Run):
             tqdm.write(f"{task.what} could not be made: {outcome.error}", file=sys.stderr)
@@ -112,8 +109,17 @@ def _files(run: Run) -> list[Spec | OwnText]:
     return found
 
 
-def _file_task(file: Spec | OwnText) -> Task:
-    return Task(what=file, needs=file.needs if isinstance(file, Spec) else frozenset(), makes=file)
+def _tasks(runs: Sequence[Run], have: Collection[Spec | OwnText]) -> list[Task]:
+    """Return the tasks in order: each file just before the first run that needs it. Others need not wait for it."""
+    tasks: list[Task] = []
+    listed = set(have)
+    for run in runs:
+        for file in _files(run):
+            if file not in listed:
+                listed.add(file)
+                tasks.append(Task(what=file, needs=file.needs if isinstance(file, Spec) else frozenset(), makes=file))
+        tasks.append(Task(what=run, needs=needs(parse(run.method))))
+    return tasks
 
 
 if __name__ == "__main__":

@@ -86,10 +86,8 @@ def compared(rows: pd.DataFrame) -> str:
 
 def summary(path: Path) -> str:
     """Return the tables of the file, for a terminal."""
-    rows = load(path)
-    if rows.empty:
-        return f"{path} has no row without an error"
-    return "\n\n".join(_sections(rows))
+    rows = load(path) if path.exists() else pd.DataFrame()
+    return f"{path} has no finished run" if rows.empty else "\n\n".join(_sections(rows))
 
 
 def write(results: Path, out: Path) -> None:
