@@ -123,5 +123,7 @@ def _tasks(runs: Sequence[Run], have: Collection[Spec | OwnText]) -> list[Task]:
 
 
 if __name__ == "__main__":
+    # For the worker processes, which read it when they import the packages: only this one shows a progress bar.
+    os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -87,7 +87,7 @@ class Language:
     def start_in(self, used: dict[str, Tensor]) -> None:
         """Remove from each A the directions ``used`` [in, n] (orthonormal or zero). Its rows keep their lengths."""
         for name, layer in self.layers():
-            a, directions = layer.lora_A[_ADAPTER].weight, used[name].to(self.device)
+            a, directions = layer.lora_A[_ADAPTER].weight, used[name]
             rest = a - (a @ directions) @ directions.T
             a.copy_(rest * (a.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +50,6 @@ class Settings:
 
     def start(self) -> Suite:
         """Return the suite of a worker process."""
-        os.environ["TQDM_DISABLE"] = "1"  # only the parent shows a progress bar
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         torch.set_num_threads(self.threads)
         return Suite(self)
 

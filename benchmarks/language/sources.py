@@ -129,7 +129,9 @@ class Sources:
         """Return an orthonormal basis of what source inputs use, by layer: all but the 64 least used directions."""
         if "used" not in self._loaded:
             held = StructuredSource.load(path_of(WHOLE, self._cache, self._key))
-            self._loaded["used"] = {name: _leading(factors.inputs) for name, factors in held._layers.items()}
+            self._loaded["used"] = {
+                name: _leading(factors.inputs.to(self._model.device)) for name, factors in held._layers.items()
+            }
         found: dict[str, Tensor] = self._loaded["used"]
         return found
 

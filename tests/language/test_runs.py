@@ -13,6 +13,7 @@ import torch
 from benchmarks.language import grid
 from benchmarks.language.data import Batch, Pair, padded
 from benchmarks.language.grid import Run
+from benchmarks.language.measures import accuracy
 from benchmarks.language.methods import needs, parse
 from benchmarks.language.model import answer_loss
 from benchmarks.language.run import Settings, Suite
@@ -85,6 +86,23 @@ def test_padding_does_not_change_the_loss_of_the_answers(suite: Suite) -> None:
     total = sum(sum(losses) for losses in expected)
     for unit, count in (("row", 2), ("token", 3)):
         torch.testing.assert_close(answer_loss(suite.model, Batch(*batch), unit), total / count)
+
+
+def test_accuracy_chooses_the_likeliest_label(suite: Suite) -> None:
+    suite(replace(_RUN, steps=20))
+    target = suite._target(_RUN)
+    right, losses = 0, []
+    for prompt, gold in target.test[:20]:
+        scores = []
+        for label in target.labels:
+            logits = suite.model.model(input_ids=torch.tensor([prompt + label])).logits[0].log_softmax(-1)
+            scores.append(-sum(float(logits[len(prompt) + i - 1, token].detach()) for i, token in enumerate(label)))
+        means = [score / len(label) for score, label in zip(scores, target.labels, strict=True)]
+        right += means.index(min(means)) == gold
+        losses.append(scores[gold])
+    found = accuracy(suite.model, target, suite._size)
+    assert found["target_accuracy"] == pytest.approx(right / 20)
+    assert found["target_loss"] == pytest.approx(sum(losses) / 20, rel=1e-4)
 
 
 def test_a_start_in_the_unused_space_keeps_its_length(suite: Suite) -> None:
