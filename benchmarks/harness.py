@@ -25,9 +25,11 @@ __all__ = [
     "BASELINE",
     "Case",
     "Result",
+    "append_row",
     "compared",
     "held_bytes",
     "ratios",
+    "read_rows",
     "save",
     "summarise",
     "synchronise",
@@ -150,6 +152,35 @@ def save(path: Path, results: Sequence[Any], about: Mapping[str, str]) -> None:
         for result in results:
             row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(result).items()}
             writer.writerow({**row, **about})
+
+
+def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Add a row to a CSV file, and first the header if the file is new. Missing values are empty.
+
+    One call writes the whole row, so that an interruption leaves no partial row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; an empty list if there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(columns):
+            raise ValueError(f"{path} has other columns than this version writes: move it away, or name another --out")
+        return list(reader)
 
 
 def synchronise() -> None:

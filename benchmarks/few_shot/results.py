@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -15,6 +14,7 @@ from scipy.stats import bootstrap
 
 from benchmarks.few_shot.grid import ONE_RATE, Run, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
+from benchmarks.harness import append_row, read_rows
 
 __all__ = [
     "Difference",
@@ -46,15 +46,8 @@ _CELL = ["scenario", "source", "target", "condition", "shots", "lr"]
 
 
 def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Add the row of ``run``. One call writes the whole row, so that an interruption leaves no partial row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        row = {**asdict(run), **measured, **{name: about[name] for name in _ABOUT}}
-        writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
+    """Add the row of ``run``."""
+    append_row(path, _COLUMNS, {**asdict(run), **measured, **{name: about[name] for name in _ABOUT}})
 
 
 def done(path: Path) -> set[Run]:
@@ -63,14 +56,8 @@ def done(path: Path) -> set[Run]:
     Raises:
         ValueError: the file has other columns.
     """
-    if not path.exists():
-        return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != _COLUMNS:
-            raise ValueError(f"{path} has other columns than this version writes: move it away, or name another --out")
-        numbers: dict[str, Callable[[str], Any]] = {"shots": int, "lr": float, "seed": int}
-        return {Run(**{name: numbers.get(name, str)(row[name]) for name in _KEY}) for row in reader}
+    numbers: dict[str, Callable[[str], Any]] = {"shots": int, "lr": float, "seed": int}
+    return {Run(**{name: numbers.get(name, str)(row[name]) for name in _KEY}) for row in read_rows(path, _COLUMNS)}
 
 
 def load(path: Path, *, grid: bool = False) -> pd.DataFrame:

@@ -1,0 +1,129 @@
+"""Make the runs: ``python -m benchmarks.language --quick --model FOLDER --data FOLDER``. A stopped grid is resumed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.harness import versions
+from benchmarks.language import grid, report
+from benchmarks.language.grid import Run
+from benchmarks.language.methods import needs, parse
+from benchmarks.language.pool import Failed, Task, do_tasks
+from benchmarks.language.run import Settings, device_of
+from benchmarks.language.sources import OwnText, Spec, digest, path_of
+
+RESULTS = Path(__file__).parent.parent / "results"
+_SECONDS = {"cpu": 150.0, "cuda": 2.0}
+"""Approximate seconds of a run of 40 steps of SmolLM2-135M: on two CPU cores, or alone on a GPU."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.language", description=__doc__)
+    size = made.add_mutually_exclusive_group(required=True)
+    size.add_argument("--quick", action="store_const", const="quick", dest="grid", help="two runs, minutes on 2 cores")
+    size.add_argument("--full", action="store_const", const="full", dest="grid", help="everything")
+    size.add_argument("--grid", choices=list(grid.GRIDS), help="a grid by name")
+    made.add_argument("--model", required=True, help="folder or hub id of a causal language model")
+    made.add_argument("--data", type=Path, required=True, help="folder of the text sets")
+    made.add_argument("--out", type=Path, help="result file, appended to (default: by grid, in benchmarks/results)")
+    made.add_argument("--cache", type=Path, default=Path("build/language"), help="folder of shared files")
+    made.add_argument("--jobs", type=int, default=1, help="worker processes, on one GPU too (default: %(default)s)")
+    made.add_argument("--deadline", type=float, help="stop after this many seconds, with all finished rows written")
+    made.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods, also such as no grid has")
+    made.add_argument("--no-graphs", action="store_true", help="do not capture CUDA graphs")
+    made.add_argument("--estimate", action="store_true", help="print how long it will take, and stop")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the runs that the result file does not have."""
+    begun = time.monotonic()
+    options = parser().parse_args(argv)
+    out = options.out or RESULTS / f"language-{options.grid}.csv"
+    wanted = _chosen(grid.GRIDS[options.grid](), options.only)
+    finished = grid.done(out)
+    left = [run for run in wanted if run not in finished]
+    device = device_of()
+    hours = sum(_SECONDS[device.type] * run.steps / 40 for run in left) / 3600
+    print(f"{len(left)} of {len(wanted)} runs are left: about {hours:.2f} h on {device.type}")
+    if options.estimate or not left:
+        return 0
+    settings = Settings(
+        model=options.model,
+        data=options.data,
+        cache=options.cache,
+        threads=1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // options.jobs),
+        graphs=not options.no_graphs,
+    )
+    about = {**versions(), "threads": str(settings.threads)}
+    until = None if options.deadline is None else begun + options.deadline
+    failed = 0
+    with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:
+        for run, measured in make_rows(left, settings, options.jobs, until):
+            grid.append(out, run, {**measured, "jobs": options.jobs}, about)
+            failed += "error" in measured
+            bar.set_postfix(failed=failed)
+            bar.update()
+    print(report.summary(out))
+    return 0
+
+
+def make_rows(
+    runs: Sequence[Run], settings: Settings, jobs: int, until: float | None
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Make the shared files that are missing, and do the runs; yield each run with its measured columns."""
+    key = digest(settings.model, settings.data, device_of())
+    settings.cache.mkdir(parents=True, exist_ok=True)
+    have = {file for run in runs for file in _files(run) if path_of(file, settings.cache, key).exists()}
+    tasks = _tasks(runs, have)
+    for task, outcome in do_tasks(tasks, settings.start, jobs, have=have, until=until):
+        if isinstance(outcome, Failed) and not isinstance(task.what, Run):
+            tqdm.write(f"{task.what} could not be made: {outcome.error}", file=sys.stderr)
+        if isinstance(task.what, Run):
+            yield task.what, {"error": " ".join(outcome.error.split())} if isinstance(outcome, Failed) else outcome
+
+
+def _chosen(runs: list[Run], methods: Sequence[str] | None) -> list[Run]:
+    """Return the runs of ``methods``, in the order of the grid; every method runs where the baseline does."""
+    if methods is None:
+        return runs
+    places = [run for run in runs if run.method == grid.BASE]
+    return [replace(run, method=method) for run in places for method in methods]
+
+
+def _files(run: Run) -> list[Spec | OwnText]:
+    """Return the shared files of a run, each after those that it is made from."""
+    found: list[Spec | OwnText] = []
+    for file in sorted(needs(parse(run.method)), key=str):
+        found += [*(file.needs if isinstance(file, Spec) else ()), file]
+    return found
+
+
+def _tasks(runs: Sequence[Run], have: Collection[Spec | OwnText]) -> list[Task]:
+    """Return the tasks in order: each file just before the first run that needs it. Others need not wait for it."""
+    tasks: list[Task] = []
+    listed = set(have)
+    for run in runs:
+        for file in _files(run):
+            if file not in listed:
+                listed.add(file)
+                tasks.append(Task(what=file, needs=file.needs if isinstance(file, Spec) else frozenset(), makes=file))
+        tasks.append(Task(what=run, needs=needs(parse(run.method))))
+    return tasks
+
+
+if __name__ == "__main__":
+    # For the worker processes, which read it when they import the packages: only this one shows a progress bar.
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Tasks and source text as tokens. A class is chosen by the likelihood of its words after the text."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from benchmarks.demo import Task, few_shot, read_file
+
+__all__ = ["WINDOW", "Batch", "Pair", "Target", "Texts", "Tokens", "padded"]
+
+WINDOW = 96
+"""Tokens of a window of source text."""
+MAX_CLASSES = 10
+_TEXT_TOKENS = 48
+_PROMPT_TOKENS = 80
+_ANSWER_TOKENS = 96
+_WIDTH = 16  # rows are padded to a multiple of this, so that few widths occur
+
+Tokens: TypeAlias = list[int]
+
+
+class Pair(NamedTuple):
+    """A prompt and what follows it."""
+
+    prompt: Tokens
+    answer: Tokens
+
+
+class Batch(NamedTuple):
+    """Prompts with answers, padded on the right. Without padding on the left, causal attention needs no mask.
+
+    ids: int64 [rows, width].
+    positions: int64 [rows, K], the positions whose predictions are the answer's tokens; 0 where unused.
+    targets: int64 [rows, K], the answer's tokens; -100 where unused.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+def padded(pairs: Sequence[Pair], width: int | None = None, answer: int | None = None) -> Batch:
+    """Return the pairs as a batch.
+
+    Args:
+        width: length of a row; None for that of the longest pair.
+        answer: K, at least the length of the longest answer; None for that length.
+    """
+    width = width or max(len(pair.prompt) + len(pair.answer) for pair in pairs)
+    answer = answer or max(len(pair.answer) for pair in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    positions = torch.zeros(len(pairs), answer, dtype=torch.long)
+    targets = torch.full((len(pairs), answer), -100)
+    for row, (prompt, words) in enumerate(pairs):
+        ids[row, : len(prompt) + len(words)] = torch.tensor(prompt + words)
+        positions[row, : len(words)] = torch.arange(len(words)) + len(prompt) - 1
+        targets[row, : len(words)] = torch.tensor(words)
+    return Batch(ids, positions, targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A few-shot classification task.
+
+    Args:
+        labels: the tokens of each class.
+        train: the prompt and class of each training row.
+        test: the prompt and class of the test rows, in an order that is the same for all seeds.
+    """
+
+    labels: list[Tokens]
+    train: list[tuple[Tokens, int]]
+    test: list[tuple[Tokens, int]]
+
+    @property
+    def width(self) -> int:
+        """Length to which every row of the task can be padded."""
+        longest = max(len(prompt) for prompt, _ in (*self.train, *self.test)) + max(map(len, self.labels))
+        return -(-longest // _WIDTH) * _WIDTH
+
+    def pair(self, row: int) -> Pair:
+        """Return training row ``row`` with its own label."""
+        prompt, label = self.train[row]
+        return Pair(prompt, self.labels[label])
+
+
+class Texts:
+    """The data folder, read with a tokenizer.
+
+    Args:
+        folder: folder of the text sets; ``wikitext2`` and ``seed_tasks`` hold the source text.
+        tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+
+    def target(self, name: str, shots: int, seed: int) -> Target:
+        """Return the task ``name`` with ``shots`` training rows per class.
+
+        The classes (at most 10) and the order of the test rows do not depend on ``seed``.
+        """
+        train, test = (read_file(self._folder / name / f"{split}.tsv") for split in ("train", "test"))
+        labels = sorted({example.label for example in train})
+        if len(labels) > MAX_CLASSES:
+            labels = sorted(random.Random(0).sample(labels, MAX_CLASSES))
+        kept = [tuple(e for e in rows if e.label in labels) for rows in (train, test)]
+        task = Task(name=name, labels=tuple(labels), train=kept[0], test=kept[1])
+        ending = self._encode("\nLabel:")
+        rows = [
+            [(self._encode(e.text)[:_TEXT_TOKENS] + ending, labels.index(e.label)) for e in examples]
+            for examples in (few_shot(task, shots, seed), random.Random(1).sample(task.test, len(task.test)))
+        ]
+        words = [self._encode(" " + label.replace("_", " ")) for label in labels]
+        return Target(labels=words, train=rows[0], test=rows[1])
+
+    def windows(self, split: str, count: int) -> Tensor:
+        """Return at most ``count`` windows of encyclopedia: int64 [windows, 96]. ``split`` is "capture" or "eval"."""
+        lines = (self._folder / "wikitext2" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        long = "\n".join(line.strip() for line in lines if len(line) > 200)
+        tokens = self._encode(long[: count * WINDOW * 6])  # a token has fewer than 6 characters on average
+        count = min(count, len(tokens) // WINDOW)
+        return torch.tensor(tokens[: count * WINDOW]).view(count, WINDOW)
+
+    def answers(self, split: str, count: int) -> list[Pair]:
+        """Return at most ``count`` instructions with their answers. ``split`` is "capture" or "eval"."""
+        lines = (self._folder / "seed_tasks" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = []
+        for row in map(json.loads, lines):
+            text = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
+            prompt, answer = self._instruction(text), self._encode(row["output"])
+            if len(prompt) <= _PROMPT_TOKENS and len(answer) >= 4:
+                found.append(Pair(prompt, answer[:_ANSWER_TOKENS]))
+        return found[:count]
+
+    def _encode(self, text: str) -> Tokens:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _instruction(self, text: str) -> Tokens:
+        if self._tokenizer.chat_template is None:
+            return self._encode(text + "\n")
+        messages = [{"role": "user", "content": text}]
+        found = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(found["input_ids"])

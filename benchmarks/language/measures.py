@@ -1,0 +1,96 @@
+"""Measure a trained adapter: accuracy and loss on the target, and drift from the base model on held-out source text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.language.data import Pair, Target, Texts, padded
+from benchmarks.language.model import Language, kl
+
+__all__ = ["Drift", "Size", "accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is measured.
+
+    Args:
+        rows: test rows of the target.
+        windows, answers: windows of encyclopedia and answered instructions.
+        batch: rows of a batch.
+    """
+
+    rows: int
+    windows: int
+    answers: int
+    batch: int
+
+    @staticmethod
+    def of(device: torch.device) -> Size:
+        """Return a size for a GPU, or a smaller one for a CPU."""
+        if device.type == "cuda":
+            return Size(rows=160, windows=40, answers=48, batch=320)
+        return Size(rows=20, windows=12, answers=8, batch=16)
+
+
+class Drift:
+    """KL from the base model, in nats per token. Create it while the model's adapter is zero."""
+
+    def __init__(self, model: Language, texts: Texts, size: Size) -> None:
+        self._model = model
+        self._batch = size.batch
+        self._windows = texts.windows("eval", size.windows).to(model.device)
+        answers = padded(texts.answers("eval", size.answers))
+        self._answers = answers.ids.to(model.device)
+        # Positions of the flattened hidden states that predict an answer's token.
+        rows = torch.arange(len(answers.ids))[:, None] * answers.ids.shape[1]
+        self._places = (rows + answers.positions)[answers.targets != -100].to(model.device)
+        self._start = self._hidden()
+
+    def __call__(self) -> dict[str, float]:
+        """Return ``drift``, on encyclopedia, and ``drift_answers``, on answered instructions."""
+        with torch.no_grad():
+            pairs = zip(self._hidden(), self._start, strict=True)
+            found = torch.stack([kl(self._model, now, start) for now, start in pairs]).tolist()
+        return dict(zip(("drift", "drift_answers"), found, strict=True))
+
+    @torch.no_grad()
+    def _hidden(self) -> tuple[Tensor, Tensor]:
+        windows, answers = (
+            torch.cat([self._model.hidden(part) for part in ids.split(self._batch)]).flatten(0, 1)
+            for ids in (self._windows, self._answers)
+        )
+        return windows, answers[self._places]
+
+
+@torch.no_grad()
+def accuracy(model: Language, target: Target, size: Size) -> dict[str, float]:
+    """Return ``target_accuracy``, in [0, 1], and ``target_loss``, the mean loss of the right label in nats.
+
+    The chosen class is the one whose words have the highest mean log likelihood.
+    """
+    rows = target.test[: size.rows]
+    pairs = [Pair(prompt, label) for prompt, _ in rows for label in target.labels]
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))  # rows of similar length share a batch
+    fixed = target.width if model.device.type == "cuda" else None
+    longest = max(map(len, target.labels))
+    sums = torch.zeros(len(pairs), device=model.device)
+    for first in range(0, len(order), size.batch):
+        chosen = order[first : first + size.batch]
+        ids, positions, targets = padded([pairs[i] for i in chosen], fixed, longest).to(model.device)
+        hidden = model.hidden(ids)
+        used = targets != -100
+        states = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        losses = torch.zeros(targets.shape, device=model.device)
+        losses[used] = torch.nn.functional.cross_entropy(model.logits(states[used]), targets[used], reduction="none")
+        sums[torch.tensor(chosen, device=model.device)] = losses.sum(1)
+    sums = sums.view(len(rows), -1).cpu()
+    lengths = torch.tensor([len(label) for label in target.labels])
+    gold = torch.tensor([label for _, label in rows])
+    return {
+        "target_accuracy": float(((sums / lengths).argmin(1) == gold).float().mean()),
+        "target_loss": float(sums.gather(1, gold[:, None]).mean()),
+    }

@@ -1,0 +1,215 @@
+"""A causal language model with a LoRA adapter that is made anew for each run, and the gradient of losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.demo import add_lora
+from benchmarks.language.data import Batch
+from gradguide.integrations.peft import lora_parameters
+
+__all__ = ["Gradient", "Language", "answer_loss", "kl", "token_loss"]
+
+_CHUNK = 1024  # positions whose logits are in memory at once
+_ADAPTER = "default"
+
+
+class Language:
+    """A causal language model, loaded once, with a float32 LoRA adapter (rank 8, alpha 16) on all linear layers.
+
+    The model stays in eval mode: nothing is dropped, so runs differ only in their seed.
+
+    Args:
+        folder: a Hugging Face folder or hub id. Its logits must be the output embedding of the last hidden state.
+        device: on CUDA the base model is in bfloat16, elsewhere in float32.
+
+    Raises:
+        ValueError: the logits are computed otherwise.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.device = device
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._masks: dict[int, Tensor] = {}
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype).to(device)
+        self.model: Any = add_lora(base)
+        self.model.eval()
+        self._decoder: Any = base.get_decoder()
+        self._embedding: Any = base.get_output_embeddings()
+        self.named = list(lora_parameters(self.model))
+        self._check(base)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, A and B of each layer."""
+        return [p for _, p in self.named]
+
+    @property
+    def lora_b(self) -> list[nn.Parameter]:
+        """The B of each layer."""
+        return [p for name, p in self.named if ".lora_B." in name]
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return the last hidden states, [rows, width, size]."""
+        found: Tensor = self._decoder(
+            input_ids=ids, attention_mask=self._mask(ids.shape[1]), use_cache=False
+        ).last_hidden_state
+        return found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits, [..., vocabulary]."""
+        found: Tensor = self._embedding(hidden)
+        return found.float()
+
+    def reset(self, seed: int) -> None:
+        """Make the adapter anew: A is drawn from ``seed`` as PEFT draws it, B is zero. There are no gradients."""
+        torch.manual_seed(seed)
+        for _, layer in self.layers():
+            layer.reset_lora_parameters(_ADAPTER, True)
+        for p in self.parameters:
+            p.grad = None
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """Yield the base model's name and the module of each adapted layer."""
+        for name, module in self.model.named_modules():
+            if hasattr(module, "reset_lora_parameters"):
+                yield name.removeprefix("base_model.model."), module
+
+    @torch.no_grad()
+    def start_in(self, used: dict[str, Tensor]) -> None:
+        """Remove from each A the directions ``used`` [in, n] (orthonormal or zero). Its rows keep their lengths."""
+        for name, layer in self.layers():
+            a, directions = layer.lora_A[_ADAPTER].weight, used[name]
+            rest = a - (a @ directions) @ directions.T
+            a.copy_(rest * (a.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)))
+
+    def _mask(self, width: int) -> Tensor:
+        """Return the causal mask, [1, 1, width, width]. Given one, Transformers reads no values of the inputs."""
+        if width not in self._masks:
+            blocked = torch.full((width, width), torch.finfo(self._dtype).min, dtype=self._dtype, device=self.device)
+            self._masks[width] = blocked.triu(1)[None, None]
+        return self._masks[width]
+
+    @torch.no_grad()
+    def _check(self, base: Any) -> None:
+        ids = torch.arange(1, 9, device=self.device)[None]
+        expected = base(input_ids=ids, use_cache=False).logits.float()
+        found = self.logits(self.hidden(ids))
+        if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"the logits of {type(base).__name__} are not the output embedding of its last hidden state (they may "
+                "be scaled or capped); choose another model"
+            )
+
+
+def answer_loss(model: Language, batch: Batch, unit: str) -> Tensor:
+    """Return the loss of the answers in nats.
+
+    Args:
+        unit: "token" for the mean over answer tokens, "row" for the sum over an answer's tokens, mean over rows.
+    """
+    ids, positions, targets = batch
+    hidden = model.hidden(ids)
+    chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+    total = nn.functional.cross_entropy(
+        model.logits(chosen).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total / (len(ids) if unit == "row" else (targets != -100).sum())
+
+
+def token_loss(model: Language, ids: Tensor) -> Tensor:
+    """Return the mean loss of the tokens ``ids`` [rows, width] in nats."""
+    logits = model.logits(model.hidden(ids)[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def kl(model: Language, hidden: Tensor, start: Tensor) -> Tensor:
+    """Return KL(start || now) in nats, mean over positions, of the predictions of hidden states [positions, size]."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for now, before in zip(hidden.split(_CHUNK), start.split(_CHUNK), strict=True):
+        now, before = (model.logits(part).log_softmax(-1) for part in (now, before))
+        total = total + (before.exp() * (before - now)).sum()
+    return total / len(hidden)
+
+
+class Gradient:
+    """Compute gradients of losses of static shapes. On CUDA each loss is captured once as a CUDA graph and replayed.
+
+    A graph is kept only if its gradient equals that of the loss itself. Otherwise, and on other devices, the loss is
+    differentiated at every call.
+    """
+
+    def __init__(self, model: Language, *, graphs: bool = True) -> None:
+        self._model = model
+        self._graphs = graphs and model.device.type == "cuda"
+        self._captured: dict[object, tuple[Any, list[Tensor], list[Tensor | None]]] = {}
+
+    def __call__(self, key: object, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        """Set ``p.grad`` of the adapter's parameters to the gradient of ``loss(*inputs)``.
+
+        Args:
+            key: what the loss depends on, except its inputs and the parameters. Inputs of another shape are another
+                graph.
+        """
+        key = _with_shapes(key, inputs)
+        self._capture(key, loss, inputs)
+        if not self._graphs:
+            self._clear()
+            loss(*inputs).backward()
+            return
+        graph, buffers, gradients = self._captured[key]
+        for buffer, part in zip(buffers, inputs, strict=True):
+            buffer.copy_(part, non_blocking=True)
+        for p, gradient in zip(self._model.parameters, gradients, strict=True):
+            p.grad = gradient
+        graph.replay()
+
+    def prepare(self, key: object, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        """Capture the loss, if that is not done."""
+        self._capture(_with_shapes(key, inputs), loss, inputs)
+
+    def _capture(self, key: object, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        if not self._graphs or key in self._captured:
+            return
+        buffers = [part.clone() for part in inputs]
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._clear()
+                    loss(*buffers).backward()
+            torch.cuda.current_stream().wait_stream(stream)
+            expected = self._flat().clone()
+            self._clear()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss(*buffers).backward()
+            graph.replay()
+            error = float((self._flat() - expected).norm() / expected.norm())
+            if not error < 0.05:
+                raise RuntimeError(f"the gradient of the graph differs by {error:.2g}")
+            self._captured[key] = graph, buffers, [p.grad for p in self._model.parameters]
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph: {error}", stacklevel=3)
+            self._graphs = False
+            self._clear()
+
+    def _clear(self) -> None:
+        for p in self._model.parameters:
+            p.grad = None
+
+    def _flat(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self._model.parameters if p.grad is not None])
+
+
+def _with_shapes(key: object, inputs: Sequence[Tensor]) -> object:
+    return key, tuple(tuple(part.shape) for part in inputs)

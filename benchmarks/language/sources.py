@@ -1,0 +1,183 @@
+"""Files that runs share: structured sources of the model, and text that the model writes itself."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import gradguide.sources.structured
+from benchmarks.language.data import WINDOW, Texts, padded
+from benchmarks.language.model import Language
+from gradguide import StructuredSource
+from gradguide.integrations.sampling import own_text, sampled_loss
+from gradguide.sources.structured.factors import Factor, LayerFactors
+from gradguide.utils.atomic import atomic_write
+
+__all__ = ["TOKENS", "UNUSED", "WHOLE", "OwnText", "Sources", "Spec", "digest"]
+
+TOKENS = 20 * 1024
+"""Default number of tokens of source text."""
+UNUSED = 64
+"""Dimensions of the space that a layer's source inputs hardly use."""
+_SHARE = 160  # one window of encyclopedia for this many tokens, and three answers for four windows
+_BATCH = 8
+_WRITING = 64  # sequences that the model writes at once
+
+
+class OwnText(NamedTuple):
+    """Text that the model writes itself."""
+
+    tokens: int
+
+
+class Spec(NamedTuple):
+    """What a structured source depends on, except the model.
+
+    text: "real" (encyclopedia and answered instructions) or "own".
+    tokens: approximate number of tokens.
+    rank: rank of the factors; None for whole ones.
+    """
+
+    text: str
+    tokens: int
+    rank: int | None
+
+    @property
+    def needs(self) -> frozenset[OwnText]:
+        """The files that it is captured from."""
+        return frozenset({OwnText(self.tokens)} if self.text == "own" else ())
+
+
+WHOLE = Spec("real", TOKENS, None)
+"""The source whose inputs say which directions are hardly used."""
+
+
+def digest(model: str, data: Path, device: torch.device) -> str:
+    """Return a digest of all that the files depend on: model, data, device type and the code that captures."""
+    folders = [Path(model), data / "wikitext2", data / "seed_tasks"]
+    found = hashlib.blake2b(f"{model if not folders[0].is_dir() else ''} {device.type}".encode(), digest_size=5)
+    for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+        found.update(f"{path.name} {path.stat().st_size}".encode())
+    for path in sorted(Path(gradguide.sources.structured.__path__[0]).glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+class Sources:
+    """Makes and reads the shared files of one model.
+
+    Args:
+        cache: folder of the files.
+        key: see :func:`digest`; part of the files' names.
+    """
+
+    def __init__(self, model: Language, texts: Texts, tokenizer: Any, cache: Path, key: str) -> None:
+        self._model = model
+        self._texts = texts
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._key = key
+        self._loaded: dict[object, Any] = {}
+
+    def make(self, wanted: Spec | OwnText) -> None:
+        """Write the file, unless it is there."""
+        path = path_of(wanted, self._cache, self._key)
+        if path.exists():
+            return
+        self._model.reset(0)  # B is zero, so that the model is the base model
+        if isinstance(wanted, OwnText):
+            written = own_text(
+                self._model.model, self._tokenizer, tokens=wanted.tokens, length=WINDOW, batch_size=_WRITING
+            )
+            with atomic_write(path) as temporary:
+                save_file({"ids": torch.cat([batch["input_ids"] for batch in written]).cpu()}, temporary)
+            return
+        batches = list(self._batches(wanted))
+        StructuredSource.capture(self._model.model, batches, sampled_loss, rank=wanted.rank).save(path)
+
+    def windows(self, text: str) -> Tensor:
+        """Return source text, "real" or "own", for losses: int64 [windows, 96] on the model's device."""
+        if text == "real":
+            found = self._texts.windows("capture", TOKENS // _SHARE)
+        else:
+            found = load_file(path_of(OwnText(TOKENS), self._cache, self._key))["ids"]
+        return found.to(self._model.device)
+
+    def source(self, spec: Spec, rest: str, floor: float) -> StructuredSource:
+        """Return a source on the model's device.
+
+        Args:
+            rest: what is kept of the spectrum beyond the rank: "diag" (a diagonal), "mean" (a multiple of the
+                identity) or "none".
+        """
+        if (spec, rest) not in self._loaded:
+            held = StructuredSource.load(path_of(spec, self._cache, self._key))
+            layers = {name: self._changed(factors, rest) for name, factors in held._layers.items()}
+            self._loaded[spec, rest] = StructuredSource(layers, held.metadata)
+        source: StructuredSource = copy.copy(self._loaded[spec, rest])
+        source.floor = floor
+        return source
+
+    def used(self) -> dict[str, Tensor]:
+        """Return an orthonormal basis of what source inputs use, by layer: all but the 64 least used directions."""
+        if "used" not in self._loaded:
+            held = StructuredSource.load(path_of(WHOLE, self._cache, self._key))
+            self._loaded["used"] = {
+                name: _leading(factors.inputs.to(self._model.device)) for name, factors in held._layers.items()
+            }
+        found: dict[str, Tensor] = self._loaded["used"]
+        return found
+
+    def _batches(self, spec: Spec) -> Iterator[dict[str, Tensor]]:
+        device = self._model.device
+        if spec.text == "own":
+            ids = load_file(path_of(OwnText(spec.tokens), self._cache, self._key))["ids"]
+        else:
+            ids = self._texts.windows("capture", max(1, spec.tokens // _SHARE))
+        for part in ids.split(_BATCH):
+            yield {"input_ids": part.to(device), "attention_mask": torch.ones_like(part).to(device)}
+        if spec.text == "own":
+            return
+        pairs = self._texts.answers("capture", max(1, spec.tokens // _SHARE * 3 // 4))
+        for first in range(0, len(pairs), _BATCH):
+            chosen = pairs[first : first + _BATCH]
+            part = padded(chosen).ids
+            column = torch.arange(part.shape[1])
+            lengths = torch.tensor([[len(pair.prompt), len(pair.prompt) + len(pair.answer)] for pair in chosen])
+            inside = column < lengths[:, 1:]
+            labels = torch.where(inside & (column >= lengths[:, :1]), part, -100)
+            batch = {"input_ids": part, "attention_mask": inside.long(), "labels": labels}
+            yield {name: value.to(device) for name, value in batch.items()}
+
+    def _changed(self, factors: LayerFactors, rest: str) -> LayerFactors:
+        inputs, outputs = (_with_rest(f, rest).to(self._model.device) for f in (factors.inputs, factors.outputs))
+        return LayerFactors(inputs, outputs, factors.scale, factors.anchor)
+
+
+def path_of(wanted: Spec | OwnText, cache: Path, key: str) -> Path:
+    """Return the path of a shared file."""
+    if isinstance(wanted, OwnText):
+        return cache / f"text-{key}-{wanted.tokens}.safetensors"
+    return cache / f"source-{key}-{wanted.text}-{wanted.tokens}-{wanted.rank or 'whole'}.safetensors"
+
+
+def _with_rest(factor: Factor, rest: str) -> Factor:
+    if rest == "diag":
+        return factor
+    if rest == "none":
+        return Factor(factor.basis, torch.zeros_like(factor.rest))
+    return Factor(factor.basis, factor.rest.mean(-1, keepdim=True).expand_as(factor.rest).contiguous())
+
+
+def _leading(inputs: Factor) -> Tensor:
+    """Return the leading eigenvectors of a whole S, [in, in - 64] (at least one). Those of eigenvalue 0 are zero."""
+    basis = inputs.basis[:, : max(1, inputs.size - UNUSED)]
+    lengths = basis.norm(dim=0)
+    return torch.where(lengths > 1e-6 * lengths[0], basis / lengths, 0.0)

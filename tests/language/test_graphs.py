@@ -1,0 +1,36 @@
+"""Losses captured as CUDA graphs have the gradients of the losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.language.data import Batch, Pair, padded
+from benchmarks.language.model import Gradient, Language, answer_loss
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_captured_loss_has_the_gradient_of_the_loss(folder: Path) -> None:
+    device = torch.device("cuda")
+    model = Language(folder, device)
+    model.reset(0)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return answer_loss(model, Batch(*inputs), "token")
+
+    captured, plain = Gradient(model), Gradient(model, graphs=False)
+    batches = [padded([Pair([5, 6, 7, first], [8, 9])] * 4, width=16, answer=4).to(device) for first in (3, 9, 11)]
+    optimizer = torch.optim.AdamW(model.parameters, lr=1e-2)
+    for batch in batches:
+        found = []
+        for gradient in (plain, captured):
+            gradient("label", loss, batch)
+            found.append([p.grad.clone() for p in model.parameters if p.grad is not None])
+        assert captured._captured  # it did not fall back
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
+        optimizer.step()  # replays use the parameters as they are

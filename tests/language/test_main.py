@@ -1,0 +1,34 @@
+"""The command from end to end, with worker processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.language import grid
+from benchmarks.language.__main__ import main
+
+
+def test_an_estimate_makes_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.csv"
+    options = ["--full", "--estimate", "--model", "none", "--data", "none", "--out", str(out)]
+    assert main(options) == 0
+    assert "864 of 864 runs are left" in capsys.readouterr().out
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_grid_is_resumed(
+    folder: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.csv"
+    options = ["--quick", "--model", str(folder), "--data", str(sets), "--out", str(out), "--jobs", "2",
+               "--cache", str(tmp_path / "cache")]  # fmt: skip
+    assert main([*options, "--deadline", "0"]) == 0
+    assert not grid.done(out)
+    assert main([*options, "--only", "clip"]) == 0
+    assert "1 of 1 runs are left" in capsys.readouterr().out
+    assert main(options) == 0
+    assert "1 of 2 runs are left" in capsys.readouterr().out
+    assert grid.done(out) == set(grid.quick())

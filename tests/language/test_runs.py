@@ -1,0 +1,123 @@
+"""Runs of every method on a tiny model: what they train on, that they repeat, and what they measure."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.language import grid
+from benchmarks.language.data import Batch, Pair, padded
+from benchmarks.language.grid import Run
+from benchmarks.language.measures import accuracy
+from benchmarks.language.methods import needs, parse
+from benchmarks.language.model import answer_loss
+from benchmarks.language.run import Settings, Suite
+from benchmarks.language.sources import Spec
+
+_RUN = Run(target="subj", shots=2, steps=2, method="clip", lr=1e-2, seed=0)
+_METHODS = list(dict.fromkeys(run.method for run in grid.research()))
+
+
+@pytest.fixture(scope="module")
+def suite(folder: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    cache = tmp_path_factory.mktemp("cache")
+    made = Suite(Settings(model=str(folder), data=sets, cache=cache, threads=1))
+    files = {file for method in _METHODS for file in needs(parse(method))}
+    with warnings.catch_warnings():
+        # Transformers has renamed an argument of which own_text takes the earlier name.
+        warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+        for file in sorted(files, key=lambda file: isinstance(file, Spec)):
+            made(file)
+    return made
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_every_method_of_the_grid_trains(suite: Suite, method: str) -> None:
+    row = suite(replace(_RUN, method=method))
+    assert all(math.isfinite(row[name]) for name in ("target_accuracy", "target_loss", "drift", "drift_answers"))
+    assert row["drift"] > 0
+    assert (row["modelled_drift"] is not None) == method.startswith("structured")
+    assert row["rows"] == 20
+    moved = any(bool(p.detach().any()) for p in suite.model.lora_b)
+    assert moved
+
+
+def test_a_run_repeats_whatever_ran_before(suite: Suite) -> None:
+    def measured(run: Run) -> dict[str, float]:
+        return {name: value for name, value in suite(run).items() if not name.startswith("seconds")}
+
+    first = {method: measured(replace(_RUN, method=method)) for method in ("clip", "structured")}
+    suite(replace(_RUN, method="null", seed=3))
+    assert {method: measured(replace(_RUN, method=method)) for method in first} == first
+    assert measured(replace(_RUN, seed=1)) != first["clip"]
+
+
+def test_the_adapter_starts_anew_as_peft_makes_it(suite: Suite) -> None:
+    suite(_RUN)
+    suite.model.reset(5)
+    a = torch.cat([p.detach().flatten() for name, p in suite.model.named if ".lora_A." in name])
+    assert not any(bool(p.any()) for p in suite.model.lora_b)
+    assert all(p.grad is None and p.requires_grad for p in suite.model.parameters)
+    assert 0 < float(a.abs().max()) <= 1 / math.sqrt(32)  # kaiming_uniform(a=sqrt(5)) is uniform in 1 / sqrt(in)
+    suite.model.reset(5)
+    again = torch.cat([p.detach().flatten() for name, p in suite.model.named if ".lora_A." in name])
+    assert torch.equal(a, again)
+
+
+def test_training_moves_away_from_the_base_model_and_a_reset_returns_to_it(suite: Suite) -> None:
+    suite(replace(_RUN, steps=10))
+    assert suite._drift()["drift"] > 0
+    suite.model.reset(1)
+    assert suite._drift() == {"drift": 0.0, "drift_answers": 0.0}
+
+
+def test_padding_does_not_change_the_loss_of_the_answers(suite: Suite) -> None:
+    pairs = [Pair([5, 6, 7], [8, 9]), Pair([9, 8, 7, 6, 5], [10])]
+    expected = []
+    for prompt, answer in pairs:
+        logits = suite.model.model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        expected.append([-logits[len(prompt) + i - 1, token] for i, token in enumerate(answer)])
+    batch = padded(pairs, width=16, answer=4)
+    total = sum(sum(losses) for losses in expected)
+    for unit, count in (("row", 2), ("token", 3)):
+        torch.testing.assert_close(answer_loss(suite.model, Batch(*batch), unit), total / count)
+
+
+def test_accuracy_chooses_the_likeliest_label(suite: Suite) -> None:
+    suite(replace(_RUN, steps=20))
+    target = suite._target(_RUN)
+    right, losses = 0, []
+    for prompt, gold in target.test[:20]:
+        scores = []
+        for label in target.labels:
+            logits = suite.model.model(input_ids=torch.tensor([prompt + label])).logits[0].log_softmax(-1)
+            scores.append(-sum(float(logits[len(prompt) + i - 1, token].detach()) for i, token in enumerate(label)))
+        means = [score / len(label) for score, label in zip(scores, target.labels, strict=True)]
+        right += means.index(min(means)) == gold
+        losses.append(scores[gold])
+    found = accuracy(suite.model, target, suite._size)
+    assert found["target_accuracy"] == pytest.approx(right / 20)
+    assert found["target_loss"] == pytest.approx(sum(losses) / 20, rel=1e-4)
+
+
+def test_a_start_in_the_unused_space_keeps_its_length(suite: Suite) -> None:
+    suite.model.reset(0)
+    before = {name: p.detach().clone() for name, p in suite.model.named}
+    used = suite.sources.used()
+    suite.model.start_in(used)
+    for name, layer in suite.model.layers():
+        a = layer.lora_A["default"].weight
+        torch.testing.assert_close(a @ used[name], torch.zeros(len(a), used[name].shape[1]), rtol=0, atol=1e-6)
+    for name, p in suite.model.named:
+        torch.testing.assert_close(p.norm(dim=1), before[name].norm(dim=1))
+
+
+@pytest.mark.parametrize("text", ["nothing", "clip rank=3", "structured rank", "structured tree=1"])
+def test_an_unknown_method_or_option_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="found"):
+        parse(text)
