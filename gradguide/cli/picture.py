@@ -34,6 +34,7 @@ def draw_drift(drift: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
     if all(value > 0 for points in lines.values() for _, value in points):
         axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("modelled drift, nats per token" if structured else "modelled rise of the loss, nats")
     axes.set_title(f"{os.path.basename(drift['path'])}: {drift[key]:.4g} in total", fontsize=10)  # noqa: PTH119
