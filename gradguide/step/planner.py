@@ -115,7 +115,8 @@ class StepPlanner:
         fused = ops.is_fused(self._backend, device)
         tensors = [tensor for bucket in buckets for tensor in (*bucket.gradients, *bucket.values)]
         error = rounding(fused, device, tensors, sharded=ranks.sharded)
-        largest = min(torch.finfo(dtype).max for dtype in set(map(DTYPE, tensors)))
+        # With all trained parameters, so that ranks agree that lack different gradients.
+        largest = min(torch.finfo(dtype).max for dtype in set(map(DTYPE, (*tensors, *trained))))
         return StepPlan(buckets, list(labels), sources, device, ranks, backends, fused, error, largest)
 
     def check_ranks(self, base: Optimizer) -> list[Tensor]:
