@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.harness import versions
@@ -24,6 +25,8 @@ from benchmarks.language.sources import OwnText, Spec, digest, path_of
 RESULTS = Path(__file__).parent.parent / "results"
 _SECONDS = {"cpu": 150.0, "cuda": 2.0}
 """Approximate seconds of a run of 40 steps of SmolLM2-135M: on two CPU cores, or alone on a GPU."""
+_MEMORY = 9 * 2**30
+"""Bytes that a worker may take on a GPU. 8 GB were seen; 12 workers on 80 GB ran out of memory."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,10 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     about = {**versions(), "threads": str(settings.threads)}
     until = None if options.deadline is None else begun + options.deadline
+    jobs = options.jobs
+    if device.type == "cuda":
+        jobs = max(1, min(jobs, torch.cuda.mem_get_info()[0] // _MEMORY))
+        print(f"{jobs} workers")
     failed = 0
     with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:
-        for run, measured in make_rows(left, settings, options.jobs, until):
-            grid.append(out, run, {**measured, "jobs": options.jobs}, about)
+        for run, measured in make_rows(left, settings, jobs, until):
+            grid.append(out, run, {**measured, "jobs": jobs}, about)
             failed += "error" in measured
             bar.set_postfix(failed=failed)
             bar.update()

@@ -64,14 +64,14 @@ def compared(rows: pd.DataFrame) -> str:
         line = [method, f"{len(accuracy)}", f"{rates}"]
         line += [
             f"{accuracy[method].mean():.1f}",
-            "" if method == BASE else _shown(difference(accuracy, method, BASE), 1),
+            "" if method == BASE or len(accuracy) < 2 else _shown(difference(accuracy, method, BASE), 1),
         ]
         line.append(_shown(_against_best(both, method, accuracy.index), 1))
         for column in list(_COLUMNS)[1:]:
             found = values[column]
             line.append(f"{found[method].mean():.3f}")
             if column == "drift":
-                line.append("" if method == BASE else _shown(difference(found, method, BASE), 3))
+                line.append("" if method == BASE or len(found) < 2 else _shown(difference(found, method, BASE), 3))
         mine = rows[rows["method"] == method]
         line.append(f"{mine.groupby('lr')['drift'].mean().max():.3f}")
         line.append(f"{mine['modelled_drift'].mean():.3f}" if mine["modelled_drift"].notna().any() else "")

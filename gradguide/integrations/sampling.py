@@ -45,7 +45,7 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     if number == 0:
         raise ValueError("no position of the batch counts: its labels are all -100, or its attention mask all 0")
     chosen = logits[used.to(logits.device)].float()
-    drawn = torch.distributions.Categorical(logits=chosen.detach()).sample()
+    drawn = torch.multinomial(chosen.detach().softmax(-1), 1).squeeze(-1)
     return nn.functional.cross_entropy(chosen, drawn), number
 
 

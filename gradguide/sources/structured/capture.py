@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.distributed.layouts import is_distributed, layout_of
+from gradguide.ops.tensors import wide_dtype
 from gradguide.sources.base_model import base_of
 from gradguide.sources.structured.factors import Covariance
 from gradguide.sources.structured.layers import Layer
@@ -35,7 +36,7 @@ class LayerStatistics:
         self.inputs = inputs
         self.outputs = Covariance(layer.shape[0], rank, device)
         # Number of input rows, and the sum of squares of the output.
-        self.scalars = torch.zeros(2, dtype=torch.float64, device=device)
+        self.scalars = torch.zeros(2, dtype=wide_dtype(device), device=device)
 
 
 class _Batch:
@@ -43,6 +44,8 @@ class _Batch:
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
+        # Indices of the tokens in the mask by device, None if all are. Found once, because that synchronizes.
+        self.tokens: dict[torch.device, Tensor | None] = {}
         self.gradients: list[tuple[LayerStatistics, Tensor]] = []
 
 
@@ -84,13 +87,12 @@ class _Recorder:
                 output = output.detach().requires_grad_()
             found = self._statistics_of(layer, layer_input)
             with torch.no_grad():
-                mask = self._rows(layer_input)
+                tokens = self._rows(layer_input)
                 if self.shared[layer.name] == layer.name:
-                    found.inputs.add(_flat(layer_input, mask))
-                rows = _flat(output.detach(), mask)
-                found.scalars += torch.stack(
-                    [rows.new_tensor(rows.shape[0], dtype=torch.float64), rows.double().square().sum()]
-                )
+                    found.inputs.add(_flat(layer_input, tokens))
+                rows = _flat(output.detach(), tokens)
+                found.scalars[0] += rows.shape[0]
+                found.scalars[1] += torch.linalg.vector_norm(rows, dtype=found.scalars.dtype).square()
             output.register_hook(lambda gradient: self.batch.gradients.append((found, gradient.detach())))
             return output if started else None
 
@@ -100,7 +102,7 @@ class _Recorder:
         """Add the output gradients of the backward pass. The loss was the mean over ``predictions``."""
         for found, gradient in self.batch.gradients:
             # Gradient of the summed loss. The sum of d d^T is divided by the number of predictions at the end.
-            found.outputs.add(gradient.reshape(-1, gradient.shape[-1]).float() * predictions)
+            found.outputs.add(gradient.reshape(-1, gradient.shape[-1]), weight=float(predictions) ** 2)
         self.batch.gradients.clear()
 
     def _statistics_of(self, layer: Layer, layer_input: Tensor) -> LayerStatistics:
@@ -123,10 +125,13 @@ class _Recorder:
         self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
 
     def _rows(self, layer_input: Tensor) -> Tensor | None:
-        mask = self.batch.mask
+        mask, tokens, device = self.batch.mask, self.batch.tokens, layer_input.device
         if mask is None or layer_input.shape[:-1] != mask.shape:
             return None
-        return mask.bool().reshape(-1).to(layer_input.device)
+        if device not in tokens:
+            used = mask.reshape(-1).nonzero().squeeze(1)
+            tokens[device] = None if len(used) == mask.numel() else used.to(device)
+        return tokens[device]
 
 
 def capture_statistics(
@@ -272,10 +277,10 @@ def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
         )
 
 
-def _flat(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows [tokens, n] in float32, without padding."""
-    rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
-    return rows if mask is None else rows[mask]
+def _flat(tensor: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return the rows [tokens, n] in float32, of all tokens or those with the given indices."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    return (rows if tokens is None else rows.index_select(0, tokens)).float()
 
 
 def _count_predictions(gradients: Sequence[tuple[LayerStatistics, Tensor]]) -> int:

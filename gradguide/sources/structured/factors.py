@@ -162,11 +162,11 @@ class Covariance:
         self.sums = torch.zeros(size, columns, device=device)
         self.diagonal = torch.zeros(size, device=device)
 
-    def add(self, rows: Tensor) -> None:
-        """Add the vectors ``rows`` [m, n]."""
+    def add(self, rows: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the products of the vectors ``rows`` [m, n]."""
         rows = rows.to(self.sums.dtype)
-        self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test)
-        self.diagonal += rows.square().sum(0)
+        self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test, alpha=weight)
+        self.diagonal.add_(rows.square().sum(0), alpha=weight)
 
     def factor(self, scale: float) -> Factor:
         """Return the factor of ``scale`` times the sum."""
