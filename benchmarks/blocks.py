@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from benchmarks.few_shot import goals, report, results
+from benchmarks.harness import BASELINE
 from benchmarks.markdown import table
 
 __all__ = ["BLOCKS"]
@@ -96,12 +97,12 @@ def step() -> str:
     return table(heads, lines) + side_by_side(first)
 
 
-def gpu_step() -> str:
+def gpu_step(device: str, folder: str, files: Sequence[str]) -> str:
     """Return time over that of the baseline of each provider and set on a GPU, and the share of a training step."""
-    rows = pd.concat([read("h200/step-lora.csv"), read("h200/step-whole.csv")])
+    rows = pd.concat([read(f"{folder}/{name}.csv") for name in files])
     # On large sets the baseline is timed anew beside each provider.
     rows = rows[rows["unit"] == "ratio"].drop_duplicates(["provider", "benchmark"])
-    training = read("h200/training.csv")
+    training = read(f"{folder}/training.csv")
     shares = training[training["unit"] == "%"].set_index("provider")
     sets, found = rows["benchmark"].unique(), rows.set_index(["provider", "benchmark"])
     lines = [
@@ -113,9 +114,20 @@ def gpu_step() -> str:
         for name in rows["provider"].unique()
     ]
     first = rows.iloc[0]
-    return table(["on an H200", *sets, "share of a training step"], lines) + side_by_side(
-        first, f" of {first['metric']}"
-    )
+    return table([device, *sets, "share of a training step"], lines) + side_by_side(first, f" of {first['metric']}")
+
+
+def training() -> str:
+    """Return what guiding adds to a training step on a GPU, and the time of capturing a structured source."""
+    rows = pd.concat([read("h100/training.csv"), read("h100/training-8b.csv")])
+    found, steps = rows.set_index(["provider", "metric", "benchmark"]), rows["benchmark"].unique()
+    metrics = {"share of the step that guiding adds": "%", "capture / forward and backward": ""}
+    lines = [
+        [f"{provider}: {metric}", *(spread(found.loc[(provider, metric, step)], 1, metrics[metric]) for step in steps)]
+        for provider, metric in rows[["provider", "metric"]].drop_duplicates().itertuples(index=False)
+        if metric in metrics and provider != BASELINE
+    ]
+    return table(["on an H100", *steps], lines) + side_by_side(rows.iloc[-1])
 
 
 def kernels() -> str:
@@ -191,7 +203,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "few-shot-goals": lambda: goals.table(results.load(FEW_SHOT, grid=True)),
     "step": step,
     "peers": partial(peers, "peers.csv", "CPU"),
-    "gpu-step": gpu_step,
+    "gpu-step": partial(gpu_step, "on an H200", "h200", ["step-lora", "step-whole"]),
+    "h100-step": partial(gpu_step, "on an H100", "h100", ["step-lora"]),
+    "h100-training": training,
     "gpu-kernels": kernels,
     "gpu-peers": partial(peers, "h200/peers.csv", "an H200"),
     "objective": objective,
