@@ -15,6 +15,7 @@ from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_dtype
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
+from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Bucket, Label
 from gradguide.step.ranks import Ranks
 
@@ -32,6 +33,7 @@ class PlanCache:
     """Values computed once per plan and discarded with it.
 
     metadata: metadata of lists of the base's state and of sources.
+    stored: the row of each stored source and bucket, whose tables never change.
     directions: the running directions of each bucket.
     snapshots: memory for a copy of each bucket's parameters.
     positions (Tensor): indices into the scopes' statistics.
@@ -40,6 +42,7 @@ class PlanCache:
     """
 
     metadata: MetadataCache = field(default_factory=MetadataCache)
+    stored: dict[tuple[int, int], Row] = field(default_factory=dict)
     directions: list[TensorList] | None = None
     snapshots: list[TensorList] | None = None
     positions: Tensor | None = None
@@ -167,11 +170,20 @@ class StepPlan:
             return [None] * len(sources)
         found: list[Row | None] = []
         for index, source in enumerate(sources):
-            row = source.row(bucket.names, at)
-            key = stage, index, bucket.positions[0]
-            parts = {
-                name: part if part is None or part is at else self.cache.metadata.of((*key, name), part)
-                for name, part in zip(("offset", "scale", "anchor"), (row.offset, row.scale, row.anchor), strict=True)
-            }
-            found.append(replace(row, **parts))
+            place = index, bucket.positions[0]
+            row = self.cache.stored.get(place)
+            if row is None:
+                row = self._with_metadata(source.row(bucket.names, at), (stage, *place), at)
+                if type(source).row is SourceGradient.row:
+                    self.cache.stored[place] = row
+            elif row.at is not None:
+                row = replace(row, at=at)
+            found.append(row)
         return found
+
+    def _with_metadata(self, row: Row, key: tuple[Any, ...], at: Sequence[Tensor]) -> Row:
+        parts = {
+            name: part if part is None or part is at else self.cache.metadata.of((*key, name), part)
+            for name, part in zip(("offset", "scale", "anchor"), (row.offset, row.scale, row.anchor), strict=True)
+        }
+        return replace(row, **parts)

@@ -19,9 +19,9 @@ from gradguide.ops.tensors import same_objects
 __all__ = ["Signature"]
 
 _READERS: tuple[Any, ...] = (
-    type, attrgetter("layout"), attrgetter("shape"), Tensor.stride, attrgetter("dtype"), Tensor.get_device,
-    Tensor.is_neg,
+    type, attrgetter("shape"), Tensor.stride, attrgetter("dtype"), Tensor.get_device, Tensor.is_neg,
 )  # fmt: skip
+"""A layout needs no reader: sparse gradients have no address, and a parameter cannot change its layout."""
 
 
 class Signature:

@@ -2,7 +2,7 @@
 
 - ``source``: :class:`gradguide.StructuredSource`. Start here.
 - ``layers``: finds linear layers and adapters.
-- ``capture``: accumulates statistics of the layers over source text.
+- ``capture``, ``recorder``: accumulate statistics of the layers over source text.
 - ``factors``: S and G in low rank.
 - ``binding``, ``pull``, ``rows``: the gradient with respect to a model's parameters.
 - ``storage``: files.

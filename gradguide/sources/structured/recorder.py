@@ -1,0 +1,142 @@
+"""Hooks that record what linear layers receive and what their outputs are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradguide.distributed.layouts import layout_of
+from gradguide.ops.tensors import wide_dtype
+from gradguide.sources.structured.factors import Covariance
+from gradguide.sources.structured.layers import Layer
+
+__all__ = ["LayerStatistics", "Recorder"]
+
+
+class LayerStatistics:
+    """Running sums of one layer.
+
+    inputs: sum of ``x x^T`` over tokens. Layers with the same input share it.
+    outputs: sum of ``d d^T``, where d is the gradient of the summed loss at the layer's output.
+    """
+
+    def __init__(self, layer: Layer, rank: int | None, inputs: Covariance, device: torch.device) -> None:
+        self.inputs = inputs
+        self.outputs = Covariance(layer.shape[0], rank, device)
+        # Number of input rows, and the sum of squares of the output.
+        self.scalars = torch.zeros(2, dtype=wide_dtype(device), device=device)
+
+
+class _Batch:
+    """State of the batch in progress."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        # Indices of the tokens in the mask by device, None if all are. Found once, because that synchronizes.
+        self.tokens: dict[torch.device, Tensor | None] = {}
+        self.gradients: list[tuple[LayerStatistics, Tensor]] = []
+
+
+class Recorder:
+    """Hooks that add a batch's inputs and output gradients to the layers' statistics."""
+
+    def __init__(self, layers: Sequence[Layer], rank: int | None) -> None:
+        self.layers = layers
+        self.rank = rank
+        self.statistics: dict[str, LayerStatistics] = {}
+        self.shared: dict[str, str] = {}
+        self.batch = _Batch()
+        self._last_input: tuple[Tensor, str] | None = None
+
+    def start(self) -> None:
+        """Clear the state of the previous batch."""
+        self.batch = _Batch()
+        self._last_input = None
+
+    def root(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Store the attention mask from the model's arguments."""
+        mask = keywords.get("attention_mask")
+        self.batch.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def embedding(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Make the embeddings require a gradient, because no parameter does."""
+        return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+
+    def hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        """Return the forward hook of a layer."""
+
+        def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None  # the first pass of reentrant checkpointing, which is repeated with gradients
+            layer_input = arguments[0]
+            _check_whole(layer, layer_input, output)
+            started = not output.requires_grad
+            if started:
+                output = output.detach().requires_grad_()
+            found = self._statistics_of(layer, layer_input)
+            with torch.no_grad():
+                tokens = self._rows(layer_input)
+                if self.shared[layer.name] == layer.name:
+                    found.inputs.add(_flat(layer_input, tokens))
+                rows = _flat(output.detach(), tokens)
+                found.scalars[0] += rows.shape[0]
+                found.scalars[1] += torch.linalg.vector_norm(rows, dtype=found.scalars.dtype).square()
+            output.register_hook(lambda gradient: self.batch.gradients.append((found, gradient.detach())))
+            return output if started else None
+
+        return record
+
+    def add_gradients(self, predictions: int) -> None:
+        """Add the output gradients of the backward pass. The loss was the mean over ``predictions``."""
+        for found, gradient in self.batch.gradients:
+            # Gradient of the summed loss. The sum of d d^T is divided by the number of predictions at the end.
+            found.outputs.add(gradient.reshape(-1, gradient.shape[-1]), weight=float(predictions) ** 2)
+        self.batch.gradients.clear()
+
+    def _statistics_of(self, layer: Layer, layer_input: Tensor) -> LayerStatistics:
+        if layer.name not in self.statistics:
+            leader = layer.name
+            if self._last_input is not None and self._last_input[0] is layer_input:
+                leader = self._last_input[1]
+            self.add_layer(layer, leader, layer_input.device)
+        if self.shared[layer.name] == layer.name:
+            self._last_input = layer_input, layer.name
+        return self.statistics[layer.name]
+
+    def add_layer(self, layer: Layer, leader: str, device: torch.device) -> None:
+        """Create the statistics of a layer that has none. It shares the input statistics of ``leader``."""
+        if layer.name in self.statistics:
+            return
+        self.shared[layer.name] = leader
+        shares = leader != layer.name
+        inputs = self.statistics[leader].inputs if shares else Covariance(layer.shape[1], self.rank, device)
+        self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
+
+    def _rows(self, layer_input: Tensor) -> Tensor | None:
+        mask, tokens, device = self.batch.mask, self.batch.tokens, layer_input.device
+        if mask is None or layer_input.shape[:-1] != mask.shape:
+            return None
+        if device not in tokens:
+            used = mask.reshape(-1).nonzero().squeeze(1)
+            tokens[device] = None if len(used) == mask.numel() else used.to(device)
+        return tokens[device]
+
+
+def _flat(tensor: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return the rows [tokens, n] in float32, of all tokens or those with the given indices."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    return (rows if tokens is None else rows.index_select(0, tokens)).float()
+
+
+def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
+    """Raise if this rank computes a part of the layer only, as under tensor parallelism."""
+    sizes = int(output.shape[-1]), int(layer_input.shape[-1])
+    if sizes != layer.shape or layout_of(output) is not None or layout_of(layer_input) is not None:
+        raise ValueError(
+            f"this rank computes outputs and inputs of sizes {sizes} of {layer.name}, whose sizes are {layer.shape}: "
+            "capture under tensor parallelism is not supported. Capture with whole layers (one process, DDP or FSDP2) "
+            "and load the file"
+        )
