@@ -39,6 +39,9 @@ class StructuredSource:
     gradient of that KL with respect to A and B, or W. It depends on D alone, so one file serves every adapter of a base
     model.
 
+    Tokens count as independent. A change of a layer acts on all tokens of a sequence at once, so the true KL is larger:
+    5 to 60 times on SmolLM2-135M (``benchmarks/language/NOTES.md``).
+
     Create it with :meth:`capture` or :meth:`load`. Pass it to :class:`gradguide.Alignment`, and the model to ``names``.
     """
 
