@@ -13,8 +13,8 @@ TOLERANCE = 1e-6
 """Cosines of smaller magnitude are rounding errors of float32 rows, and do not count as conflicts."""
 
 RIDGE = 1e-8
-"""Smallest ridge. It bounds multipliers at 1e4 times the length of x, because rows are combined in float32: the conflict
-that nearly opposite sources leave is then at most 6e-4 of that length."""
+"""Smallest ridge. It bounds multipliers at 1e4 times the length of x, because rows are combined in float32: nearly
+opposite sources then leave a conflict of at most 6e-4 of that length."""
 
 
 def multipliers(sources: Tensor, inner: Tensor, length: Tensor, rounding: float = TOLERANCE) -> Tensor:
