@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide.optimizer import GradGuide
 
-__all__ = ["guided", "unwrap"]
+__all__ = ["guided", "recipe_of", "unwrap"]
 
 
 _P = ParamSpec("_P")
@@ -70,9 +70,15 @@ def _guided_class(base: Callable[..., Optimizer], options: dict[str, Any]) -> ty
     return cast("type[GradGuide]", _GuidedType(name, (GradGuide,), members))
 
 
+def recipe_of(made: object) -> tuple[Callable[..., Optimizer], dict[str, Any]] | None:
+    """Return the base and the options that :func:`guided` made a class from; None for other classes and subclasses."""
+    return vars(made).get("_recipe") if isinstance(made, _GuidedType) else None
+
+
 def _reduce(made: _GuidedType) -> str | tuple[Any, ...]:
     # A subclass of a guided class is pickled by its qualified name.
-    return (_rebuild, vars(made)["_recipe"]) if "_recipe" in vars(made) else made.__qualname__
+    recipe = recipe_of(made)
+    return made.__qualname__ if recipe is None else (_rebuild, recipe)
 
 
 def _rebuild(base: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., GradGuide]:

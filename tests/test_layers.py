@@ -14,7 +14,7 @@ PACKAGE = Path(gradguide.__file__).parent
 LAYERS = (
     ("__main__", "demo", "cli"),
     ("integrations",),
-    ("__init__", "factory"),
+    ("__init__", "factory", "optim"),
     ("optimizer",),
     ("checkpoint", "wrapper"),
     ("regularizer",),

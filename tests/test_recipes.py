@@ -47,4 +47,4 @@ def test_a_recipe_runs_as_it_stands(tmp_path: Path, name: str) -> None:
 
 
 def test_there_is_a_recipe_for_every_stack() -> None:
-    assert set(RECIPES) == {"trainer.py", "accelerate_loop.py", "lightning_module.py", "amp.py", "fsdp.py"}
+    assert set(RECIPES) == {"trainer.py", "accelerate_loop.py", "lightning_module.py", "amp.py", "fsdp.py", "dpo.py"}

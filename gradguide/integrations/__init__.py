@@ -1,9 +1,10 @@
 """Helpers for other libraries, and recipes that the tests run.
 
 - ``peft``: LoRA parameters by name and by layer.
-- ``transformers``: metrics in Trainer's logs.
+- ``transformers``: ``guide(trainer)`` for Trainer and TRL's trainers, and metrics in their logs.
+- ``lightning``: metrics in a module's loggers.
 - ``sampling``: losses and text for :class:`gradguide.StructuredSource`, also exported by ``transformers``.
-- ``lightning``, ``amp`` (mixed precision), ``fsdp`` (FSDP2): a complete script in each docstring.
+- ``amp`` (mixed precision), ``fsdp`` (FSDP2): a complete script in each docstring, as in those above.
 
 Recipes for Trainer and Accelerate are in the README.
 """

@@ -259,7 +259,7 @@ def _check_base_weight(layer: Layer, stored: Tensor | None) -> None:
 
 
 def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) -> Tensor:
-    """Return the captured weight: the present one, or the start of an earlier binding, whichever fits the sample.
+    """Return the captured weight: the start of an earlier binding, or the present one, whichever fits the sample.
 
     Raises:
         ValueError: none of them fits.
@@ -267,14 +267,13 @@ def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) ->
     now = layer.weight.detach()
     if stored is None:
         return earlier[0] if earlier else now.clone()
-    differences = []
-    for weight in (now, *earlier):
+    for weight in (*earlier, now):  # an earlier start is shared, not copied
         found = sample_of(layer, weight)
-        differences.append(len(stored) if found is None else count_differences(stored, found))
-        if differences[-1] == 0:
+        different = len(stored) if found is None else count_differences(stored, found)
+        if different == 0:
             return weight.clone() if weight is now else weight
     raise ValueError(
-        f"the weight of {layer.name} is trained, and it is not the weight at capture: {differences[0]} of "
+        f"the weight of {layer.name} is trained, and it is not the weight at capture: {different} of "
         f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
         "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
     )
