@@ -8,16 +8,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from torch import Tensor, nn
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from gradguide.sources.structured.factors import Factor, LayerFactors
-from tests.sources.structured.problems import adapted, llama, text
+from tests.sources.structured.problems import adapted, llama, spread, text
 
 TARGETS = ["q_proj", "v_proj"]
 ADAPTERS: dict[str, Any] = {
     "DoRA": lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True),
+    "ALora": lambda: peft.LoraConfig(target_modules=TARGETS, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
+    "BdLora": lambda: peft.LoraConfig(target_modules=TARGETS, use_bdlora=BdLoraConfig(TARGETS, nblocks=2)),
+    "Kasa": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, kasa_config=KasaConfig()),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]),
     "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=2),
     "lokr": lambda: peft.LoKrConfig(target_modules=TARGETS, r=2),
@@ -57,6 +61,25 @@ def test_a_trained_copy_of_a_module_has_the_name_of_the_module(source: Structure
     head = StructuredSource.capture(model, text(2), sampled_loss, rank=4, modules=["lm_head"])
     assert head.names() == ["lm_head"]
     assert head.bound(model)._binding.names == {"base_model.model.lm_head.modules_to_save.default.weight"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("modules", [None, ["lm_head"]])
+def test_a_disabled_adapter_is_no_part_of_the_captured_model(modules: list[str] | None) -> None:
+    """The model computes without it and without the copies of modules, so the source is that of the base model."""
+    base, model = llama(1), adapted(llama(1), modules_to_save=["lm_head"])
+    spread(model, 0.1)
+    with model.disable_adapter():  # type: ignore[operator]
+        torch.manual_seed(0)  # for the labels
+        found = StructuredSource.capture(model, text(2), sampled_loss, rank=4, modules=modules)
+    torch.manual_seed(0)
+    wanted = StructuredSource.capture(base, text(2), sampled_loss, rank=4, modules=modules)
+    assert found.names() == wanted.names()
+    assert found.fingerprint() == wanted.fingerprint()
+
+
+def test_trained_tokens_beside_the_layers_do_not_matter(source: StructuredSource) -> None:
+    model = adapted(llama(1), trainable_token_indices=[1, 2])
+    assert StructuredSource.capture(model, text(2), sampled_loss, rank=4).names() == source.names()
 
 
 class Small(nn.Module):
