@@ -156,10 +156,11 @@ class Binding:
         values = {**self._frozen, **parameters}
         pulls: list[Pull] = []
         drifts = []
-        for group in self._groups:
-            found, drift = _pull(group, values)
-            pulls += found
-            drifts.append(drift)
+        with torch.autocast(self._groups[0].floor.device.type, enabled=False):
+            for group in self._groups:
+                found, drift = _pull(group, values)
+                pulls += found
+                drifts.append(drift)
         return self._rows.update(pulls, values), torch.cat(drifts).sum()
 
 

@@ -165,7 +165,8 @@ class Covariance:
     def add(self, rows: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the products of the vectors ``rows`` [m, n]."""
         rows = rows.to(self.sums.dtype)
-        self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test, alpha=weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test, alpha=weight)
         self.diagonal.add_(rows.square().sum(0), alpha=weight)
 
     def factor(self, scale: float) -> Factor:

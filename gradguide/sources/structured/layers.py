@@ -113,12 +113,14 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
             layer, or, if nothing is trained, every layer except the language head.
 
     Raises:
-        ValueError: there is no linear layer, or no layer matches an entry of ``modules``.
+        ValueError: there is no linear layer, ``modules`` is empty, or no layer matches an entry of it.
     """
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer, so there is nothing to capture")
     if modules is not None:
         patterns = [modules] if isinstance(modules, str) else list(modules)
+        if not patterns:
+            raise ValueError("modules must name at least one layer, found none; None selects the default")
         chosen: dict[str, Layer] = {}
         for pattern in patterns:
             matching = {n: layer for n, layer in layers.items() if _matches(n, pattern)}

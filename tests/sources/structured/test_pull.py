@@ -47,6 +47,13 @@ def test_fresh_adapters_of_any_rank(rank: int | None, r: int) -> None:
     checked(source, model)
 
 
+def test_autocast_around_a_step_does_not_change_the_pull(source: StructuredSource) -> None:
+    model = adapted(llama())
+    spread(model, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checked(source, model)
+
+
 def test_an_adapter_trained_before_the_capture_is_pulled_back_to_where_it_was() -> None:
     model = adapted(llama())
     spread(model, 0.05)
