@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -149,7 +149,9 @@ class StructuredSource:
         found = self._layers[layer]
         return found.inputs.dense(), found.outputs.dense()
 
-    def bound(self, model: nn.Module, earlier: Iterable[StructuredSource] = ()) -> StructuredSource:
+    def bound(
+        self, model: nn.Module, earlier: Iterable[StructuredSource] = (), given: Container[str] | None = None
+    ) -> StructuredSource:
         """Return the source for the parameters of ``model`` that change its layers. The factors are shared, not copied.
 
         The pull on a trained weight is relative to the captured weight. So the model must still have the captured
@@ -157,10 +159,11 @@ class StructuredSource:
 
         Args:
             earlier: sources bound to the model before.
+            given: names of the parameters to pull; None means all parameters. Layers without any are left out.
 
         Raises:
             ValueError: a layer has another shape, a trained weight differs from the captured one, or no trained
-                parameter changes any layer.
+                parameter changes any layer. A layer has trained parameters in ``given`` and others that are not.
 
         Warns:
             UserWarning: a trained weight cannot be compared: it was quantised at capture, or ``metadata`` has no entry
@@ -171,7 +174,7 @@ class StructuredSource:
             layers = {name: replace(factors, weight=None) for name, factors in layers.items()}
         bindings = [given._binding for given in (self, *earlier) if given._binding is not None]
         source = copy.copy(self)
-        source._binding = Binding(model, layers, self.floor, bindings)
+        source._binding = Binding(model, layers, self.floor, bindings, given)
         source._rows, source.drift = {}, None
         return source
 
@@ -197,7 +200,8 @@ class StructuredSource:
         """Compute the pull at the current parameters.
 
         Raises:
-            RuntimeError: the source is not bound to a model.
+            RuntimeError: the source is not bound to a model, or a parameter that changes a layer was frozen or in an
+                inactive adapter when it was bound.
         """
         if self._binding is None:
             raise RuntimeError("a structured source needs the model: pass names=model to GradGuide")
