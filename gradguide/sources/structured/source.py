@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -222,13 +223,15 @@ class StructuredSource:
         it also penalises combinations that no single task used.
 
         Raises:
-            ValueError: there is no source, or the weights do not match. Two sources were captured at different weights
-                of a layer; the merged source would have no weight that its pull is relative to.
+            ValueError: there is no source, the weights do not match, or two sources have a layer of different shapes.
+                Two sources were captured at different weights of a layer; the merged source would have no weight that
+                its pull is relative to.
         """
         if not sources:
             raise ValueError("merge needs at least one source, found none")
         given = [1.0 / len(sources)] * len(sources) if weights is None else list(map(float, weights))
-        if len(given) != len(sources) or any(weight < 0 for weight in given) or not any(given):
+        good = len(given) == len(sources) and all(0 <= weight < math.inf for weight in given) and any(given)
+        if not good:
             raise ValueError(f"weights must be {len(sources)} numbers of at least 0, not all 0, found {weights}")
         names = list(dict.fromkeys(name for source in sources for name in source.names()))
         layers = {}
@@ -237,6 +240,10 @@ class StructuredSource:
             total = sum(weight for _, weight in held) or 1.0
             rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
             anchors = [(f.anchor, w / total) for f, w in held if f.anchor is not None]
+            if len({(f.outputs.size, f.inputs.size) for f, _ in held}) > 1:
+                raise ValueError(
+                    f"layer {name} has another shape in some of the sources: they are of other base models"
+                )
             samples = [f.weight for f, _ in held if f.weight is not None]
             if any(count_differences(samples[0], sample) for sample in samples[1:]):
                 raise ValueError(

@@ -123,6 +123,7 @@ GOOD = Factor(torch.ones(3, 1), torch.ones(3))
         (LayerFactors(Factor(torch.ones(3, 1), torch.ones(2)), GOOD, 1.0), "must be .n, rank. and .n."),
         (LayerFactors(Factor(torch.ones(3), torch.ones(3)), GOOD, 1.0), "must be .n, rank. and .n."),
         (LayerFactors(Factor(torch.ones(3, 1), -torch.ones(3)), GOOD, 1.0), "rest of layer must be at least 0"),
+        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(3) * 1j), GOOD, 1.0), "must be finite floating numbers"),
         (LayerFactors(GOOD, GOOD, -1.0), "scale of layer must be in"),
         (LayerFactors(GOOD, GOOD, 1.0, (torch.ones(3, 2), torch.ones(1, 3))), "anchor of layer must be"),
         (LayerFactors(GOOD, GOOD, 1.0, None, torch.ones(4).long()), "must be a list of floating numbers"),
@@ -153,3 +154,16 @@ def test_a_rank_above_the_size_of_a_layer_keeps_it_whole() -> None:
         warnings.simplefilter("error")
         found = StructuredSource.capture(Small(1.0), [torch.randn(4, 3)], square, rank=64)
     assert found._layers["first"].inputs.rank == 3
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0], [-1.0, 1.0], [0.0, 0.0], [1.0]])
+def test_weights_of_a_merge_are_finite_and_not_negative(source: StructuredSource, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights must be 2 numbers of at least 0, not all 0, found"):
+        StructuredSource.merge([source, source], weights)
+
+
+def test_layers_of_different_shapes_do_not_merge() -> None:
+    other = Factor(torch.ones(4, 1), torch.ones(4))
+    sources = [StructuredSource({"layer": LayerFactors(GOOD, each, 1.0)}) for each in (GOOD, other)]
+    with pytest.raises(ValueError, match="layer layer has another shape in some of the sources"):
+        StructuredSource.merge(sources)
