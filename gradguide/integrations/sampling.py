@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,10 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     """Return the mean negative log likelihood of labels drawn from the model, and the number of predictions.
 
     For causal language models, the label of each position is a token drawn from the model's prediction. If the batch
-    has ``labels``, only positions whose next label is not -100 are used; otherwise those in the attention mask. For
-    classifiers (logits [batch, classes]), one class is drawn per row. For masked or token models (logits [batch,
-    tokens, classes] of a model that is not causal), one class is drawn per used position.
+    has ``labels``, only positions whose next label is not -100 are used; otherwise those whose next token is in the
+    attention mask [batch, tokens]. Padding is not used. For classifiers (logits [batch, classes]), one class is drawn
+    per row. For masked or token models (logits [batch, tokens, classes] of a model that is not causal), one class is
+    drawn per used position.
 
     Args:
         model: a Hugging Face model.
@@ -34,13 +36,14 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     labels: Tensor | None = batch.get("labels")
     mask: Tensor | None = batch.get("attention_mask")
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    used = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if logits.dim() > 2 and mask is not None and mask.shape == used.shape:
+        used = seen = mask.bool()
     if logits.dim() > 2 and labels is not None:
         used = labels != -100
-    elif logits.dim() > 2 and mask is not None:
-        used = mask.bool()
     if logits.dim() > 2 and _is_causal(model):
-        logits, used = logits[:, :-1], used[:, 1:]
+        # Padding on the left predicts nothing.
+        logits, used = logits[:, :-1], used[:, 1:] & seen[:, :-1].to(used.device)
     number = int(used.sum())
     if number == 0:
         raise ValueError("no position of the batch counts: its labels are all -100, or its attention mask all 0")
@@ -70,8 +73,12 @@ def own_text(
         Batches for :func:`sampled_loss`: ``input_ids`` and ``attention_mask``, int64 [batch_size, length].
 
     Raises:
-        ValueError: ``tokens`` is less than ``length``.
+        ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2 or ``batch_size`` less than 1.
     """
+    if length < 2:
+        raise ValueError(f"length must be at least 2, because the first token predicts the next, found {length}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     if tokens < length:
         raise ValueError(f"tokens must be at least length={length}, found {tokens}")
     device = next(model.parameters()).device
@@ -114,10 +121,20 @@ def _generate(
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _is_causal(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    kinds = " ".join(getattr(config, "architectures", None) or []) + type(_unwrapped(model)).__name__
-    return "CausalLM" in kinds or "LMHead" in kinds
+def _is_causal(model: nn.Module) -> bool:
+    """Return whether the logits of a position are those of the next token.
+
+    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from.
+    """
+    found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
+    names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
+    names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
+    if not names:
+        return False
+    name, config = names[0]
+    if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
+        return not getattr(config, "is_encoder_decoder", False)
+    return "CausalLM" in name or "LMHead" in name
 
 
 def _unwrapped(model: Any) -> Any:

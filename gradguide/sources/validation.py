@@ -69,7 +69,7 @@ def _matched(
     source: Source, parameters: Mapping[str, Tensor], names: Names, which: str, earlier: Sequence[Source]
 ) -> Source:
     if isinstance(source, StructuredSource):
-        return _bound(source, names, which, earlier)
+        return _bound(source, parameters, names, which, earlier)
     found = source.shapes()
     if found is None:
         return source
@@ -88,14 +88,16 @@ def _matched(
     return source.renamed(pairs) if renamed and isinstance(source, SourceGradient) else source
 
 
-def _bound(source: StructuredSource, names: Names, which: str, earlier: Sequence[Source]) -> StructuredSource:
+def _bound(
+    source: StructuredSource, parameters: Mapping[str, Tensor], names: Names, which: str, earlier: Sequence[Source]
+) -> StructuredSource:
     """Bind a structured source to the model that ``names`` refers to."""
     models = names.models()
     if not models:
         raise ValueError(f"{which}is structured, and needs the model's layers: pass names=model")
     # Trained weights are compared when the source is bound.
     check_base_model(source.metadata, names, which, warn=any(not p.requires_grad for p in names.reachable().values()))
-    return source.bound(models[0], [given for given in earlier if isinstance(given, StructuredSource)])
+    return source.bound(models[0], [each for each in earlier if isinstance(each, StructuredSource)], parameters)
 
 
 def _pairs(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], trained: Iterable[str]) -> dict[str, str]:

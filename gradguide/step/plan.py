@@ -33,7 +33,7 @@ class PlanCache:
     """Values computed once per plan and discarded with it.
 
     metadata: metadata of lists of the base's state and of sources.
-    stored: the row of each stored source and bucket, whose tables never change.
+    stored: the row of each stored source, by id, and bucket. Its tables never change, and the plan holds the source.
     directions: the running directions of each bucket.
     snapshots: memory for a copy of each bucket's parameters.
     positions (Tensor): indices into the scopes' statistics.
@@ -169,12 +169,13 @@ class StepPlan:
         if not bucket.names:
             return [None] * len(sources)
         found: list[Row | None] = []
-        for index, source in enumerate(sources):
-            place = index, bucket.positions[0]
+        for source in sources:
+            # Alignment and regularizer pass different sources, so an index would not identify one.
+            place = id(source), bucket.positions[0]
             row = self.cache.stored.get(place)
             if row is None:
                 row = self._with_metadata(source.row(bucket.names, at), (stage, *place), at)
-                if type(source).row is SourceGradient.row:
+                if _is_stored(type(source)):
                     self.cache.stored[place] = row
             elif row.at is not None:
                 row = replace(row, at=at)
@@ -187,3 +188,8 @@ class StepPlan:
             for name, part in zip(("offset", "scale", "anchor"), (row.offset, row.scale, row.anchor), strict=True)
         }
         return replace(row, **parts)
+
+
+def _is_stored(kind: type[Source]) -> bool:
+    """Return whether the rows of sources of this type do not change between steps, except for the parameters."""
+    return kind.row is SourceGradient.row and kind.refresh is SourceGradient.refresh

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForTokenClassification
 
-from gradguide.integrations.transformers import own_text
+from gradguide.integrations.transformers import own_text, sampled_loss
 from tests.integrations.lora import QUIET
 from tests.sources.structured.problems import VOCABULARY, adapted, gpt2, llama
 
@@ -35,6 +38,17 @@ class Uncached(nn.Module):
     def forward(self, input_ids: Tensor, use_cache: bool = False, past_key_values: None = None) -> SimpleNamespace:
         following = nn.functional.one_hot((input_ids + 1) % VOCABULARY, VOCABULARY)
         return SimpleNamespace(logits=100.0 * following)
+
+
+class Wrapped(nn.Module):
+    """A wrapper without a configuration, as DDP is one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch: Any) -> Any:
+        return self.module(**batch)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, lambda: adapted(llama(1))])
@@ -71,3 +85,54 @@ def test_a_model_without_a_cache_reads_all_tokens_again() -> None:
 def test_fewer_tokens_than_a_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be at least length=20, found 19"):
         own_text(Uncached(), Words(), tokens=19, length=20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 1}, "length must be at least 2.* found 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        own_text(Uncached(), Words(), tokens=60, **options)
+
+
+def predicted(model: nn.Module, **batch: Tensor) -> list[list[int]]:
+    """Return the positions whose logits have a gradient, for each row."""
+    held: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: object, output: Any) -> None:
+        output.logits.retain_grad()
+        held.append(output.logits)
+
+    handle = model.register_forward_hook(keep)
+    loss, count = sampled_loss(model, batch)
+    handle.remove()
+    loss.backward()
+    assert held[0].grad is not None
+    rows = [row.abs().sum(-1).nonzero().squeeze(-1).tolist() for row in held[0].grad]
+    assert count == sum(map(len, rows))
+    return rows
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, adapted, Wrapped], ids=["plain", "adapted", "wrapped"])
+def test_positions_before_a_label_count_in_a_causal_model(wrap: Any) -> None:
+    ids = torch.arange(6)[None]
+    model = wrap(llama(1))
+    assert predicted(model, input_ids=ids, labels=torch.tensor([[-100, -100, 5, 5, -100, 5]])) == [[1, 2, 4]]
+    assert predicted(model, input_ids=ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]])) == [[2, 3, 4]]
+    assert predicted(model, input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]])) == [[0, 1, 2]]
+    padded = {"labels": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}
+    assert predicted(model, input_ids=ids, **padded) == [[1, 2, 3, 4]]
+    causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    assert predicted(model, input_ids=ids, attention_mask=causal) == [[0, 1, 2, 3, 4]]
+
+
+def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path)
+    model = LlamaForTokenClassification.from_pretrained(tmp_path)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    ids = torch.arange(6)[None]
+    assert predicted(model, input_ids=ids, labels=torch.tensor([[-100, -100, 1, 0, -100, 1]])) == [[2, 3, 5]]

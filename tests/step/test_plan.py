@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, SourceGradient
 from gradguide.ops.tensors import MetadataCache, addresses_of, metadata_of
 from gradguide.step.signature import Signature
 
@@ -370,6 +370,44 @@ def test_a_source_of_ones_own_kind_is_refreshed() -> None:
         give_gradients(held, step)
         optimizer.step()
     assert source.refreshed == 2
+
+
+def test_alignment_and_regularizer_have_their_own_sources() -> None:
+    p = nn.Parameter(torch.ones(3))
+    source, other = (SourceGradient({"p": row}) for row in torch.eye(3)[:2])
+    optimizer = GradGuide(
+        SGD([p], lr=0.1),
+        direction=None,
+        magnitude=None,
+        alignment=Alignment(source, weight=1.0, project=False),
+        regularizer=Regularizer(alignment=0.1, source=other, warmup=0),
+        names=[("p", p)],
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (p * torch.tensor([2.0, 3.0, 6.0])).sum()  # no curvature, so the regularizer adds nothing
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, torch.tensor([2.0, 3.0, 6.0]) + torch.eye(3)[0])
+
+
+def test_a_stored_source_that_its_subclass_refreshes_is_read_at_each_step() -> None:
+    class Growing(SourceGradient):
+        def refresh(self, parameters: object, trained: object) -> None:
+            self._tables["gradient"] = {name: 2.0 * row for name, row in self._tables["gradient"].items()}
+
+    p = nn.Parameter(torch.ones(2))
+    alignment = Alignment(Growing({"p": torch.ones(2)}), weight=1.0, project=False)
+    optimizer = GradGuide(SGD([p], lr=0.1), direction=None, magnitude=None, alignment=alignment, names=[("p", p)])
+    for step in (1, 2, 3):
+        p.grad = torch.tensor([1.0, 0.0])
+        optimizer.step()
+        torch.testing.assert_close(p.grad, torch.tensor([1.0, 0.0]) + 2.0**step)
 
 
 def test_no_graph_grows_with_the_steps() -> None:

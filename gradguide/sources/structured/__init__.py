@@ -4,7 +4,7 @@
 - ``layers``: finds linear layers and adapters.
 - ``capture``, ``recorder``: accumulate statistics of the layers over source text.
 - ``factors``: S and G in low rank.
-- ``binding``, ``pull``, ``rows``: the gradient with respect to a model's parameters.
+- ``binding``, ``bound_layer``, ``pull``, ``rows``: the gradient with respect to a model's parameters.
 - ``storage``: files.
 """
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import as_dtensor, full, local, to_layout
-from gradguide.sources.base_model import ABSOLUTE, RELATIVE
-from gradguide.sources.structured.captured_weight import count_differences, sample_of
+from gradguide.sources.structured.bound_layer import BoundLayer, bind_layer, names_that_change, names_to_pull
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
-from gradguide.sources.structured.layers import Layer, find_layers
+from gradguide.sources.structured.layers import find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
 from gradguide.sources.structured.rows import Pull, PullRows
 from gradguide.utils.names import model_names
@@ -21,38 +20,11 @@ from gradguide.utils.names import model_names
 __all__ = ["Binding"]
 
 
-@dataclass(frozen=True, slots=True)
-class _BoundLayer:
-    """The names of the parameters that change a layer.
-
-    adapters: names of A and B, rank and scale of each adapter of which A or B is trained.
-    fixed: the constant part of D: frozen adapters minus the source's anchor.
-    weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
-        start is sharded in the same way.
-    """
-
-    name: str
-    transposed: bool
-    adapters: tuple[tuple[str, str, int, float], ...]
-    fixed: Product | None
-    weight: str | None
-    start: Tensor | None
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Key of the layer: layers with equal key and shape are computed together.
-
-        Each layer with a trained weight is computed alone, so that one whole weight is gathered at a time.
-        """
-        ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
-        return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight, self.transposed
-
-
 @dataclass(slots=True)
 class _Group:
     """Layers with equal kind and shape, and their stacked factors: [layers, ...]."""
 
-    layers: list[_BoundLayer]
+    layers: list[BoundLayer]
     inputs: Factor
     outputs: Factor
     floor: Tensor
@@ -62,7 +34,8 @@ class _Group:
 class Binding:
     """The parameters of one model that change the layers of a source.
 
-    It holds names and values but no parameter, so it can be copied and pickled with the optimizer.
+    It references parameters, so it is copied and pickled together with the optimizer. A parameter that is frozen later
+    keeps its part of the change.
 
     Factors are whole on every rank. A pull needs one gather of each sharded parameter (DTensor) that changes a layer:
     all adapter matrices, or one weight at a time. Each rank computes the whole pull and keeps its own part.
@@ -72,22 +45,29 @@ class Binding:
         layers: the factors of each layer.
         floor (float): ``floor / E|y|^2`` is added to the diagonal of G for the pull, y being the layer's outputs.
         earlier: bindings to the same model from before its weights were trained.
+        given: names of the parameters to pull; None means all parameters. Layers without any are left out.
 
     Raises:
         ValueError: a layer has another shape than in the source, a trained weight differs from the captured one, or no
-            trained parameter changes any layer.
+            trained parameter changes any layer. A layer has trained parameters in ``given`` and others that are not.
 
     Warns:
         UserWarning: the captured weight of a trained layer is unknown.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, LayerFactors], floor: float, earlier: Sequence[Binding] = ()
+        self,
+        model: nn.Module,
+        layers: Mapping[str, LayerFactors],
+        floor: float,
+        earlier: Sequence[Binding] = (),
+        given: Container[str] | None = None,
     ) -> None:
         starts = [start for binding in earlier for start in binding._starts]
-        self._frozen: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+        self._unbound: set[str] = set()
         names = {id(p): name for name, p in model_names(model).items()}
-        kinds: dict[tuple[object, ...], list[_BoundLayer]] = {}
+        kinds: dict[tuple[object, ...], list[BoundLayer]] = {}
         for name, layer in find_layers(model).items():
             if name not in layers:
                 continue
@@ -96,10 +76,13 @@ class Binding:
                 raise ValueError(
                     f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
                 )
-            own = [start for owner, start in starts if owner == name]
-            bound = _bind_layer(layer, layers[name], names, own, self._frozen)
-            if bound.adapters or bound.weight:
+            moved = names_to_pull(layer, names, given)
+            self._unbound |= names_that_change(layer, names) - moved
+            if moved:
+                own = [start for owner, start in starts if owner == name]
+                bound = bind_layer(layer, layers[name], names, own, self._values)
                 kinds.setdefault((*shape, *bound.kind), []).append(bound)
+        self._unbound -= self._values.keys()
         if not kinds:
             raise ValueError(
                 f"no trained parameter of the model changes one of the source's {len(layers)} layers: add an adapter, "
@@ -136,7 +119,9 @@ class Binding:
 
     def to(self, device: torch.device) -> None:
         """Move the factors to ``device``."""
-        self._frozen = {name: value.to(device) for name, value in self._frozen.items()}
+        self._values = {
+            name: value if value.device == device else value.detach().to(device) for name, value in self._values.items()
+        }
         for group in self._groups:
             if group.floor.device != device:
                 group.inputs, group.outputs = group.inputs.to(device), group.outputs.to(device)
@@ -150,16 +135,27 @@ class Binding:
 
         The next call overwrites the returned tensors.
 
+        Args:
+            parameters: the trained parameters by name.
+
         Raises:
-            KeyError: a parameter that changes a layer is not in ``parameters``.
+            RuntimeError: a parameter that changes a layer was frozen or inactive when the binding was made.
         """
-        values = {**self._frozen, **parameters}
+        if not self._unbound.isdisjoint(parameters):
+            raise RuntimeError(
+                f"{min(self._unbound & parameters.keys())} is trained, but it was frozen or in an inactive adapter "
+                "when the source was given to GradGuide, so it has no pull: call set_alignment with the sources after "
+                "unfreezing parameters or changing adapters"
+            )
+        self._values.update((name, p) for name, p in parameters.items() if name in self._values)
+        values = self._values
         pulls: list[Pull] = []
         drifts = []
-        for group in self._groups:
-            found, drift = _pull(group, values)
-            pulls += found
-            drifts.append(drift)
+        with torch.autocast(self._groups[0].floor.device.type, enabled=False):
+            for group in self._groups:
+                found, drift = _pull(group, values)
+                pulls += found
+                drifts.append(drift)
         return self._rows.update(pulls, values), torch.cat(drifts).sum()
 
 
@@ -201,7 +197,7 @@ def _stacked_values(parameters: Mapping[str, Tensor], names: Sequence[str]) -> T
     return torch.stack([full(parameters[name]) for name in names]).float()
 
 
-def _weight_change(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:
+def _weight_change(bound: BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:
     """Return the change of a trained weight, [out, in]."""
     assert bound.weight is not None
     assert bound.start is not None
@@ -211,75 +207,7 @@ def _weight_change(bound: _BoundLayer, parameters: Mapping[str, Tensor]) -> Tens
     return delta.T if bound.transposed else delta
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """Return the whole parameter in float32. A DTensor is gathered, as FSDP does in each forward pass."""
-    return full(parameter.detach()).float()
-
-
-def _bind_layer(
-    layer: Layer,
-    factors: LayerFactors,
-    names: Mapping[int, str],
-    earlier: Sequence[Tensor],
-    frozen: dict[str, Tensor],
-) -> _BoundLayer:
-    """Return a layer of the binding. Add the frozen matrices of its trained adapters to ``frozen``."""
-    trained, fixed = [], []
-    for adapter in layer.adapters:
-        if adapter.a.requires_grad or adapter.b.requires_grad:
-            a, b = names[id(adapter.a)], names[id(adapter.b)]
-            trained.append((a, b, int(adapter.a.shape[0]), adapter.scale))
-            frozen |= {names[id(p)]: _whole(p).clone() for p in (adapter.a, adapter.b) if not p.requires_grad}
-        elif bool(adapter.b.any()):
-            fixed.append((_whole(adapter.b) * adapter.scale, _whole(adapter.a)))
-    if factors.anchor is not None:
-        fixed.append((-factors.anchor[0], factors.anchor[1]))
-    device = layer.weight.device
-    product = None
-    if fixed:
-        product = torch.cat([b.to(device) for b, _ in fixed], 1), torch.cat([a.to(device) for _, a in fixed])
-    weight = names[id(layer.weight)] if layer.trained else None
-    if trained and weight is None:
-        _check_base_weight(layer, factors.weight)
-    start = _captured(layer, factors.weight, earlier) if layer.trained else None
-    return _BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
-
-
-def _check_base_weight(layer: Layer, stored: Tensor | None) -> None:
-    """Raise if the frozen weight under a trained adapter differs from the captured one beyond storage in 16 bits."""
-    found = None if stored is None else sample_of(layer)
-    if stored is None or found is None:
-        return
-    if len(stored) != len(found) or not torch.allclose(stored.double(), found.double(), RELATIVE, ABSOLUTE):
-        raise ValueError(
-            f"the weight of {layer.name} under the adapter is not the weight at capture: the model is another one, an "
-            "adapter was merged into it, or the adapter's start changed it (PiSSA, OLoRA, ...). Capture a source with "
-            "this model and its adapter"
-        )
-
-
-def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) -> Tensor:
-    """Return the captured weight: the start of an earlier binding, or the present one, whichever fits the sample.
-
-    Raises:
-        ValueError: none of them fits.
-    """
-    now = layer.weight.detach()
-    if stored is None:
-        return earlier[0] if earlier else now.clone()
-    for weight in (*earlier, now):  # an earlier start is shared, not copied
-        found = sample_of(layer, weight)
-        different = len(stored) if found is None else count_differences(stored, found)
-        if different == 0:
-            return weight.clone() if weight is now else weight
-    raise ValueError(
-        f"the weight of {layer.name} is trained, and it is not the weight at capture: {different} of "
-        f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
-        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
-    )
-
-
-def _stack_group(bounds: list[_BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:
+def _stack_group(bounds: list[BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:
     entries = [layers[bound.name] for bound in bounds]
     fixed = [bound.fixed for bound in bounds if bound.fixed is not None]
     return _Group(

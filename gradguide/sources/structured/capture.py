@@ -35,7 +35,7 @@ def capture_statistics(
 
     Raises:
         ValueError: there is no batch. A loss is not a scalar, is not finite or has no gradient. No batch reached some
-            layer. Factors are not finite.
+            layer. Factors are not finite. Two layers have the same input in some calls only.
 
     Warns:
         UserWarning: there are fewer tokens than the rank.
@@ -145,7 +145,7 @@ def _recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(recorder.embedding).remove)
         for layer in recorder.layers:
-            stack.callback(layer.module.register_forward_hook(recorder.hook(layer)).remove)
+            stack.callback(layer.module.register_forward_hook(recorder.hook(layer), with_kwargs=True).remove)
         for p in trained:
             p.requires_grad_(False)
         yield

@@ -122,8 +122,6 @@ def check_factors(name: str, factors: LayerFactors) -> None:
         shapes = tuple(factor.basis.shape), tuple(factor.rest.shape)
         if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
             raise ValueError(f"the factors of {name} must be [n, rank] and [n], found {shapes[0]} and {shapes[1]}")
-        if bool((factor.rest < 0).any()):
-            raise ValueError(f"the diagonal rest of {name} must be at least 0")
     left, right = factors.anchor or (factors.outputs.basis[:, :0], factors.inputs.basis[:, :0].T)
     sizes = factors.outputs.size, factors.inputs.size
     if (
@@ -134,7 +132,9 @@ def check_factors(name: str, factors: LayerFactors) -> None:
         raise ValueError(f"the anchor of {name} must be [{sizes[0]}, R] and [R, {sizes[1]}]")
     parts = [factors.inputs.basis, factors.inputs.rest, factors.outputs.basis, factors.outputs.rest, left, right]
     if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in parts):
-        raise ValueError(f"the factors of {name} must be finite, found NaN, Inf or integers")
+        raise ValueError(f"the factors of {name} must be finite floating numbers, found NaN, Inf or another dtype")
+    if bool((factors.inputs.rest < 0).any()) or bool((factors.outputs.rest < 0).any()):
+        raise ValueError(f"the diagonal rest of {name} must be at least 0")
     check_range(f"the output scale of {name}", factors.scale, 0, float("inf"), open_high=True)
     if factors.weight is not None and not (factors.weight.is_floating_point() and factors.weight.dim() == 1):
         raise ValueError(f"the sample of the weight of {name} must be a list of floating numbers")
@@ -165,7 +165,8 @@ class Covariance:
     def add(self, rows: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the products of the vectors ``rows`` [m, n]."""
         rows = rows.to(self.sums.dtype)
-        self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test, alpha=weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test, alpha=weight)
         self.diagonal.add_(rows.square().sum(0), alpha=weight)
 
     def factor(self, scale: float) -> Factor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ __all__ = ["Adapter", "Layer", "base_name", "change", "find_layers", "select"]
 
 _PEFT_PREFIX = "base_model.model."
 # PEFT trains a copy of a module in ``modules_to_save``: the copy is modules_to_save.ADAPTER, next to original_module.
-_SAVED = re.compile(r"\.modules_to_save\.[^.]+")
+_SAVED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
+# Variants of LoRA whose change of the weight is ``scale * B @ A``; they differ in the start or in the backward pass.
+_PLAIN = ("MiCA", "Monteclora", "Velora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all linear layers of ``model`` by the base model's name, in the model's order.
 
     Raises:
-        ValueError: an active adapter is not LoRA (but DoRA, IA3, LoHa, ...): its change of the weight is not
+        ValueError: an active adapter is not LoRA (but DoRA, KaSA, IA3, LoHa, ...): its change of the weight is not
             ``scale * B @ A``.
     """
     found: dict[str, Layer] = {}
@@ -92,10 +94,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        if isinstance(original := getattr(module, "original_module", None), nn.Module) and list(_active(module)):
-            copies: Any = module.modules_to_save
-            unused = [copy for adapter, copy in copies.items() if adapter not in list(_active(module))]
-            inside.update(id(each) for copy in (original, *unused) for each in copy.modules())
+        inside.update(id(each) for copy in _unused(module) for each in copy.modules())
         base: Any = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module):
             inside.update(map(id, module.modules()))
@@ -114,12 +113,14 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
             layer, or, if nothing is trained, every layer except the language head.
 
     Raises:
-        ValueError: there is no linear layer, or no layer matches an entry of ``modules``.
+        ValueError: there is no linear layer, ``modules`` is empty, or no layer matches an entry of it.
     """
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer, so there is nothing to capture")
     if modules is not None:
         patterns = [modules] if isinstance(modules, str) else list(modules)
+        if not patterns:
+            raise ValueError("modules must name at least one layer, found none; None selects the default")
         chosen: dict[str, Layer] = {}
         for pattern in patterns:
             matching = {n: layer for n, layer in layers.items() if _matches(n, pattern)}
@@ -145,7 +146,7 @@ def change(layer: Layer) -> tuple[Tensor, Tensor] | None:
 
 
 def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
-    active = list(_active(module))
+    active = _active(module)
     wrapper: Any = module
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
         if active:
@@ -159,19 +160,41 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
     for adapter in active:
         if adapter not in wrapper.lora_A:
             continue
-        if getattr(wrapper, "use_dora", {}).get(adapter, False):
+        if (variant := _variant(wrapper, adapter)) is not None:
             raise ValueError(
-                f"{name} has a DoRA adapter ({adapter!r}), whose change of the weight is not scale * B @ A; use "
-                "use_dora=False, or SourceGradient.anchored()"
+                f"{name} has a {variant} adapter ({adapter!r}), whose change of the weight is not scale * B @ A; use "
+                "plain LoRA, or SourceGradient.anchored()"
             )
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         adapters.append(Adapter(a, b, float(wrapper.scaling[adapter])))
     return Layer(name, module, base, _is_conv1d(base), tuple(adapters))
 
 
-def _active(module: nn.Module) -> Iterator[str]:
+def _variant(wrapper: Any, adapter: str) -> str | None:
+    """Return the variant of LoRA of an adapter, such as "DoRA" or "Kasa"; None if it changes the weight as LoRA."""
+    if getattr(wrapper, "use_dora", {}).get(adapter, False):
+        return "DoRA"
+    variants: Any = getattr(wrapper, "lora_variant", {})
+    kind = type(variants[adapter]).__name__ if adapter in variants else ""
+    return None if not kind or kind.startswith(_PLAIN) else kind.removesuffix("LinearVariant")
+
+
+def _active(module: nn.Module) -> list[str]:
+    """Return the adapters that a module of PEFT uses, none while they are disabled."""
+    if getattr(module, "disable_adapters", None) is True:
+        return []
     active: Any = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", ())
-    yield from [active] if isinstance(active, str) else active
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _unused(module: nn.Module) -> list[nn.Module]:
+    """Return the modules in a wrapper for ``modules_to_save`` that its forward pass does not use."""
+    original, copies = getattr(module, "original_module", None), getattr(module, "modules_to_save", None)
+    if not isinstance(original, nn.Module) or not isinstance(copies, nn.ModuleDict):
+        return []
+    active = _active(module)
+    used = copies[active[0]] if active and all(adapter in copies for adapter in active) else original
+    return [each for each in (original, *copies.values()) if each is not used]
 
 
 def _is_linear(module: nn.Module) -> bool:

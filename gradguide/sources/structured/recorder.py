@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class _Batch:
         # Indices of the tokens in the mask by device, None if all are. Found once, because that synchronizes.
         self.tokens: dict[torch.device, Tensor | None] = {}
         self.gradients: list[tuple[LayerStatistics, Tensor]] = []
+        # Number of inputs of each layer, and the layers that had one before the backward pass.
+        self.calls: Counter[str] = Counter()
+        self.reached: set[str] = set()
 
 
 class Recorder:
@@ -60,22 +64,29 @@ class Recorder:
         """Store the attention mask from the model's arguments."""
         mask = keywords.get("attention_mask")
         self.batch.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.batch.tokens = {}
 
     def embedding(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Make the embeddings require a gradient, because no parameter does."""
         return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
 
-    def hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        """Return the forward hook of a layer."""
+    def hook(self, layer: Layer) -> Callable[..., Tensor | None]:
+        """Return the forward hook of a layer, for ``register_forward_hook(hook, with_kwargs=True)``."""
 
-        def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def record(
+            module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Tensor
+        ) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None  # the first pass of reentrant checkpointing, which is repeated with gradients
-            layer_input = arguments[0]
+            layer_input = arguments[0] if arguments else next(iter(keywords.values()))
             _check_whole(layer, layer_input, output)
             started = not output.requires_grad
             if started:
                 output = output.detach().requires_grad_()
+            if torch._C._current_graph_task_id() == -1:
+                self.batch.reached.add(layer.name)
+            elif layer.name in self.batch.reached:
+                return output if started else None  # repeated by checkpointing that is not reentrant
             found = self._statistics_of(layer, layer_input)
             with torch.no_grad():
                 tokens = self._rows(layer_input)
@@ -90,11 +101,18 @@ class Recorder:
         return record
 
     def add_gradients(self, predictions: int) -> None:
-        """Add the output gradients of the backward pass. The loss was the mean over ``predictions``."""
+        """Add the output gradients of the backward pass. The loss was the mean over ``predictions``.
+
+        Raises:
+            ValueError: a layer shared its input with another one in some calls only.
+        """
         for found, gradient in self.batch.gradients:
             # Gradient of the summed loss. The sum of d d^T is divided by the number of predictions at the end.
             found.outputs.add(gradient.reshape(-1, gradient.shape[-1]), weight=float(predictions) ** 2)
         self.batch.gradients.clear()
+        for name, leader in self.shared.items():
+            if self.batch.calls[name] != self.batch.calls[leader]:
+                raise _shared_in_part(name, leader)
 
     def _statistics_of(self, layer: Layer, layer_input: Tensor) -> LayerStatistics:
         if layer.name not in self.statistics:
@@ -102,8 +120,12 @@ class Recorder:
             if self._last_input is not None and self._last_input[0] is layer_input:
                 leader = self._last_input[1]
             self.add_layer(layer, leader, layer_input.device)
-        if self.shared[layer.name] == layer.name:
+        self.batch.calls[layer.name] += 1
+        leader = self.shared[layer.name]
+        if leader == layer.name:
             self._last_input = layer_input, layer.name
+        elif self._last_input is None or self._last_input[0] is not layer_input:
+            raise _shared_in_part(layer.name, leader)
         return self.statistics[layer.name]
 
     def add_layer(self, layer: Layer, leader: str, device: torch.device) -> None:
@@ -140,3 +162,10 @@ def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
             "capture under tensor parallelism is not supported. Capture with whole layers (one process, DDP or FSDP2) "
             "and load the file"
         )
+
+
+def _shared_in_part(name: str, leader: str) -> ValueError:
+    return ValueError(
+        f"{name} has the input of {leader} in some calls and not in others, so they cannot share its covariance: "
+        "capture them apart, with modules=, and pass both sources to Alignment"
+    )

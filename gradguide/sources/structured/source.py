@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -149,7 +150,9 @@ class StructuredSource:
         found = self._layers[layer]
         return found.inputs.dense(), found.outputs.dense()
 
-    def bound(self, model: nn.Module, earlier: Iterable[StructuredSource] = ()) -> StructuredSource:
+    def bound(
+        self, model: nn.Module, earlier: Iterable[StructuredSource] = (), given: Container[str] | None = None
+    ) -> StructuredSource:
         """Return the source for the parameters of ``model`` that change its layers. The factors are shared, not copied.
 
         The pull on a trained weight is relative to the captured weight. So the model must still have the captured
@@ -157,10 +160,11 @@ class StructuredSource:
 
         Args:
             earlier: sources bound to the model before.
+            given: names of the parameters to pull; None means all parameters. Layers without any are left out.
 
         Raises:
             ValueError: a layer has another shape, a trained weight differs from the captured one, or no trained
-                parameter changes any layer.
+                parameter changes any layer. A layer has trained parameters in ``given`` and others that are not.
 
         Warns:
             UserWarning: a trained weight cannot be compared: it was quantised at capture, or ``metadata`` has no entry
@@ -171,7 +175,7 @@ class StructuredSource:
             layers = {name: replace(factors, weight=None) for name, factors in layers.items()}
         bindings = [given._binding for given in (self, *earlier) if given._binding is not None]
         source = copy.copy(self)
-        source._binding = Binding(model, layers, self.floor, bindings)
+        source._binding = Binding(model, layers, self.floor, bindings, given)
         source._rows, source.drift = {}, None
         return source
 
@@ -197,7 +201,8 @@ class StructuredSource:
         """Compute the pull at the current parameters.
 
         Raises:
-            RuntimeError: the source is not bound to a model.
+            RuntimeError: the source is not bound to a model, or a parameter that changes a layer was frozen or in an
+                inactive adapter when it was bound.
         """
         if self._binding is None:
             raise RuntimeError("a structured source needs the model: pass names=model to GradGuide")
@@ -218,13 +223,15 @@ class StructuredSource:
         it also penalises combinations that no single task used.
 
         Raises:
-            ValueError: there is no source, or the weights do not match. Two sources were captured at different weights
-                of a layer; the merged source would have no weight that its pull is relative to.
+            ValueError: there is no source, the weights do not match, or two sources have a layer of different shapes.
+                Two sources were captured at different weights of a layer; the merged source would have no weight that
+                its pull is relative to.
         """
         if not sources:
             raise ValueError("merge needs at least one source, found none")
         given = [1.0 / len(sources)] * len(sources) if weights is None else list(map(float, weights))
-        if len(given) != len(sources) or any(weight < 0 for weight in given) or not any(given):
+        good = len(given) == len(sources) and all(0 <= weight < math.inf for weight in given) and any(given)
+        if not good:
             raise ValueError(f"weights must be {len(sources)} numbers of at least 0, not all 0, found {weights}")
         names = list(dict.fromkeys(name for source in sources for name in source.names()))
         layers = {}
@@ -233,6 +240,10 @@ class StructuredSource:
             total = sum(weight for _, weight in held) or 1.0
             rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
             anchors = [(f.anchor, w / total) for f, w in held if f.anchor is not None]
+            if len({(f.outputs.size, f.inputs.size) for f, _ in held}) > 1:
+                raise ValueError(
+                    f"layer {name} has another shape in some of the sources: they are of other base models"
+                )
             samples = [f.weight for f, _ in held if f.weight is not None]
             if any(count_differences(samples[0], sample) for sample in samples[1:]):
                 raise ValueError(

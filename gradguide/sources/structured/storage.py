@@ -68,6 +68,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
             )
             for name, leader, scale in listed
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged: {error!r}") from error
     return layers, metadata

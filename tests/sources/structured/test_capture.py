@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
@@ -137,6 +138,103 @@ def test_padding_does_not_count() -> None:
         torch.testing.assert_close(other.factors(name)[0], one.factors(name)[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [16, 10])
+def test_each_forward_pass_of_a_loss_has_its_own_mask(length: int) -> None:
+    model, batch = llama(), text(1)[0]
+    first, second = (dict(batch, attention_mask=torch.ones(3, 16, dtype=torch.int64)) for _ in range(2))
+    first["attention_mask"][:, 8:] = 0
+    second["attention_mask"][:, :4] = 0
+    second = {key: value[:, :length] for key, value in second.items()}
+
+    def both(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        (one, count), (other, further) = (sampled_loss(model, each) for each in batch)
+        return (one * count + other * further) / (count + further), count + further
+
+    together = StructuredSource.capture(model, [(first, second)], both, rank=None)
+    apart = StructuredSource.capture(model, [first, second], sampled_loss, rank=None)
+    assert together.metadata["tokens"] == apart.metadata["tokens"]
+    for name in apart.names():
+        torch.testing.assert_close(together.factors(name)[0], apart.factors(name)[0], rtol=1e-4, atol=1e-6)
+
+
+class Shared(nn.Module):
+    """Two layers with the same input, one of which is also used alone."""
+
+    def __init__(self, again: str) -> None:
+        super().__init__()
+        self.a, self.b, self.again = nn.Linear(4, 4), nn.Linear(4, 4), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.tanh(self.a(x) + self.b(x))
+        found: Tensor = self.get_submodule(self.again)(both)
+        return found
+
+
+@pytest.mark.parametrize("again", ["a", "b"])
+def test_layers_that_share_some_inputs_only_are_captured_apart(again: str) -> None:
+    torch.manual_seed(0)
+    model, x = Shared(again), torch.randn(50, 4)
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        return model(x).square().mean(), len(x)
+
+    with pytest.raises(ValueError, match="b has the input of a in some calls and not in others"):
+        StructuredSource.capture(model, [x], loss, rank=None)
+    inputs: dict[str, list[Tensor]] = {"a": [], "b": []}
+    for name, found in inputs.items():
+        model.get_submodule(name).register_forward_hook(lambda _, given, __, found=found: found.append(given[0]))
+    model(x)
+    wanted = {name: torch.cat(found).detach() for name, found in inputs.items()}
+    for name, rows in wanted.items():
+        source = StructuredSource.capture(model, [x], loss, rank=None, modules=name)
+        torch.testing.assert_close(source.factors(name)[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_recomputation_in_the_backward_pass_does_not_count() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = checkpoint(lambda x: self.block[0](x).tanh() * self.block[1](x), x, use_reentrant=False)
+            return found
+
+    source = StructuredSource.capture(
+        Checkpointed(), [torch.ones(5, 4)], lambda model, x: model(x).square().mean(), rank=4
+    )
+    assert source.metadata["tokens"] == 5
+
+
+def test_a_layer_may_be_called_with_a_keyword() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.layer(input=x)
+            return found
+
+    rows = torch.eye(4)
+    source = StructuredSource.capture(Keyword(), [rows], lambda model, x: model(x).square().mean(), rank=None)
+    torch.testing.assert_close(source.factors("layer")[0], rows / 4)
+
+
+def test_the_sums_of_a_capture_inside_autocast_are_float32() -> None:
+    model = nn.Linear(40, 40, bias=False)
+    rows = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found: Tensor = model(x).float().square().mean()
+        return found
+
+    source = StructuredSource.capture(nn.Sequential(model), [rows], loss, rank=8)
+    exact = StructuredSource.capture(nn.Sequential(model), [rows], lambda model, x: model(x).square().mean(), rank=8)
+    torch.testing.assert_close(source.factors("0")[0], exact.factors("0")[0])
+
+
 def test_bfloat16_models_and_storage() -> None:
     exact = StructuredSource.capture(llama(), text(8), sampled_loss, rank=8)
     stored = exact.to_dtype(torch.bfloat16)
@@ -166,6 +264,8 @@ def test_bad_input_is_refused_with_a_reason() -> None:
     model = llama()
     with pytest.raises(ValueError, match="no linear layer is called 'nothing'"):
         StructuredSource.capture(model, text(1), sampled_loss, modules="nothing")
+    with pytest.raises(ValueError, match="modules must name at least one layer, found none"):
+        StructuredSource.capture(model, text(1), sampled_loss, modules=[])
     with pytest.raises(ValueError, match="has no linear layer"):
         StructuredSource.capture(nn.Embedding(3, 4), text(1), sampled_loss)
     with pytest.raises(ValueError, match="at least one batch, found none"):

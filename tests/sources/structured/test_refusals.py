@@ -8,16 +8,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from torch import Tensor, nn
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from gradguide.sources.structured.factors import Factor, LayerFactors
-from tests.sources.structured.problems import adapted, llama, text
+from tests.sources.structured.problems import adapted, llama, spread, text
 
 TARGETS = ["q_proj", "v_proj"]
 ADAPTERS: dict[str, Any] = {
     "DoRA": lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True),
+    "ALora": lambda: peft.LoraConfig(target_modules=TARGETS, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
+    "BdLora": lambda: peft.LoraConfig(target_modules=TARGETS, use_bdlora=BdLoraConfig(TARGETS, nblocks=2)),
+    "Kasa": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, kasa_config=KasaConfig()),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]),
     "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=2),
     "lokr": lambda: peft.LoKrConfig(target_modules=TARGETS, r=2),
@@ -57,6 +61,25 @@ def test_a_trained_copy_of_a_module_has_the_name_of_the_module(source: Structure
     head = StructuredSource.capture(model, text(2), sampled_loss, rank=4, modules=["lm_head"])
     assert head.names() == ["lm_head"]
     assert head.bound(model)._binding.names == {"base_model.model.lm_head.modules_to_save.default.weight"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("modules", [None, ["lm_head"]])
+def test_a_disabled_adapter_is_no_part_of_the_captured_model(modules: list[str] | None) -> None:
+    """The model computes without it and without the copies of modules, so the source is that of the base model."""
+    base, model = llama(1), adapted(llama(1), modules_to_save=["lm_head"])
+    spread(model, 0.1)
+    with model.disable_adapter():  # type: ignore[operator]
+        torch.manual_seed(0)  # for the labels
+        found = StructuredSource.capture(model, text(2), sampled_loss, rank=4, modules=modules)
+    torch.manual_seed(0)
+    wanted = StructuredSource.capture(base, text(2), sampled_loss, rank=4, modules=modules)
+    assert found.names() == wanted.names()
+    assert found.fingerprint() == wanted.fingerprint()
+
+
+def test_trained_tokens_beside_the_layers_do_not_matter(source: StructuredSource) -> None:
+    model = adapted(llama(1), trainable_token_indices=[1, 2])
+    assert StructuredSource.capture(model, text(2), sampled_loss, rank=4).names() == source.names()
 
 
 class Small(nn.Module):
@@ -100,6 +123,7 @@ GOOD = Factor(torch.ones(3, 1), torch.ones(3))
         (LayerFactors(Factor(torch.ones(3, 1), torch.ones(2)), GOOD, 1.0), "must be .n, rank. and .n."),
         (LayerFactors(Factor(torch.ones(3), torch.ones(3)), GOOD, 1.0), "must be .n, rank. and .n."),
         (LayerFactors(Factor(torch.ones(3, 1), -torch.ones(3)), GOOD, 1.0), "rest of layer must be at least 0"),
+        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(3) * 1j), GOOD, 1.0), "must be finite floating numbers"),
         (LayerFactors(GOOD, GOOD, -1.0), "scale of layer must be in"),
         (LayerFactors(GOOD, GOOD, 1.0, (torch.ones(3, 2), torch.ones(1, 3))), "anchor of layer must be"),
         (LayerFactors(GOOD, GOOD, 1.0, None, torch.ones(4).long()), "must be a list of floating numbers"),
@@ -130,3 +154,16 @@ def test_a_rank_above_the_size_of_a_layer_keeps_it_whole() -> None:
         warnings.simplefilter("error")
         found = StructuredSource.capture(Small(1.0), [torch.randn(4, 3)], square, rank=64)
     assert found._layers["first"].inputs.rank == 3
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0], [-1.0, 1.0], [0.0, 0.0], [1.0]])
+def test_weights_of_a_merge_are_finite_and_not_negative(source: StructuredSource, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights must be 2 numbers of at least 0, not all 0, found"):
+        StructuredSource.merge([source, source], weights)
+
+
+def test_layers_of_different_shapes_do_not_merge() -> None:
+    other = Factor(torch.ones(4, 1), torch.ones(4))
+    sources = [StructuredSource({"layer": LayerFactors(GOOD, each, 1.0)}) for each in (GOOD, other)]
+    with pytest.raises(ValueError, match="layer layer has another shape in some of the sources"):
+        StructuredSource.merge(sources)

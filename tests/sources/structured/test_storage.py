@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gradguide import SourceGradient
 from gradguide.integrations.sampling import sampled_loss
@@ -44,3 +47,14 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     source.save(tmp_path / "source.safetensors")
     with pytest.raises(ValueError, match=r"holds a structured source; read it with StructuredSource.load"):
         SourceGradient.load(tmp_path / "source.safetensors")
+
+
+def test_a_scale_beyond_any_float_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "source.safetensors"
+    StructuredSource.capture(llama(1), text(1), sampled_loss, rank=4).save(path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["gradguide"])
+        header["layers"][0][2] = 10**400
+        save_file({key: file.get_tensor(key) for key in file.keys()}, path, {"gradguide": json.dumps(header)})  # noqa: SIM118
+    with pytest.raises(ValueError, match="is damaged"):
+        StructuredSource.load(path)

@@ -1,0 +1,140 @@
+"""Find the parameters that change one layer of a source, and the weight that it had at capture."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradguide.distributed.layouts import full
+from gradguide.sources.base_model import ABSOLUTE, RELATIVE
+from gradguide.sources.structured.captured_weight import count_differences, sample_of
+from gradguide.sources.structured.factors import LayerFactors, Product
+from gradguide.sources.structured.layers import Layer
+
+__all__ = ["BoundLayer", "bind_layer", "names_that_change", "names_to_pull"]
+
+
+@dataclass(frozen=True, slots=True)
+class BoundLayer:
+    """The names of the parameters that change a layer.
+
+    adapters: names of A and B, rank and scale of each adapter of which A or B is trained.
+    fixed: the constant part of D: frozen adapters minus the source's anchor.
+    weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
+        start is sharded in the same way.
+    """
+
+    name: str
+    transposed: bool
+    adapters: tuple[tuple[str, str, int, float], ...]
+    fixed: Product | None
+    weight: str | None
+    start: Tensor | None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Key of the layer: layers with equal key and shape are computed together.
+
+        Each layer with a trained weight is computed alone, so that one whole weight is gathered at a time.
+        """
+        ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
+        return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight, self.transposed
+
+
+def bind_layer(
+    layer: Layer,
+    factors: LayerFactors,
+    names: Mapping[int, str],
+    earlier: Sequence[Tensor],
+    values: dict[str, Tensor],
+) -> BoundLayer:
+    """Return a layer of the binding. Add the parameters that its pull is computed from to ``values``."""
+    trained, fixed = [], []
+    for adapter in layer.adapters:
+        if adapter.a.requires_grad or adapter.b.requires_grad:
+            a, b = names[id(adapter.a)], names[id(adapter.b)]
+            trained.append((a, b, int(adapter.a.shape[0]), adapter.scale))
+            values |= {a: adapter.a, b: adapter.b}
+        elif bool(adapter.b.any()):
+            fixed.append((_whole(adapter.b) * adapter.scale, _whole(adapter.a)))
+    if factors.anchor is not None:
+        fixed.append((-factors.anchor[0], factors.anchor[1]))
+    device = layer.weight.device
+    product = None
+    if fixed:
+        product = torch.cat([b.to(device) for b, _ in fixed], 1), torch.cat([a.to(device) for _, a in fixed])
+    weight = names[id(layer.weight)] if layer.trained else None
+    if weight is not None:
+        values[weight] = layer.weight
+    if trained and weight is None:
+        _check_base_weight(layer, factors.weight)
+    start = _captured(layer, factors.weight, earlier) if layer.trained else None
+    return BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
+
+
+def names_that_change(layer: Layer, names: Mapping[int, str]) -> set[str]:
+    """Return the names of all parameters that can change a layer: its weight, and adapters, also inactive ones."""
+    parts = [getattr(layer.module, kind, None) for kind in ("lora_A", "lora_B")]
+    matrices = [p for part in parts if isinstance(part, nn.ModuleDict) for p in part.parameters()]
+    return {names[id(p)] for p in (layer.weight, *matrices) if id(p) in names}
+
+
+def names_to_pull(layer: Layer, names: Mapping[int, str], given: Container[str] | None) -> set[str]:
+    """Return the names of the trained parameters that change a layer; none if none of them is in ``given``.
+
+    Raises:
+        ValueError: some are in ``given`` and others are not.
+    """
+    parts = (layer.weight, *(p for adapter in layer.adapters for p in (adapter.a, adapter.b)))
+    moved = {names[id(p)] for p in parts if p.requires_grad}
+    other = sorted(moved) if given is None else sorted(name for name in moved if name not in given)
+    if given is None or not other:
+        return moved
+    if len(other) < len(moved):
+        raise ValueError(
+            f"{layer.name} is changed by {min(moved - set(other))} and by {other[0]}, which is trained but is not a "
+            "named parameter of this optimizer: give both to the optimizer and to names, or freeze it before"
+        )
+    return set()
+
+
+def _check_base_weight(layer: Layer, stored: Tensor | None) -> None:
+    """Raise if the frozen weight under a trained adapter differs from the captured one beyond storage in 16 bits."""
+    found = None if stored is None else sample_of(layer)
+    if stored is None or found is None:
+        return
+    if len(stored) != len(found) or not torch.allclose(stored.double(), found.double(), RELATIVE, ABSOLUTE):
+        raise ValueError(
+            f"the weight of {layer.name} under the adapter is not the weight at capture: the model is another one, an "
+            "adapter was merged into it, or the adapter's start changed it (PiSSA, OLoRA, ...). Capture a source with "
+            "this model and its adapter"
+        )
+
+
+def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) -> Tensor:
+    """Return the captured weight: the start of an earlier binding, or the present one, whichever fits the sample.
+
+    Raises:
+        ValueError: none of them fits.
+    """
+    now = layer.weight.detach()
+    if stored is None:
+        return earlier[0] if earlier else now.clone()
+    for weight in (*earlier, now):  # an earlier start is shared, not copied
+        found = sample_of(layer, weight)
+        different = len(stored) if found is None else count_differences(stored, found)
+        if different == 0:
+            return weight.clone() if weight is now else weight
+    raise ValueError(
+        f"the weight of {layer.name} is trained, and it is not the weight at capture: {different} of "
+        f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
+        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
+    )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return the whole parameter in float32. A DTensor is gathered, as FSDP does in each forward pass."""
+    return full(parameter.detach()).float()

@@ -1,0 +1,158 @@
+"""Parameters that are frozen, unfrozen, added or left out while a structured source is in use."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification
+
+from gradguide import Alignment, GradGuide
+from gradguide.integrations.peft import lora_parameters
+from gradguide.integrations.sampling import sampled_loss
+from gradguide.sources.structured import StructuredSource
+from gradguide.utils.names import NamedParameters
+from tests.sources.structured.problems import adapted, energy, llama, spread, text, trained
+
+
+@pytest.fixture(scope="module")
+def source() -> StructuredSource:
+    return StructuredSource.capture(llama(), text(), sampled_loss, rank=6)
+
+
+def guide(model: nn.Module, source: StructuredSource, parameters: Any = None, **options: Any) -> GradGuide:
+    given = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+    base = torch.optim.SGD(given, lr=1e-3)
+    return GradGuide(base, alignment=Alignment(source), **{"names": model, **options})
+
+
+def step(model: nn.Module, optimizer: GradGuide) -> None:
+    optimizer.zero_grad()
+    model(**text(1)[0]).logits.square().mean().backward()
+    optimizer.step()
+
+
+def check_pull(source: StructuredSource, model: nn.Module, optimizer: GradGuide, count: int) -> None:
+    """Assert that the pull on ``count`` trained parameters is the gradient of the dense form at the present values."""
+    bound = optimizer._engine.planner.sources[0]
+    planner = optimizer._engine.planner
+    planner.refresh(optimizer.base)
+    values = {name: p.detach().double().requires_grad_() for name, p in trained(model).items()}
+    energy(source, model, {}, values).backward()
+    wanted = {name: value.grad for name, value in values.items() if value.grad is not None}
+    assert len(wanted) == count
+    row = bound.row(list(wanted), [values[name] for name in wanted])
+    for index, gradient in enumerate(wanted.values()):
+        error = (row.value(index, torch.float64) - gradient.reshape(-1)).norm()
+        assert error <= 1e-5 * gradient.norm()
+
+
+def test_a_matrix_that_is_frozen_while_training_counts_on(source: StructuredSource) -> None:
+    """In turns, A and B of all layers are frozen."""
+    model = adapted(llama())
+    spread(model, 0.1)
+    optimizer = guide(model, source)
+    matrices = trained(model)
+    for turn in ("lora_A", "lora_B", "lora_A"):
+        for name, p in matrices.items():
+            p.requires_grad_(turn not in name)
+        step(model, optimizer)
+        check_pull(source, model, optimizer, len(matrices) // 2)
+    again = copy.deepcopy((model, optimizer))
+    for each in ((model, optimizer), again):
+        step(*each)
+    for one, other in zip(model.parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def unfreeze(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora" in name)
+
+
+def second_adapter(model: nn.Module) -> None:
+    model.set_adapter("second")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [unfreeze, second_adapter])
+def test_a_parameter_that_is_trained_later_needs_the_sources_again(source: StructuredSource, change: Any) -> None:
+    model = adapted(llama())
+    if change is second_adapter:
+        model.add_adapter("second", model.peft_config["default"])  # type: ignore[operator, index]
+    else:
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora" in name and ".0." in name)
+    optimizer = guide(model, source, model.parameters())
+    step(model, optimizer)
+    change(model)
+    spread(model, 0.1)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(
+        RuntimeError, match=r"lora_A.*is trained, but it was frozen or in an inactive adapter.*set_align"
+    ):
+        step(model, optimizer)
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+    optimizer.set_alignment(Alignment(source))
+    step(model, optimizer)
+    check_pull(source, model, optimizer, 28)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_optimizer_of_half_an_adapter_is_refused_unless_the_other_half_is_frozen(
+    source: StructuredSource, part: str
+) -> None:
+    model = adapted(llama())
+    spread(model, 0.1)
+    half = {name: p for name, p in model.named_parameters() if part in name}
+    with pytest.raises(ValueError, match=r"q_proj is changed by .* not a named parameter of this optimizer: give both"):
+        guide(model, source, half.values())
+    with pytest.raises(ValueError, match=r"q_proj is changed by .* not a named parameter of this optimizer: give both"):
+        guide(model, source, names=NamedParameters(half.items(), model))
+    for name, p in trained(model).items():
+        p.requires_grad_(name in half)
+    optimizer = guide(model, source, half.values())
+    step(model, optimizer)
+    check_pull(source, model, optimizer, len(half))
+
+
+def classifier() -> nn.Module:
+    config = llama().config
+    config.pad_token_id = 0
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    wrapped: nn.Module = get_peft_model(LlamaForSequenceClassification(config), LoraConfig(**options))
+    return wrapped
+
+
+def test_a_head_outside_the_names_is_not_pulled() -> None:
+    model = classifier()
+    source = StructuredSource.capture(model, text(), sampled_loss, rank=4)
+    spread(model, 0.1)
+    assert "score" in source.names()
+    optimizer = guide(model, source, names=lora_parameters(model))
+    step(model, optimizer)
+    head = model.get_parameter("base_model.model.score.modules_to_save.default.weight")
+    bound = optimizer._engine.planner.sources[0]
+    assert isinstance(bound, StructuredSource)
+    assert bound._binding is not None
+    assert bound._binding.names == {name for name, _ in lora_parameters(model)}
+    head.requires_grad_(False)
+    check_pull(source, model, optimizer, 28)
+
+
+def test_layers_of_a_group_that_is_added_later_are_pulled_from_then_on(source: StructuredSource) -> None:
+    model = adapted(llama())
+    spread(model, 0.1)
+    parts: list[list[Tensor]] = [[], []]
+    for name, p in trained(model).items():
+        parts["layers.1." in name].append(p)
+    optimizer = guide(model, source, parts[0])
+    step(model, optimizer)
+    optimizer.add_param_group({"params": parts[1]})
+    step(model, optimizer)
+    check_pull(source, model, optimizer, 28)
