@@ -1,6 +1,7 @@
 """Train with Lightning, and log GradGuide's metrics by the module's loggers.
 
-``configure_optimizers`` returns a GradGuide::
+In files of Lightning CLI, name :class:`gradguide.optim.GuidedAdamW`. In code, ``configure_optimizers`` returns a
+GradGuide::
 
     # recipe: lightning_module.py
     import lightning
@@ -34,8 +35,6 @@
     )
     trainer.fit(Module(), batches)
     print(trainer.callback_metrics["gradguide/coherence"])
-
-In Lightning CLI's files, name :class:`gradguide.optim.GuidedAdamW`.
 """
 
 from __future__ import annotations
@@ -44,10 +43,13 @@ import math
 import warnings
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from gradguide.factory import unwrap
 from gradguide.optimizer import GradGuide
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:  # the same classes under the name of the smaller package
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 __all__ = ["GradGuideCallback"]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import struct
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradguide
 from gradguide import Direction, GradGuide, Magnitude
 
 lightning = pytest.importorskip("lightning")
@@ -136,6 +139,23 @@ def test_it_warns_if_lightning_clips_too(tmp_path: Path, limit: float | None, co
         warnings.simplefilter("always")
         fit(Module(), CSVLogger(tmp_path), gradient_clip_val=limit)
     assert len([w for w in found if "gradient_clip_val" in str(w.message)]) == count
+
+
+@pytest.mark.parametrize("present", ["lightning", "pytorch_lightning"])
+def test_it_is_a_callback_of_the_package_that_is_installed(present: str) -> None:
+    pytest.importorskip(present)
+    absent = ({"lightning", "pytorch_lightning"} - {present}).pop()
+    code = (
+        f"import sys; sys.modules[{absent!r}] = None\n"
+        "from gradguide.integrations.lightning import GradGuideCallback\n"
+        "print(GradGuideCallback.__mro__[1].__module__)"
+    )
+    root = str(Path(gradguide.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split()[-1].startswith(f"{present}.")
 
 
 def tensorboard(folder: Path, key: str) -> list[float]:

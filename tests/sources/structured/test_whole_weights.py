@@ -150,3 +150,11 @@ def test_sources_of_different_weights_do_not_merge(source: StructuredSource) -> 
     with pytest.raises(ValueError, match=r"captured at different weights of model.layers.0.self_attn.q_proj"):
         StructuredSource.merge([source, other])
     guide(llama(), StructuredSource.merge([source, source]))
+
+
+def test_the_captured_weights_are_held_once_however_often_a_source_is_bound(source: StructuredSource) -> None:
+    model = llama()
+    first = source.bound(model)
+    held = [id(start) for binding in (first, first.bound(model), source.bound(model, [first]))
+            if binding._binding is not None for _, start in binding._binding._starts]  # fmt: skip
+    assert len(held) == 3 * len(set(held)) > 0
