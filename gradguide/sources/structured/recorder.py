@@ -61,8 +61,17 @@ class Recorder:
         self._last_input = None
 
     def root(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Store the attention mask from the model's arguments."""
+        """Store the attention mask from the model's arguments.
+
+        Raises:
+            ValueError: an encoder-decoder has padding. Its mask is that of the encoder, not of the decoder's layers.
+        """
         mask = keywords.get("attention_mask")
+        two_stacks = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        if two_stacks and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise ValueError(
+                "capture from an encoder-decoder needs batches without padding, found an attention mask with 0"
+            )
         self.batch.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.batch.tokens = {}
 

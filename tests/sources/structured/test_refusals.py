@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from torch import Tensor, nn
 
@@ -167,3 +168,21 @@ def test_layers_of_different_shapes_do_not_merge() -> None:
     sources = [StructuredSource({"layer": LayerFactors(GOOD, each, 1.0)}) for each in (GOOD, other)]
     with pytest.raises(ValueError, match="layer layer has another shape in some of the sources"):
         StructuredSource.merge(sources)
+
+
+def test_padding_of_an_encoder_is_refused() -> None:
+    config = transformers.T5Config(
+        vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    ids = torch.randint(2, 48, (2, 6), generator=torch.Generator().manual_seed(0))
+    whole, padded = torch.ones_like(ids), torch.ones_like(ids)
+    padded[0, 4:] = 0
+
+    def loss(model: nn.Module, mask: Tensor) -> Tensor:
+        value: Tensor = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+        return value
+
+    with pytest.raises(ValueError, match="encoder-decoder needs batches without padding"):
+        StructuredSource.capture(model, [whole, padded], loss, rank=4)
+    assert StructuredSource.capture(model, [whole], loss, rank=4).names()
