@@ -141,6 +141,7 @@ def test_it_warns_if_lightning_clips_too(tmp_path: Path, limit: float | None, co
     assert len([w for w in found if "gradient_clip_val" in str(w.message)]) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("present", ["lightning", "pytorch_lightning"])
 def test_it_is_a_callback_of_the_package_that_is_installed(present: str) -> None:
     pytest.importorskip(present)
