@@ -139,8 +139,12 @@ class Binding:
             parameters: the trained parameters by name.
 
         Raises:
-            RuntimeError: a parameter that changes a layer was frozen or inactive when the binding was made.
+            RuntimeError: a parameter that changes a layer was frozen or inactive when the binding was made, or the
+                scale of an adapter changed since.
         """
+        for group in self._groups:
+            for bound in group.layers:
+                bound.check_scales()
         if not self._unbound.isdisjoint(parameters):
             raise RuntimeError(
                 f"{min(self._unbound & parameters.keys())} is trained, but it was frozen or in an inactive adapter "

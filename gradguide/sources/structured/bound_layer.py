@@ -25,6 +25,7 @@ class BoundLayer:
     fixed: the constant part of D: frozen adapters minus the source's anchor.
     weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
         start is sharded in the same way.
+    scales: for each adapter of the layer its name, the scales of the layer's adapters, and its own when it was bound.
     """
 
     name: str
@@ -33,6 +34,16 @@ class BoundLayer:
     fixed: Product | None
     weight: str | None
     start: Tensor | None
+    scales: tuple[tuple[str, Mapping[str, float], float], ...]
+
+    def check_scales(self) -> None:
+        """Raise RuntimeError if the scale of an adapter changed: D is computed with that at binding."""
+        for name, scalings, scale in self.scales:
+            if scalings.get(name, scale) != scale:
+                raise RuntimeError(
+                    f"the scale of the adapter {name!r} at {self.name} changed from {scale} to {scalings[name]} after "
+                    "the source was given to GradGuide: call set_alignment with the sources again"
+                )
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -72,7 +83,8 @@ def bind_layer(
     if trained and weight is None:
         _check_base_weight(layer, factors.weight)
     start = _captured(layer, factors.weight, earlier) if layer.trained else None
-    return BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start)
+    scales = tuple((adapter.name, adapter.scalings, adapter.scale) for adapter in layer.adapters)
+    return BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start, scales)
 
 
 def names_that_change(layer: Layer, names: Mapping[int, str]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,19 @@ class Adapter:
     """A LoRA adapter of one layer: it adds ``scale * B @ A`` to the weight.
 
     a, b: the parameters, [r, in] and [out, r].
+    name: the adapter's name.
+    scalings: the scale of each adapter of the layer, which PEFT changes in place.
     """
 
     a: Tensor
     b: Tensor
-    scale: float
+    name: str
+    scalings: Mapping[str, float]
+
+    @property
+    def scale(self) -> float:
+        """The present scale."""
+        return float(self.scalings[self.name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +174,7 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
                 "plain LoRA, or SourceGradient.anchored()"
             )
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        adapters.append(Adapter(a, b, float(wrapper.scaling[adapter])))
+        adapters.append(Adapter(a, b, adapter, wrapper.scaling))
     return Layer(name, module, base, _is_conv1d(base), tuple(adapters))
 
 

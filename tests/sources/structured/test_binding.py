@@ -156,3 +156,19 @@ def test_layers_of_a_group_that_is_added_later_are_pulled_from_then_on(source: S
     optimizer.add_param_group({"params": parts[1]})
     step(model, optimizer)
     check_pull(source, model, optimizer, 28)
+
+
+def test_a_scale_that_changes_later_needs_the_sources_again(source: StructuredSource) -> None:
+    model = adapted(llama())
+    spread(model, 0.1)
+    optimizer = guide(model, source)
+    step(model, optimizer)
+    for module in model.modules():
+        scale: Any = getattr(module, "scale_layer", None)
+        if scale is not None:
+            scale(2.0)
+    with pytest.raises(RuntimeError, match=r"changed from [\d.]+ to [\d.]+ after .* set_alignment"):
+        step(model, optimizer)
+    optimizer.set_alignment(Alignment(source))
+    step(model, optimizer)
+    check_pull(source, model, optimizer, len(trained(model)))
