@@ -12,10 +12,6 @@ __all__ = ["TOLERANCE", "multipliers"]
 TOLERANCE = 1e-6
 """Cosines of smaller magnitude are rounding errors of float32 rows, and do not count as conflicts."""
 
-RIDGE = 1e-8
-"""Smallest ridge. It bounds multipliers at 1e4 times the length of x, because rows are combined in float32: nearly
-opposite sources then leave a conflict of at most 6e-4 of that length."""
-
 
 def multipliers(sources: Tensor, inner: Tensor, length: Tensor, rounding: float = TOLERANCE) -> Tensor:
     """Return the multipliers of the projection of x onto the cone ``{y : <y, s_k> >= 0 for all k}``.
@@ -42,7 +38,7 @@ def multipliers(sources: Tensor, inner: Tensor, length: Tensor, rounding: float 
         solution = (-cosines).clamp(min=0.0)
     else:
         normalised = divide(divide(sources, norms.unsqueeze(1)), norms.unsqueeze(2)).clamp(-1.0, 1.0)
-        solution = _nonnegative(normalised, cosines, min(max(rounding, RIDGE), TOLERANCE))
+        solution = _nonnegative(normalised, cosines, min(rounding, TOLERANCE))
     return torch.where(conflict, divide(solution * length.unsqueeze(1), norms), 0.0)
 
 
@@ -54,7 +50,7 @@ def _nonnegative(a: Tensor, b: Tensor, ridge: float) -> Tensor:
     the set.
 
     Multipliers of dependent sources are not unique, and those of nearly dependent ones are unbounded. The ridge bounds
-    them: ``|m| <= ridge^-1/2`` times the length of x. It is at least the errors of a. A constraint joins only if
+    them: ``|m| <= ridge^-1/2`` times the length of x. It is as large as the errors of a. A constraint joins only if
     its violation is above the ridge times the terms of the trial. A final correction on the active set undoes the
     effect of the ridge on well-determined multipliers.
 
