@@ -15,7 +15,7 @@ __all__ = ["Drift", "Size", "accuracy"]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is measured.
+    """Number of rows and texts that are measured.
 
     Args:
         rows: test rows of the target.

@@ -66,7 +66,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a method sets up for the steps of a run.
+    """Optimizer and loss term of a method, for the steps of a run.
 
     Args:
         optimizer: makes the step.

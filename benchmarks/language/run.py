@@ -32,7 +32,7 @@ def device_of() -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all runs share.
+    """Settings of all runs.
 
     Args:
         model: folder or hub id.

@@ -38,7 +38,7 @@ class OwnText(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a structured source depends on, except the model.
+    """Specification of a structured source, without the model.
 
     text: "real" (encyclopedia and answered instructions) or "own".
     tokens: approximate number of tokens.

@@ -32,7 +32,7 @@ Method = Callable[[nn.Module, SourceGradient], Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What all runs share.
+    """Settings and data of all runs.
 
     Args:
         config: options of the demo.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from gradguide import SourceGradient, StructuredSource
 from gradguide.cli.main import main
 from gradguide.cli.structured import compare, describe, drift
 from gradguide.integrations.sampling import sampled_loss
+from tests.cli.damage import flip_header_bits, loads
 from tests.integrations.lora import QUIET
 from tests.sources.structured.problems import adapted, llama, spread, text, trained
 
@@ -193,20 +192,13 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
 def test_inspect_refuses_what_load_refuses_after_any_flipped_bit_of_the_header(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, whole = tmp_path / "flipped", sources["base"].read_bytes()
-    header = 8 + struct.unpack("<Q", whole[:8])[0]
-    chance = random.Random(0)
+    path = tmp_path / "flipped"
     refusals = 0
-    for _ in range(150):
-        damaged = bytearray(whole)
-        damaged[chance.randrange(header)] ^= 1 << chance.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            StructuredSource.load(path)
-        except ValueError:
-            refusals += 1
-            refused(capsys, path, "--json")
-        else:
+    for _ in flip_header_bits(path, sources["base"].read_bytes(), 150):
+        if loads(StructuredSource.load, path):
             assert main(["inspect", str(path), "--json"]) == 0
             capsys.readouterr()
+        else:
+            refusals += 1
+            refused(capsys, path, "--json")
     assert refusals > 50

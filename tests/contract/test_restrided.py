@@ -43,7 +43,7 @@ ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "in other memory": torch.clone,
     "a view of a larger tensor": lambda v: torch.cat([v, v])[3:6],
 }
-"""What becomes of the data of a square parameter."""
+"""Changes of the data of a square parameter."""
 
 UNLIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda v: v.t(),
@@ -53,7 +53,7 @@ UNLIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "in float64": torch.Tensor.double,
     "in bfloat16": torch.Tensor.bfloat16,
 }
-"""What becomes of the data of a parameter of shape (3, 4)."""
+"""Changes of the data of a parameter of shape (3, 4)."""
 
 
 def held(shape: tuple[int, ...]) -> list[nn.Parameter]:
@@ -105,7 +105,7 @@ def check(
 
 
 def started(parameters: list[nn.Parameter], base: Base, backend: str) -> GradGuide:
-    """After two steps, the second of which took over what the first found out."""
+    """Return a GradGuide after two steps, the second of which reused the plan of the first."""
     optimizer = GradGuide(base(parameters), magnitude=MAGNITUDE, backend=backend)
     for seed in (0, 1):
         give(parameters, seed)

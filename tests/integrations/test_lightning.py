@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import gradguide
 from gradguide import Direction, GradGuide, Magnitude
+from tests.integrations.reads import count_reads
 
 lightning = pytest.importorskip("lightning")
 
@@ -106,16 +107,9 @@ def test_what_was_not_measured_is_left_out_and_the_last_values_are_callback_metr
 
 
 def test_metrics_are_read_at_logging_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    before = GradGuide.metrics
-
-    def counted(self: GradGuide) -> dict[str, float]:
-        read.append(1)
-        return before(self)
-
     module = Module()
     monkeypatch.setattr(module, "on_train_batch_end", lambda *_: None)
-    monkeypatch.setattr(GradGuide, "metrics", counted)
+    read = count_reads(monkeypatch)
     fit(module, CSVLogger(tmp_path), every=3)
     assert len(read) == 2
 

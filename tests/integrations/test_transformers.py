@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gradguide import Direction, GradGuide, guided
+from gradguide import Direction, guided
 from tests.contract.test_trainer import bert, trainer_of
+from tests.integrations.reads import count_reads
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,14 +53,7 @@ def test_metrics_reach_the_history_and_the_reporters(tmp_path: Path) -> None:
 
 
 def test_metrics_are_read_at_logging_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    before = GradGuide.metrics
-
-    def counted(self: GradGuide) -> dict[str, float]:
-        read.append(1)
-        return before(self)
-
-    monkeypatch.setattr(GradGuide, "metrics", counted)
+    read = count_reads(monkeypatch)
     train(tmp_path, steps=6, every=3, optimizer_cls_and_kwargs=(guided(torch.optim.AdamW), {"lr": 1e-2}))
     assert len(read) == 2
 

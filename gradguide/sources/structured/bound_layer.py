@@ -21,7 +21,7 @@ __all__ = ["BoundLayer", "bind_layer", "names_that_change", "names_to_pull"]
 class BoundLayer:
     """The names of the parameters that change a layer.
 
-    adapters: names of A and B, rank and scale of each adapter of which A or B is trained.
+    adapters: names of A and B, rank and scale, of each adapter with a trained matrix.
     fixed: the constant part of D: frozen adapters minus the source's anchor.
     weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
         start is sharded in the same way.

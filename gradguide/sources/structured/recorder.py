@@ -101,7 +101,7 @@ class Recorder:
                 tokens = self._rows(layer_input)
                 if self.shared[layer.name] == layer.name:
                     found.inputs.add(_flat(layer_input, tokens))
-                rows = _flat(output.detach(), tokens)
+                rows = _flat(output, tokens)
                 found.scalars[0] += rows.shape[0]
                 found.scalars[1] += torch.linalg.vector_norm(rows, dtype=found.scalars.dtype).square()
             output.register_hook(lambda gradient: self.batch.gradients.append((found, gradient.detach())))

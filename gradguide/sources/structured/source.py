@@ -173,7 +173,7 @@ class StructuredSource:
         layers = self._layers
         if not {"base", "merged"} & self.metadata.keys():
             layers = {name: replace(factors, weight=None) for name, factors in layers.items()}
-        bindings = [given._binding for given in (self, *earlier) if given._binding is not None]
+        bindings = [each._binding for each in (self, *earlier) if each._binding is not None]
         source = copy.copy(self)
         source._binding = Binding(model, layers, self.floor, bindings, given)
         source._rows, source.drift = {}, None
