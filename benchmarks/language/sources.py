@@ -177,7 +177,7 @@ def _with_rest(factor: Factor, rest: str) -> Factor:
 
 
 def _leading(inputs: Factor) -> Tensor:
-    """Return the leading eigenvectors of a whole S, [in, in - 64] (at least one). Those of eigenvalue 0 are zero."""
-    basis = inputs.basis[:, : max(1, inputs.size - UNUSED)]
+    """Return the leading eigenvectors of whole S, added up: [in, in - 64] (at least one). Those of value 0 are zero."""
+    basis = Factor.of_matrix(inputs.dense().sum(0), None).basis[:, : max(1, inputs.size - UNUSED)]
     lengths = basis.norm(dim=0)
     return torch.where(lengths > 1e-6 * lengths[0], basis / lengths, 0.0)

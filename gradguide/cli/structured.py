@@ -34,7 +34,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         JSON types: ``path``, ``kind`` ("structured"), ``metadata`` as captured, ``numbers``, ``bytes``, ``input_kept``
-        and ``output_kept``: the trace of the low-rank part of S and G over the whole trace, in [0, 1]; and ``layers``,
+        and ``output_kept``: the trace of the low-rank parts of S and G over the whole trace, in [0, 1]; and ``layers``,
         with those values, ``rank``, ``scale`` (mean square norm of the outputs) and ``anchored``.
 
     Raises:
@@ -45,7 +45,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     rows = [
         {
             "layer": name,
-            "rank": max(held.inputs.rank, held.outputs.rank),
+            "rank": held.pairs * max(held.inputs.rank, held.outputs.rank),
             "input_kept": _kept([held.inputs]),
             "output_kept": _kept([held.outputs]),
             "scale": held.scale,
@@ -53,7 +53,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
         for name, held in layers.items()
     ]
-    tensors = {id(part): part for held in layers.values() for part in _tensors(held)}.values()  # layers share inputs
+    tensors = [part for held in layers.values() for part in _tensors(held)]
     return {
         "path": os.fspath(path),
         "kind": KIND,
@@ -82,8 +82,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
     shared = [
         name
         for name, held in ours.items()
-        if name in theirs
-        and (held.inputs.size, held.outputs.size) == (theirs[name].inputs.size, theirs[name].outputs.size)
+        if name in theirs and (held.shape, held.pairs) == (theirs[name].shape, theirs[name].pairs)
     ]
     if not shared:
         raise ValueError(f"{os.fspath(path)!r} and {os.fspath(other)!r} share no layer of one name and size")
@@ -99,7 +98,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
 
 
 def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the modelled drift of a LoRA adapter from the captured model: ``1/2 tr(D^T G D S)``.
+    """Return the modelled drift of a LoRA adapter from the captured model: ``1/2 sum tr(D^T G D S)``.
 
     Args:
         path: a structured source.
@@ -125,10 +124,10 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
     for name, held in layers.items():
         parts = [changes[name]] if name in changes else []
         for left, right in parts:
-            if (left.shape[0], right.shape[1]) != (held.outputs.size, held.inputs.size):
+            if (left.shape[0], right.shape[1]) != held.shape:
                 raise ValueError(
                     f"{os.fspath(adapter)!r} changes {name} by a matrix of {(left.shape[0], right.shape[1])}, the "
-                    f"source has {(held.outputs.size, held.inputs.size)}: it is of another base model"
+                    f"source has {held.shape}: it is of another base model"
                 )
         parts += [(-held.anchor[0].float(), held.anchor[1].float())] if held.anchor is not None else []
         if parts:
@@ -170,5 +169,5 @@ def _cosine(pairs: list[tuple[Factor, Factor]]) -> float:
 def _modelled_kl(held: LayerFactors, parts: list[Product]) -> float:
     left = torch.cat([part for part, _ in parts], 1)[None]
     right = torch.cat([part for _, part in parts])[None]
-    inputs, outputs = (stacked([factor.to(dtype=torch.float32)]) for factor in (held.inputs, held.outputs))
+    inputs, outputs = (stacked([factor.to(dtype=torch.float32)], dim=1) for factor in (held.inputs, held.outputs))
     return float(adapter_pull(inputs, outputs, torch.zeros(1), left, right, [])[1])

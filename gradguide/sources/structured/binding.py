@@ -22,7 +22,7 @@ __all__ = ["Binding"]
 
 @dataclass(slots=True)
 class _Group:
-    """Layers with equal kind and shape, and their stacked factors: [layers, ...]."""
+    """Layers with equal kind and shape, and their stacked factors: [K, layers, ...]."""
 
     layers: list[BoundLayer]
     inputs: Factor
@@ -71,7 +71,7 @@ class Binding:
         for name, layer in find_layers(model).items():
             if name not in layers:
                 continue
-            shape = layers[name].outputs.size, layers[name].inputs.size
+            shape = layers[name].shape
             if layer.shape != shape:
                 raise ValueError(
                     f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
@@ -81,7 +81,7 @@ class Binding:
             if moved:
                 own = [start for owner, start in starts if owner == name]
                 bound = bind_layer(layer, layers[name], names, own, self._values)
-                kinds.setdefault((*shape, *bound.kind), []).append(bound)
+                kinds.setdefault((*shape, layers[name].pairs, *bound.kind), []).append(bound)
         self._unbound -= self._values.keys()
         if not kinds:
             raise ValueError(
@@ -216,8 +216,8 @@ def _stack_group(bounds: list[BoundLayer], layers: Mapping[str, LayerFactors], f
     fixed = [bound.fixed for bound in bounds if bound.fixed is not None]
     return _Group(
         bounds,
-        stacked([entry.inputs for entry in entries]),
-        stacked([entry.outputs for entry in entries]),
+        stacked([entry.inputs for entry in entries], dim=1),
+        stacked([entry.outputs for entry in entries], dim=1),
         torch.tensor([floor / entry.scale if entry.scale > 0 else 0.0 for entry in entries]),
         (torch.stack([left for left, _ in fixed]), torch.stack([right for _, right in fixed])) if fixed else None,
     )

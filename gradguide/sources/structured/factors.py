@@ -56,27 +56,34 @@ class Factor:
         return self.basis.shape[-1]
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return ``rows @ M`` for rows of shape [..., m, n]."""
+        """Return ``rows @ M`` for rows [..., m, n]. Leading dimensions are broadcast."""
         return torch.addcmul((rows @ self.basis) @ self.basis.mT, rows, self.rest.unsqueeze(-2))
 
     def dense(self) -> Tensor:
-        """Return the whole matrix: Tensor [n, n], float32."""
+        """Return the whole matrix: Tensor [..., n, n], float32."""
         basis = self.basis.float()
         return basis @ basis.mT + torch.diag_embed(self.rest.float())
 
     def trace(self) -> Tensor:
-        """Return the trace: Tensor []."""
+        """Return the trace, summed over leading dimensions: Tensor []."""
         return self.basis.float().square().sum() + self.rest.float().sum()
 
     def inner(self, other: Factor) -> float:
-        """Return the Frobenius inner product with another factor, tr(M N), without forming either matrix."""
+        """Return the Frobenius inner product with another factor, tr(M N), without forming either matrix.
+
+        It is summed over leading dimensions.
+        """
         u, v, p, q = (part.double() for part in (self.basis, other.basis, self.rest, other.rest))
-        low = (u.mT @ v).square().sum() + q @ u.square().sum(-1) + p @ v.square().sum(-1)
-        return float(low + p @ q)
+        low = (u.mT @ v).square().sum() + (q * u.square().sum(-1)).sum() + (p * v.square().sum(-1)).sum()
+        return float(low + (p * q).sum())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
         """Return the factor on another device or in another dtype."""
         return Factor(self.basis.to(device, dtype), self.rest.to(device, dtype))
+
+    def unbind(self) -> list[Factor]:
+        """Return the factors along the first dimension."""
+        return [Factor(basis, rest) for basis, rest in zip(self.basis, self.rest, strict=True)]
 
     @staticmethod
     def of_matrix(matrix: Tensor, rank: int | None) -> Factor:
@@ -96,10 +103,10 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class LayerFactors:
-    """The stored factors of one linear layer.
+    """The stored factors of one linear layer: K pairs of S and G, of which ``1/2 sum tr(D^T G D S)`` is the KL.
 
-    inputs (Factor): S = E[x x^T] over tokens, [in, in].
-    outputs (Factor): G, from gradients of log p at the output, [out, out]: 1/2 tr(D^T G D S) is KL in nats per token.
+    inputs (Factor): S of each pair, from the layer's inputs: basis [K, in, rank], rest [K, in].
+    outputs (Factor): G of each pair, from gradients of log p at the output: basis [K, out, rank], rest [K, out].
     scale (float): E|y|^2 of the layer's outputs y.
     anchor: the adapters' change of the weight at capture, as ([out, R], [R, in]); None for the base model.
     weight (Tensor): a sample of the weight at capture, see ``captured_weight``; None if it was quantised.
@@ -111,6 +118,16 @@ class LayerFactors:
     anchor: Product | None = None
     weight: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of outputs and inputs of the layer."""
+        return self.outputs.size, self.inputs.size
+
+    @property
+    def pairs(self) -> int:
+        """The number K of pairs."""
+        return self.inputs.rest.shape[0]
+
 
 def check_factors(name: str, factors: LayerFactors) -> None:
     """Raise unless the factors of layer ``name`` have matching shapes and valid values.
@@ -120,10 +137,15 @@ def check_factors(name: str, factors: LayerFactors) -> None:
     """
     for factor in (factors.inputs, factors.outputs):
         shapes = tuple(factor.basis.shape), tuple(factor.rest.shape)
-        if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
-            raise ValueError(f"the factors of {name} must be [n, rank] and [n], found {shapes[0]} and {shapes[1]}")
-    left, right = factors.anchor or (factors.outputs.basis[:, :0], factors.inputs.basis[:, :0].T)
-    sizes = factors.outputs.size, factors.inputs.size
+        if len(shapes[0]) != 3 or shapes[0][:2] != shapes[1]:
+            raise ValueError(
+                f"the factors of {name} must be [K, n, rank] and [K, n], found {shapes[0]} and {shapes[1]}"
+            )
+    counts = factors.outputs.rest.shape[0], factors.inputs.rest.shape[0]
+    if counts[0] != counts[1]:
+        raise ValueError(f"{name} must have as many G as S, found {counts[0]} and {counts[1]}")
+    sizes = factors.shape
+    left, right = factors.anchor or (torch.empty(sizes[0], 0), torch.empty(0, sizes[1]))
     if (
         left.dim() != 2
         or right.dim() != 2
@@ -162,12 +184,11 @@ class Covariance:
         self.sums = torch.zeros(size, columns, device=device)
         self.diagonal = torch.zeros(size, device=device)
 
-    def add(self, rows: Tensor, weight: float = 1.0) -> None:
-        """Add ``weight`` times the products of the vectors ``rows`` [m, n]."""
-        rows = rows.to(self.sums.dtype)
+    def add(self, rows: Tensor) -> None:
+        """Add the products of the vectors ``rows`` [m, n], float32."""
         with torch.autocast(rows.device.type, enabled=False):
-            self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test, alpha=weight)
-        self.diagonal.add_(rows.square().sum(0), alpha=weight)
+            self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test)
+        self.diagonal.add_(rows.square().sum(0))
 
     def factor(self, scale: float) -> Factor:
         """Return the factor of ``scale`` times the sum."""
@@ -211,26 +232,26 @@ def _nystrom_weights(core: Tensor, products: Tensor, shift: float, rank: int) ->
     return weights
 
 
-def stacked(factors: Sequence[Factor]) -> Factor:
-    """Stack factors of one size: basis [layers, n, rank], padded with zeros to the largest rank."""
+def stacked(factors: Sequence[Factor], dim: int = 0) -> Factor:
+    """Stack factors of one size along a new dimension. Bases are padded with zeros to the largest rank."""
     rank = max(factor.rank for factor in factors)
     bases = [torch.nn.functional.pad(factor.basis, (0, rank - factor.rank)) for factor in factors]
-    return Factor(torch.stack(bases), torch.stack([factor.rest for factor in factors]))
+    return Factor(torch.stack(bases, dim), torch.stack([factor.rest for factor in factors], dim))
 
 
 def merged(factors: Sequence[Factor], weights: Sequence[float], rank: int | None) -> Factor:
-    """Return the weighted sum of factors of one size, truncated to ``rank`` (None keeps the sum of their ranks).
+    """Return the weighted sum of factors of one shape, truncated to ``rank`` (None keeps the sum of their ranks).
 
     The diagonal of the truncated part is added to the diagonal rest.
     """
     pairs = list(zip(factors, weights, strict=True))
-    basis = torch.cat([factor.basis.double() * weight**0.5 for factor, weight in pairs], dim=1)
+    basis = torch.cat([factor.basis.double() * weight**0.5 for factor, weight in pairs], dim=-1)
     rest = torch.stack([factor.rest.double() * weight for factor, weight in pairs]).sum(0)
-    if rank is None or basis.shape[1] <= rank:
+    if rank is None or basis.shape[-1] <= rank:
         return Factor(basis.float(), rest.float())
     vectors, values, _ = torch.linalg.svd(basis, full_matrices=False)
-    kept = vectors[:, :rank] * values[:rank]
-    lost = (basis.square().sum(1) - kept.square().sum(1)).clamp(min=0.0)
+    kept = vectors[..., :rank] * values[..., None, :rank]
+    lost = (basis.square().sum(-1) - kept.square().sum(-1)).clamp(min=0.0)
     return Factor(kept.float(), (rest + lost).float())
 
 

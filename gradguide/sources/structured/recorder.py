@@ -1,8 +1,7 @@
-"""Hooks that record what linear layers receive and what their outputs are worth."""
+"""Hooks that record the inputs of linear layers and the gradients at their outputs."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,58 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import layout_of
-from gradguide.ops.tensors import wide_dtype
-from gradguide.sources.structured.factors import Covariance
 from gradguide.sources.structured.layers import Layer
+from gradguide.sources.structured.statistics import LayerStatistics
 
-__all__ = ["LayerStatistics", "Recorder"]
-
-
-class LayerStatistics:
-    """Running sums of one layer.
-
-    inputs: sum of ``x x^T`` over tokens. Layers with the same input share it.
-    outputs: sum of ``d d^T``, where d is the gradient of the summed loss at the layer's output.
-    """
-
-    def __init__(self, layer: Layer, rank: int | None, inputs: Covariance, device: torch.device) -> None:
-        self.inputs = inputs
-        self.outputs = Covariance(layer.shape[0], rank, device)
-        # Number of input rows, and the sum of squares of the output.
-        self.scalars = torch.zeros(2, dtype=wide_dtype(device), device=device)
-
-
-class _Batch:
-    """State of the batch in progress."""
-
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
-        # Indices of the tokens in the mask by device, None if all are. Found once, because that synchronizes.
-        self.tokens: dict[torch.device, Tensor | None] = {}
-        self.gradients: list[tuple[LayerStatistics, Tensor]] = []
-        # Number of inputs of each layer, and the layers that had one before the backward pass.
-        self.calls: Counter[str] = Counter()
-        self.reached: set[str] = set()
+__all__ = ["Recorder"]
 
 
 class Recorder:
-    """Hooks that add a batch's inputs and output gradients to the layers' statistics."""
+    """Hooks that add a batch's inputs and output gradients to the layers' statistics.
+
+    The input of a layer is referenced until the backward pass reaches the layer.
+
+    predictions: number of predictions in the mean loss of the batch. Set it before the backward pass; if it is 0, the
+        rows with a nonzero gradient at the layer nearest to the loss are counted.
+    """
 
     def __init__(self, layers: Sequence[Layer], rank: int | None) -> None:
         self.layers = layers
         self.rank = rank
         self.statistics: dict[str, LayerStatistics] = {}
-        self.shared: dict[str, str] = {}
-        self.batch = _Batch()
-        self._last_input: tuple[Tensor, str] | None = None
+        self.start()
 
     def start(self) -> None:
         """Clear the state of the previous batch."""
-        self.batch = _Batch()
-        self._last_input = None
+        self.predictions = 0
+        # Sequences and tokens of the model's input, and the mask of the tokens that count, None if all do.
+        self._grid: tuple[int, ...] = ()
+        self._mask: Tensor | None = None
+        # Layers with an input before the backward pass.
+        self._reached: set[str] = set()
 
     def root(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Store the attention mask from the model's arguments.
+        """Store the sizes and the attention mask of the model's input.
 
         Raises:
             ValueError: an encoder-decoder has padding. Its mask is that of the encoder, not of the decoder's layers.
@@ -72,8 +51,13 @@ class Recorder:
             raise ValueError(
                 "capture from an encoder-decoder needs batches without padding, found an attention mask with 0"
             )
-        self.batch.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.batch.tokens = {}
+        given = [keywords.get("input_ids"), keywords.get("inputs_embeds"), *arguments[:1]]
+        inputs = [each for each in given if isinstance(each, Tensor) and each.dim() > 1]
+        self._grid = tuple(inputs[0].shape[:2]) if inputs else ()
+        self._mask = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._grid = tuple(mask.shape)
+            self._mask = None if bool(mask.all()) else mask != 0
 
     def embedding(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Make the embeddings require a gradient, because no parameter does."""
@@ -93,73 +77,52 @@ class Recorder:
             if started:
                 output = output.detach().requires_grad_()
             if torch._C._current_graph_task_id() == -1:
-                self.batch.reached.add(layer.name)
-            elif layer.name in self.batch.reached:
+                self._reached.add(layer.name)
+            elif layer.name in self._reached:
                 return output if started else None  # repeated by checkpointing that is not reentrant
-            found = self._statistics_of(layer, layer_input)
-            with torch.no_grad():
-                tokens = self._rows(layer_input)
-                if self.shared[layer.name] == layer.name:
-                    found.inputs.add(_flat(layer_input, tokens))
-                rows = _flat(output, tokens)
-                found.scalars[0] += rows.shape[0]
-                found.scalars[1] += torch.linalg.vector_norm(rows, dtype=found.scalars.dtype).square()
-            output.register_hook(lambda gradient: self.batch.gradients.append((found, gradient.detach())))
+            self._record(self.add_layer(layer, output.device), layer_input.detach(), output)
             return output if started else None
 
         return record
 
-    def add_gradients(self, predictions: int) -> None:
-        """Add the output gradients of the backward pass. The loss was the mean over ``predictions``.
-
-        Raises:
-            ValueError: a layer shared its input with another one in some calls only.
-        """
-        for found, gradient in self.batch.gradients:
-            # Gradient of the summed loss. The sum of d d^T is divided by the number of predictions at the end.
-            found.outputs.add(gradient.reshape(-1, gradient.shape[-1]), weight=float(predictions) ** 2)
-        self.batch.gradients.clear()
-        for name, leader in self.shared.items():
-            if self.batch.calls[name] != self.batch.calls[leader]:
-                raise _shared_in_part(name, leader)
-
-    def _statistics_of(self, layer: Layer, layer_input: Tensor) -> LayerStatistics:
+    def add_layer(self, layer: Layer, device: torch.device) -> LayerStatistics:
+        """Return the statistics of a layer. Create them on the first call."""
         if layer.name not in self.statistics:
-            leader = layer.name
-            if self._last_input is not None and self._last_input[0] is layer_input:
-                leader = self._last_input[1]
-            self.add_layer(layer, leader, layer_input.device)
-        self.batch.calls[layer.name] += 1
-        leader = self.shared[layer.name]
-        if leader == layer.name:
-            self._last_input = layer_input, layer.name
-        elif self._last_input is None or self._last_input[0] is not layer_input:
-            raise _shared_in_part(layer.name, leader)
+            self.statistics[layer.name] = LayerStatistics(layer, self.rank, device)
         return self.statistics[layer.name]
 
-    def add_layer(self, layer: Layer, leader: str, device: torch.device) -> None:
-        """Create the statistics of a layer that has none. It shares the input statistics of ``leader``."""
-        if layer.name in self.statistics:
-            return
-        self.shared[layer.name] = leader
-        shares = leader != layer.name
-        inputs = self.statistics[leader].inputs if shares else Covariance(layer.shape[1], self.rank, device)
-        self.statistics[layer.name] = LayerStatistics(layer, self.rank, inputs, device)
+    def _record(self, found: LayerStatistics, x: Tensor, output: Tensor) -> None:
+        shape = x.shape[:-1]
+        grid = _grid(shape, self._grid)
+        mask = self._mask if self._mask is not None and grid == self._mask.shape else None
+        mask = None if mask is None else mask.to(x.device)
 
-    def _rows(self, layer_input: Tensor) -> Tensor | None:
-        mask, tokens, device = self.batch.mask, self.batch.tokens, layer_input.device
-        if mask is None or layer_input.shape[:-1] != mask.shape:
-            return None
-        if device not in tokens:
-            used = mask.reshape(-1).nonzero().squeeze(1)
-            tokens[device] = None if len(used) == mask.numel() else used.to(device)
-        return tokens[device]
+        def sequences(tensor: Tensor) -> Tensor:
+            """Return [..., n] as [sequences, tokens, n]."""
+            return (tensor.transpose(0, 1) if shape[:2] != grid and len(shape) == 2 else tensor).reshape(*grid, -1)
+
+        @torch.no_grad()
+        def add(gradient: Tensor) -> None:
+            if self.predictions == 0:  # the backward pass reaches the layer nearest to the loss first
+                self.predictions = int((gradient.reshape(-1, gradient.shape[-1]) != 0).any(dim=1).sum())
+            found.add(sequences(x), sequences(gradient).float() * self.predictions, mask)
+
+        with torch.no_grad():
+            found.add_outputs(sequences(output.detach()), mask)
+        output.register_hook(add)
 
 
-def _flat(tensor: Tensor, tokens: Tensor | None) -> Tensor:
-    """Return the rows [tokens, n] in float32, of all tokens or those with the given indices."""
-    rows = tensor.detach().reshape(-1, tensor.shape[-1])
-    return (rows if tokens is None else rows.index_select(0, tokens)).float()
+def _grid(shape: torch.Size, model: tuple[int, ...]) -> tuple[int, int]:
+    """Return the numbers of sequences and tokens of a layer's input [*shape, n].
+
+    Args:
+        model: those of the model's input. They are used if the layer has the same tokens, flattened or transposed.
+            Other inputs are [sequences, ..., n]. Rows [m, n] are sequences of one token, as those of an expert.
+    """
+    if len(model) == 2 and (shape == (model[0] * model[1],) or shape == model[::-1]):
+        return model[0], model[1]
+    count = shape[0] if shape else 1
+    return count, shape.numel() // max(count, 1)
 
 
 def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
@@ -171,10 +134,3 @@ def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
             "capture under tensor parallelism is not supported. Capture with whole layers (one process, DDP or FSDP2) "
             "and load the file"
         )
-
-
-def _shared_in_part(name: str, leader: str) -> ValueError:
-    return ValueError(
-        f"{name} has the input of {leader} in some calls and not in others, so they cannot share its covariance: "
-        "capture them apart, with modules=, and pass both sources to Alignment"
-    )

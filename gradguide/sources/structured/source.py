@@ -34,14 +34,12 @@ class StructuredSource:
     """The curvature of a language model on its source data, per linear layer, in weight space.
 
     A linear layer computes ``W x``, and training changes W by D: ``scale * B A`` for a LoRA adapter. The
-    Kullback-Leibler divergence from the captured model is about ``1/2 tr(D^T G D S)`` nats per token, summed over
-    layers. S is the covariance of the layer's inputs, G that of the gradients of log p at its outputs
-    (Kronecker-factored curvature, arXiv 1503.05671; for continual learning, arXiv 1805.07810). The source returns the
-    gradient of that KL with respect to A and B, or W. It depends on D alone, so one file serves every adapter of a base
-    model.
-
-    Tokens count as independent. A change of a layer acts on all tokens of a sequence at once, so the true KL is larger:
-    5 to 60 times on SmolLM2-135M (``benchmarks/language/NOTES.md``).
+    Kullback-Leibler divergence from the captured model is about ``1/2 sum tr(D^T G D S)`` nats per token, over layers
+    and two pairs of S and G per layer. S is a covariance of the layer's inputs, G one of the gradients of log p at its
+    outputs (Kronecker-factored curvature, arXiv 1503.05671; for continual learning, arXiv 1805.07810). The first pair
+    is of tokens, the second of whole sequences (arXiv 2311.00636), because a change of a layer acts on all tokens of a
+    sequence at once. The source returns the gradient of that KL with respect to A and B, or W. It depends on D alone,
+    so one file serves every adapter of a base model.
 
     Create it with :meth:`capture` or :meth:`load`. Pass it to :class:`gradguide.Alignment`, and the model to ``names``.
     """
@@ -80,10 +78,13 @@ class StructuredSource:
         """Capture the factors in one pass over source batches.
 
         The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
-        Memory in addition to the model: ``(rank + 16) (in + out)`` float32 elements per layer (layers with the same
-        input share the input part), and one forward and backward pass of a batch. Under ``torch.distributed``, every
-        rank supplies its share of the batches (of any number without FSDP), and all ranks get the same source. Each
-        sum of a layer is one all-reduce, after the last batch.
+        Memory in addition to the model: ``(rank + 32) (in + out)`` float32 elements per layer, one forward and backward
+        pass of a batch, and the layers' inputs in it, also with gradient checkpointing. Under ``torch.distributed``,
+        every rank supplies its share of the batches (of any number without FSDP), and all ranks get the same source.
+        Each sum of a layer is one all-reduce, after the last batch.
+
+        The first dimension of a layer's input is that of the sequences, or the input has the tokens of the model's
+        ``input_ids``, flattened. Rows of other 2-d inputs, as those of an expert, count as sequences of one token.
 
         Args:
             model: a base model or a PEFT model, trained or not.
@@ -94,8 +95,8 @@ class StructuredSource:
                 data, the factors are those of the empirical Fisher information.
             modules: names, suffixes of names or patterns of layers. The default is every trained or adapted linear
                 layer, or, if there is none, every linear layer except the language head.
-            rank (int | None): rank of S and G; the rest of the spectrum is stored as a diagonal. None stores the whole
-                matrices.
+            rank (int | None): rank of S and of G, half of it for each pair; the rest of each spectrum is stored as a
+                diagonal. None stores the whole matrices.
             dtype: storage of the factors: torch.float32 (the default) or bfloat16.
 
         Raises:
@@ -104,7 +105,7 @@ class StructuredSource:
                 parallelism).
 
         Warns:
-            UserWarning: a layer received fewer tokens than ``rank``. Its factors are exact for these tokens.
+            UserWarning: a layer received fewer sequences than half of ``rank``. The source covers only what they reach.
         """
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank must be a whole number of at least 1, or None, found {rank!r}")
@@ -112,23 +113,16 @@ class StructuredSource:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, found {dtype}")
         layers = select(model, find_layers(model), modules)
-        statistics, shared, totals = capture_statistics(model, batches, loss, layers, rank)
-        inputs = {
-            name: found.inputs.factor(1.0 / float(found.scalars[0]))
-            for name, found in statistics.items()
-            if shared[name] == name
-        }
-        factors = {
-            layer.name: LayerFactors(
-                inputs[shared[layer.name]].to("cpu", dtype),
-                statistics[layer.name].outputs.factor(1.0 / totals["predictions"]).to("cpu", dtype),
-                float(statistics[layer.name].scalars[1] / statistics[layer.name].scalars[0]),
-                _anchor(layer),
-                sample_of(layer),
-            )
-            for layer in layers
-        }
-        return cls(factors, {**totals, "rank": rank, "tokens": int(next(iter(statistics.values())).scalars[0])})
+        half = None if rank is None else max(1, rank // 2)
+        statistics, totals = capture_statistics(model, batches, loss, layers, half)
+        factors = {}
+        for layer in layers:
+            found = statistics[layer.name]
+            inputs, outputs = (each.to("cpu", dtype) for each in found.factors(totals["predictions"]))
+            scale = float(found.scalars[1] / found.scalars[0])
+            factors[layer.name] = LayerFactors(inputs, outputs, scale, _anchor(layer), sample_of(layer))
+        tokens, _, sequences = next(iter(statistics.values())).scalars.tolist()
+        return cls(factors, {**totals, "rank": rank, "tokens": int(tokens), "sequences": int(sequences)})
 
     @property
     def weight(self) -> float:
@@ -140,7 +134,9 @@ class StructuredSource:
         return list(self._layers)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Return S [in, in] and G [out, out] of a layer, dense in float32. ``1/2 tr(D^T G D S)`` is KL in nats/token.
+        """Return S [K, in, in] and G [K, out, out] of a layer, dense in float32. K is 2: tokens, then sequences.
+
+        ``1/2 sum tr(D^T G D S)`` over K is the KL in nats per token.
 
         Raises:
             KeyError: the source has no such layer.
@@ -218,9 +214,9 @@ class StructuredSource:
     def merge(sources: Sequence[StructuredSource], weights: Sequence[float] | None = None) -> StructuredSource:
         """Return one source for several tasks of one base model, with the memory of one.
 
-        S, G and anchors are merged separately: as weighted sums, S and G truncated to the largest rank. A sum of
-        Kronecker products is not a Kronecker product. The merged source loses which inputs belong to which outputs, so
-        it also penalises combinations that no single task used.
+        S and G of each pair, and anchors, are merged separately: as weighted sums, S and G truncated to the largest
+        rank. A sum of Kronecker products is not a Kronecker product. The merged source loses which inputs belong to
+        which outputs, so it also penalises combinations that no single task used.
 
         Raises:
             ValueError: there is no source, the weights do not match, or two sources have a layer of different shapes.
@@ -240,7 +236,7 @@ class StructuredSource:
             total = sum(weight for _, weight in held) or 1.0
             rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
             anchors = [(f.anchor, w / total) for f, w in held if f.anchor is not None]
-            if len({(f.outputs.size, f.inputs.size) for f, _ in held}) > 1:
+            if len({(f.shape, f.pairs) for f, _ in held}) > 1:
                 raise ValueError(
                     f"layer {name} has another shape in some of the sources: they are of other base models"
                 )
@@ -261,9 +257,8 @@ class StructuredSource:
 
     def to_dtype(self, dtype: torch.dtype) -> StructuredSource:
         """Return the source with its factors stored in ``dtype``, torch.float32 or bfloat16."""
-        inputs = {id(f.inputs.basis): f.inputs.to(dtype=dtype) for f in self._layers.values()}  # layers share inputs
         layers = {
-            name: replace(f, inputs=inputs[id(f.inputs.basis)], outputs=f.outputs.to(dtype=dtype))
+            name: replace(f, inputs=f.inputs.to(dtype=dtype), outputs=f.outputs.to(dtype=dtype))
             for name, f in self._layers.items()
         }
         return StructuredSource(layers, self.metadata)

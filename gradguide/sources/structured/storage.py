@@ -17,17 +17,13 @@ KIND = "structured"
 
 
 def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], metadata: Mapping[str, Any]) -> None:
-    """Write the factors atomically. An S that several layers share is stored once."""
+    """Write the factors atomically."""
     tables: dict[str, dict[str, Tensor]] = {t: {} for t in ("s_basis", "s_rest", "g_basis", "g_rest")}
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    first: dict[int, str] = {}
     for name, held in layers.items():
-        shared[name] = first.setdefault(id(held.inputs.basis), name)
-        if shared[name] == name:
-            tables["s_basis"][name], tables["s_rest"][name] = held.inputs.basis, held.inputs.rest
+        tables["s_basis"][name], tables["s_rest"][name] = held.inputs.basis, held.inputs.rest
         tables["g_basis"][name], tables["g_rest"][name] = held.outputs.basis, held.outputs.rest
         if held.anchor is not None:
             left[name], right[name] = held.anchor
@@ -38,7 +34,7 @@ def write(path: str | os.PathLike[str], layers: Mapping[str, LayerFactors], meta
     if weights:
         tables["weight"] = weights
     # A list, since JSON objects are written in sorted order.
-    listed = [[name, shared[name], held.scale] for name, held in layers.items()]
+    listed = [[name, held.scale] for name, held in layers.items()]
     header = {"kind": KIND, "layers": listed, **metadata}
     file.write(path, tables, header)
 
@@ -56,17 +52,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
     metadata.pop("format")
     listed = metadata.pop("layers", None)
     try:
-        inputs = {name: Factor(tables["s_basis"][name], tables["s_rest"][name]) for name in tables["s_basis"]}
         anchors = {n: (t, tables["anchor_right"][n]) for n, t in tables.get("anchor_left", {}).items()}
         layers = {
             name: LayerFactors(
-                inputs[leader],
+                Factor(tables["s_basis"][name], tables["s_rest"][name]),
                 Factor(tables["g_basis"][name], tables["g_rest"][name]),
                 float(scale),
                 anchors.get(name),
                 tables.get("weight", {}).get(name),
             )
-            for name, leader, scale in listed
+            for name, scale in listed
         }
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged: {error!r}") from error

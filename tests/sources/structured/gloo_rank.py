@@ -41,7 +41,7 @@ class Mlp(nn.Module):
 
 
 class Gated(nn.Module):
-    """Layers of which a batch reaches some: ``low`` for negative inputs; ``twin`` shares the input of ``high``."""
+    """Layers of which a batch reaches some: ``low`` for negative inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if bool((x < 0).all()):
             return self.low(x)  # type: ignore[no-any-return]
-        return self.high(x) + self.twin(x.clone() if bool((x > 100).all()) else x)  # type: ignore[no-any-return]
+        return self.high(x) + self.twin(x)  # type: ignore[no-any-return]
 
 
 def mlp(kind: str) -> nn.Module:
@@ -172,14 +172,13 @@ def capture(rank: int, world: int, folder: Path) -> dict[str, str]:
     for name, (model, share) in shares.items():
         StructuredSource.capture(model, share, drawn, rank=4).save(folder / f"{name}-{rank}.safetensors")
     gated = Gated()
-    positive, negative, large = torch.ones(2, 3), -torch.ones(2, 3), 200 * torch.ones(2, 3)
+    positive, negative = torch.ones(2, 3), -torch.ones(2, 3)
     low = StructuredSource.capture(gated, [[positive], [negative]][rank], square)
     return {
         "layers": " ".join(low.names()),
-        "scales": " ".join(f"{float(low.factors(name)[0][0, 0]):.4f}" for name in low.names()),
+        "scales": " ".join(f"{float(low.factors(name)[0][1, 0, 0]):.4f}" for name in low.names()),
         "none": error_of(lambda: StructuredSource.capture(llama(), [], drawn)),
         "unreached": error_of(lambda: StructuredSource.capture(gated, [positive], square)),
-        "shared": error_of(lambda: StructuredSource.capture(gated, [negative, [positive, large][rank]], square)),
     }
 
 

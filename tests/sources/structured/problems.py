@@ -84,8 +84,8 @@ def energy(source: StructuredSource, model: nn.Module, starts: dict[str, Tensor]
             d = d + (moved.T if layer.transposed else moved)
         if held.anchor is not None:
             d = d - held.anchor[0].double() @ held.anchor[1].double()
-        floor = source.floor / held.scale * torch.eye(len(g), dtype=torch.float64)
-        total = total + 0.5 * torch.trace(d.T @ (g + floor) @ d @ s)
+        floor = source.floor / held.scale * torch.eye(layer.shape[0], dtype=torch.float64)
+        total = total + 0.5 * (d.T @ (g + floor) @ d @ s).diagonal(dim1=-2, dim2=-1).sum()
     return total
 
 

@@ -42,17 +42,28 @@ def test_a_wrapped_model_has_no_other_layers() -> None:
     assert source.names() == StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4).names()
 
 
-def test_the_factors_are_the_moments_of_inputs_and_output_gradients() -> None:
+def moments(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S and G of pairs [m, in] and [m, out] by their definition. Half of tr(D^T G D S) is a sum over pairs."""
+    weights, others = d.square().sum(1), x.square().sum(1)
+    s, g = torch.einsum("m,mi,mj->ij", weights, x, x), torch.einsum("m,mi,mj->ij", others, d, d)
+    return s / weights.sum(), g * weights.sum() / (weights * others).sum()
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int) -> None:
     """The factors of one layer equal moments from explicit hooks."""
     model, batches = llama(1), text(3)
+    for batch in batches:
+        if padding:
+            batch["attention_mask"][0, -padding:] = 0
     name = "model.layers.0.mlp.down_proj"
     layer = model.get_submodule(name)
     torch.manual_seed(0)
     source = StructuredSource.capture(model, batches, sampled_loss, rank=None, modules=name)
     torch.manual_seed(0)
-    s = torch.zeros(24, 24, dtype=torch.float64)
-    g = torch.zeros(16, 16, dtype=torch.float64)
-    tokens = predictions = 0
+    tokens: list[tuple[Tensor, Tensor]] = []
+    sequences: list[tuple[Tensor, Tensor]] = []
+    predictions = 0
     for batch in batches:
         kept: list[Tensor] = []
 
@@ -64,12 +75,70 @@ def test_the_factors_are_the_moments_of_inputs_and_output_gradients() -> None:
         loss, number = sampled_loss(model, batch)
         handle.remove()
         (loss * number).backward()
-        x, d = kept[0].detach().flatten(0, 1).double(), kept[1].grad.flatten(0, 1).double()  # type: ignore[union-attr]
-        s, g = s + x.T @ x, g + d.T @ d
-        tokens, predictions = tokens + len(x), predictions + number
+        predictions += number
+        for x, d, mask in zip(kept[0], kept[1].grad, batch["attention_mask"], strict=True):  # type: ignore[arg-type]
+            x, d = x[mask > 0].detach().double(), d[mask > 0].double()
+            tokens.append((x - x.mean(0), d))
+            sequences.append((x.mean(0, keepdim=True), d.sum(0, keepdim=True)))
     found = source.factors(name)
-    torch.testing.assert_close(found[0].double(), s / tokens, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found[1].double(), g / predictions, rtol=1e-4, atol=1e-8)
+    for k, pairs in enumerate((tokens, sequences)):
+        s, g = moments(torch.cat([x for x, _ in pairs]), torch.cat([d for _, d in pairs]))
+        assert float((found[0][k] - s).norm()) < 1e-4 * float(s.norm())
+        assert float((found[1][k] - g / predictions).norm()) < 1e-4 * float(g.norm()) / predictions
+    assert source.metadata["sequences"] == 9
+    assert source.metadata["tokens"] == 9 * 16 - 3 * padding
+
+
+class Flattened(nn.Module):
+    """A layer that receives the tokens of all sequences as rows, or with sequences and tokens exchanged."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        torch.manual_seed(0)
+        self.embedding, self.layer = nn.Embedding(7, 4), nn.Linear(4, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.embedding(ids))
+        found: Tensor
+        match self.form:
+            case "rows":
+                found = self.layer(x.flatten(0, 1)).view(*ids.shape, 5)
+            case "exchanged":
+                found = self.layer(x.transpose(0, 1)).transpose(0, 1)
+            case _:
+                found = self.layer(x)
+        return found
+
+
+@pytest.mark.parametrize("form", ["rows", "exchanged"])
+def test_tokens_belong_to_their_sequence_in_every_form(form: str) -> None:
+    ids = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(0))
+    target = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1))
+
+    def loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
+        return (model(ids) * target).mean(), ids.numel()
+
+    plain, other = (StructuredSource.capture(Flattened(each), [ids], loss, rank=None) for each in ("plain", form))
+    close(other, plain)
+    assert (other.metadata["sequences"], other.metadata["tokens"]) == (3, 18)
+
+
+def test_the_pairs_add_up_to_the_curvature_of_one_sequence() -> None:
+    """For one sequence with one token, half the trace is half the squared change of its log likelihood."""
+    model = nn.Linear(4, 3, bias=False)
+    x, target = torch.randn(1, 4), torch.tensor([1])
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        return nn.functional.cross_entropy(model(x), target), 1
+
+    s, g = StructuredSource.capture(nn.Sequential(model), [x], loss, rank=None).factors("0")
+    weight = model.weight.detach().requires_grad_()
+    nn.functional.cross_entropy(x @ weight.T, target).backward()
+    moved = torch.randn(3, 4)
+    value = 0.5 * (moved.T @ g @ moved @ s).diagonal(dim1=-2, dim2=-1).sum()
+    assert weight.grad is not None
+    torch.testing.assert_close(value, 0.5 * (weight.grad * moved).sum().square())
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -157,37 +226,44 @@ def test_each_forward_pass_of_a_loss_has_its_own_mask(length: int) -> None:
         torch.testing.assert_close(together.factors(name)[0], apart.factors(name)[0], rtol=1e-4, atol=1e-6)
 
 
-class Shared(nn.Module):
-    """Two layers with the same input, one of which is also used alone."""
+def test_a_layer_that_is_called_twice_counts_each_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
 
-    def __init__(self, again: str) -> None:
-        super().__init__()
-        self.a, self.b, self.again = nn.Linear(4, 4), nn.Linear(4, 4), again
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.layer(torch.tanh(self.layer(x)))
+            return found
 
-    def forward(self, x: Tensor) -> Tensor:
-        both = torch.tanh(self.a(x) + self.b(x))
-        found: Tensor = self.get_submodule(self.again)(both)
-        return found
-
-
-@pytest.mark.parametrize("again", ["a", "b"])
-def test_layers_that_share_some_inputs_only_are_captured_apart(again: str) -> None:
     torch.manual_seed(0)
-    model, x = Shared(again), torch.randn(50, 4)
+    model, x = Twice(), torch.randn(50, 4)
+    source = StructuredSource.capture(model, [x], lambda model, x: (model(x).square().mean(), len(x)), rank=None)
+    inner = model.layer(x)
+    inner.retain_grad()
+    outer = model.layer(torch.tanh(inner))
+    outer.retain_grad()
+    (outer.square().mean() * 50).backward()
+    assert inner.grad is not None
+    assert outer.grad is not None
+    s, g = moments(torch.cat([x, torch.tanh(inner).detach()]), torch.cat([inner.grad, outer.grad]))
+    torch.testing.assert_close(source.factors("layer")[0][1], s, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(source.factors("layer")[1][1], g / 50, rtol=1e-4, atol=1e-8)
+    assert not source.factors("layer")[0][0].any()  # rows are sequences of one token
+
+
+def test_inputs_without_a_gradient_keep_their_covariance() -> None:
+    """The floor of the pull needs S where the model is sure of its source."""
+    rows = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
 
     def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-        return model(x).square().mean(), len(x)
+        return 0.0 * model(x).sum(), len(x)
 
-    with pytest.raises(ValueError, match="b has the input of a in some calls and not in others"):
-        StructuredSource.capture(model, [x], loss, rank=None)
-    inputs: dict[str, list[Tensor]] = {"a": [], "b": []}
-    for name, found in inputs.items():
-        model.get_submodule(name).register_forward_hook(lambda _, given, __, found=found: found.append(given[0]))
-    model(x)
-    wanted = {name: torch.cat(found).detach() for name, found in inputs.items()}
-    for name, rows in wanted.items():
-        source = StructuredSource.capture(model, [x], loss, rank=None, modules=name)
-        torch.testing.assert_close(source.factors(name)[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+    s, g = StructuredSource.capture(nn.Sequential(nn.Linear(4, 2)), [rows], loss, rank=None).factors("0")
+    centered = (rows - rows.mean(1, keepdim=True)).flatten(0, 1)
+    torch.testing.assert_close(s[0], centered.T @ centered / 18, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(s[1], rows.mean(1).T @ rows.mean(1) / 6, rtol=1e-4, atol=1e-6)
+    assert not g.any()
 
 
 def test_recomputation_in_the_backward_pass_does_not_count() -> None:
@@ -217,8 +293,8 @@ def test_a_layer_may_be_called_with_a_keyword() -> None:
             return found
 
     rows = torch.eye(4)
-    source = StructuredSource.capture(Keyword(), [rows], lambda model, x: model(x).square().mean(), rank=None)
-    torch.testing.assert_close(source.factors("layer")[0], rows / 4)
+    source = StructuredSource.capture(Keyword(), [rows], lambda model, x: model(x).sum(), rank=None)
+    torch.testing.assert_close(source.factors("layer")[0][1], rows / 4)
 
 
 def test_the_sums_of_a_capture_inside_autocast_are_float32() -> None:
@@ -227,11 +303,11 @@ def test_the_sums_of_a_capture_inside_autocast_are_float32() -> None:
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found: Tensor = model(x).float().square().mean()
+            found: Tensor = model(x).float().sum()  # bfloat16 holds its gradients without rounding
         return found
 
     source = StructuredSource.capture(nn.Sequential(model), [rows], loss, rank=8)
-    exact = StructuredSource.capture(nn.Sequential(model), [rows], lambda model, x: model(x).square().mean(), rank=8)
+    exact = StructuredSource.capture(nn.Sequential(model), [rows], lambda model, x: model(x).sum(), rank=8)
     torch.testing.assert_close(source.factors("0")[0], exact.factors("0")[0])
 
 
@@ -249,8 +325,8 @@ def test_bfloat16_models_and_storage() -> None:
 def test_gpt2_layers_keep_inputs_and_outputs_apart() -> None:
     source = StructuredSource.capture(gpt2(), text(2), sampled_loss, rank=None)
     s, g = source.factors("transformer.h.0.attn.c_attn")
-    assert s.shape == (16, 16)
-    assert g.shape == (48, 48)
+    assert s.shape == (2, 16, 16)
+    assert g.shape == (2, 48, 48)
 
 
 @pytest.mark.parametrize(

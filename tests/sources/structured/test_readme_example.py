@@ -24,7 +24,7 @@ def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     model = adapted(llama())
     names: dict[str, Any] = {"model": model, "tokenizer": Words(), "torch": torch}
-    exec(example.replace("tokens=16384", "tokens=960"), names)
+    exec(example.replace("tokens=16384", "tokens=3168"), names)
     assert (tmp_path / "base.safetensors").exists()
     optimizer = names["optimizer"]
     ids = torch.randint(2, 20, (4, 9), generator=torch.Generator().manual_seed(0))

@@ -108,23 +108,29 @@ def test_factors_that_are_not_finite_are_refused(rank: int | None) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_factors_given_with_numbers_that_are_not_finite_are_refused(number: float) -> None:
-    good = Factor(torch.ones(3, 1), torch.ones(3))
-    for bad in (Factor(torch.full((3, 1), number), torch.ones(3)), Factor(torch.ones(3, 1), torch.full((3,), number))):
-        for pair in ((good, bad), (bad, good)):
+    for bad in (
+        Factor(torch.full((1, 3, 1), number), torch.ones(1, 3)),
+        Factor(torch.ones(1, 3, 1), torch.full((1, 3), number)),
+    ):
+        for pair in ((GOOD, bad), (bad, GOOD)):
             with pytest.raises(ValueError, match="the factors of layer must be finite"):
                 StructuredSource({"layer": LayerFactors(*pair, 1.0)})
 
 
-GOOD = Factor(torch.ones(3, 1), torch.ones(3))
+GOOD = Factor(torch.ones(1, 3, 1), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(2)), GOOD, 1.0), "must be .n, rank. and .n."),
-        (LayerFactors(Factor(torch.ones(3), torch.ones(3)), GOOD, 1.0), "must be .n, rank. and .n."),
-        (LayerFactors(Factor(torch.ones(3, 1), -torch.ones(3)), GOOD, 1.0), "rest of layer must be at least 0"),
-        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(3) * 1j), GOOD, 1.0), "must be finite floating numbers"),
+        (LayerFactors(Factor(torch.ones(1, 3, 1), torch.ones(1, 2)), GOOD, 1.0), "must be .K, n, rank. and .K, n."),
+        (LayerFactors(Factor(torch.ones(3, 1), torch.ones(3)), GOOD, 1.0), "must be .K, n, rank. and .K, n."),
+        (LayerFactors(Factor(torch.ones(2, 3, 1), torch.ones(2, 3)), GOOD, 1.0), "as many G as S, found 1 and 2"),
+        (LayerFactors(Factor(torch.ones(1, 3, 1), -torch.ones(1, 3)), GOOD, 1.0), "rest of layer must be at least 0"),
+        (
+            LayerFactors(Factor(torch.ones(1, 3, 1), torch.ones(1, 3) * 1j), GOOD, 1.0),
+            "must be finite floating numbers",
+        ),
         (LayerFactors(GOOD, GOOD, -1.0), "scale of layer must be in"),
         (LayerFactors(GOOD, GOOD, 1.0, (torch.ones(3, 2), torch.ones(1, 3))), "anchor of layer must be"),
         (LayerFactors(GOOD, GOOD, 1.0, None, torch.ones(4).long()), "must be a list of floating numbers"),
@@ -135,19 +141,14 @@ def test_factors_that_do_not_fit_are_refused(factors: LayerFactors, message: str
         StructuredSource({"layer": factors})
 
 
-def test_fewer_tokens_than_the_rank_warn_and_the_factors_are_exact() -> None:
-    model, batches = llama(1), text(1, rows=1, length=10)
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"7 of 7 layers received fewer tokens than the rank 12 .*q_proj, 10\)"):
-        few = StructuredSource.capture(model, batches, sampled_loss, rank=12)
-    torch.manual_seed(0)
+def test_fewer_sequences_than_the_rank_warn() -> None:
+    model, batches = llama(1), text(2, rows=2)
+    with pytest.warns(UserWarning, match=r"7 of 7 layers received fewer sequences than the rank 5 .*q_proj, 4\)"):
+        StructuredSource.capture(model, batches, sampled_loss, rank=10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whole = StructuredSource.capture(model, batches, sampled_loss, rank=None)
-        StructuredSource.capture(model, batches, sampled_loss, rank=10)
-    for name in whole.names():
-        for ours, theirs in zip(few.factors(name), whole.factors(name), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+        StructuredSource.capture(model, batches, sampled_loss, rank=None)
+        StructuredSource.capture(model, batches, sampled_loss, rank=9)
 
 
 def test_a_rank_above_the_size_of_a_layer_keeps_it_whole() -> None:
@@ -164,7 +165,7 @@ def test_weights_of_a_merge_are_finite_and_not_negative(source: StructuredSource
 
 
 def test_layers_of_different_shapes_do_not_merge() -> None:
-    other = Factor(torch.ones(4, 1), torch.ones(4))
+    other = Factor(torch.ones(1, 4, 1), torch.ones(1, 4))
     sources = [StructuredSource({"layer": LayerFactors(GOOD, each, 1.0)}) for each in (GOOD, other)]
     with pytest.raises(ValueError, match="layer layer has another shape in some of the sources"):
         StructuredSource.merge(sources)
