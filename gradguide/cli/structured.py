@@ -10,7 +10,7 @@ import torch
 
 from gradguide.cli.adapter import read_changes
 from gradguide.sources import files
-from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
+from gradguide.sources.structured.factors import Factor, LayerFactors, Product
 from gradguide.sources.structured.pull import adapter_pull
 from gradguide.sources.structured.source import StructuredSource
 from gradguide.sources.structured.storage import KIND
@@ -169,5 +169,5 @@ def _cosine(pairs: list[tuple[Factor, Factor]]) -> float:
 def _modelled_kl(held: LayerFactors, parts: list[Product]) -> float:
     left = torch.cat([part for part, _ in parts], 1)[None]
     right = torch.cat([part for _, part in parts])[None]
-    inputs, outputs = (stacked([factor.to(dtype=torch.float32)], dim=1) for factor in (held.inputs, held.outputs))
-    return float(adapter_pull(inputs, outputs, torch.zeros(1), left, right, [])[1])
+    inputs, outputs = held.inputs.to(dtype=torch.float32), held.outputs.to(dtype=torch.float32)
+    return float(adapter_pull(inputs, outputs, torch.zeros(held.pairs, 1, 1), left, right, [])[1].sum())

@@ -22,7 +22,7 @@ __all__ = ["Binding"]
 
 @dataclass(slots=True)
 class _Group:
-    """Layers with equal kind and shape, and their stacked factors: [K, layers, ...]."""
+    """Layers with equal kind and shape, and their stacked factors: [K * layers, ...], see ``adapter_pull``."""
 
     layers: list[BoundLayer]
     inputs: Factor
@@ -119,15 +119,16 @@ class Binding:
 
     def to(self, device: torch.device) -> None:
         """Move the factors to ``device``."""
+        if all(group.floor.device == device for group in self._groups):
+            return
         self._values = {
             name: value if value.device == device else value.detach().to(device) for name, value in self._values.items()
         }
         for group in self._groups:
-            if group.floor.device != device:
-                group.inputs, group.outputs = group.inputs.to(device), group.outputs.to(device)
-                group.floor = group.floor.to(device)
-                if group.fixed is not None:
-                    group.fixed = group.fixed[0].to(device), group.fixed[1].to(device)
+            group.inputs, group.outputs = group.inputs.to(device), group.outputs.to(device)
+            group.floor = group.floor.to(device)
+            if group.fixed is not None:
+                group.fixed = group.fixed[0].to(device), group.fixed[1].to(device)
 
     @torch.no_grad()
     def pull(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -164,7 +165,7 @@ class Binding:
 
 
 def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], Tensor]:
-    """Return the pulls on the parameters of a group, and the modelled KL [layers]."""
+    """Return the pulls on the parameters of a group, and the modelled KL by pair and layer."""
     inputs, outputs = group.inputs.to(dtype=torch.float32), group.outputs.to(dtype=torch.float32)
     adapters = list(zip(*(bound.adapters for bound in group.layers), strict=True))
     names = [([a for a, *_ in each], [b for _, b, *_ in each]) for each in adapters]
@@ -175,7 +176,8 @@ def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], 
         lefts.append(group.fixed[0])
         rights.append(group.fixed[1])
     if group.layers[0].weight is None:
-        left, right = torch.cat(lefts, -1), torch.cat(rights, -2)
+        left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, -1)
+        right = rights[0] if len(rights) == 1 else torch.cat(rights, -2)
         pulls, drift = adapter_pull(inputs, outputs, group.floor, left, right, shapes)
     else:
         delta = torch.stack([_weight_change(bound, parameters) for bound in group.layers])
@@ -214,10 +216,11 @@ def _weight_change(bound: BoundLayer, parameters: Mapping[str, Tensor]) -> Tenso
 def _stack_group(bounds: list[BoundLayer], layers: Mapping[str, LayerFactors], floor: float) -> _Group:
     entries = [layers[bound.name] for bound in bounds]
     fixed = [bound.fixed for bound in bounds if bound.fixed is not None]
+    floors = torch.tensor([floor / entry.scale if entry.scale > 0 else 0.0 for entry in entries])
     return _Group(
         bounds,
-        stacked([entry.inputs for entry in entries], dim=1),
-        stacked([entry.outputs for entry in entries], dim=1),
-        torch.tensor([floor / entry.scale if entry.scale > 0 else 0.0 for entry in entries]),
+        stacked([entry.inputs for entry in entries], dim=1).flat(),
+        stacked([entry.outputs for entry in entries], dim=1).flat(),
+        floors.repeat(entries[0].pairs)[:, None, None],
         (torch.stack([left for left, _ in fixed]), torch.stack([right for _, right in fixed])) if fixed else None,
     )

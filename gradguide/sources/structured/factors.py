@@ -56,8 +56,10 @@ class Factor:
         return self.basis.shape[-1]
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return ``rows @ M`` for rows [..., m, n]. Leading dimensions are broadcast."""
-        return torch.addcmul((rows @ self.basis) @ self.basis.mT, rows, self.rest.unsqueeze(-2))
+        """Return ``rows @ M`` for rows [L, m, n], of a stack of L factors."""
+        # bmm, since matmul makes about ten more calls for its broadcasting.
+        low = torch.bmm(torch.bmm(rows, self.basis), self.basis.mT)
+        return torch.addcmul(low, rows, self.rest.unsqueeze(1))
 
     def dense(self) -> Tensor:
         """Return the whole matrix: Tensor [..., n, n], float32."""
@@ -81,9 +83,13 @@ class Factor:
         """Return the factor on another device or in another dtype."""
         return Factor(self.basis.to(device, dtype), self.rest.to(device, dtype))
 
-    def unbind(self) -> list[Factor]:
-        """Return the factors along the first dimension."""
-        return [Factor(basis, rest) for basis, rest in zip(self.basis, self.rest, strict=True)]
+    def flat(self) -> Factor:
+        """Return a stack of stacks [K, L, ...] as one stack [K * L, ...]."""
+        return Factor(self.basis.flatten(0, 1), self.rest.flatten(0, 1))
+
+    def unstacked(self) -> list[Factor]:
+        """Return the factors of a stack of L, as stacks of one."""
+        return [Factor(basis[None], rest[None]) for basis, rest in zip(self.basis, self.rest, strict=True)]
 
     @staticmethod
     def of_matrix(matrix: Tensor, rank: int | None) -> Factor:
