@@ -84,7 +84,10 @@ def own_text(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     special = set(tokenizer.all_special_ids)
-    plain = torch.tensor([i for i in range(len(tokenizer)) if i not in special], device=device)
+    # A tokenizer with added tokens may be larger than the model's vocabulary.
+    get: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
+    size = min(len(tokenizer), get().num_embeddings) if callable(get) else len(tokenizer)
+    plain = torch.tensor([i for i in range(size) if i not in special], device=device)
     count = -(-tokens // length)
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient, StructuredSource
 
 __all__ = ["KINDS", "WITHOUT_WAITING", "Training", "no_waiting", "train"]
 
-KINDS = ("defaults", "fused", "shared momentum", "moving source", "on update", "not fused", "by module")
+KINDS = ("defaults", "fused", "shared momentum", "moving source", "on update", "not fused", "by module", "structured")
 WITHOUT_WAITING = tuple(kind for kind in KINDS if kind != "not fused")
 """Of a base that is not fused the host reads one flag per step."""
 
@@ -39,6 +39,12 @@ class Training:
             options["magnitude"] = Magnitude(adaptive=True)
         if kind == "fused":
             options["magnitude"] = Magnitude(max_update=None)
+        if kind == "structured":
+            batches = torch.randn(4, 16, 67, generator=torch.Generator().manual_seed(8)).to("cuda", dtype)
+            source = StructuredSource.capture(
+                self.model, batches, lambda model, x: model(x).float().square().mean(), rank=8
+            )
+            options |= {"alignment": Alignment(source), "names": self.model}
         if kind == "by module":
             options["scope"] = "module"
         self.optimizer = GradGuide(base, **options)

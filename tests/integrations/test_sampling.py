@@ -82,6 +82,15 @@ def test_a_model_without_a_cache_reads_all_tokens_again() -> None:
     assert torch.equal(batch["attention_mask"], torch.ones_like(ids))
 
 
+def test_tokens_that_the_model_does_not_have_are_not_drawn() -> None:
+    class Larger(Words):
+        def __len__(self) -> int:
+            return 50 * VOCABULARY
+
+    for batch in own_text(llama(1), Larger(), tokens=400, length=20):
+        assert int(batch["input_ids"].max()) < VOCABULARY
+
+
 def test_fewer_tokens_than_a_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be at least length=20, found 19"):
         own_text(Uncached(), Words(), tokens=19, length=20)

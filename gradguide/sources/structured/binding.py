@@ -30,6 +30,14 @@ class _Group:
     floor: Tensor
     fixed: Product | None
 
+    def move(self, device: torch.device) -> None:
+        """Move the factors to ``device``."""
+        if self.floor.device == device:
+            return
+        self.inputs, self.outputs, self.floor = self.inputs.to(device), self.outputs.to(device), self.floor.to(device)
+        if self.fixed is not None:
+            self.fixed = self.fixed[0].to(device), self.fixed[1].to(device)
+
 
 class Binding:
     """The parameters of one model that change the layers of a source.
@@ -110,25 +118,7 @@ class Binding:
     @property
     def names(self) -> set[str]:
         """Names of the parameters with a pull."""
-        found = set()
-        for group in self._groups:
-            for bound in group.layers:
-                found |= {name for a, b, _, _ in bound.adapters for name in (a, b)}
-                found |= {bound.weight} if bound.weight else set()
-        return found
-
-    def to(self, device: torch.device) -> None:
-        """Move the factors to ``device``."""
-        if all(group.floor.device == device for group in self._groups):
-            return
-        self._values = {
-            name: value if value.device == device else value.detach().to(device) for name, value in self._values.items()
-        }
-        for group in self._groups:
-            group.inputs, group.outputs = group.inputs.to(device), group.outputs.to(device)
-            group.floor = group.floor.to(device)
-            if group.fixed is not None:
-                group.fixed = group.fixed[0].to(device), group.fixed[1].to(device)
+        return {name for group in self._groups for bound in group.layers for name in bound.names}
 
     @torch.no_grad()
     def pull(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -156,12 +146,15 @@ class Binding:
         values = self._values
         pulls: list[Pull] = []
         drifts = []
-        with torch.autocast(self._groups[0].floor.device.type, enabled=False):
-            for group in self._groups:
+        for group in self._groups:
+            moved = [values[name].device for name in group.layers[0].names if name in parameters]
+            group.move(moved[0] if moved else group.floor.device)
+            with torch.autocast(group.floor.device.type, enabled=False):
                 found, drift = _pull(group, values)
-                pulls += found
-                drifts.append(drift)
-        return self._rows.update(pulls, values), torch.cat(drifts).sum()
+            pulls += found
+            drifts.append(drift)
+        device = drifts[0].device
+        return self._rows.update(pulls, values), torch.cat([drift.to(device) for drift in drifts]).sum()
 
 
 def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], Tensor]:
@@ -170,8 +163,9 @@ def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], 
     adapters = list(zip(*(bound.adapters for bound in group.layers), strict=True))
     names = [([a for a, *_ in each], [b for _, b, *_ in each]) for each in adapters]
     shapes = [(rank, scale) for (_, _, rank, scale), *_ in adapters]
-    rights = [_stacked_values(parameters, a) for a, _ in names]
-    lefts = [_stacked_values(parameters, b) * scale for (_, b), (_, scale) in zip(names, shapes, strict=True)]
+    device = group.floor.device
+    rights = [_stacked_values(parameters, a, device) for a, _ in names]
+    lefts = [_stacked_values(parameters, b, device) * scale for (_, b), (_, scale) in zip(names, shapes, strict=True)]
     if group.fixed is not None:
         lefts.append(group.fixed[0])
         rights.append(group.fixed[1])
@@ -198,9 +192,10 @@ def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], 
     return found, drift
 
 
-def _stacked_values(parameters: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+def _stacked_values(parameters: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
     """Return parameters of one shape as one tensor, float32. A DTensor is gathered, as FSDP does in a forward pass."""
-    return torch.stack([full(parameters[name]) for name in names]).float()
+    # A parameter that was frozen before the model moved is on its earlier device.
+    return torch.stack([full(parameters[name]).to(device) for name in names]).float()
 
 
 def _weight_change(bound: BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:

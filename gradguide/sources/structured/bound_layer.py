@@ -25,6 +25,7 @@ class BoundLayer:
     fixed: the constant part of D: frozen adapters minus the source's anchor.
     weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
         start is sharded in the same way.
+    device: device of the weight when the layer was bound. Layers of several devices are computed apart.
     scales: for each adapter of the layer its name, the scales of the layer's adapters, and its own when it was bound.
     """
 
@@ -34,6 +35,7 @@ class BoundLayer:
     fixed: Product | None
     weight: str | None
     start: Tensor | None
+    device: torch.device
     scales: tuple[tuple[str, Mapping[str, float], float], ...]
 
     def check_scales(self) -> None:
@@ -46,13 +48,19 @@ class BoundLayer:
                 )
 
     @property
+    def names(self) -> list[str]:
+        """Names of the parameters with a pull."""
+        return [name for a, b, _, _ in self.adapters for name in (a, b)] + ([self.weight] if self.weight else [])
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """Key of the layer: layers with equal key and shape are computed together.
 
         Each layer with a trained weight is computed alone, so that one whole weight is gathered at a time.
         """
         ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
-        return ranks, None if self.fixed is None else self.fixed[0].shape[1], self.weight, self.transposed
+        fixed = None if self.fixed is None else self.fixed[0].shape[1]
+        return self.device, ranks, fixed, self.weight, self.transposed
 
 
 def bind_layer(
@@ -84,7 +92,7 @@ def bind_layer(
         _check_base_weight(layer, factors.weight)
     start = _captured(layer, factors.weight, earlier) if layer.trained else None
     scales = tuple((adapter.name, adapter.scalings, adapter.scale) for adapter in layer.adapters)
-    return BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start, scales)
+    return BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start, device, scales)
 
 
 def names_that_change(layer: Layer, names: Mapping[int, str]) -> set[str]:

@@ -95,7 +95,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
 
     Raises:
         ValueError: an active adapter is not LoRA (but DoRA, KaSA, IA3, LoHa, ...): its change of the weight is not
-            ``scale * B @ A``.
+            ``scale * B @ A``. An active adapter is merged into the weight.
     """
     found: dict[str, Layer] = {}
     inside: set[int] = set()
@@ -168,6 +168,11 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
     for adapter in active:
         if adapter not in wrapper.lora_A:
             continue
+        if adapter in (getattr(wrapper, "merged_adapters", None) or ()):
+            raise ValueError(
+                f"the adapter {adapter!r} is merged into the weight of {name}, so the weight is not that of the base "
+                "model: call unmerge_adapter() on the PEFT model first, or merge_and_unload() to make it a base model"
+            )
         if (variant := _variant(wrapper, adapter)) is not None:
             raise ValueError(
                 f"{name} has a {variant} adapter ({adapter!r}), whose change of the weight is not scale * B @ A; use "

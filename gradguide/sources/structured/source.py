@@ -203,7 +203,6 @@ class StructuredSource:
         if self._binding is None:
             raise RuntimeError("a structured source needs the model: pass names=model to GradGuide")
         if parameters:
-            self._binding.to(next(iter(parameters.values())).device)
             self._rows, self.drift = self._binding.pull(parameters)
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:

@@ -105,6 +105,23 @@ def test_an_adapter_whose_start_changes_the_base_needs_its_own_source() -> None:
     assert abs(float(bound.drift)) < 1e-6
 
 
+def test_a_merged_adapter_is_refused() -> None:
+    """The adapter still counts as active, and its change is in the weight too."""
+    base = StructuredSource.capture(llama(), text(2), sampled_loss, rank=4)
+    model: Any = adapted(llama())
+    spread(model, 0.05)
+    model.merge_adapter()
+    works: list[Callable[[], object]] = [
+        lambda: base.bound(model),
+        lambda: StructuredSource.capture(model, text(2), sampled_loss, rank=4),
+    ]
+    for work in works:
+        with pytest.raises(ValueError, match=r"'default' is merged into the weight of .*call unmerge_adapter"):
+            work()
+    model.unmerge_adapter()
+    base.bound(model)
+
+
 def test_a_whole_model_of_another_base_is_refused(source: StructuredSource) -> None:
     with pytest.raises(ValueError, match="is not the weight at capture"):
         guide(model := llama(seed=1), source, model)
