@@ -41,9 +41,10 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(dest="command", metavar="command", required=True)
     demo = commands.add_parser(
         "demo",
-        help="adapt a pretrained encoder with few examples, with and without GradGuide, and compare",
+        help="adapt a pretrained model with few examples, with and without GradGuide, and compare",
         description="Trains a LoRA adapter on source domains, then adapts it to a target domain with few examples, "
-        "once with AdamW and once with AdamW inside GradGuide. Reports target accuracy and source accuracy.",
+        "once with AdamW and once with AdamW inside GradGuide. Reports target accuracy and source accuracy. With a "
+        "causal language model, a fresh adapter learns the target, and the drift from the model is reported.",
         # Options that are not given are left out, so that DemoConfig is the only place with defaults.
         argument_default=argparse.SUPPRESS,
     )
@@ -54,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="train.tsv and test.tsv: text, label, [domain] (built-in texts)",
     )
-    add("--model", metavar="ID", help="hub id or folder of an encoder (sentence-transformers/all-MiniLM-L6-v2)")
+    add(
+        "--model",
+        metavar="ID",
+        help="hub id or folder of an encoder or a causal language model (sentence-transformers/all-MiniLM-L6-v2)",
+    )
     add(
         "--source",
         type=_names,
@@ -64,13 +69,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--target", metavar="NAME", help="target domain (last in sorted order)")
     add("--shots", type=int, metavar="N", help="training rows per target label (4)")
-    add("--seeds", type=int, metavar="N", help="runs per method (4)")
-    add("--steps", type=int, metavar="N", help="optimizer steps per run (50)")
-    add("--batch", type=int, metavar="N", help="rows per step (16)")
-    add("--lr", type=float, metavar="RATE", help="learning rate of the adaptation (2e-3)")
+    add("--seeds", type=int, metavar="N", help="runs per method (4); 2 with a language model")
+    add("--steps", type=int, metavar="N", help="optimizer steps per run (50); 30 with a language model")
+    add("--batch", type=int, metavar="N", help="rows per step (16); 8 with a language model")
+    add("--lr", type=float, metavar="RATE", help="learning rate of the adaptation (2e-3); 3e-3 with a language model")
     add("--out", type=Path, metavar="DIR", help="folder for results.csv and results.png (gradguide-demo)")
     add("--save-source", type=Path, metavar="DIR", help="save source adapter, head and source gradient to a new folder")
     add("--source-adapter", type=Path, metavar="DIR", help="load a folder of --save-source instead of training")
+    add(
+        "--source-file",
+        type=Path,
+        metavar="FILE",
+        help="structured source of a language model: loaded if it exists, else captured and written",
+    )
     capture = commands.add_parser(
         "capture",
         help="make the source file of a language model, once per base model",

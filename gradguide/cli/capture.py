@@ -54,6 +54,7 @@ def capture(
         raise ImportError('gradguide capture needs transformers: pip install "gradguide[hf]"') from error
     import torch
 
+    from gradguide.integrations.causal import load_causal
     from gradguide.integrations.sampling import own_text as write_text
     from gradguide.integrations.sampling import sampled_loss
     from gradguide.sources.structured import StructuredSource
@@ -62,7 +63,7 @@ def capture(
     if out.is_dir():
         raise IsADirectoryError(f"{str(out)!r} is a folder, expected a file")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network = _load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_causal(model).to("cuda" if torch.cuda.is_available() else "cpu")
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"length must be at most {longest}, the positions of {model}, found {length}")
@@ -97,21 +98,6 @@ def _paragraphs(path: Path) -> list[str]:
     if not found:
         raise ValueError(f"{str(path)!r} has no text")
     return found
-
-
-def _load_model(name: str) -> Any:
-    import transformers
-
-    version = tuple(map(int, transformers.__version__.split(".")[:2]))
-    stored = {"dtype" if version >= (4, 56) else "torch_dtype": "auto"}
-    network, info = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **stored)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{name!r} has no weights for {len(missing)} parameters of {type(network).__name__}, such as {missing[0]}: "
-            "it is no causal language model, or it is damaged"
-        )
-    return network
 
 
 def _windows(tokenizer: Any, paragraph: str, length: int) -> list[list[int]]:

@@ -98,7 +98,24 @@ def _line(error: Exception) -> str:
 
 def _demo(options: dict[str, Any]) -> None:
     # Importing the demo needs no extra. Missing packages are reported when it runs.
-    from gradguide.demo.run import DemoConfig
+    from gradguide.demo.config import DEFAULT_MODEL, DemoConfig, OptionError, check_extras
+
+    check_extras()
+    model = options.get("model", DEFAULT_MODEL)
+    if model != DEFAULT_MODEL:
+        from gradguide.demo.language.model import is_causal
+
+        if is_causal(model):
+            from gradguide.demo.language.run import LanguageConfig
+            from gradguide.demo.language.run import run as run_language
+
+            for option in ("source", "save_source", "source_adapter"):
+                if option in options:
+                    raise OptionError(option, f"is an option for encoders, found the causal language model {model!r}")
+            run_language(LanguageConfig(**options))
+            return
+    if "source_file" in options:
+        raise OptionError("source_file", f"is an option for causal language models, found {model!r}")
     from gradguide.demo.run import run as run_demo
 
     run_demo(DemoConfig(**options))

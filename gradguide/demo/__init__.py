@@ -7,4 +7,5 @@ here.
 - ``config.py``: options and errors. ``data.py``: texts, tasks and sampling.
 - ``model.py``: encoder, adapter and heads. ``source.py``: source training, capture, and saved sources.
 - ``compare.py``: methods and their runs. ``report.py``: table, CSV file and figure.
+- ``language``: the demo on a causal language model.
 """

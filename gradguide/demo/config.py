@@ -6,8 +6,18 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-__all__ = ["BUILT_IN", "DEFAULT_MODEL", "EXTRA", "DemoConfig", "DemoError", "OptionError", "check_extras"]
+__all__ = [
+    "BUILT_IN",
+    "DEFAULT_MODEL",
+    "EXTRA",
+    "DemoConfig",
+    "DemoError",
+    "OptionError",
+    "check_extras",
+    "check_numbers",
+]
 
 BUILT_IN = Path(__file__).parent / "texts"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -71,18 +81,23 @@ class DemoConfig:
     source_adapter: Path | None = None
 
     def __post_init__(self) -> None:
-        for option in ("shots", "seeds", "steps", "batch"):
-            value = getattr(self, option)
-            if value < 1:
-                raise OptionError(option, f"must be at least 1, found {value}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise OptionError("lr", f"must be above 0 and finite, found {self.lr}")
+        check_numbers(self)
         if self.save_source is None:
             return
         if self.source_adapter is not None:
             raise OptionError("save_source", "cannot be combined with --source-adapter, which skips source training")
         if self.save_source.exists() and not (self.save_source.is_dir() and not any(self.save_source.iterdir())):
             raise OptionError("save_source", f"must be a new or empty folder, found {str(self.save_source)!r}")
+
+
+def check_numbers(options: Any) -> None:
+    """Raise OptionError if a count in the options of a run is below 1, or the learning rate is not above 0."""
+    for option in ("shots", "seeds", "steps", "batch"):
+        value = getattr(options, option)
+        if value < 1:
+            raise OptionError(option, f"must be at least 1, found {value}")
+    if not (options.lr > 0 and math.isfinite(options.lr)):
+        raise OptionError("lr", f"must be above 0 and finite, found {options.lr}")
 
 
 def check_extras() -> None:

@@ -18,7 +18,15 @@ from gradguide.utils.atomic import atomic_write
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["paired_difference", "print_table", "write_report"]
+__all__ = [
+    "difference_text",
+    "mean_text",
+    "package_versions",
+    "paired_difference",
+    "print_table",
+    "write_report",
+    "write_rows",
+]
 
 _PACKAGES = ("gradguide", "torch", "transformers", "peft")
 
@@ -75,8 +83,7 @@ def _write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> N
         "batch": config.batch,
         "lr": config.lr,
         "device": prepared.target_test.device.type,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **package_versions(),
     }
     rows = [
         {
@@ -90,10 +97,20 @@ def _write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> N
         }
         for outcome in outcomes
     ]
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows with the same keys as a CSV file, atomically."""
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def _version(package: str) -> str:
@@ -119,13 +136,13 @@ def _table(prepared: Prepared, results: Mapping[str, Sequence[Outcome]]) -> Tabl
     for heading in ("target %", "source kept %", "coherence", "s/step"):
         table.add_column(heading, justify="right")
     for method, runs in results.items():
-        table.add_row(method, *(_mean(values, digits) for values, digits in _columns(runs)))
+        table.add_row(method, *(mean_text(values, digits) for values, digits in _columns(runs)))
     table.add_section()
     first, *others = results
     for method in others:
         pairs = zip(_columns(results[method]), _columns(results[first]), strict=True)
         table.add_row(
-            f"{method} - {first}", *(_difference(values, base, digits) for (values, digits), (base, _) in pairs)
+            f"{method} - {first}", *(difference_text(values, base, digits) for (values, digits), (base, _) in pairs)
         )
     return table
 
@@ -140,12 +157,14 @@ def _columns(runs: Sequence[Outcome]) -> list[tuple[list[float], int]]:
     ]
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
+def mean_text(values: Sequence[float], digits: int) -> str:
+    """Return the mean, and the standard deviation of several values."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _difference(values: Sequence[float], base: Sequence[float], digits: int) -> str:
+def difference_text(values: Sequence[float], base: Sequence[float], digits: int) -> str:
+    """Return the mean of paired differences, and half of its 95 % t-interval for several pairs."""
     mean, half = paired_difference(values, base)
     return f"{mean:+.{digits}f}" if math.isnan(half) else f"{mean:+.{digits}f} ± {half:.{digits}f}"
 

@@ -13,6 +13,7 @@ import gradguide
 from gradguide.cli.main import main, run
 from gradguide.demo import run as run_file
 from gradguide.demo.config import DemoConfig
+from gradguide.demo.language import model as language_model
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -29,6 +30,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[DemoConfig]:
     """Record the options of every started demo. No demo runs."""
     found: list[DemoConfig] = []
     monkeypatch.setattr(run_file, "run", found.append)
+    monkeypatch.setattr(language_model, "is_causal", lambda name: False)
     return found
 
 

@@ -1,0 +1,71 @@
+"""Rows, likelihoods and drift of a causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradguide.demo.config import OptionError
+from gradguide.demo.data import Example
+from gradguide.demo.language.model import Rows, accuracy, drift, encode, is_causal, load_model
+from gradguide.demo.model import add_lora
+from tests.sources.structured.problems import spread
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rows(folder: Path) -> Rows:
+    _, tokenizer = load_model(str(folder), CPU)
+    examples = [Example("white cold flake", "snow_wolf", None), Example("dry", "sand", None)]
+    return encode(examples, ("sand", "snow_wolf"), tokenizer, CPU)
+
+
+def test_only_the_answer_is_predicted(rows: Rows) -> None:
+    batch = rows.batch([0, 1])
+    for row in range(2):
+        label = rows.labels[row]
+        assert batch["labels"][row][batch["labels"][row] != -100].tolist() == rows.answers[label]
+        length = len(rows.prompts[row]) + len(rows.answers[label])
+        assert batch["attention_mask"][row].sum() == length
+        assert batch["input_ids"][row, :length].tolist() == rows.prompts[row] + rows.answers[label]
+
+
+@torch.no_grad()
+def test_accuracy_chooses_the_likeliest_label(folder: Path, rows: Rows) -> None:
+    model, _ = load_model(str(folder), CPU)
+    right = 0
+    for row, prompt in enumerate(rows.prompts):
+        scores = []
+        for answer in rows.answers:
+            ids = torch.tensor([prompt + answer])
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            found = sum(float(logs[place, token]) for place, token in zip(places, answer, strict=True))
+            scores.append(found / len(answer))
+        right += scores.index(max(scores)) == rows.labels[row]
+    assert accuracy(model, rows) == right / len(rows)
+
+
+def test_drift_is_the_divergence_from_the_base(folder: Path) -> None:
+    base, _ = load_model(str(folder), CPU)
+    batch: dict[str, Tensor] = {"input_ids": torch.randint(5, 15, (3, 8)), "attention_mask": torch.ones(3, 8).long()}
+    before = base(**batch).logits.log_softmax(-1)
+    model: Any = add_lora(base)
+    assert drift(model, [batch]) == 0.0
+    spread(model, 0.1)
+    after = model(**batch).logits.log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(after, before, reduction="sum", log_target=True) / 24
+    assert drift(model, [batch]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_models_are_told_apart_and_unreadable_ones_refused(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert is_causal(str(folder))
+    assert not is_causal(str(tiny_model))
+    for work in (lambda: is_causal(str(tmp_path)), lambda: load_model(str(tmp_path), CPU)):
+        with pytest.raises(OptionError, match="--model cannot be loaded"):
+            work()
