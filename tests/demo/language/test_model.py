@@ -51,6 +51,7 @@ def test_accuracy_chooses_the_likeliest_label(folder: Path, rows: Rows) -> None:
     assert accuracy(model, rows) == right / len(rows)
 
 
+@torch.no_grad()
 def test_drift_is_the_divergence_from_the_base(folder: Path) -> None:
     base, _ = load_model(str(folder), CPU)
     batch: dict[str, Tensor] = {"input_ids": torch.randint(5, 15, (3, 8)), "attention_mask": torch.ones(3, 8).long()}
