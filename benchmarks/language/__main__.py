@@ -20,13 +20,15 @@ from benchmarks.language.grid import Run
 from benchmarks.language.methods import needs, parse
 from benchmarks.language.pool import Failed, Task, do_tasks
 from benchmarks.language.run import Settings, device_of
-from benchmarks.language.sources import OwnText, Spec, digest, path_of
+from benchmarks.language.sources import File, Spec, digest, path_of
 
 RESULTS = Path(__file__).parent.parent / "results"
-_SECONDS = {"cpu": 150.0, "cuda": 2.0}
-"""Approximate seconds of a run of 40 steps of SmolLM2-135M: on two CPU cores, or alone on a GPU."""
-_MEMORY = 9 * 2**30
+_SECONDS = {"cpu": 150.0, "cuda": 4.0}
+"""Approximate seconds of a run of 40 steps of SmolLM2-135M: on two CPU cores, or in one of 12 workers on a GPU."""
+_MEMORY = 10 * 2**30
 """Bytes that a worker may take on a GPU. 8 GB were seen; 12 workers on 80 GB ran out of memory."""
+_WORKERS = 12
+"""Workers of the estimate for a GPU."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,23 +59,31 @@ def main(argv: list[str] | None = None) -> int:
     finished = grid.done(out)
     left = [run for run in wanted if run not in finished]
     device = device_of()
-    hours = sum(_SECONDS[device.type] * run.steps / 40 for run in left) / 3600
-    print(f"{len(left)} of {len(wanted)} runs are left: about {hours:.2f} h on {device.type}")
+    print(f"{len(left)} of {len(wanted)} runs are left: {_estimate(left)}")
+    if options.grid == "full":
+        part = [run for run in grid.cpu() if run in set(left)]
+        print(f"of these for a CPU (--grid cpu): {len(part)} runs: {_estimate(part)}")
+        for name in ("fresh", "sequence", "confirm", "transfer", "rows", "instructions", "few", "research"):
+            part = [run for run in grid.GRIDS[name]() if run not in finished]
+            print(f"of these for a GPU (--grid {name}): {len(part)} runs: {_estimate(part)}")
     if options.estimate or not left:
         return 0
+    jobs, share = options.jobs, 1.0
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        jobs = max(1, min(jobs, free // _MEMORY))
+        share = free / total / jobs
+        print(f"{jobs} workers, each with at most {share * total / 2**30:.1f} GiB")
     settings = Settings(
         model=options.model,
         data=options.data,
         cache=options.cache,
         threads=1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // options.jobs),
         graphs=not options.no_graphs,
+        share=share,
     )
     about = {**versions(), "threads": str(settings.threads)}
     until = None if options.deadline is None else begun + options.deadline
-    jobs = options.jobs
-    if device.type == "cuda":
-        jobs = max(1, min(jobs, torch.cuda.mem_get_info()[0] // _MEMORY))
-        print(f"{jobs} workers")
     failed = 0
     with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:
         for run, measured in make_rows(left, settings, jobs, until):
@@ -100,6 +110,13 @@ def make_rows(
             yield task.what, {"error": " ".join(outcome.error.split())} if isinstance(outcome, Failed) else outcome
 
 
+def _estimate(runs: Sequence[Run]) -> str:
+    """Return the time of the runs on two CPU cores and on a GPU, in words."""
+    work = sum(max(run.work, 10) for run in runs) / 40
+    hours, minutes = work * _SECONDS["cpu"] / 3600, work * _SECONDS["cuda"] / _WORKERS / 60
+    return f"about {hours:.1f} h on two CPU cores, {minutes:.1f} min on a GPU with {_WORKERS} workers"
+
+
 def _chosen(runs: list[Run], methods: Sequence[str] | None) -> list[Run]:
     """Return the runs of ``methods``, in the order of the grid; every method runs where the baseline does."""
     if methods is None:
@@ -108,15 +125,15 @@ def _chosen(runs: list[Run], methods: Sequence[str] | None) -> list[Run]:
     return [replace(run, method=method) for run in places for method in methods]
 
 
-def _files(run: Run) -> list[Spec | OwnText]:
+def _files(run: Run) -> list[File]:
     """Return the shared files of a run, each after those that it is made from."""
-    found: list[Spec | OwnText] = []
+    found: list[File] = []
     for file in sorted(needs(parse(run.method)), key=str):
         found += [*(file.needs if isinstance(file, Spec) else ()), file]
     return found
 
 
-def _tasks(runs: Sequence[Run], have: Collection[Spec | OwnText]) -> list[Task]:
+def _tasks(runs: Sequence[Run], have: Collection[File]) -> list[Task]:
     """Return the tasks in order: each file just before the first run that needs it. Others need not wait for it."""
     tasks: list[Task] = []
     listed = set(have)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.demo import Task, few_shot, read_file
 
-__all__ = ["WINDOW", "Batch", "Pair", "Target", "Texts", "Tokens", "padded"]
+__all__ = ["WINDOW", "Batch", "Pair", "Rows", "Target", "Texts", "Tokens", "padded"]
 
 WINDOW = 96
 """Tokens of a window of source text."""
@@ -22,7 +22,8 @@ MAX_CLASSES = 10
 _TEXT_TOKENS = 48
 _PROMPT_TOKENS = 80
 _ANSWER_TOKENS = 96
-_WIDTH = 16  # rows are padded to a multiple of this, so that few widths occur
+_WIDTH, _ANSWER = 16, 4  # rows and answers are padded to multiples of these, so that few shapes occur
+_DOMAIN = "clinc_"  # a domain of clinc150 is a task: clinc_travel
 
 Tokens: TypeAlias = list[int]
 
@@ -71,6 +72,37 @@ def padded(pairs: Sequence[Pair], width: int | None = None, answer: int | None =
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Training rows.
+
+    Args:
+        pairs: the rows.
+        width, answer: lengths to which rows and answers can be padded, so that all batches have one shape.
+    """
+
+    pairs: list[Pair]
+    width: int
+    answer: int
+
+    @staticmethod
+    def of(pairs: list[Pair], others: Sequence[Pair] = ()) -> Rows:
+        """Return rows whose lengths suffice for ``others`` too."""
+        all_pairs = [*pairs, *others]
+        longest = max(len(pair.prompt) + len(pair.answer) for pair in all_pairs)
+        answer = max(len(pair.answer) for pair in all_pairs)
+        return Rows(pairs=pairs, width=-(-longest // _WIDTH) * _WIDTH, answer=-(-answer // _ANSWER) * _ANSWER)
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """Return the rows of all parts."""
+        return Rows(
+            pairs=[pair for part in parts for pair in part.pairs],
+            width=max(part.width for part in parts),
+            answer=max(part.answer for part in parts),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A few-shot classification task.
 
@@ -95,6 +127,12 @@ class Target:
         prompt, label = self.train[row]
         return Pair(prompt, self.labels[label])
 
+    @property
+    def rows(self) -> Rows:
+        """The training rows with their labels."""
+        pairs = [self.pair(row) for row in range(len(self.train))]
+        return Rows(pairs=pairs, width=self.width, answer=-(-max(map(len, self.labels)) // _ANSWER) * _ANSWER)
+
 
 class Texts:
     """The data folder, read with a tokenizer.
@@ -111,9 +149,15 @@ class Texts:
     def target(self, name: str, shots: int, seed: int) -> Target:
         """Return the task ``name`` with ``shots`` training rows per class.
 
-        The classes (at most 10) and the order of the test rows do not depend on ``seed``.
+        The classes (at most 10) and the order of the test rows do not depend on ``seed``. ``clinc_travel`` is the
+        domain "travel" of clinc150.
         """
-        train, test = (read_file(self._folder / name / f"{split}.tsv") for split in ("train", "test"))
+        domain = name.removeprefix(_DOMAIN) if name.startswith(_DOMAIN) else None
+        folder = self._folder / (name if domain is None else "clinc150")
+        train, test = (
+            [row for row in read_file(folder / f"{split}.tsv") if domain in (None, row.domain)]
+            for split in ("train", "test")
+        )
         labels = sorted({example.label for example in train})
         if len(labels) > MAX_CLASSES:
             labels = sorted(random.Random(0).sample(labels, MAX_CLASSES))
@@ -145,6 +189,11 @@ class Texts:
             if len(prompt) <= _PROMPT_TOKENS and len(answer) >= 4:
                 found.append(Pair(prompt, answer[:_ANSWER_TOKENS]))
         return found[:count]
+
+    def instructions(self, count: int) -> Rows:
+        """Return at most ``count`` answered instructions to learn from. Those of "eval" have the same shape."""
+        pairs = self.answers("capture", count)
+        return Rows.of(pairs, self.answers("eval", len(pairs)))
 
     def _encode(self, text: str) -> Tokens:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,22 +1,55 @@
-"""List the runs of each grid in the order in which they are made, and keep the file of their rows."""
+"""List the runs of each grid in the order in which they are made, and keep the file of their rows.
+
+Sets are split before any run: strengths and rates are chosen on ``CHOOSING`` and judged on ``CONFIRMING``. Each method
+with a strength has the same tuning budget: three strengths, a factor of 10 apart (3 for a drift budget), at each rate.
+Methods without a strength have the rates alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import append_row, read_rows
 
-__all__ = ["BASE", "COLUMNS", "GRIDS", "LRS", "TARGETS", "Run", "append", "done", "research"]
+__all__ = [
+    "BASE", "CHOOSING", "COLUMNS", "CONFIRMING", "GRIDS", "LRS", "SOURCE", "STRENGTHS", "TARGETS", "Run", "append",
+    "done", "methods", "research",
+]  # fmt: skip
 
 BASE = "clip"
 """The method that others are compared with."""
 TARGETS = ("banking77", "goemotions", "subj", "medical_abstracts")
+CHOOSING = ("banking77", "goemotions", "subj", "medical_abstracts", "hwu64", "clinc_work")
+CONFIRMING = ("mr", "snli", "clinc_home", "clinc_utility")
+SOURCE = "clinc_travel"
+"""The task to be kept in scenario ``transfer``."""
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)
-_SEEDS = (0, 1)
-_BLOCKS = (
+STRENGTHS: dict[str, tuple[str, str, str]] = {
+    "structured{}": (" weight=10", "", " weight=1000"),
+    "structured{} sources=tasks": (" weight=10", "", " weight=1000"),
+    "structured{} merge=on": (" weight=10", "", " weight=1000"),
+    "anchored{}": (":0.1", ":1", ":10"),
+    "l2sp{}": (":0.1", ":1", ":10"),
+    "l2sp-ba{}": (":0.1", ":1", ":10"),
+    "ewc{}": (":10", ":100", ":1000"),
+    "ewc-lora{}": (":10", ":100", ":1000"),
+    "olora{}": (":0.05", ":0.5", ":5"),
+    "early{}": (":0.03", ":0.1", ":0.3"),
+    "kl{}": (":0.1", ":1", ":10"),
+    "kl{} text=real": (":0.1", ":1", ":10"),
+    "kl{} every=4": (":0.1", ":1", ":10"),
+    "replay{}": (":0.1", ":1", ":10"),
+    "replay{} text=own": (":0.1", ":1", ":10"),
+    "replay{} every=4": (":0.1", ":1", ":10"),
+}
+"""Strengths by method; the middle one is the default, "" stands for that of the method itself."""
+_SEQUENCE = ("banking77", "hwu64", "goemotions", "subj", "medical_abstracts", "clinc_travel", "mr")
+_CLASSES = {"banking77": 10, "goemotions": 7, "medical_abstracts": 5, "subj": 2}
+_RESEARCH = (
     ("clip", "structured"),
     ("structured weight=10", "structured weight=30", "structured weight=300", "defaults"),
     ("l2sp:1", "kl:1", "null"),
@@ -28,20 +61,25 @@ _BLOCKS = (
 )
 """Methods by priority."""
 
+Blocks = Sequence[Sequence[str]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run. Its fields are its key in the results.
 
     Args:
-        target: name of the target's set.
-        shots: training rows per class.
-        steps: training steps of 8 rows.
+        scenario: "fresh" (a fresh adapter, the base model to be kept), "sequence" (tasks after one another),
+            "transfer" (a source task, then the target) or "instructions" (answers of ``seed_tasks`` are learnt).
+        target: name of the target's set; of several tasks, their names in order with a "+" between.
+        shots: training rows per class; of instructions, all rows.
+        steps: training steps of 8 rows, for each task.
         method: see ``methods.parse``.
         lr: learning rate.
         seed: of rows, their order, and the adapter's start.
     """
 
+    scenario: str = "fresh"
     target: str
     shots: int
     steps: int
@@ -49,30 +87,122 @@ class Run:
     lr: float
     seed: int
 
+    @property
+    def targets(self) -> list[str]:
+        """The tasks in order."""
+        return self.target.split("+")
+
+    @property
+    def work(self) -> int:
+        """The number of steps of all tasks."""
+        return self.steps * (len(self.targets) if self.scenario == "sequence" else 1)
+
 
 _KEY = [field.name for field in fields(Run)]
 _MEASURED = (
-    "target_accuracy", "target_loss", "drift", "drift_answers", "modelled_drift", "seconds_per_step", "seconds",
-    "rows", "jobs", "error",
+    "target_accuracy", "target_loss", "drift", "drift_answers", "source_accuracy", "source_before", "learnt_accuracy",
+    "tasks", "modelled_drift", "source_bytes", "capture_seconds", "memory", "seconds_per_step", "seconds", "rows",
+    "jobs", "error",
 )  # fmt: skip
 _ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
 COLUMNS = [*_KEY, *_MEASURED, *_ABOUT]
 
 
-def research() -> list[Run]:
-    """Return the grid of scenario (a): a fresh adapter, and a base model to be kept.
+def methods(middle: Sequence[str], *, plain: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Return the methods at their default strength with the ``plain`` ones, and the same at their other strengths."""
+    low, default, high = ([name.format(STRENGTHS[name][i]) for name in middle] for i in range(3))
+    return [*plain, *default], [*low, *high]
 
-    Blocks of methods are the outermost loop, then seeds: a grid that is stopped early has whole blocks, and of the
-    last one every method equally often.
-    """
+
+def research() -> list[Run]:
+    """Return the variants of structured sources in scenario ``fresh``, on four sets."""
+    return _ordered(_RESEARCH, TARGETS)
+
+
+def fresh(sets: Sequence[str] = CHOOSING, seeds: Sequence[int] = (0, 1)) -> list[Run]:
+    """Return scenario (a): a fresh adapter, and a base model to be kept."""
+    first, flanks = methods(
+        ["structured{}", "kl{}", "l2sp{}", "anchored{}", "ewc-lora{}", "early{}", "replay{}"],
+        plain=[BASE, "null", "defaults"],
+    )
+    second, others = methods(["ewc{}", "l2sp-ba{}"], plain=["corda", "lora-null", "lora-null train=b", "quarter"])
+    third, rest = methods(["kl{} text=real", "kl{} every=4", "replay{} text=own", "replay{} every=4"])
+    zero = [Run(target=t, shots=8, steps=0, method="none", lr=0.0, seed=s) for s in seeds for t in sets]
+    return zero + _ordered((first, flanks, second, others, third, rest), sets, seeds=seeds)
+
+
+def sequence() -> list[Run]:
+    """Return scenario (c): five tasks in a row, in an order of their own for each seed."""
+    first, flanks = methods(
+        ["structured{}", "l2sp{}", "anchored{}", "ewc-lora{}", "olora{}", "structured{} sources=tasks"],
+        plain=[BASE, "joint"],
+    )
+    second, others = methods(["structured{} merge=on", "ewc{}", "l2sp-ba{}"], plain=["defaults"])
+    runs = []
+    for block in (first, second, flanks, others):
+        for seed in range(3):
+            order = "+".join(random.Random(seed).sample(_SEQUENCE, 5))
+            runs += _ordered((block,), (order,), seeds=(seed,), lrs=(1e-3, 3e-3, 3e-4), scenario="sequence")
+    return runs
+
+
+def transfer() -> list[Run]:
+    """Return scenario (b): an adapter that has learnt the source task learns the target."""
+    first, flanks = methods(["structured{}", "l2sp{}", "anchored{}", "ewc-lora{}", "ewc{}"], plain=[BASE, "defaults"])
+    targets = [f"{SOURCE}+{name}" for name in ("banking77", "goemotions", "medical_abstracts", *CONFIRMING[:2])]
+    return _ordered((first, flanks, ["structured sources=tasks"]), targets, seeds=(0, 1, 2), scenario="transfer")
+
+
+def rows() -> list[Run]:
+    """Return scenario (d): 8 to 64 rows per class, three epochs."""
+    first, flanks = methods(["structured{}", "l2sp{}", "kl{}", "ewc-lora{}"], plain=[BASE, "null"])
     return [
-        Run(target=target, shots=8, steps=40, method=method, lr=lr, seed=seed)
-        for block in _BLOCKS
-        for seed in _SEEDS
-        for target in TARGETS
-        for lr in LRS
-        for method in block
+        run
+        for block in (first, flanks)
+        for seed in (0, 1, 2)
+        for shots in (32, 64, 16, 8)
+        for name, classes in _CLASSES.items()
+        if (name, shots) != ("banking77", 64)  # its smallest class has 35 rows
+        for run in _ordered(
+            (block,), (name,), seeds=(seed,), lrs=LRS[:3], shots=shots, steps=-(-3 * shots * classes // 8)
+        )
     ]
+
+
+def instructions() -> list[Run]:
+    """Return scenario (e): answers of instructions are learnt, three epochs."""
+    first, flanks = methods(["structured{}", "l2sp{}", "kl{}", "ewc-lora{}"], plain=[BASE, "null"])
+    return _ordered(
+        (first, flanks, ["structured text=own"]), ("seed_tasks",), seeds=(0, 1, 2), shots=96, steps=36,
+        scenario="instructions",
+    )  # fmt: skip
+
+
+def few() -> list[Run]:
+    """Return scenario (a) with 1 to 32 rows per class."""
+    first, _ = methods(["structured{}", "l2sp{}", "kl{}"], plain=[BASE, "null"])
+    return [
+        run
+        for shots in (1, 2, 4, 16, 32)
+        for run in _ordered((first,), TARGETS, seeds=(0, 1), lrs=LRS[1:3], shots=shots)
+    ]
+
+
+def cpu() -> list[Run]:
+    """Return the part of the full grid for two CPU cores: one seed, two sets, two rates."""
+    first, _ = methods(["structured{}", "l2sp{}", "kl{}"], plain=[BASE, "null"])
+    return _ordered((first,), ("banking77", "subj"), seeds=(0,), lrs=(1e-3, 3e-3))
+
+
+def full() -> list[Run]:
+    """Return all runs, each once."""
+    parts = (fresh, sequence, confirm, transfer, rows, instructions, few, research)
+    return list(dict.fromkeys(run for part in parts for run in part()))
+
+
+def confirm() -> list[Run]:
+    """Return scenario (a) on the confirming sets, ten seeds."""
+    return fresh(CONFIRMING, range(10))
 
 
 def quick() -> list[Run]:
@@ -90,7 +220,46 @@ def check() -> list[Run]:
     ]
 
 
-GRIDS: dict[str, Callable[[], list[Run]]] = {"quick": quick, "check": check, "research": research, "full": research}
+def smoke() -> list[Run]:
+    """Return one run of two steps of every method and scenario: whether all works on a machine."""
+    grids = (fresh, sequence, transfer, instructions)
+    found = {(run.scenario, run.method): run for grid in grids for run in reversed(grid())}
+    return [
+        Run(**{**asdict(run), "shots": 96 if run.scenario == "instructions" else 2, "steps": min(run.steps, 2)})
+        for run in reversed(found.values())
+    ]
+
+
+GRIDS: dict[str, Callable[[], list[Run]]] = {
+    "quick": quick, "check": check, "smoke": smoke, "research": research, "fresh": fresh, "confirm": confirm,
+    "sequence": sequence, "transfer": transfer, "rows": rows, "instructions": instructions, "few": few, "cpu": cpu,
+    "full": full,
+}  # fmt: skip
+
+
+def _ordered(
+    blocks: Iterable[Sequence[str]],
+    targets: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0, 1),
+    lrs: Sequence[float] = LRS,
+    shots: int = 8,
+    steps: int = 40,
+    scenario: str = "fresh",
+) -> list[Run]:
+    """Return the runs of blocks of methods.
+
+    Blocks are the outermost loop, then seeds: a grid that is stopped early has whole blocks, and of the last one every
+    method equally often.
+    """
+    return [
+        Run(scenario=scenario, target=target, shots=shots, steps=steps, method=method, lr=lr, seed=seed)
+        for block in blocks
+        for seed in seeds
+        for target in targets
+        for lr in lrs
+        for method in block
+    ]
 
 
 def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str, str]) -> None:

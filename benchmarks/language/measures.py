@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import synchronise
 from benchmarks.language.data import Pair, Target, Texts, padded
-from benchmarks.language.model import Language, kl
+from benchmarks.language.model import Language, answer_loss, kl
 
-__all__ = ["Drift", "Size", "accuracy"]
+__all__ = ["Drift", "Size", "Watch", "accuracy", "answers", "bytes_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,23 @@ class Size:
         if device.type == "cuda":
             return Size(rows=160, windows=40, answers=48, batch=320)
         return Size(rows=20, windows=12, answers=8, batch=16)
+
+
+class Watch:
+    """Adds up the seconds that are spent inside ``with watch``, the device's included."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begun = 0.0
+
+    def __enter__(self) -> Watch:
+        synchronise()
+        self._begun = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        synchronise()
+        self.seconds += time.perf_counter() - self._begun
 
 
 class Drift:
@@ -94,3 +115,39 @@ def accuracy(model: Language, target: Target, size: Size) -> dict[str, float]:
         "target_accuracy": float(((sums / lengths).argmin(1) == gold).float().mean()),
         "target_loss": float(sums.gather(1, gold[:, None]).mean()),
     }
+
+
+@torch.no_grad()
+def answers(model: Language, pairs: Sequence[Pair], size: Size) -> float:
+    """Return the mean loss of the tokens of the answers, in nats."""
+    total = torch.zeros((), device=model.device)
+    count = 0
+    for first in range(0, len(pairs), size.batch):
+        batch = padded(pairs[first : first + size.batch]).to(model.device)
+        used = int((batch.targets != -100).sum())
+        total += used * answer_loss(model, batch, "token")
+        count += used
+    return float(total) / count
+
+
+def bytes_of(held: Any) -> int:
+    """Return the bytes of all tensors in ``held``: containers and objects, however deep. Shared storage counts once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [held]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, Sequence) and not isinstance(part, str):
+            waiting += part
+        else:
+            waiting += (vars(part) if hasattr(part, "__dict__") else {}).values()
+            waiting += [getattr(part, name, None) for name in getattr(type(part), "__slots__", ())]
+    return sum(storages.values())

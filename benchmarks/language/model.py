@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from benchmarks.demo import add_lora
 from benchmarks.language.data import Batch
 from gradguide.integrations.peft import lora_parameters
 
-__all__ = ["Gradient", "Language", "answer_loss", "kl", "token_loss"]
+__all__ = ["Gradient", "Language", "answer_loss", "grads", "kl", "token_loss"]
 
 _CHUNK = 1024  # positions whose logits are in memory at once
 _ADAPTER = "default"
@@ -38,7 +38,10 @@ class Language:
 
         self.device = device
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.variant = ""
+        """Names what a method has added to the model: part of the key of every loss."""
         self._masks: dict[int, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
         base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype).to(device)
         self.model: Any = add_lora(base)
         self.model.eval()
@@ -70,12 +73,39 @@ class Language:
         return found.float()
 
     def reset(self, seed: int) -> None:
-        """Make the adapter anew: A is drawn from ``seed`` as PEFT draws it, B is zero. There are no gradients."""
+        """Make the adapter anew: A is drawn from ``seed`` as PEFT draws it, B is zero. There are no gradients.
+
+        Whatever else a method changed is undone first, see :meth:`until_reset`.
+        """
+        while self._undo:
+            self._undo.pop()()
+        self.draw(seed)
+        self.clear()
+
+    def draw(self, seed: int) -> None:
+        """Draw A from ``seed``, and set B to zero."""
         torch.manual_seed(seed)
         for _, layer in self.layers():
             layer.reset_lora_parameters(_ADAPTER, True)
+
+    def until_reset(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` at the next reset. The calls of several run in reverse order."""
+        self._undo.append(undo)
+
+    def clear(self) -> None:
+        """Remove the gradients."""
         for p in self.parameters:
             p.grad = None
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A: alpha / r."""
+        return float(next(self.layers())[1].scaling[_ADAPTER])
+
+    @staticmethod
+    def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return A [r, in] and B [out, r] of an adapted layer."""
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Yield the base model's name and the module of each adapted layer."""
@@ -131,6 +161,19 @@ def token_loss(model: Language, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
+def grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients of the parameters.
+
+    Raises:
+        RuntimeError: a parameter has none.
+    """
+    found = [p.grad for p in parameters]
+    there = [gradient for gradient in found if gradient is not None]
+    if len(there) != len(found):
+        raise RuntimeError(f"{len(found) - len(there)} of {len(found)} parameters have no gradient")
+    return there
+
+
 def kl(model: Language, hidden: Tensor, start: Tensor) -> Tensor:
     """Return KL(start || now) in nats, mean over positions, of the predictions of hidden states [positions, size]."""
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -151,6 +194,9 @@ class Gradient:
         self._model = model
         self._graphs = graphs and model.device.type == "cuda"
         self._captured: dict[object, tuple[Any, list[Tensor], list[Tensor | None]]] = {}
+        self._refused: set[object] = set()
+        # One graph runs at a time and its gradients are used before the next one runs, so all share their memory.
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
 
     def __call__(self, key: object, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
         """Set ``p.grad`` of the adapter's parameters to the gradient of ``loss(*inputs)``.
@@ -161,8 +207,8 @@ class Gradient:
         """
         key = _with_shapes(key, inputs)
         self._capture(key, loss, inputs)
-        if not self._graphs:
-            self._clear()
+        if key not in self._captured:
+            self._model.clear()
             loss(*inputs).backward()
             return
         graph, buffers, gradients = self._captured[key]
@@ -177,7 +223,7 @@ class Gradient:
         self._capture(_with_shapes(key, inputs), loss, inputs)
 
     def _capture(self, key: object, loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        if not self._graphs or key in self._captured:
+        if not self._graphs or key in self._captured or key in self._refused:
             return
         buffers = [part.clone() for part in inputs]
         try:
@@ -185,27 +231,26 @@ class Gradient:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    self._clear()
+                    self._model.clear()
                     loss(*buffers).backward()
             torch.cuda.current_stream().wait_stream(stream)
             expected = self._flat().clone()
-            self._clear()
+            self._model.clear()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool):
                 loss(*buffers).backward()
             graph.replay()
             error = float((self._flat() - expected).norm() / expected.norm())
             if not error < 0.05:
                 raise RuntimeError(f"the gradient of the graph differs by {error:.2g}")
             self._captured[key] = graph, buffers, [p.grad for p in self._model.parameters]
+        except torch.OutOfMemoryError:
+            self._model.clear()
+            raise
         except RuntimeError as error:
-            warnings.warn(f"no CUDA graph: {error}", stacklevel=3)
-            self._graphs = False
-            self._clear()
-
-    def _clear(self) -> None:
-        for p in self._model.parameters:
-            p.grad = None
+            warnings.warn(f"no CUDA graph of {key}: {error}", stacklevel=3)
+            self._refused.add(key)
+            self._model.clear()
 
     def _flat(self) -> Tensor:
         return torch.cat([p.grad.flatten() for p in self._model.parameters if p.grad is not None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from benchmarks.demo import batches
 from benchmarks.harness import synchronise
-from benchmarks.language.data import Batch, Target, Texts, padded
+from benchmarks.language import scenarios
+from benchmarks.language.data import Batch, Rows, Target, Texts, padded
 from benchmarks.language.grid import Run
-from benchmarks.language.measures import Drift, Size, accuracy
-from benchmarks.language.methods import Term, parse, set_up
+from benchmarks.language.measures import Drift, Size, bytes_of
+from benchmarks.language.memories import Batches, rows_of
+from benchmarks.language.methods import METHODS, Method, parse, set_up
 from benchmarks.language.model import Gradient, Language, answer_loss
-from benchmarks.language.sources import OwnText, Sources, Spec, digest
+from benchmarks.language.sources import File, Sources, digest
+from benchmarks.language.training import Setup, Term
 from gradguide import GradGuide
 
-__all__ = ["Settings", "Suite", "device_of"]
+__all__ = ["Settings", "Suite", "Trained", "device_of"]
 
 _BATCH = 8
 
@@ -40,6 +44,7 @@ class Settings:
         cache: folder of shared files.
         threads: CPU threads of a process.
         graphs: whether losses are captured as CUDA graphs.
+        share: the part of the GPU's memory that a process may take. A run that needs more fails alone.
     """
 
     model: str
@@ -47,11 +52,31 @@ class Settings:
     cache: Path
     threads: int
     graphs: bool = True
+    share: float = 1.0
 
     def start(self) -> Suite:
         """Return the suite of a worker process."""
         torch.set_num_threads(self.threads)
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(self.share)
         return Suite(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What the training of a task took.
+
+    Args:
+        seconds: of all steps.
+        steps: their number.
+        modelled: drift that a structured source models, in nats per token.
+        held: bytes that the method keeps of source data.
+    """
+
+    seconds: float
+    steps: int
+    modelled: float | None
+    held: int
 
 
 class Suite:
@@ -62,90 +87,130 @@ class Suite:
 
         device = device_of()
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
-        self._texts = Texts(settings.data, tokenizer)
+        self.texts = Texts(settings.data, tokenizer)
         self.model = Language(settings.model, device)
         key = digest(settings.model, settings.data, device)
-        self.sources = Sources(self.model, self._texts, tokenizer, settings.cache, key)
+        self.sources = Sources(self.model, self.texts, tokenizer, settings.cache, key)
         self._gradient = Gradient(self.model, graphs=settings.graphs)
-        self._size = Size.of(device)
+        self.size = Size.of(device)
         self.model.reset(0)
-        self._drift = Drift(self.model, self._texts, self._size)
+        self.drift = Drift(self.model, self.texts, self.size)
         self._targets: dict[tuple[str, int, int], Target] = {}
+        self._of_text: dict[tuple[str, int], Any] = {}
+        self.learnt: dict[str, tuple[list[Tensor], float]] = {}
+        """Source tasks that were learnt: the adapter and its accuracy."""
 
-    def __call__(self, what: Run | Spec | OwnText) -> dict[str, Any]:
+    def __call__(self, what: Run | File) -> dict[str, Any]:
         """Do a run, or make a shared file."""
-        if isinstance(what, Run):
-            return self.row(what)
-        self.sources.make(what)
-        return {}
+        try:
+            if isinstance(what, Run):
+                return self.row(what)
+            self.sources.make(what)
+            return {}
+        except torch.OutOfMemoryError:
+            self._of_text.clear()
+            torch.cuda.empty_cache()
+            raise
 
     def row(self, run: Run) -> dict[str, Any]:
         """Do ``run``, and return its measured columns."""
         begun = time.perf_counter()
-        target = self._target(run)
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         self.model.reset(run.seed)
-        seconds, modelled = self._train(run, target)
+        measured = scenarios.SCENARIOS[run.scenario](self, run)
+        self.model.reset(run.seed)
         return {
-            **accuracy(self.model, target, self._size),
-            **self._drift(),
-            "modelled_drift": modelled,
-            "seconds_per_step": seconds / run.steps,
+            **measured,
+            "memory": torch.cuda.max_memory_allocated() if cuda else None,
             "seconds": time.perf_counter() - begun,
-            "rows": min(self._size.rows, len(target.test)),
         }
 
-    def _target(self, run: Run) -> Target:
-        key = run.target, run.shots, run.seed
+    def target(self, name: str, shots: int, seed: int) -> Target:
+        """Return a task, see ``data.Texts.target``."""
+        key = name, shots, seed
         if key not in self._targets:
-            self._targets[key] = self._texts.target(*key)
+            self._targets[key] = self.texts.target(*key)
         return self._targets[key]
 
-    def _train(self, run: Run, target: Target) -> tuple[float, float | None]:
-        """Train the adapter. Return the seconds of the steps, and the drift that the source models."""
+    def remember(self, method: Method, batches: Batches, kept: Sequence[Any], seed: int) -> list[Any]:
+        """Return ``kept`` and what the method remembers of a task finished now; labels are drawn by ``seed``."""
+        remember = METHODS[method.name].remember
+        if remember is None:
+            return list(kept)
+        torch.manual_seed(seed)
+        return [*kept, remember(self.model, batches, method, kept)]
+
+    def remember_rows(self, method: Method, rows: Rows, kept: Sequence[Any], seed: int) -> list[Any]:
+        """Return the same for training rows."""
+        return self.remember(method, rows_of(rows, self.model.device), kept, seed)
+
+    def remember_text(self, method: Method, seed: int) -> list[Any]:
+        """Return what the method remembers of the base model's source text. The adapter must be that of ``seed``."""
+        if not METHODS[method.name].of_text:
+            return []
+        self._of_text = {key: value for key, value in self._of_text.items() if key[1] == seed}
+        if (method.name, seed) not in self._of_text:
+            self._of_text[method.name, seed] = self.remember(method, self.sources.text(), (), seed)
+        found: list[Any] = self._of_text[method.name, seed]
+        return found
+
+    def train(self, run: Run, rows: Rows, kept: Sequence[Any] = (), *, steps: int | None = None) -> Trained:
+        """Train the adapter on ``rows``, with what the run's method has kept."""
         method = parse(run.method)
-        training = set_up(method, self.model, self.sources, run.lr)
-        unit, term = method.options["unit"], training.term
-        key, loss = self._loss(unit, term)
-        inputs = self._inputs(run, target, term)
-        self._gradient.prepare(key, loss, inputs[0])
+        steps = run.steps if steps is None else steps
+        setup = Setup(model=self.model, sources=self.sources, lr=run.lr, method=method, kept=kept)
+        training = set_up(method, setup)
+        term = training.term
+        inputs = self._inputs(rows, steps, run.seed, term)
+        label, both = self._losses(method.options["unit"], term)
+        chosen = [both if term is not None and step % term.every == 0 else label for step in range(steps)]
+        for index in {id(part): index for index, part in enumerate(chosen)}.values():
+            self._gradient.prepare(*chosen[index], inputs[index][: 3 if chosen[index] is label else None])
         synchronise()
         begun = time.perf_counter()
-        for step in inputs:
-            self._gradient(key, loss, step)
+        for step, (loss, given) in enumerate(zip(chosen, inputs, strict=True), 1):
+            self._gradient(*loss, given[: 3 if loss is label else None])
             training.before()
             training.optimizer.step()
+            if training.after is not None:
+                training.after(step)
+        training.end()
         synchronise()
         seconds = time.perf_counter() - begun
         guide = training.optimizer
-        modelled = (
-            guide.metrics()["source_drift"] if method.name == "structured" and isinstance(guide, GradGuide) else None
-        )
-        return seconds, modelled
+        modelled = guide.metrics().get("source_drift") if steps and isinstance(guide, GradGuide) else None
+        return Trained(seconds=seconds, steps=steps, modelled=modelled, held=bytes_of(training.held))
 
-    def _loss(self, unit: str, term: Term | None) -> tuple[object, Any]:
+    def _losses(self, unit: str, term: Term | None) -> tuple[tuple[object, Any], tuple[object, Any]]:
+        """Return key and loss of the labels alone, and those of labels and term."""
+
         def label(*inputs: Tensor) -> Tensor:
             return answer_loss(self.model, Batch(*inputs), unit)
 
+        key = unit, self.model.variant
         if term is None:
-            return unit, label
+            return (key, label), (key, label)
 
         def both(*inputs: Tensor) -> Tensor:
-            return label(*inputs[:3]) + term.loss(*inputs[3:])
+            return label(*inputs[:3]) + inputs[3] * term.loss(*inputs[4:])
 
-        return (unit, term.key), both
+        return (key, label), ((*key, term.key), both)
 
-    def _inputs(self, run: Run, target: Target, term: Term | None) -> list[tuple[Tensor, ...]]:
-        """Return the inputs of the loss at each step, on the device."""
-        fixed = target.width if self.model.device.type == "cuda" else None
-        longest = max(map(len, target.labels))
-        order = batches(len(target.train), _BATCH, run.seed)
+    def _inputs(self, rows: Rows, steps: int, seed: int, term: Term | None) -> list[tuple[Tensor, ...]]:
+        """Return the inputs of the loss at each step, on the device: the batch, the term's weight and its text."""
+        device = self.model.device
+        width = rows.width if device.type == "cuda" else None
+        order = batches(len(rows.pairs), _BATCH, seed)
         found: list[tuple[Tensor, ...]] = []
-        texts = batches(len(term.inputs[0]), term.batch, run.seed) if term is not None else None
-        for _ in range(run.steps):
-            batch = padded([target.pair(row) for row in next(order)], fixed, longest).to(self.model.device)
+        texts = batches(len(term.inputs[0]), term.batch, seed) if term is not None else None
+        weight = torch.tensor(term.weight, device=device) if term is not None else None
+        for _ in range(steps):
+            batch = padded([rows.pairs[row] for row in next(order)], width, rows.answer).to(device)
             extra: tuple[Tensor, ...] = ()
-            if term is not None and texts is not None:
-                chosen = torch.tensor(next(texts), device=self.model.device)
-                extra = tuple(part[chosen] for part in term.inputs)
+            if term is not None and texts is not None and weight is not None:
+                chosen = torch.tensor(next(texts), device=device)
+                extra = (weight, *(part[chosen] for part in term.inputs))
             found.append((*batch, *extra))
         return found

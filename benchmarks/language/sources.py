@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,12 +15,13 @@ from torch import Tensor
 import gradguide.sources.structured
 from benchmarks.language.data import WINDOW, Texts, padded
 from benchmarks.language.model import Language
+from benchmarks.language.starts import corda_eigens
 from gradguide import StructuredSource
 from gradguide.integrations.sampling import own_text, sampled_loss
 from gradguide.sources.structured.factors import Factor, LayerFactors
 from gradguide.utils.atomic import atomic_write
 
-__all__ = ["TOKENS", "UNUSED", "WHOLE", "OwnText", "Sources", "Spec", "digest"]
+__all__ = ["TOKENS", "UNUSED", "WHOLE", "Corda", "File", "OwnText", "Sources", "Spec", "digest", "path_of"]
 
 TOKENS = 20 * 1024
 """Default number of tokens of source text."""
@@ -55,6 +56,14 @@ class Spec(NamedTuple):
         return frozenset({OwnText(self.tokens)} if self.text == "own" else ())
 
 
+class Corda(NamedTuple):
+    """Directions of CorDA, see ``starts.corda_eigens``."""
+
+    tokens: int = TOKENS
+
+
+File: TypeAlias = Spec | OwnText | Corda
+
 WHOLE = Spec("real", TOKENS, None)
 """The source whose inputs say which directions are hardly used."""
 
@@ -86,7 +95,7 @@ class Sources:
         self._key = key
         self._loaded: dict[object, Any] = {}
 
-    def make(self, wanted: Spec | OwnText) -> None:
+    def make(self, wanted: File) -> None:
         """Write the file, unless it is there."""
         path = path_of(wanted, self._cache, self._key)
         if path.exists():
@@ -98,6 +107,15 @@ class Sources:
             )
             with atomic_write(path) as temporary:
                 save_file({"ids": torch.cat([batch["input_ids"] for batch in written]).cpu()}, temporary)
+            return
+        if isinstance(wanted, Corda):
+            rows = [
+                ids[mask.bool()]
+                for batch in self.text()
+                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            ]
+            with atomic_write(path) as temporary:
+                save_file(corda_eigens(self._model, rows), temporary)
             return
         batches = list(self._batches(wanted))
         StructuredSource.capture(self._model.model, batches, sampled_loss, rank=wanted.rank).save(path)
@@ -135,6 +153,17 @@ class Sources:
         found: dict[str, Tensor] = self._loaded["used"]
         return found
 
+    def text(self) -> list[dict[str, Tensor]]:
+        """Return the source text of the default structured source, as batches for ``sampled_loss``."""
+        return list(self._batches(WHOLE))
+
+    def corda(self) -> dict[str, Tensor]:
+        """Return what ``starts.corda_eigens`` found."""
+        if "corda" not in self._loaded:
+            self._loaded["corda"] = load_file(path_of(Corda(), self._cache, self._key))
+        found: dict[str, Tensor] = self._loaded["corda"]
+        return found
+
     def _batches(self, spec: Spec) -> Iterator[dict[str, Tensor]]:
         device = self._model.device
         if spec.text == "own":
@@ -161,8 +190,10 @@ class Sources:
         return LayerFactors(inputs, outputs, factors.scale, factors.anchor)
 
 
-def path_of(wanted: Spec | OwnText, cache: Path, key: str) -> Path:
+def path_of(wanted: File, cache: Path, key: str) -> Path:
     """Return the path of a shared file."""
+    if isinstance(wanted, Corda):
+        return cache / f"corda-{key}-{wanted.tokens}.safetensors"
     if isinstance(wanted, OwnText):
         return cache / f"text-{key}-{wanted.tokens}.safetensors"
     return cache / f"source-{key}-{wanted.text}-{wanted.tokens}-{wanted.rank or 'whole'}.safetensors"

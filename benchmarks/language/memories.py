@@ -1,0 +1,71 @@
+"""What methods remember of a task when it is finished, or of the base model's text before anything is trained."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.language.data import Rows, padded
+from benchmarks.language.model import Language
+from gradguide import SourceGradient, StructuredSource
+from gradguide.integrations.peft import lora_parameters
+from gradguide.integrations.sampling import sampled_loss
+
+__all__ = ["Batches", "anchored", "diagonal", "rows_of", "structured"]
+
+Batches = list[dict[str, Tensor]]
+_BATCH = 8
+
+
+def rows_of(rows: Rows, device: torch.device) -> Batches:
+    """Return training rows as batches for ``sampled_loss``: labels are drawn where the answers are."""
+    batches = []
+    for first in range(0, len(rows.pairs), _BATCH):
+        chosen = rows.pairs[first : first + _BATCH]
+        ids = padded(chosen).ids
+        column = torch.arange(ids.shape[1])
+        lengths = torch.tensor([[len(pair.prompt), len(pair.prompt) + len(pair.answer)] for pair in chosen])
+        inside = column < lengths[:, 1:]
+        labels = torch.where(inside & (column >= lengths[:, :1]), ids, -100)
+        batch = {"input_ids": ids, "attention_mask": inside.long(), "labels": labels}
+        batches.append({name: value.to(device) for name, value in batch.items()})
+    return batches
+
+
+def diagonal(model: Language, batches: Batches) -> SourceGradient:
+    """Return the diagonal Fisher information of A and B in nats per token, for EWC."""
+    found, per_row = _captured(model, batches)
+    fisher = {name: value / per_row for name, value in found.fisher.items()}
+    return SourceGradient(None, fisher=fisher, anchor=found.anchor, metadata=found.metadata)
+
+
+def anchored(model: Language, batches: Batches) -> SourceGradient:
+    """Return GradGuide's pull to the present A and B, see ``SourceGradient.anchored``."""
+    return _captured(model, batches)[0].anchored()
+
+
+def structured(model: Language, batches: Batches, rank: int | None) -> StructuredSource:
+    """Return a structured source, with labels drawn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fewer tokens than the rank.*", category=UserWarning)
+        return StructuredSource.capture(model.model, batches, sampled_loss, rank=rank)
+
+
+def _captured(model: Language, batches: Batches) -> tuple[SourceGradient, float]:
+    """Return a source, and the mean number of predictions of a row. Its loss is that of whole rows, labels drawn."""
+    predictions, rows = 0, 0
+
+    def drawn(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        nonlocal predictions, rows
+        loss, number = sampled_loss(module, batch)
+        predictions, rows = predictions + number, rows + len(batch["input_ids"])
+        return loss * (number / len(batch["input_ids"]))
+
+    with warnings.catch_warnings():
+        # A of a fresh adapter has no gradient.
+        warnings.filterwarnings("ignore", message=".*LoRA A matrices is zero.*", category=UserWarning)
+        found = SourceGradient.capture(model.model, batches, drawn, curvature=drawn, names=lora_parameters(model.model))
+    model.clear()
+    return found, predictions / rows

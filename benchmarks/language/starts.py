@@ -1,0 +1,120 @@
+"""Methods that choose where the adapter starts. The changed model is the base model at the start of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.language.model import Language
+from benchmarks.language.training import Setup, Training, clipped
+
+__all__ = ["corda", "corda_eigens", "lora_null", "null"]
+
+_WRAPPED = r".*\.base_layer"
+
+
+def null(setup: Setup) -> Training:
+    """Train B alone, with A in the space that source inputs hardly use (the idea of LoRA-Null, arXiv 2503.02659)."""
+    setup.model.start_in(setup.sources.used())
+    return clipped(setup.base(setup.model.lora_b))
+
+
+def lora_null(setup: Setup) -> Training:
+    """Start from the part of W that acts on inputs outside the source's (LoRA-Null, arXiv 2503.02659), then clip.
+
+    W N = U S V^T, where N projects onto the 64 directions that source inputs use least. B A is its leading part of
+    rank r, and W loses it. Option ``train``: "both", or "b" for B alone, as LoRA-Null-v2.
+    """
+    model, used = setup.model, setup.sources.used()
+    start = {}
+    for name, layer in model.layers():
+        weight = layer.base_layer.weight.detach().float()
+        unused = _complement(used[name], min(64, weight.shape[1] - 1))
+        left, values, right = torch.linalg.svd(weight @ unused, full_matrices=False)
+        start[name] = left, values, unused @ right.mT
+    _split(model, start)
+    return clipped(setup.base(model.lora_b if setup.method.options["train"] == "b" else None))
+
+
+def corda(setup: Setup) -> Training:
+    """Start from the least singular directions of W times the inputs' covariance (CorDA, arXiv 2406.05223), then clip.
+
+    The covariance is that of source text, the mode "knowledge-preserving". PEFT computes the directions
+    (``preprocess_corda``) and sets up the adapter (``corda_init``).
+    """
+    from peft.tuners.lora.corda import CordaEigens
+
+    model, eigens = setup.model, setup.sources.corda()
+    for name, layer in model.layers():
+        u, s, v = (eigens[f"{name}.{part}"].to(model.device) for part in "usv")
+        with _storage_kept(model, layer):
+            layer.base_layer.eigens = CordaEigens(S_WC=s.clone(), U_WC=u, V_WC=v)
+            layer.corda_init("default", "corda")
+    return setup.clipped()
+
+
+def corda_eigens(model: Language, texts: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the r least singular vectors and values of each layer, by layer and part: u, s, v; on the CPU.
+
+    Args:
+        texts: sequences of source text, int64 [tokens].
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    rank = model.factors(next(model.layers())[1])[0].shape[0]
+    config = LoraConfig(r=rank, target_modules=_WRAPPED, corda_config=CordaConfig(corda_method="kpm", verbose=False))
+
+    def run() -> None:
+        for text in texts:  # PEFT's hook takes one sequence at a time
+            model.hidden(text[None].to(model.device))
+
+    preprocess_corda(model.model, config, run_model=run)
+    found: dict[str, Tensor] = {}
+    for name, layer in model.layers():
+        eigens = layer.base_layer.eigens
+        parts = {"u": eigens.U_WC, "s": eigens.S_WC, "v": eigens.V_WC}
+        found |= {f"{name}.{part}": value.float().cpu().contiguous() for part, value in parts.items()}
+        del layer.base_layer.eigens
+    return found
+
+
+def _complement(used: Tensor, size: int) -> Tensor:
+    """Return orthonormal directions [in, size] orthogonal to ``used`` (orthonormal columns, or zero)."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(len(used), size, generator=generator).to(used)
+    for _ in range(2):  # twice, for orthogonality to rounding
+        drawn = torch.linalg.qr(drawn - used @ (used.mT @ drawn))[0]
+    return drawn
+
+
+@torch.no_grad()
+def _split(model: Language, start: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Move the leading part U S V^T of rank r of each layer from its weight into its adapter."""
+    for name, layer in model.layers():
+        left, values, right = start[name]
+        with _storage_kept(model, layer):
+            a, b = model.factors(layer)
+            root = (values[: len(a)] / model.scale).sqrt()
+            a.copy_((right[:, : len(a)] * root).mT)
+            b.copy_(left[:, : len(a)] * root)
+            weight = layer.base_layer.weight
+            weight.copy_((weight.float() - model.scale * b @ a).to(weight.dtype))
+
+
+@contextmanager
+def _storage_kept(model: Language, layer: Any) -> Iterator[None]:
+    """Keep the storage of A, B and W, which graphs and optimizers refer to, and undo the change of W at a reset."""
+    weight = layer.base_layer.weight
+    before = weight.detach().clone()
+    held = [(p, p.data) for p in (*model.factors(layer), weight)]
+    model.until_reset(lambda: weight.data.copy_(before))
+    yield
+    for p, storage in held:
+        storage.copy_(p.data)
+        p.data = storage
