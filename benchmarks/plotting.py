@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -21,7 +21,10 @@ from torch.nn.functional import normalize
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.utils.atomic import atomic_write
 
-__all__ = ["accuracies", "bars", "guidance", "save"]
+if TYPE_CHECKING:
+    from benchmarks.language.frontier import Frontier
+
+__all__ = ["accuracies", "bars", "frontiers", "guidance", "save"]
 
 GUIDANCE = Path(__file__).parent / "results" / "guidance.png"
 
@@ -70,6 +73,43 @@ def accuracies(rows: pd.DataFrame, x: str) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return figure
+
+
+def frontiers(found: Mapping[str, Mapping[str, Frontier]], cap: float) -> Figure:
+    """Draw every setting of each family of methods as a point, and its best target value within a drift as a line.
+
+    Args:
+        found: frontiers by column ("target_accuracy" in percent, "target_loss" in nats) and family.
+        cap: largest drift drawn, in nats per token.
+    """
+    figure = Figure(figsize=(6.0 * len(found), 5.0))
+    titles = {"target_accuracy": "target accuracy, %", "target_loss": "target loss, nats per label"}
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    names = list(dict.fromkeys(name for families in found.values() for name in families))
+    for axes, (column, families) in zip(panels, found.items(), strict=True):
+        better = min if column == "target_loss" else max
+        for index, name in enumerate(names):
+            if name not in families:
+                continue
+            points = families[name].points.sort_values("drift")
+            points = points[points["drift"] <= cap]
+            best = [families[name].start]
+            for value in points["value"]:
+                best.append(better(best[-1], value))
+            style = {"color": "black", "linewidth": 2.2} if name == "structured" else {"color": f"C{index % 10}"}
+            style["linestyle"] = ("-", "--", ":")[index // 10 % 3]
+            axes.step([0.0, *points["drift"], cap], [*best, best[-1]], where="post", label=name, **style)
+            axes.plot(points["drift"], points["value"], "o", markersize=3, color=style["color"])
+        if column == "target_loss":
+            axes.set_ylim(top=3.0)
+        axes.set_xlim(0.0, cap)
+        axes.set_xlabel("drift, nats per token")
+        axes.set_title(titles[column], fontsize=10)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.05 + 0.035 * (-(-len(labels) // 5)), 1, 1))
     return figure
 
 

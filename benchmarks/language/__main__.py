@@ -27,6 +27,8 @@ _SECONDS = {"cpu": 150.0, "cuda": 4.0}
 """Approximate seconds of a run of 40 steps of SmolLM2-135M: on two CPU cores, or in one of 12 workers on a GPU."""
 _MEMORY = 10 * 2**30
 """Bytes that a worker may take on a GPU. 8 GB were seen; 12 workers on 80 GB ran out of memory."""
+_CONTEXT = 0.7 * 2**30
+"""Bytes that the CUDA context of a worker takes beside its tensors."""
 _WORKERS = 12
 """Workers of the estimate for a GPU."""
 
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         jobs = max(1, min(jobs, free // _MEMORY))
-        share = free / total / jobs
+        share = (free / jobs - _CONTEXT) / total
         print(f"{jobs} workers, each with at most {share * total / 2**30:.1f} GiB")
     settings = Settings(
         model=options.model,

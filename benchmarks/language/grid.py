@@ -221,11 +221,11 @@ def check() -> list[Run]:
 
 
 def smoke() -> list[Run]:
-    """Return one run of two steps of every method and scenario: whether all works on a machine."""
+    """Return one run of four steps of every method and scenario: whether all works on a machine."""
     grids = (fresh, sequence, transfer, instructions)
     found = {(run.scenario, run.method): run for grid in grids for run in reversed(grid())}
     return [
-        Run(**{**asdict(run), "shots": 96 if run.scenario == "instructions" else 2, "steps": min(run.steps, 2)})
+        Run(**{**asdict(run), "shots": 96 if run.scenario == "instructions" else 2, "steps": min(run.steps, 4)})
         for run in reversed(found.values())
     ]
 

@@ -4,84 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import markdown
-from benchmarks.few_shot.results import Difference, difference, untuned
-from benchmarks.language.grid import BASE, research
+from benchmarks import plotting
+from benchmarks.language import tables
+from benchmarks.language.frontier import CAP, Frontier, frontier
+from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING
+from benchmarks.language.results import load
 from gradguide.utils.atomic import atomic_write
 
-__all__ = ["by_rate", "compared", "load", "summary", "write"]
+__all__ = ["OURS", "load", "summary", "write"]
 
-_PAIR = ["target", "seed"]
-_KEY = ["target", "shots", "steps", "method", "lr", "seed"]
+OURS = "structured"
+_FRONTIERS = ("target_accuracy", "target_loss")
 _COLUMNS = {
-    "target_accuracy": "target %",
-    "target_loss": "target loss",
-    "drift": "drift",
-    "drift_answers": "on answers",
+    "fresh": ["target_accuracy", "target_loss", "drift", "drift_answers"],
+    "sequence": ["target_accuracy", "learnt_accuracy", "forgetting", "drift"],
+    "transfer": ["target_accuracy", "source_accuracy", "kept", "drift"],
+    "instructions": ["target_loss", "drift", "source_accuracy", "kept"],
 }
-
-table = partial(markdown.table, rule=" --- ")
-
-
-def load(path: Path) -> pd.DataFrame:
-    """Return the rows without an error, the last one of each run, with accuracies in percent."""
-    rows = pd.read_csv(path)
-    rows = rows[rows["error"].isna()].drop_duplicates(_KEY, keep="last")
-    rows["target_accuracy"] *= 100
-    return rows
-
-
-def by_rate(rows: pd.DataFrame, column: str, form: str) -> str:
-    """Return means of ``column`` over targets and seeds: methods x rates, with the number of runs."""
-    means = rows.pivot_table(index="method", columns="lr", values=column)
-    counts = rows.groupby("method").size()
-    lines = [
-        [method, *(format(v, form) if pd.notna(v) else "" for v in means.loc[method]), str(counts[method])]
-        for method in _methods(rows)
-    ]
-    return table(["method", *(f"{lr:g}" for lr in means.columns), "runs"], lines)
-
-
-def compared(rows: pd.DataFrame) -> str:
-    """Return each method's means over the rates, with paired differences from the baseline.
-
-    Pairs are (target, seed) that both methods have at every rate. "at its best rate": against the baseline at the rate
-    that is best for it on the same pairs.
-    """
-    lines = []
-    for method in _methods(rows):
-        both = rows[rows["method"].isin([method, BASE])]
-        rates = both["lr"].nunique()
-        values = {column: untuned(both, column) for column in _COLUMNS}
-        accuracy = values["target_accuracy"]
-        if method not in accuracy or BASE not in accuracy or accuracy.empty:
-            continue
-        line = [method, f"{len(accuracy)}", f"{rates}"]
-        line += [
-            f"{accuracy[method].mean():.1f}",
-            "" if method == BASE or len(accuracy) < 2 else _shown(difference(accuracy, method, BASE), 1),
-        ]
-        line.append(_shown(_against_best(both, method, accuracy.index), 1))
-        for column in list(_COLUMNS)[1:]:
-            found = values[column]
-            line.append(f"{found[method].mean():.3f}")
-            if column == "drift":
-                line.append("" if method == BASE or len(found) < 2 else _shown(difference(found, method, BASE), 3))
-        mine = rows[rows["method"] == method]
-        line.append(f"{mine.groupby('lr')['drift'].mean().max():.3f}")
-        line.append(f"{mine['modelled_drift'].mean():.3f}" if mine["modelled_drift"].notna().any() else "")
-        line.append(f"{1e3 * mine['seconds_per_step'].median():.0f}")
-        lines.append(line)
-    heads = [
-        "method", "pairs", "rates", "target %", f"minus {BASE}", f"minus {BASE} at its best rate", "target loss",
-        "drift", f"minus {BASE}", "on answers", "worst rate's drift", "modelled", "ms per step",
-    ]  # fmt: skip
-    return table(heads, lines)
+"""Measured columns by scenario; the first one decides."""
+_TITLES = {
+    "fresh": "(a) A fresh adapter; the base model is to be kept",
+    "sequence": "(c) Five tasks in a row",
+    "transfer": "(b) A source task, then the target",
+    "instructions": "(e) Answers of instructions are learnt",
+}
 
 
 def summary(path: Path) -> str:
@@ -91,49 +41,95 @@ def summary(path: Path) -> str:
 
 
 def write(results: Path, out: Path) -> None:
-    """Write ``out`` (Markdown)."""
+    """Write ``out`` (Markdown), and the frontiers beside it if the file has runs of ``none``."""
     rows = load(results)
-    targets = ", ".join(map(str, rows["target"].unique()))
     parts = [
         "# A language model that is to be kept",
-        f"{len(rows)} runs (the full grid has {len(research())}); targets {targets}; seeds: {rows['seed'].nunique()}; "
-        f"torch {_all(rows, 'torch')}, {_all(rows, 'device')}, commits {_all(rows, 'commit')}. A fresh LoRA adapter "
-        "learns a task from a few rows per class; drift is the KL from the base model in nats per token on held-out "
-        f"text. Differences are paired against `{BASE}`, with 95% bootstrap intervals over (target, seed).",
+        f"{len(rows)} runs; torch {_all(rows, 'torch')}, {_all(rows, 'device')}, commits {_all(rows, 'commit')}. "
+        "Drift is the KL from the base model in nats per token on held-out encyclopedia, and on answered instructions. "
+        f"Differences are paired against `{BASE}`, with 95% bootstrap intervals over (target, seed). Strengths and "
+        f"rates are chosen on {', '.join(CHOOSING)}; {', '.join(CONFIRMING)} confirm.",
         *_sections(rows),
     ]
+    for name, sets in (("choosing", CHOOSING), ("confirming", CONFIRMING)):
+        found = _frontiers(_standard(rows), sets)
+        if any(found.values()):
+            picture = out.with_name(f"{out.stem}-frontier-{name}.png")
+            plotting.save(plotting.frontiers(found, CAP), picture)
+            parts.append(f"![Target over drift on the {name} sets]({picture.name})")
     with atomic_write(out) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _sections(rows: pd.DataFrame) -> list[str]:
+    standard = _standard(rows)
+    parts: list[str] = []
+    for name, sets in (("choosing", CHOOSING), ("confirming", CONFIRMING)):
+        part = standard[standard["target"].isin(sets)]
+        trained = part[part["steps"] > 0]
+        if trained.empty:
+            continue
+        parts += [
+            f"## {_TITLES['fresh']}: {name} sets ({', '.join(s for s in sets if s in set(part['target']))})",
+            *_views(trained, "fresh", "target"),
+        ]
+        found = _frontiers(standard, sets)
+        if any(found.values()):
+            parts += [
+                f"### Frontier: means of the best target within a drift of 0 to {CAP} nats",
+                tables.areas(found, OURS),
+            ]
+        for column, form in (
+            ("target_accuracy", ".1f"),
+            ("target_loss", ".3f"),
+            ("drift", ".3f"),
+            ("drift_answers", ".3f"),
+        ):
+            heading = tables.COLUMNS[column][0]
+            parts += [f"### By rate: {heading}", tables.by_rate(trained, column, form)]
+    for scenario in ("sequence", "transfer", "instructions"):
+        part = rows[(rows["scenario"] == scenario) & (rows["steps"] > 0)]
+        if part.empty:
+            continue
+        parts += [f"## {_TITLES[scenario]}", *_views(part, scenario, "target" if scenario == "transfer" else "seed")]
+        if scenario == "sequence":
+            parts += ["### Points forgotten, by position in the sequence", tables.forgetting(part)]
+        for column in _COLUMNS[scenario][:2]:
+            parts += [
+                f"### By rate: {tables.COLUMNS[column][0]}",
+                tables.by_rate(part, column, f".{tables.COLUMNS[column][1]}f"),
+            ]
+    other = rows[(rows["scenario"] == "fresh") & ~rows.index.isin(standard.index)]
+    for (shots, epochs), part in other.groupby(["shots", other["steps"] != 40]):
+        title = f"(d) {shots} rows per class, three epochs" if epochs else f"(a) {shots} rows per class, 40 steps"
+        parts += [f"## {title}", *_views(part, "fresh", "target")]
+    return parts
+
+
+def _views(rows: pd.DataFrame, scenario: str, by: str) -> list[str]:
+    columns = _COLUMNS[scenario]
     return [
-        "## Means over the rates", compared(rows),
-        "## Target accuracy in percent, by rate", by_rate(rows, "target_accuracy", ".1f"),
-        "## Target loss in nats per label, by rate", by_rate(rows, "target_loss", ".3f"),
-        "## Drift on encyclopedia in nats per token, by rate", by_rate(rows, "drift", ".3f"),
-        "## Drift on answered instructions in nats per token, by rate", by_rate(rows, "drift_answers", ".3f"),
+        "### Untuned: means over the rates", tables.compared(rows, columns),
+        f"### Tuned: strength and rate chosen on other {by}s", tables.at_best(rows, columns, by),
     ]  # fmt: skip
 
 
-def _against_best(both: pd.DataFrame, method: str, pairs: pd.Index) -> Difference:
-    """Return the paired difference of the method's mean over the rates from the baseline at its best rate."""
-    cells = both.pivot_table(index=_PAIR, columns=["method", "lr"], values="target_accuracy").loc[pairs]
-    best = cells[BASE].mean().idxmax()
-    return difference(pd.DataFrame({method: cells[method].mean(axis=1), "best": cells[BASE][best]}), method, "best")
+def _standard(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of scenario (a) with 8 rows per class and 40 steps, and the untrained ones."""
+    return rows[(rows["scenario"] == "fresh") & (rows["shots"] == 8) & rows["steps"].isin([0, 40])]
 
 
-def _shown(found: Difference, digits: int) -> str:
-    if found.low == -float("inf"):
-        return f"{found.mean:+.{digits}f} (one pair)"
-    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
-
-
-def _methods(rows: pd.DataFrame) -> list[str]:
-    """Return the methods of ``rows`` in the order of the grid; others come last."""
-    order = list(dict.fromkeys(run.method for run in research()))
-    found = set(rows["method"])
-    return [m for m in order if m in found] + sorted(found - set(order))
+def _frontiers(rows: pd.DataFrame, sets: tuple[str, ...]) -> dict[str, dict[str, Frontier]]:
+    """Return the frontier of each family on some sets, by column."""
+    part = rows[rows["target"].isin(sets)]
+    found = {
+        column: {name: frontier(part, name, column) for name in tables.order(list(part["family"].unique()))}
+        for column in _FRONTIERS
+    }
+    return {
+        column: {name: each for name, each in families.items() if each is not None and name != "none"}
+        for column, families in found.items()
+    }
 
 
 def _all(rows: pd.DataFrame, column: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,6 @@ class Suite:
             torch.cuda.reset_peak_memory_stats()
         self.model.reset(run.seed)
         measured = scenarios.SCENARIOS[run.scenario](self, run)
-        self.model.reset(run.seed)
         return {
             **measured,
             "memory": torch.cuda.max_memory_allocated() if cuda else None,
@@ -180,8 +180,13 @@ class Suite:
         synchronise()
         seconds = time.perf_counter() - begun
         guide = training.optimizer
-        modelled = guide.metrics().get("source_drift") if steps and isinstance(guide, GradGuide) else None
-        return Trained(seconds=seconds, steps=steps, modelled=modelled, held=bytes_of(training.held))
+        modelled = guide.metrics()["source_drift"] if steps and isinstance(guide, GradGuide) else math.nan
+        return Trained(
+            seconds=seconds,
+            steps=steps,
+            modelled=None if math.isnan(modelled) else modelled,
+            held=bytes_of(training.held),
+        )
 
     def _losses(self, unit: str, term: Term | None) -> tuple[tuple[object, Any], tuple[object, Any]]:
         """Return key and loss of the labels alone, and those of labels and term."""

@@ -57,9 +57,13 @@ class Spec(NamedTuple):
 
 
 class Corda(NamedTuple):
-    """Directions of CorDA, see ``starts.corda_eigens``."""
+    """Directions of CorDA, see ``starts.corda_eigens``.
+
+    method: tells it from other files, since tuples of equal values are equal.
+    """
 
     tokens: int = TOKENS
+    method: str = "corda"
 
 
 File: TypeAlias = Spec | OwnText | Corda

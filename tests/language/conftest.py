@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.language.grid import TARGETS
+from benchmarks.language.grid import CHOOSING, CONFIRMING
 from tests.demo.conftest import WORDS, tiny_model, write_tsv
 
 __all__ = ["folder", "sets", "tiny_model"]
@@ -18,17 +18,23 @@ _TEXTS = {label: words for labels in WORDS.values() for label, words in labels.i
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classification sets of six classes, encyclopedia and answered instructions."""
+    """Sets of six classes (clinc150: in each of four domains), encyclopedia and answered instructions."""
     root = tmp_path_factory.mktemp("sets")
-    for name in TARGETS:
+    names = {name for name in (*CHOOSING, *CONFIRMING) if not name.startswith("clinc_")} | {"clinc150"}
+    for name in names:
         (root / name).mkdir()
-        for split, count in (("train", 10), ("test", 4)):
+        domains = ("travel", "work", "home", "utility") if name == "clinc150" else ("",)
+        for split, count in (("train", 18), ("test", 4)):
             rows = [
-                (" ".join([words, *["the"] * (number % 3), *["a"] * number]), label)
+                (" ".join([words, *["the"] * (number % 3), *["a"] * number]), label, domain)
+                for domain in domains
                 for label, words in _TEXTS.items()
                 for number in range(count)
             ]
-            write_tsv(root / name / f"{split}.tsv", rows, header=("text", "label"))
+            if name == "clinc150":
+                write_tsv(root / name / f"{split}.tsv", rows)
+            else:
+                write_tsv(root / name / f"{split}.tsv", [row[:2] for row in rows], header=("text", "label"))
     (root / "wikitext2").mkdir()
     (root / "seed_tasks").mkdir()
     line = " ".join(_TEXTS.values())
