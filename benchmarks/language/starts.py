@@ -26,14 +26,14 @@ def null(setup: Setup) -> Training:
 def lora_null(setup: Setup) -> Training:
     """Start from the part of W that acts on inputs outside the source's (LoRA-Null, arXiv 2503.02659), then clip.
 
-    W N = U S V^T, where N projects onto the 64 directions that source inputs use least. B A is its leading part of
+    W N = U S V^T, where N projects onto the directions that source inputs use least (64). B A is its leading part of
     rank r, and W loses it. Option ``train``: "both", or "b" for B alone, as LoRA-Null-v2.
     """
     model, used = setup.model, setup.sources.used()
     start = {}
     for name, layer in model.layers():
         weight = layer.base_layer.weight.detach().float()
-        unused = _complement(used[name], min(64, weight.shape[1] - 1))
+        unused = _complement(used[name])
         left, values, right = torch.linalg.svd(weight @ unused, full_matrices=False)
         start[name] = left, values, unused @ right.mT
     _split(model, start)
@@ -68,7 +68,12 @@ def corda_eigens(model: Language, texts: Iterable[Tensor]) -> dict[str, Tensor]:
     from peft.tuners.lora.corda import preprocess_corda
 
     rank = model.factors(next(model.layers())[1])[0].shape[0]
-    config = LoraConfig(r=rank, target_modules=_WRAPPED, corda_config=CordaConfig(corda_method="kpm", verbose=False))
+    config = LoraConfig(
+        r=rank,
+        init_lora_weights="corda",
+        target_modules=_WRAPPED,
+        corda_config=CordaConfig(corda_method="kpm", verbose=False),
+    )
 
     def run() -> None:
         for text in texts:  # PEFT's hook takes one sequence at a time
@@ -84,8 +89,9 @@ def corda_eigens(model: Language, texts: Iterable[Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _complement(used: Tensor, size: int) -> Tensor:
-    """Return orthonormal directions [in, size] orthogonal to ``used`` (orthonormal columns, or zero)."""
+def _complement(used: Tensor) -> Tensor:
+    """Return orthonormal directions [in, in - n] orthogonal to ``used`` [in, n] (orthonormal columns, or zero)."""
+    size = len(used) - used.shape[1]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(len(used), size, generator=generator).to(used)
     for _ in range(2):  # twice, for orthogonality to rounding
