@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--deadline", type=float, help="stop after this many seconds, with all finished rows written")
     made.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods, also such as no grid has")
     made.add_argument("--no-graphs", action="store_true", help="do not capture CUDA graphs")
+    made.add_argument("--stability", action="store_true", help="measure gradients too; not for timing steps")
     made.add_argument("--estimate", action="store_true", help="print how long it will take, and stop")
     return made
 
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         cache=options.cache,
         threads=1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // options.jobs),
         graphs=not options.no_graphs,
+        stability=options.stability,
         share=share,
     )
     about = {**versions(), "threads": str(settings.threads)}

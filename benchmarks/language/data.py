@@ -19,6 +19,7 @@ __all__ = ["WINDOW", "Batch", "Pair", "Rows", "Target", "Texts", "Tokens", "padd
 WINDOW = 96
 """Tokens of a window of source text."""
 MAX_CLASSES = 10
+_POOL = 64
 _TEXT_TOKENS = 48
 _PROMPT_TOKENS = 80
 _ANSWER_TOKENS = 96
@@ -110,16 +111,18 @@ class Target:
         labels: the tokens of each class.
         train: the prompt and class of each training row.
         test: the prompt and class of the test rows, in an order that is the same for all seeds.
+        pool: the prompt and class of at most 64 random training rows, the same for all seeds: they stand for all.
     """
 
     labels: list[Tokens]
     train: list[tuple[Tokens, int]]
     test: list[tuple[Tokens, int]]
+    pool: list[tuple[Tokens, int]]
 
     @property
     def width(self) -> int:
         """Length to which every row of the task can be padded."""
-        longest = max(len(prompt) for prompt, _ in (*self.train, *self.test)) + max(map(len, self.labels))
+        longest = max(len(prompt) for prompt, _ in (*self.train, *self.test, *self.pool)) + max(map(len, self.labels))
         return -(-longest // _WIDTH) * _WIDTH
 
     def pair(self, row: int) -> Pair:
@@ -130,7 +133,15 @@ class Target:
     @property
     def rows(self) -> Rows:
         """The training rows with their labels."""
-        pairs = [self.pair(row) for row in range(len(self.train))]
+        return self._rows(self.train)
+
+    @property
+    def pool_rows(self) -> Rows:
+        """The rows of the pool with their labels, in the shape of ``rows``."""
+        return self._rows(self.pool)
+
+    def _rows(self, rows: list[tuple[Tokens, int]]) -> Rows:
+        pairs = [Pair(prompt, self.labels[label]) for prompt, label in rows]
         return Rows(pairs=pairs, width=self.width, answer=-(-max(map(len, self.labels)) // _ANSWER) * _ANSWER)
 
 
@@ -166,10 +177,14 @@ class Texts:
         ending = self._encode("\nLabel:")
         rows = [
             [(self._encode(e.text)[:_TEXT_TOKENS] + ending, labels.index(e.label)) for e in examples]
-            for examples in (few_shot(task, shots, seed), random.Random(1).sample(task.test, len(task.test)))
+            for examples in (
+                few_shot(task, shots, seed),
+                random.Random(1).sample(task.test, len(task.test)),
+                random.Random(2).sample(task.train, min(_POOL, len(task.train))),
+            )
         ]
         words = [self._encode(" " + label.replace("_", " ")) for label in labels]
-        return Target(labels=words, train=rows[0], test=rows[1])
+        return Target(labels=words, train=rows[0], test=rows[1], pool=rows[2])
 
     def windows(self, split: str, count: int) -> Tensor:
         """Return at most ``count`` windows of encyclopedia: int64 [windows, 96]. ``split`` is "capture" or "eval"."""

@@ -101,8 +101,8 @@ class Run:
 _KEY = [field.name for field in fields(Run)]
 _MEASURED = (
     "target_accuracy", "target_loss", "drift", "drift_answers", "source_accuracy", "source_before", "learnt_accuracy",
-    "tasks", "modelled_drift", "source_bytes", "capture_seconds", "memory", "seconds_per_step", "seconds", "rows",
-    "jobs", "error",
+    "tasks", "modelled_drift", "coherence", "successive_cosine", "alignment", "source_bytes", "capture_seconds",
+    "memory", "seconds_per_step", "seconds", "rows", "jobs", "error",
 )  # fmt: skip
 _ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
 COLUMNS = [*_KEY, *_MEASURED, *_ABOUT]

@@ -122,8 +122,9 @@ def answers(model: Language, pairs: Sequence[Pair], size: Size) -> float:
     """Return the mean loss of the tokens of the answers, in nats."""
     total = torch.zeros((), device=model.device)
     count = 0
-    for first in range(0, len(pairs), size.batch):
-        batch = padded(pairs[first : first + size.batch]).to(model.device)
+    rows = min(size.batch, 16)  # the logits of every token of long answers
+    for first in range(0, len(pairs), rows):
+        batch = padded(pairs[first : first + rows]).to(model.device)
         used = int((batch.targets != -100).sum())
         total += used * answer_loss(model, batch, "token")
         count += used

@@ -79,6 +79,8 @@ def _sections(rows: pd.DataFrame) -> list[str]:
                 f"### Frontier: means of the best target within a drift of 0 to {CAP} nats",
                 tables.areas(found, OURS),
             ]
+        if trained["coherence"].notna().any():
+            parts += ["### Steadiness of gradients", tables.steadiness(trained)]
         for column, form in (
             ("target_accuracy", ".1f"),
             ("target_loss", ".3f"),

@@ -86,7 +86,7 @@ def kl_term(setup: Setup) -> Training:
     """
     model, windows = setup.model, setup.sources.windows(setup.method.options["text"])
     with torch.no_grad():
-        start = torch.cat([model.hidden(part) for part in windows.split(_CHECK_WINDOWS)])
+        start = torch.cat([model.hidden(part) for part in windows.split(64)])
 
     def loss(ids: Tensor, before: Tensor) -> Tensor:
         return kl(model, model.hidden(ids).flatten(0, 1), before.flatten(0, 1))

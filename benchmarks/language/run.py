@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.language.memories import Batches, rows_of
 from benchmarks.language.methods import METHODS, Method, parse, set_up
 from benchmarks.language.model import Gradient, Language, answer_loss
 from benchmarks.language.sources import File, Sources, digest
+from benchmarks.language.stability import Stability
 from benchmarks.language.training import Setup, Term
 from gradguide import GradGuide
 
@@ -45,6 +47,7 @@ class Settings:
         cache: folder of shared files.
         threads: CPU threads of a process.
         graphs: whether losses are captured as CUDA graphs.
+        stability: whether runs of one task measure the stability of gradients, which takes time.
         share: the part of the GPU's memory that a process may take. A run that needs more fails alone.
     """
 
@@ -53,6 +56,7 @@ class Settings:
     cache: Path
     threads: int
     graphs: bool = True
+    stability: bool = False
     share: float = 1.0
 
     def start(self) -> Suite:
@@ -72,12 +76,14 @@ class Trained:
         steps: their number.
         modelled: drift that a structured source models, in nats per token.
         held: bytes that the method keeps of source data.
+        stability: see ``stability.Stability.columns``.
     """
 
     seconds: float
     steps: int
     modelled: float | None
     held: int
+    stability: Mapping[str, float | None]
 
 
 class Suite:
@@ -92,6 +98,7 @@ class Suite:
         self.model = Language(settings.model, device)
         key = digest(settings.model, settings.data, device)
         self.sources = Sources(self.model, self.texts, tokenizer, settings.cache, key)
+        self._stable = settings.stability
         self._gradient = Gradient(self.model, graphs=settings.graphs)
         self.size = Size.of(device)
         self.model.reset(0)
@@ -156,8 +163,21 @@ class Suite:
         found: list[Any] = self._of_text[method.name, seed]
         return found
 
-    def train(self, run: Run, rows: Rows, kept: Sequence[Any] = (), *, steps: int | None = None) -> Trained:
-        """Train the adapter on ``rows``, with what the run's method has kept."""
+    def train(
+        self,
+        run: Run,
+        rows: Rows,
+        kept: Sequence[Any] = (),
+        *,
+        steps: int | None = None,
+        pool: Rows | None = None,
+    ) -> Trained:
+        """Train the adapter on ``rows``, with what the run's method has kept.
+
+        Args:
+            steps: number of steps, if it is not that of the run.
+            pool: rows that stand for all rows of the task; with them, stability is measured if the settings say so.
+        """
         method = parse(run.method)
         steps = run.steps if steps is None else steps
         setup = Setup(model=self.model, sources=self.sources, lr=run.lr, method=method, kept=kept)
@@ -168,12 +188,19 @@ class Suite:
         chosen = [both if term is not None and step % term.every == 0 else label for step in range(steps)]
         for index in {id(part): index for index, part in enumerate(chosen)}.values():
             self._gradient.prepare(*chosen[index], inputs[index][: 3 if chosen[index] is label else None])
+        stability = self._stability(label, pool, steps) if self._stable and pool is not None else None
         synchronise()
         begun = time.perf_counter()
         for step, (loss, given) in enumerate(zip(chosen, inputs, strict=True), 1):
+            if stability is not None:
+                stability.before(step)
             self._gradient(*loss, given[: 3 if loss is label else None])
+            if stability is not None:
+                stability.observe()
             training.before()
             training.optimizer.step()
+            if stability is not None:
+                stability.after()
             if training.after is not None:
                 training.after(step)
         training.end()
@@ -186,7 +213,13 @@ class Suite:
             steps=steps,
             modelled=None if math.isnan(modelled) else modelled,
             held=bytes_of(training.held),
+            stability={} if stability is None else stability.columns(),
         )
+
+    def _stability(self, label: tuple[object, Any], pool: Rows, steps: int) -> Stability:
+        batches = [part[:3] for part in self._inputs(pool, len(pool.pairs) // _BATCH, 0, None)]
+        parts = [partial(self._gradient, *label, part) for part in batches]
+        return Stability(self.model.parameters, parts, (steps // 4 + 1, 3 * steps // 4 + 1))
 
     def _losses(self, unit: str, term: Term | None) -> tuple[tuple[object, Any], tuple[object, Any]]:
         """Return key and loss of the labels alone, and those of labels and term."""

@@ -30,7 +30,7 @@ def fresh(suite: Suite, run: Run) -> dict[str, Any]:
     target = suite.target(run.target, run.shots, run.seed)
     with Watch() as watch:
         kept = suite.remember_text(parse(run.method), run.seed)
-    trained = suite.train(run, target.rows, kept)
+    trained = suite.train(run, target.rows, kept, pool=target.pool_rows)
     return {
         **accuracy(suite.model, target, suite.size),
         **suite.drift(),
@@ -138,6 +138,7 @@ def _columns(trained: Sequence[Trained], watch: Watch) -> dict[str, Any]:
         "modelled_drift": trained[-1].modelled,
         "source_bytes": max(part.held for part in trained),
         "capture_seconds": watch.seconds,
+        **trained[-1].stability,
         "seconds_per_step": sum(part.seconds for part in trained) / steps if steps else None,
     }
 

@@ -15,7 +15,7 @@ from benchmarks.language.grid import BASE
 from benchmarks.language.methods import family
 from benchmarks.language.results import PAIR, against, outcomes, per_pair, shown, tuned, worst
 
-__all__ = ["areas", "at_best", "by_rate", "compared", "forgetting", "order"]
+__all__ = ["areas", "at_best", "by_rate", "compared", "forgetting", "order", "steadiness"]
 
 COLUMNS = {
     "target_accuracy": ("target %", 1), "target_loss": ("target loss", 3), "drift": ("drift", 3),
@@ -23,6 +23,7 @@ COLUMNS = {
     "learnt_accuracy": ("just learnt %", 1), "forgetting": ("forgotten", 1),
 }  # fmt: skip
 """Heading and digits of what is measured."""
+_STEADINESS = ("coherence", "successive_cosine", "alignment")
 
 table = partial(markdown.table, rule=" --- ")
 
@@ -149,6 +150,33 @@ def forgetting(rows: pd.DataFrame) -> str:
             lines.append([method, *(f"{value:.1f}" for value in means), str(len(lost))])
     width = max((len(line) for line in lines), default=2) - 2
     return table(["method", *(f"task {number}" for number in range(1, width + 1)), "runs"], lines)
+
+
+def steadiness(rows: pd.DataFrame) -> str:
+    """Return the means of the gradients' measures, and in how many cells (set, rate, seed) they are above the baseline.
+
+    Rows without them are left out; see the option ``--stability``.
+    """
+    measured = rows.dropna(subset=["coherence"])
+    cells = {
+        column: measured.pivot_table(index=[*PAIR, "lr"], columns="method", values=column) for column in _STEADINESS
+    }
+    lines = []
+    for method in order(list(measured["method"].unique())):
+        line = [method]
+        for column in _STEADINESS:
+            found = cells[column]
+            line.append(f"{found[method].mean():.3f}" if method in found else "")
+            both = found[[method, BASE]].dropna() if {method, BASE} <= set(found.columns) else found.iloc[:0]
+            above = (
+                ""
+                if method == BASE or both.empty
+                else f"{100 * (both[method] > both[BASE]).mean():.0f}% of {len(both)}"
+            )
+            line.append(above)
+        lines.append(line)
+    heads = [head for column in _STEADINESS for head in (column.replace("_", " "), f"above {BASE}")]
+    return table(["method", *heads], lines)
 
 
 def _against_best(both: pd.DataFrame, method: str, column: str, pairs: pd.Index) -> Difference:

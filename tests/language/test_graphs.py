@@ -34,3 +34,23 @@ def test_a_captured_loss_has_the_gradient_of_the_loss(folder: Path) -> None:
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
         optimizer.step()  # replays use the parameters as they are
+
+
+def test_graphs_of_several_shapes_share_memory_and_keep_their_gradients(folder: Path) -> None:
+    device = torch.device("cuda")
+    model = Language(folder, device)
+    model.reset(0)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return answer_loss(model, Batch(*inputs), "token")
+
+    captured, plain = Gradient(model), Gradient(model, graphs=False)
+    batches = [padded([Pair([5, 6, 7], [8, 9])] * 4, width=width, answer=4).to(device) for width in (16, 48, 32)]
+    for batch in batches * 3:
+        found = []
+        for gradient in (plain, captured):
+            gradient("label", loss, batch)
+            found.append([p.grad.clone() for p in model.parameters if p.grad is not None])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
+    assert len(captured._captured) == 3

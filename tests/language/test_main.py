@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.language import grid
+from benchmarks.language import grid, report
 from benchmarks.language.__main__ import main
 
 
@@ -14,7 +14,11 @@ def test_an_estimate_makes_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "r.csv"
     options = ["--full", "--estimate", "--model", "none", "--data", "none", "--out", str(out)]
     assert main(options) == 0
-    assert "864 of 864 runs are left" in capsys.readouterr().out
+    shown, count = capsys.readouterr().out, len(grid.full())
+    assert f"{count} of {count} runs are left" in shown
+    assert "of these for a CPU (--grid cpu): 20 runs" in shown
+    for name in ("fresh", "sequence", "confirm", "transfer", "rows", "instructions"):
+        assert f"of these for a GPU (--grid {name}): {len(grid.GRIDS[name]())} runs" in shown
     assert not out.exists()
 
 
@@ -32,3 +36,13 @@ def test_a_stopped_grid_is_resumed(
     assert main(options) == 0
     assert "1 of 2 runs are left" in capsys.readouterr().out
     assert grid.done(out) == set(grid.quick())
+
+
+@pytest.mark.slow
+def test_every_method_and_scenario_runs_in_worker_processes(folder: Path, sets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.csv"
+    options = ["--grid", "smoke", "--model", str(folder), "--data", str(sets), "--out", str(out), "--jobs", "2",
+               "--cache", str(tmp_path / "cache")]  # fmt: skip
+    assert main(options) == 0
+    assert grid.done(out) == set(grid.smoke())  # none failed
+    assert report.main(["--results", str(out), "--out", str(tmp_path / "r.md")]) == 0

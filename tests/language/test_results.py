@@ -167,6 +167,8 @@ def test_the_report_has_every_scenario_and_frontier(tmp_path: Path) -> None:
     for run in [*runs, *confirming, *(run for run in grid.rows() if run.shots == 16)]:
         if family(run.method) in ("none", "clip", "structured", "kl"):
             row = {**_row(run), "drift": 0.0 if run.method == "none" else 20 * run.lr}
+            if run.scenario == "fresh":
+                row |= {"coherence": 0.5 + run.lr * (run.method != BASE), "successive_cosine": 0.1, "alignment": 0.2}
             if run.scenario == "sequence":
                 row |= {"learnt_accuracy": 0.9, "tasks": "; ".join(f"{name} 0.9 0.8" for name in run.targets)}
             if run.scenario in ("transfer", "instructions"):
@@ -179,5 +181,6 @@ def test_the_report_has_every_scenario_and_frontier(tmp_path: Path) -> None:
     for title in ("(a) A fresh", "(b) A source", "(c) Five", "(d) 16 rows", "(e) Answers", "Tuned", "Frontier"):
         assert title in text
     assert "nan" not in text
+    assert "| structured | 0.504 | 100% of 48 | 0.100 | 0% of 48 | 0.200 | 0% of 48 |" in text
     assert len(list(tmp_path.glob("*.png"))) == 2
     assert report.summary(path)

@@ -154,3 +154,15 @@ def test_the_bytes_of_tensors_count_shared_storage_once() -> None:
 
     base = torch.zeros(10, dtype=torch.float32)
     assert bytes_of({"a": [base, base[:5]], "b": (Holder(torch.zeros(3, dtype=torch.float64)), None, "text")}) == 64
+
+
+def test_the_stability_of_gradients_is_measured_on_request(folder: Path, sets: Path, tmp_path: Path) -> None:
+    settings = Settings(model=str(folder), data=sets, cache=tmp_path, threads=1, stability=True)
+    suite = settings.start()
+    row = suite(_FRESH)
+    plain = replace(settings, stability=False).start()(_FRESH)
+    assert row["drift"] == plain["drift"]  # measuring changes nothing
+    assert "coherence" not in plain
+    assert 0 < row["coherence"] <= 1
+    assert -1 <= row["successive_cosine"] <= 1
+    assert 0 < row["alignment"] <= 1  # updates of a plain optimizer go down the loss of the pool
