@@ -49,7 +49,7 @@ def anchored(model: Language, batches: Batches) -> SourceGradient:
 def structured(model: Language, batches: Batches, rank: int | None) -> StructuredSource:
     """Return a structured source, with labels drawn."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fewer tokens than the rank.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*received fewer.*", category=UserWarning)
         return StructuredSource.capture(model.model, batches, sampled_loss, rank=rank)
 
 

@@ -10,7 +10,7 @@ from benchmarks.language import memories, rivals, starts
 from benchmarks.language.fisher import diagonal_fisher
 from benchmarks.language.model import Language
 from benchmarks.language.olora import freeze, olora
-from benchmarks.language.sources import TOKENS, WHOLE, Corda, File, OwnText
+from benchmarks.language.sources import TOKENS, Corda, File, OwnText, Unused
 from benchmarks.language.training import Method, Setup, Training, clipped
 from gradguide import Alignment, GradGuide, Magnitude, StructuredSource
 from gradguide.integrations.peft import lora_parameters
@@ -71,7 +71,7 @@ def _structured(setup: Setup) -> Training:
     """
     options = setup.method.options
     if options["start"] == "null":
-        setup.model.start_in(setup.sources.used())
+        setup.model.start_in(setup.sources.unused())
     used: list[StructuredSource] = [] if options["sources"] == "base" else list(setup.kept)
     for source in used:
         source.floor = float(options["floor"])
@@ -153,10 +153,10 @@ def needs(method: Method) -> frozenset[File]:
     """Return the shared files that a method reads."""
     if method.name == "structured":
         own = frozenset[File]() if method.options["sources"] == "tasks" else frozenset[File]({method.spec})
-        return own | {WHOLE} if method.options["start"] == "null" else own
+        return own | {Unused()} if method.options["start"] == "null" else own
     if method.options.get("text") == "own":
         return frozenset({OwnText(TOKENS)})
-    files: dict[str, File] = {"null": WHOLE, "lora-null": WHOLE, "corda": Corda()}
+    files: dict[str, File] = {"null": Unused(), "lora-null": Unused(), "corda": Corda()}
     return frozenset({files[method.name]} if method.name in files else ())
 
 

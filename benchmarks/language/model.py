@@ -114,11 +114,11 @@ class Language:
                 yield name.removeprefix("base_model.model."), module
 
     @torch.no_grad()
-    def start_in(self, used: dict[str, Tensor]) -> None:
-        """Remove from each A the directions ``used`` [in, n] (orthonormal or zero). Its rows keep their lengths."""
+    def start_in(self, directions: dict[str, Tensor]) -> None:
+        """Project the rows of each A onto ``directions`` [in, n], by layer (orthonormal). They keep their lengths."""
         for name, layer in self.layers():
-            a, directions = layer.lora_A[_ADAPTER].weight, used[name]
-            rest = a - (a @ directions) @ directions.T
+            a = layer.lora_A[_ADAPTER].weight
+            rest = (a @ directions[name]) @ directions[name].T
             a.copy_(rest * (a.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)))
 
     def _mask(self, width: int) -> Tensor:

@@ -15,18 +15,16 @@ from torch import Tensor
 import gradguide.sources.structured
 from benchmarks.language.data import WINDOW, Texts, padded
 from benchmarks.language.model import Language
-from benchmarks.language.starts import corda_eigens
+from benchmarks.language.starts import corda_eigens, unused_directions
 from gradguide import StructuredSource
 from gradguide.integrations.sampling import own_text, sampled_loss
 from gradguide.sources.structured.factors import Factor, LayerFactors
 from gradguide.utils.atomic import atomic_write
 
-__all__ = ["TOKENS", "UNUSED", "WHOLE", "Corda", "File", "OwnText", "Sources", "Spec", "digest", "path_of"]
+__all__ = ["TOKENS", "Corda", "File", "OwnText", "Sources", "Spec", "Unused", "digest", "path_of"]
 
 TOKENS = 20 * 1024
 """Default number of tokens of source text."""
-UNUSED = 64
-"""Dimensions of the space that a layer's source inputs hardly use."""
 _SHARE = 160  # one window of encyclopedia for this many tokens, and three answers for four windows
 _BATCH = 8
 _WRITING = 64  # sequences that the model writes at once
@@ -66,10 +64,14 @@ class Corda(NamedTuple):
     method: str = "corda"
 
 
-File: TypeAlias = Spec | OwnText | Corda
+class Unused(NamedTuple):
+    """Directions that source inputs use least, see ``starts.unused_directions``."""
 
-WHOLE = Spec("real", TOKENS, None)
-"""The source whose inputs say which directions are hardly used."""
+    tokens: int = TOKENS
+    method: str = "unused"
+
+
+File: TypeAlias = Spec | OwnText | Corda | Unused
 
 
 def digest(model: str, data: Path, device: torch.device) -> str:
@@ -112,6 +114,10 @@ class Sources:
             with atomic_write(path) as temporary:
                 save_file({"ids": torch.cat([batch["input_ids"] for batch in written]).cpu()}, temporary)
             return
+        if isinstance(wanted, Unused):
+            with atomic_write(path) as temporary:
+                save_file(unused_directions(self._model, self.text()), temporary)
+            return
         if isinstance(wanted, Corda):
             rows = [
                 ids[mask.bool()]
@@ -147,26 +153,24 @@ class Sources:
         source.floor = floor
         return source
 
-    def used(self) -> dict[str, Tensor]:
-        """Return an orthonormal basis of what source inputs use, by layer: all but the 64 least used directions."""
-        if "used" not in self._loaded:
-            held = StructuredSource.load(path_of(WHOLE, self._cache, self._key))
-            self._loaded["used"] = {
-                name: _leading(factors.inputs.to(self._model.device)) for name, factors in held._layers.items()
-            }
-        found: dict[str, Tensor] = self._loaded["used"]
-        return found
+    def unused(self) -> dict[str, Tensor]:
+        """Return the directions that source inputs use least, by layer, see ``starts.unused_directions``."""
+        return self._tensors(Unused())
 
     def text(self) -> list[dict[str, Tensor]]:
         """Return the source text of the default structured source, as batches for ``sampled_loss``."""
-        return list(self._batches(WHOLE))
+        return list(self._batches(Spec("real", TOKENS, None)))
 
     def corda(self) -> dict[str, Tensor]:
         """Return what ``starts.corda_eigens`` found."""
-        if "corda" not in self._loaded:
-            self._loaded["corda"] = load_file(path_of(Corda(), self._cache, self._key))
-        found: dict[str, Tensor] = self._loaded["corda"]
-        return found
+        return self._tensors(Corda())
+
+    def _tensors(self, file: Unused | Corda) -> dict[str, Tensor]:
+        if file not in self._loaded:
+            found = load_file(path_of(file, self._cache, self._key))
+            self._loaded[file] = {name: value.to(self._model.device) for name, value in found.items()}
+        tensors: dict[str, Tensor] = self._loaded[file]
+        return tensors
 
     def _batches(self, spec: Spec) -> Iterator[dict[str, Tensor]]:
         device = self._model.device
@@ -196,8 +200,8 @@ class Sources:
 
 def path_of(wanted: File, cache: Path, key: str) -> Path:
     """Return the path of a shared file."""
-    if isinstance(wanted, Corda):
-        return cache / f"corda-{key}-{wanted.tokens}.safetensors"
+    if isinstance(wanted, Corda | Unused):
+        return cache / f"{wanted.method}-{key}-{wanted.tokens}.safetensors"
     if isinstance(wanted, OwnText):
         return cache / f"text-{key}-{wanted.tokens}.safetensors"
     return cache / f"source-{key}-{wanted.text}-{wanted.tokens}-{wanted.rank or 'whole'}.safetensors"
@@ -209,10 +213,3 @@ def _with_rest(factor: Factor, rest: str) -> Factor:
     if rest == "none":
         return Factor(factor.basis, torch.zeros_like(factor.rest))
     return Factor(factor.basis, factor.rest.mean(-1, keepdim=True).expand_as(factor.rest).contiguous())
-
-
-def _leading(inputs: Factor) -> Tensor:
-    """Return the leading eigenvectors of whole S, added up: [in, in - 64] (at least one). Those of value 0 are zero."""
-    basis = Factor.of_matrix(inputs.dense().sum(0), None).basis[:, : max(1, inputs.size - UNUSED)]
-    lengths = basis.norm(dim=0)
-    return torch.where(lengths > 1e-6 * lengths[0], basis / lengths, 0.0)

@@ -12,28 +12,29 @@ from torch import Tensor
 from benchmarks.language.model import Language
 from benchmarks.language.training import Setup, Training, clipped
 
-__all__ = ["corda", "corda_eigens", "lora_null", "null"]
+__all__ = ["corda", "corda_eigens", "lora_null", "null", "unused_directions"]
 
+_UNUSED = 64
 _WRAPPED = r".*\.base_layer"
 
 
 def null(setup: Setup) -> Training:
     """Train B alone, with A in the space that source inputs hardly use (the idea of LoRA-Null, arXiv 2503.02659)."""
-    setup.model.start_in(setup.sources.used())
+    setup.model.start_in(setup.sources.unused())
     return clipped(setup.base(setup.model.lora_b))
 
 
 def lora_null(setup: Setup) -> Training:
     """Start from the part of W that acts on inputs outside the source's (LoRA-Null, arXiv 2503.02659), then clip.
 
-    W N = U S V^T, where N projects onto the directions that source inputs use least (64). B A is its leading part of
+    W N = U S V^T, where N projects onto the 64 directions that source inputs use least. B A is its leading part of
     rank r, and W loses it. Option ``train``: "both", or "b" for B alone, as LoRA-Null-v2.
     """
-    model, used = setup.model, setup.sources.used()
+    model, directions = setup.model, setup.sources.unused()
     start = {}
     for name, layer in model.layers():
         weight = layer.base_layer.weight.detach().float()
-        unused = _complement(used[name])
+        unused = directions[name]
         left, values, right = torch.linalg.svd(weight @ unused, full_matrices=False)
         start[name] = left, values, unused @ right.mT
     _split(model, start)
@@ -55,6 +56,40 @@ def corda(setup: Setup) -> Training:
             layer.base_layer.eigens = CordaEigens(S_WC=s.clone(), U_WC=u, V_WC=v)
             layer.corda_init("default", "corda")
     return setup.clipped()
+
+
+@torch.no_grad()
+def unused_directions(model: Language, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the eigenvectors of the least eigenvalues of E[x x^T], [in, 64], by layer; on the CPU.
+
+    x are the inputs of a layer on source text. Of layers with up to 64 inputs, all directions but the most used one.
+    """
+    sums: dict[str, Tensor] = {}
+    leaders: dict[str, str] = {}  # the first of the layers that have the same input
+    seen: dict[int, tuple[str, Tensor]] = {}
+    mask = torch.ones(0)
+
+    def add(name: str, x: Tensor) -> None:
+        leaders[name] = seen.setdefault(id(x), (name, x))[0]
+        if leaders[name] == name:
+            rows = x[mask.bool()].float()
+            sums[name] = sums.get(name, torch.zeros((), device=x.device)) + rows.mT @ rows
+
+    def hook(name: str) -> Any:
+        return lambda _, arguments: add(name, arguments[0])
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in model.layers()]
+    for batch in batches:
+        seen.clear()
+        mask = batch["attention_mask"]
+        model.hidden(batch["input_ids"])
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, moments in sums.items():
+        size = min(_UNUSED, len(moments) - 1)
+        found[name] = torch.linalg.eigh(moments.double())[1][:, :size].float().cpu().contiguous()
+    return {name: found[leader].clone() for name, leader in leaders.items()}
 
 
 def corda_eigens(model: Language, texts: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -87,16 +122,6 @@ def corda_eigens(model: Language, texts: Iterable[Tensor]) -> dict[str, Tensor]:
         found |= {f"{name}.{part}": value.float().cpu().contiguous() for part, value in parts.items()}
         del layer.base_layer.eigens
     return found
-
-
-def _complement(used: Tensor) -> Tensor:
-    """Return orthonormal directions [in, in - n] orthogonal to ``used`` [in, n] (orthonormal columns, or zero)."""
-    size = len(used) - used.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(len(used), size, generator=generator).to(used)
-    for _ in range(2):  # twice, for orthogonality to rounding
-        drawn = torch.linalg.qr(drawn - used @ (used.mT @ drawn))[0]
-    return drawn
 
 
 @torch.no_grad()

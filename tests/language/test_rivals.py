@@ -219,15 +219,12 @@ def test_a_start_in_the_weights_keeps_the_function_and_storage(
     weights = [layer.base_layer.weight for _, layer in model.layers()]
     held = [w.detach().clone() for w in weights]
     places = [p.data_ptr() for p in (*model.parameters, *weights)]
-    text = list(loaded[2].windows("capture", 8))
-    eigens = starts.corda_eigens(model, text)
-    used = {
-        name: torch.linalg.qr(torch.randn(layer.in_features, max(1, layer.in_features - 8)))[0]
-        for name, layer in model.layers()
-    }
+    texts = loaded[2].windows("capture", 8)
+    eigens = starts.corda_eigens(model, list(texts))
+    unused = starts.unused_directions(model, [{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in [texts]])
     sources = loaded[1]
     monkeypatch.setattr(sources, "corda", lambda: eigens)
-    monkeypatch.setattr(sources, "used", lambda: used)
+    monkeypatch.setattr(sources, "unused", lambda: unused)
     for _ in range(2):  # the directions are not used up
         model.reset(0)
         _trained(model, sources, method)
@@ -238,7 +235,7 @@ def test_a_start_in_the_weights_keeps_the_function_and_storage(
     if method == "lora-null":
         for name, layer in model.layers():
             a = model.factors(layer)[0].detach()
-            assert float((a @ used[name]).norm()) < 1e-4 * float(a.norm())
+            torch.testing.assert_close(a @ unused[name] @ unused[name].mT, a, rtol=1e-3, atol=1e-5)
     model.reset(0)
     assert all(torch.equal(w, old) for w, old in zip(weights, held, strict=True))
 
@@ -262,3 +259,34 @@ def test_stopping_early_keeps_the_last_adapter_within_the_budget(
 def test_the_pull_of_no_change_is_nothing(model: Language) -> None:
     found = _pulled(model, ProductPull(model, None, 3.0))
     assert max(float(part.abs().max()) for part in found) < 1e-5
+
+
+def test_unused_directions_are_those_of_the_least_inputs_without_padding(
+    loaded: tuple[Language, Sources, Texts], model: Language
+) -> None:
+    model.reset(0)
+    texts = loaded[2].windows("capture", 6)
+    mask = torch.ones_like(texts)
+    mask[3:, 40:] = 0
+    batches = [
+        {"input_ids": ids, "attention_mask": part} for ids, part in zip(texts.split(4), mask.split(4), strict=True)
+    ]
+    found = starts.unused_directions(model, batches)
+    inputs: dict[str, list[Tensor]] = {name: [] for name, _ in model.layers()}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0].detach()))
+        for name, layer in model.layers()
+    ]
+    for ids, part in zip(texts, mask, strict=True):
+        model.hidden(ids[None, : int(part.sum())])
+    for handle in handles:
+        handle.remove()
+    assert set(found) == set(inputs)
+    for name, rows in inputs.items():
+        x = torch.cat([part[0] for part in rows]).double()
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        u = found[name].double()
+        torch.testing.assert_close(u.mT @ u, torch.eye(u.shape[1]).double(), rtol=0, atol=1e-5)
+        used = float((x @ u).square().sum())
+        assert used == pytest.approx(float(values[: u.shape[1]].sum()), rel=1e-2, abs=1e-3)
+        assert u.shape[1] == min(64, len(vectors) - 1)

@@ -112,11 +112,11 @@ def test_accuracy_chooses_the_likeliest_label(suite: Suite) -> None:
 def test_a_start_in_the_unused_space_keeps_its_length(suite: Suite) -> None:
     suite.model.reset(0)
     before = {name: p.detach().clone() for name, p in suite.model.named}
-    used = suite.sources.used()
-    suite.model.start_in(used)
+    unused = suite.sources.unused()
+    suite.model.start_in(unused)
     for name, layer in suite.model.layers():
         a = layer.lora_A["default"].weight
-        torch.testing.assert_close(a @ used[name], torch.zeros(len(a), used[name].shape[1]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(a @ unused[name] @ unused[name].mT, a, rtol=1e-4, atol=1e-6)
     for name, p in suite.model.named:
         torch.testing.assert_close(p.norm(dim=1), before[name].norm(dim=1))
 
