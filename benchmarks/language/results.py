@@ -24,7 +24,7 @@ def load(path: Path) -> pd.DataFrame:
     Further columns: ``family``, the method without its strength, ``kept``, what is left of the source task's accuracy
     in percent, and ``forgetting``, the points that the tasks of a sequence lost after their training.
     """
-    rows = pd.read_csv(path)
+    rows = pd.read_csv(path, keep_default_na=False, na_values=["", "nan"])  # "null" is a method
     rows = rows[rows["error"].isna()].drop_duplicates(KEY, keep="last")
     rows = rows[[name.split()[0].partition(":")[0] in METHODS for name in rows["method"]]].copy()
     accuracies = [name for name in COLUMNS if name.endswith("_accuracy")] + ["source_before"]

@@ -119,6 +119,13 @@ def _lines(text: str) -> dict[str, list[str]]:
     return {row[0].strip("| "): row[1:] for row in rows}
 
 
+def test_every_method_is_read_as_it_was_written(tmp_path: Path) -> None:
+    runs = list({run.method: run for run in grid.full()}.values())
+    for run in runs:
+        grid.append(tmp_path / "r.csv", run, _row(run), _ABOUT)
+    assert list(load(tmp_path / "r.csv")["method"]) == [run.method for run in runs]
+
+
 def test_the_report_compares_with_the_baseline_in_pairs(file: Path) -> None:
     text = tables.compared(load(file), ["target_accuracy", "target_loss", "drift"])
     head, ours = _lines(text)["method"], _lines(text)[_OURS]
