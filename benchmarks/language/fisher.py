@@ -50,12 +50,13 @@ class DiagonalFisher:
         self.fisher = fisher
         self.pulled = None if anchor is None else [f * d for f, d in zip(fisher, anchor, strict=True)]
 
-    def plus(self, other: DiagonalFisher) -> DiagonalFisher:
-        """Return the sum of the penalties of both, which has the memory of one."""
-        summed = DiagonalFisher([f + g for f, g in zip(self.fisher, other.fisher, strict=True)], None)
-        parts = [part for part in (self.pulled, other.pulled) if part is not None]
-        summed.pulled = [torch.stack(each).sum(0) for each in zip(*parts, strict=True)] if parts else None
-        return summed
+    def add(self, earlier: DiagonalFisher) -> None:
+        """Add the penalty of earlier tasks: the sum of both has the memory of one."""
+        torch._foreach_add_(self.fisher, earlier.fisher)
+        if self.pulled is None:
+            self.pulled = earlier.pulled
+        elif earlier.pulled is not None:
+            torch._foreach_add_(self.pulled, earlier.pulled)
 
 
 def diagonal_fisher(model: Language, batches: Iterable[dict[str, Tensor]]) -> DiagonalFisher:

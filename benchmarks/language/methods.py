@@ -24,7 +24,7 @@ _STRUCTURED = {
 }  # fmt: skip
 
 
-Remember: TypeAlias = Callable[[Language, memories.Batches, Method, Sequence[Any]], Any]
+Remember: TypeAlias = Callable[[Language, memories.Batches, Method, Sequence[Any]], list[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Entry:
     Args:
         set_up: returns the training of one task.
         options: options beside the common ones, with their defaults.
-        remember: returns what the method keeps of a finished task; called with the model, the task's batches, the
-            method, and what it kept of earlier tasks. None for methods that keep nothing.
+        remember: returns what the method keeps of all finished tasks; called with the model, the batches of the task
+            that is finished now, the method, and what it kept before. None for methods that keep nothing.
         of_text: whether a fresh run remembers the base model's source text too. A structured source of it is a file.
     """
 
@@ -97,8 +97,24 @@ def _anchored(setup: Setup) -> Training:
     return Training(optimizer=guide, held=setup.kept)
 
 
-def _of_task(model: Language, batches: memories.Batches, method: Method, kept: Sequence[Any]) -> StructuredSource:
-    return memories.structured(model, batches, method.spec.rank)
+def _structured_kept(model: Language, batches: memories.Batches, method: Method, kept: Sequence[Any]) -> list[Any]:
+    return [*kept, memories.structured(model, batches, method.spec.rank)]
+
+
+def _diagonal_kept(model: Language, batches: memories.Batches, method: Method, kept: Sequence[Any]) -> list[Any]:
+    return [*kept, memories.diagonal(model, batches)]
+
+
+def _anchored_kept(model: Language, batches: memories.Batches, method: Method, kept: Sequence[Any]) -> list[Any]:
+    return [*kept, memories.anchored(model, batches)]
+
+
+def _fisher_kept(model: Language, batches: memories.Batches, method: Method, kept: Sequence[Any]) -> list[Any]:
+    """Keep one sum over all tasks."""
+    found = diagonal_fisher(model, batches)
+    for earlier in kept:
+        found.add(earlier)
+    return [found]
 
 
 METHODS: dict[str, Entry] = {
@@ -108,8 +124,8 @@ METHODS: dict[str, Entry] = {
     "joint": Entry(set_up=_clip),
     "l2sp": Entry(set_up=rivals.l2sp),
     "l2sp-ba": Entry(set_up=rivals.l2sp_product),
-    "ewc": Entry(set_up=rivals.ewc, remember=lambda m, b, *_: memories.diagonal(m, b), of_text=True),
-    "ewc-lora": Entry(set_up=rivals.ewc_lora, remember=lambda m, b, *_: diagonal_fisher(m, b), of_text=True),
+    "ewc": Entry(set_up=rivals.ewc, remember=_diagonal_kept, of_text=True),
+    "ewc-lora": Entry(set_up=rivals.ewc_lora, remember=_fisher_kept, of_text=True),
     "early": Entry(set_up=rivals.early),
     "kl": Entry(set_up=rivals.kl_term, options={"text": "own", "every": "1"}),
     "replay": Entry(set_up=rivals.replay, options={"text": "real", "every": "1"}),
@@ -118,8 +134,8 @@ METHODS: dict[str, Entry] = {
     "corda": Entry(set_up=starts.corda),
     "olora": Entry(set_up=olora, remember=freeze),
     "defaults": Entry(set_up=_defaults),
-    "anchored": Entry(set_up=_anchored, remember=lambda m, b, *_: memories.anchored(m, b), of_text=True),
-    "structured": Entry(set_up=_structured, options=_STRUCTURED, remember=_of_task),
+    "anchored": Entry(set_up=_anchored, remember=_anchored_kept, of_text=True),
+    "structured": Entry(set_up=_structured, options=_STRUCTURED, remember=_structured_kept),
 }
 """``none`` trains nothing. ``joint`` is for sequences: all tasks at once, the upper bound."""
 

@@ -75,11 +75,11 @@ def olora(setup: Setup) -> Training:
     return setup.clipped(pull, held=held)
 
 
-def freeze(model: Language, batches: Any, method: Method, kept: Sequence[Finished]) -> Finished:
+def freeze(model: Language, batches: Any, method: Method, kept: Sequence[Finished]) -> list[Finished]:
     """Freeze the adapter of a finished task."""
     finished = kept[-1] if kept else Finished(model)
     finished.add()
-    return finished
+    return [finished]
 
 
 def _make(model: Language) -> None:

@@ -70,12 +70,9 @@ def ewc_lora(setup: Setup) -> Training:
 
     The penalties of several tasks are one, with the memory of one.
     """
-    held: Sequence[DiagonalFisher] = setup.kept
-    if not held:
+    if not setup.kept:
         return setup.clipped()
-    total = held[0]
-    for other in held[1:]:
-        total = total.plus(other)
+    total: DiagonalFisher = setup.kept[-1]
     return setup.clipped(ProductPull(setup.model, total, setup.method.strength), held=(total.fisher, total.pulled))
 
 

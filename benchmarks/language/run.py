@@ -142,12 +142,12 @@ class Suite:
         return self._targets[key]
 
     def remember(self, method: Method, batches: Batches, kept: Sequence[Any], seed: int) -> list[Any]:
-        """Return ``kept`` and what the method remembers of a task finished now; labels are drawn by ``seed``."""
+        """Return what the method keeps after a task is finished; labels are drawn by ``seed``."""
         remember = METHODS[method.name].remember
         if remember is None:
             return list(kept)
         torch.manual_seed(seed)
-        return [*kept, remember(self.model, batches, method, kept)]
+        return remember(self.model, batches, method, kept)
 
     def remember_rows(self, method: Method, rows: Rows, kept: Sequence[Any], seed: int) -> list[Any]:
         """Return the same for training rows."""

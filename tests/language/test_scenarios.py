@@ -71,7 +71,8 @@ def test_each_finished_task_is_remembered_where_it_ended(
 ) -> None:
     found = _recorded(suite, monkeypatch)
     suite(replace(_SEQUENCE, method=method))
-    assert [len(part["kept"]) for part in found] == [0, 1, 2]
+    one = method.startswith("ewc-lora")  # a sum over the tasks
+    assert [len(part["kept"]) for part in found] == [0, 1, 1 if one else 2]
     if method.startswith(("anchored", "ewc:")):
         for kept, earlier in zip(found[2]["kept"], found, strict=False):
             anchors = [kept.anchor[name] for name, _ in suite.model.named]
