@@ -14,14 +14,16 @@ from benchmarks.language import grid
 from benchmarks.language.data import Batch, Pair, padded
 from benchmarks.language.grid import Run
 from benchmarks.language.measures import accuracy
-from benchmarks.language.methods import needs, parse
+from benchmarks.language.methods import family, needs, parse
 from benchmarks.language.model import answer_loss
 from benchmarks.language.run import Settings, Suite
 from benchmarks.language.sources import Spec
 
 _RUN = Run(target="subj", shots=2, steps=2, method="clip", lr=1e-2, seed=0)
 _METHODS = list(dict.fromkeys(run.method for run in grid.research()))
-_RUNS = [*(replace(_RUN, method=method) for method in _METHODS), *grid.smoke()]
+_FAMILIES = {(run.scenario, family(run.method)): run for run in reversed(grid.smoke())}
+_RUNS = [*(replace(_RUN, method=method) for method in _METHODS), *_FAMILIES.values()]
+"""Every variant, and every method of every scenario at one of its strengths."""
 
 
 @pytest.fixture(scope="module")
