@@ -26,7 +26,7 @@ from gradguide.sources.structured.layers import Layer, change, find_layers, sele
 
 __all__ = ["StructuredSource"]
 
-DEFAULT_WEIGHT = 100.0
+DEFAULT_WEIGHT = 10.0
 FLOOR = 0.1
 
 
