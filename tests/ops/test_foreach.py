@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradguide import GradGuide
-from gradguide.ops import Row, Stack, Write, blocks, foreach, reference
+from gradguide.ops import Row, Stack, Write, blocks, cpu, foreach, reference
 from gradguide.ops.rounding import DOTS, EXACT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -94,7 +94,7 @@ def test_gram_of_tiny_and_huge_rows(scale: float) -> None:
 
 
 def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "SMALL", 10)
+    monkeypatch.setattr(cpu, "SMALL", 10)
     monkeypatch.setattr(blocks, "LARGE", 1000)
     shapes = [(1999,), (37, 100), (5,), (1000,), (0,)]
     rows = some_rows(0, shapes, [torch.float32])
@@ -108,7 +108,7 @@ def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensors_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "SMALL", 10)
+    monkeypatch.setattr(cpu, "SMALL", 10)
     monkeypatch.setattr(blocks, "LARGE", 20)
     a, b = torch.randn(2, 7, 11)
     rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
@@ -187,7 +187,7 @@ def test_rows_of_other_shapes_are_refused_before_anything_is_written() -> None:
     assert short[0].eq(1).all()
 
 
-@pytest.mark.parametrize("size", [100, foreach.SMALL, foreach.SMALL + 1, foreach.DOT, 5 * foreach.DOT + 7, 300_000])
+@pytest.mark.parametrize("size", [100, cpu.SMALL, cpu.SMALL + 1, cpu.DOT, 5 * cpu.DOT + 7, 300_000])
 @pytest.mark.parametrize("kind", [torch.randn, torch.rand, torch.ones])
 def test_the_error_of_products_is_below_what_the_rules_take_for_rounding(
     kind: Callable[..., Tensor], size: int
@@ -197,7 +197,7 @@ def test_the_error_of_products_is_below_what_the_rules_take_for_rounding(
     found, exact = foreach.gram(rows)[0], reference.gram(rows)[0]
     error = (found - exact).abs() / exact.diagonal().sqrt().outer(exact.diagonal().sqrt())
     assert float(error.max()) <= DOTS
-    if size <= foreach.SMALL:
+    if size <= cpu.SMALL:
         assert float(error.max()) <= EXACT
 
 
