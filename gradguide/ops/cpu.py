@@ -39,6 +39,9 @@ WIDEST = 1e30
 CANCELLED = 0.25
 """Largest change of a coefficient when writes are made one after the other, relative to it. See ``_one_by_one``."""
 
+PIECE = 4 * DOT
+"""Maximum number of elements of a row that is computed at once."""
+
 Pairs = Sequence[tuple[int, int]]
 Values = Mapping[int, list[Tensor]]
 
@@ -63,11 +66,11 @@ def gram_on_cpu(rows: Sequence[Row | None]) -> Tensor:
             vectors = [torch.cat([_value(row, index, dtype) for index in taken]) for row in present]
             found.append(_wide_products(vectors, pairs))
         for index in tensors:
-            if SMALL < lengths[index] <= DOT:
-                found.append(_products([_value(row, index, dtype) for row in present], pairs))
-            elif lengths[index] > DOT:
-                cuts = _cuts(present, index)
-                found += [_products([_value(row, 0, dtype) for row in cut], pairs) for cut in cuts]
+            if SMALL < lengths[index] <= PIECE:
+                found += _products([_value(row, index, dtype) for row in present], pairs)
+            elif lengths[index] > PIECE:
+                for piece in _pieces(present, index):
+                    found += _products([_value(row, 0, dtype) for row in piece], pairs)
         sums.append([sum(column) for column in zip(*found, strict=True)])
     result = torch.zeros(len(sums), len(rows), len(rows), dtype=torch.float64)
     for number, (a, b) in enumerate(pairs):
@@ -76,37 +79,41 @@ def gram_on_cpu(rows: Sequence[Row | None]) -> Tensor:
     return result
 
 
-def _cuts(rows: Sequence[Row], index: int) -> Iterator[list[Row]]:
-    """Yield the rows over parts of tensor ``index``, as rows over one vector of at most ``DOT`` elements."""
+def _pieces(rows: Sequence[Row], index: int) -> Iterator[list[Row]]:
+    """Yield the rows over parts of tensor ``index``, as rows over one vector of at most ``PIECE`` elements."""
     flat = [[None if part is None else part[index].reshape(-1) for part in row.fields] for row in rows]
-    for start in range(0, rows[0].tensors[index].numel(), DOT):
-        cut = [[None if part is None else [part[start : start + DOT]] for part in parts] for parts in flat]
+    for start in range(0, rows[0].tensors[index].numel(), PIECE):
+        cut = [[None if part is None else [part[start : start + PIECE]] for part in parts] for parts in flat]
         yield [Row(offset=offset, scale=scale, at=at, anchor=anchor) for offset, scale, at, anchor in cut]
 
 
 def _value(row: Row, index: int, dtype: torch.dtype) -> Tensor:
     """Return the row over tensor ``index``: Tensor [elements] of ``dtype``, read-only."""
-    offset = None
-    if row.offset is not None:
-        offset = row.offset[index].reshape(-1)
-        if offset.dtype != dtype:
-            offset = offset.to(dtype)
-        if row.at is None:
-            return offset
-    assert row.at is not None and row.anchor is not None
-    value = row.at[index].reshape(-1).to(dtype) - row.anchor[index].reshape(-1).to(dtype)
+    if row.at is None or row.anchor is None:
+        assert row.offset is not None
+        return _as(row.offset[index], dtype).reshape(-1)
+    value = _as(row.at[index], dtype) - _as(row.anchor[index], dtype)
     if row.scale is not None:
-        value.mul_(row.scale[index].reshape(-1).to(dtype))
-    return value if offset is None else value.add_(offset)
+        value *= _as(row.scale[index], dtype)
+    if row.offset is not None:
+        value += _as(row.offset[index], dtype)
+    return value.reshape(-1)
 
 
-def _products(vectors: Sequence[Tensor], pairs: Pairs) -> list[float]:
-    """Return the products of all pairs of vectors [elements]: in float32 if they are in its range."""
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _products(vectors: Sequence[Tensor], pairs: Pairs) -> list[list[float]]:
+    """Return the products of all pairs of vectors [elements], part by part: in float32 if they are in its range."""
+    if vectors[0].numel() > DOT:
+        parts = zip(*(vector.split(DOT) for vector in vectors), strict=True)
+        return [found for part in parts for found in _products(part, pairs)]
     products = [torch.dot(vectors[a], vectors[b]).item() for a, b in pairs]
     for (a, b), product in zip(pairs, products, strict=True):
         if a == b and not SOUND[0] < product < SOUND[1]:  # also where it is NaN
-            return _wide_products(vectors, pairs)
-    return products
+            return [_wide_products(vectors, pairs)]
+    return [products]
 
 
 def _wide_products(vectors: Sequence[Tensor], pairs: Pairs) -> list[float]:

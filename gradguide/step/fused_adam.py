@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
-from torch.optim import optimizer as hooks
+from torch.optim import AdamW, Optimizer
 
+from gradguide.base_checks import is_plain_adam
 from gradguide.ops.row import Stack, Write
 from gradguide.ops.tensors import MetadataCache, TensorList, common_value
 from gradguide.step.buckets import Bucket
@@ -86,7 +86,7 @@ def plan_launches(
         directions: the running direction that the step writes, or None, per bucket.
         signs: the signs of the rows, or None, per bucket.
     """
-    if not _is_replaceable(base) or not all(map(_is_supported, base.param_groups)):
+    if not is_plain_adam(base) or not all(map(_is_supported, base.param_groups)):
         return None
     # Kernels read the decision on its device.
     if not plan.uses_triton or any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
@@ -226,17 +226,6 @@ def step(
         )
         launch_count(launch.columns, launch.moments, go)
     return squares
-
-
-def _is_replaceable(base: Optimizer) -> bool:
-    """Return whether the base's step can be replaced: it is not a subclass, and its step has no hooks or wrapper."""
-    has_hooks = (
-        base._optimizer_step_pre_hooks
-        or base._optimizer_step_post_hooks
-        or hooks._global_optimizer_pre_hooks
-        or hooks._global_optimizer_post_hooks
-    )
-    return type(base) in (Adam, AdamW) and not has_hooks and "step" not in vars(base)
 
 
 def _is_supported(group: dict[str, Any]) -> bool:
