@@ -93,8 +93,10 @@ def _combine_on_device(rows: Sequence[Row | None], writes: Sequence[Write]) -> N
             total = vector(write.into, block, dtype) if write.accumulate else None
             for index, values in enumerate(vectors):
                 if values is not None:
-                    term = torch.where(zero[block.scope, index], 0.0, values * each[block.scope, index])
-                    total = term if total is None else total + term
+                    # Selected, not multiplied: 0 times NaN is NaN.
+                    kept = torch.where(zero[block.scope, index], 0.0, values)
+                    factor = each[block.scope, index]
+                    total = kept.mul_(factor) if total is None else torch.addcmul(total, kept, factor)
             results.append(total)
         for write, result in zip(writes, results, strict=True):
             if result is not None:
