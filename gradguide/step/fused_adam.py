@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,19 +114,19 @@ def plan_launches(
 def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache) -> Moments:
     from gradguide.ops.triton.adam import Moments
 
-    states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
+    states: list[dict[str, Tensor]] = list(map(base.state.__getitem__, parameters))
     if not all(states):
         states = [_initialized_state(base, parameter) for parameter in parameters]
 
     def held(name: str) -> TensorList:
         # Unique: lists of one name differ in their first parameter or their length.
-        return cache.of((name, id(parameters[0]), len(parameters)), [state[name] for state in states])
+        return cache.of((name, id(parameters[0]), len(parameters)), list(map(itemgetter(name), states)))
 
     return Moments(
         parameters=parameters,
         first=held("exp_avg"),
         second=held("exp_avg_sq"),
-        steps=[state["step"] for state in states],
+        steps=list(map(itemgetter("step"), states)),
     )
 
 
@@ -153,7 +154,8 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
     if len(kinds) > 1 or len(places) > MAX_SETTINGS:
         return None
     on_device, decoupled = kinds.pop()
-    which = array("q", map(place_of.__getitem__, bucket.groups))
+    one = len(places) == 1
+    which = array("q", [0]) * len(bucket.groups) if one else array("q", map(place_of.__getitem__, bucket.groups))
     return Groups(
         settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=bucket.sign < 0
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ class StepPlan:
     largest: float
     cache: PlanCache = field(default_factory=PlanCache)
 
-    def with_gradients(self, gradients: Mapping[int, Tensor] | None) -> StepPlan:
+    def with_gradients(self, gradients: Sequence[Any] | None) -> StepPlan:
         """Return the plan with new gradients of the same metadata, by position. None removes the gradients."""
         buckets = []
         for bucket in self.buckets:
