@@ -89,8 +89,8 @@ class Problem:
         return SourceGradient(table(self.s0), fisher=table(self.fisher), anchor=anchor)
 
 
-def base(named: list[tuple[str, Tensor]], *, fused: bool = True) -> AdamW:
-    return AdamW([p for _, p in named], lr=1e-3, fused=fused, foreach=not fused)
+def base(named: list[tuple[str, Tensor]], *, fused: bool = True, lr: float = 1e-3) -> AdamW:
+    return AdamW([p for _, p in named], lr=lr, fused=fused, foreach=not fused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +141,20 @@ def options(problem: Problem) -> dict[str, Option]:
             lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 92
         ),
     }
-    if problem.device.type == "cuda":
-        found |= kernels(problem)
-    return found
+    return found | (kernels(problem) if problem.device.type == "cuda" else low_rate(problem))
+
+
+def low_rate(problem: Problem) -> dict[str, Option]:
+    """Return the providers for a CPU only: the defaults at a rate at which the update is within its bound for sure."""
+    return {
+        "defaults at a rate of 5e-5, no source": Option(lambda n: GradGuide(base(n, lr=5e-5)), 52),
+        "defaults at a rate of 5e-5, anchored source": Option(
+            lambda n: GradGuide(
+                base(n, lr=5e-5), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n
+            ),
+            76,
+        ),
+    }
 
 
 def kernels(problem: Problem) -> dict[str, Option]:

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adam, AdamW, Optimizer
+from torch.optim import optimizer as hooks
 
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import check_divided
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "closure_error"]
+__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "closure_error", "is_plain_adam"]
 
 # Optimizers that run inside backward or store gradients elsewhere: at step() no gradient is left to guide.
 _UNSUPPORTED_BASES = {
@@ -114,3 +115,14 @@ def check_hooks(base: Optimizer) -> None:
             "no parameter has a gradient: hooks on the parameters consume them during backward (layer-wise or "
             "offloading training), so at step() nothing is left to guide. Switch that mode off"
         )
+
+
+def is_plain_adam(base: Optimizer) -> bool:
+    """Return whether a step of ``base`` is exactly that of Adam or AdamW: no subclass, no hooks, no wrapped step."""
+    has_hooks = (
+        base._optimizer_step_pre_hooks
+        or base._optimizer_step_post_hooks
+        or hooks._global_optimizer_pre_hooks
+        or hooks._global_optimizer_post_hooks
+    )
+    return type(base) in (Adam, AdamW) and not has_hooks and "step" not in vars(base)

@@ -160,11 +160,9 @@ class GradGuide(Wrapper):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
-                measures = engine.rules.limit_update or self._progress.history is not None
-                before = plan.snapshot() if measures else None
+                before = engine.before_update(state, self.base, recorded=self._progress.history is not None)
                 nonfinite.step_base(state, self.base, self._nonfinite)
-                if before is not None:
-                    engine.correct(state, before)
+                engine.correct(state, self.base, before)
         self._progress.finish(engine.record(state), self.metrics)
         return loss
 
@@ -258,7 +256,8 @@ class GradGuide(Wrapper):
             - ``source_drift``: modelled KL in nats per token from the capture of a structured source, before the
               step.
             - ``conflict``: 1 if ``source_cosine`` is negative beyond rounding in any scope, else 0.
-            - ``update_norm``: norm of the update, if a rule acts on it or a history is recorded.
+            - ``update_norm``: norm of the update, if a rule acts on it or a history is recorded. NaN if the update
+              was provably within its bound: see :mod:`gradguide.step.adam_bound`.
             - ``update_factor``: factor of the bound on the base's update, in [0, 1]: 1 if the bound was inactive, 0
               if an update that is not finite was undone.
             - ``skipped``, ``steps``: counts. Steps with only zero gradients are not counted.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gradguide.ops.foreach import SMALL
+from gradguide.ops.cpu import SMALL
 
 __all__ = ["DOTS", "EXACT", "KERNELS", "WRITTEN", "rounding"]
 

@@ -46,7 +46,8 @@ class Magnitude:
             threshold is usable from step 2 on. The first norm is not compared.
         max_update (float | None): largest length of an update, per scope, relative to that of the scope's parameters,
             above 0. Parameters with a root mean square below 0.01 count as 0.01. None is no bound. A bound keeps one
-            copy of the parameters during the step. A scope whose update cannot be measured (Inf or NaN, for instance
+            copy of the parameters during the step, except where no copy is needed: see
+            :mod:`gradguide.step.adam_bound`. A scope whose update cannot be measured (Inf or NaN, for instance
             after float16 overflow) returns to its parameters before the step.
 
     Raises:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
-from gradguide.ops.row import scopes_of
 from gradguide.ops.tensors import TensorList, metadata_of
 from gradguide.rules import decide as reference
 from gradguide.rules.alignment import Alignment
@@ -25,7 +24,7 @@ from gradguide.sources.protocol import Source
 from gradguide.step import fused_adam
 from gradguide.step.buckets import Bucket
 from gradguide.step.metrics import Record
-from gradguide.step.momentum import ema_coefficients, momentum_buffers
+from gradguide.step.momentum import ema_coefficients_by_scope, momentum_buffers
 from gradguide.step.plan import Rows, StepPlan
 from gradguide.step.planner import StepPlanner
 from gradguide.step.scope_state import ScopeState
@@ -137,6 +136,7 @@ class Engine:
         Args:
             totals (Tensor): shape [2], steps made and steps skipped, updated in place.
         """
+        gram, shared = state.span.gram, self.rules.share_momentum
         state.decision = _rules_for(state.plan).decide(
             state.span,
             self.rules,
@@ -145,7 +145,7 @@ class Engine:
             totals,
             finite=state.found_finite,
             regularized=state.regularized,
-            rates=_ema_coefficients_by_scope(state, base) if self.rules.share_momentum else None,
+            rates=ema_coefficients_by_scope(base, state.plan.buckets, state.rows, gram) if shared else None,
         )
 
     @torch.no_grad()
@@ -183,12 +183,32 @@ class Engine:
         return True
 
     @torch.no_grad()
-    def correct(self, state: StepState, before: Sequence[TensorList]) -> None:
+    def before_update(self, state: StepState, base: Optimizer, *, recorded: bool) -> list[TensorList] | None:
+        """Return a copy of the parameters of each bucket, or None if the base's update need not be measured.
+
+        It must be if a source acts on it, if its norm is recorded, or if it may exceed its bound: see
+        :mod:`gradguide.step.adam_bound`.
+        """
+        plan, rules = state.plan, self.rules
+        measured = rules.limit_update or recorded
+        if rules.max_update is not None and plan.on_cpu:
+            lengths = state.decided.norm * state.decided.factor
+            if plan.cache.adam_bound.holds(base, plan.buckets, lengths, rules.max_update):
+                measured = rules.update_sources > 0 or recorded
+        return plan.snapshot() if measured else None
+
+    @torch.no_grad()
+    def correct(self, state: StepState, base: Optimizer, before: Sequence[TensorList] | None) -> None:
         """Measure, decide and combine on the base's update.
 
         Args:
-            before: the parameters of each bucket before the base's step.
+            before: the parameters of each bucket before the base's step; None if nothing is to be measured.
         """
+        if before is not None:
+            self._correct(state, before)
+        state.plan.cache.adam_bound.made(base, state.plan.buckets)
+
+    def _correct(self, state: StepState, before: Sequence[TensorList]) -> None:
         plan = state.plan
         sources = plan.sources[: self.rules.update_sources]
         rows: Rows = []
@@ -277,21 +297,3 @@ def _rules_for(plan: StepPlan) -> ModuleType:
     from gradguide.rules import triton
 
     return triton
-
-
-def _ema_coefficients_by_scope(state: StepState, base: Optimizer) -> tuple[Tensor, Tensor]:
-    """Return decay and gain of the base's momentum, each [S], from the first parameter of each scope."""
-    gram = state.span.gram
-    members: dict[int, list[Tensor]] = {}
-    firsts: dict[int, tuple[int, int]] = {}  # position and group of the first parameter
-    for bucket, rows in zip(state.plan.buckets, state.rows, strict=True):
-        for scope, tensors in enumerate(scopes_of(rows)):
-            if tensors:
-                first = bucket.positions[tensors.start], bucket.groups[tensors.start]
-                firsts[scope] = min(first, firsts.get(scope, first))
-                members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
-    found = {s: ema_coefficients(base, base.param_groups[firsts[s][1]], own) for s, own in members.items()}
-    # Without a gradient on this rank nothing is added to the average, so the coefficients do not matter.
-    decays, gains = zip(*(found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0])), strict=True)
-    # Filled on the device: a copy from the host would synchronize.
-    return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])

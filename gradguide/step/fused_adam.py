@@ -13,13 +13,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
-from torch.optim import optimizer as hooks
+from torch.optim import AdamW, Optimizer
 
+from gradguide.base_checks import is_plain_adam
 from gradguide.ops.row import Stack, Write
 from gradguide.ops.tensors import MetadataCache, TensorList, common_value
 from gradguide.step.buckets import Bucket
@@ -86,7 +87,7 @@ def plan_launches(
         directions: the running direction that the step writes, or None, per bucket.
         signs: the signs of the rows, or None, per bucket.
     """
-    if not _is_replaceable(base) or not all(map(_is_supported, base.param_groups)):
+    if not is_plain_adam(base) or not all(map(_is_supported, base.param_groups)):
         return None
     # Kernels read the decision on its device.
     if not plan.uses_triton or any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
@@ -113,19 +114,19 @@ def plan_launches(
 def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache) -> Moments:
     from gradguide.ops.triton.adam import Moments
 
-    states: list[dict[str, Tensor]] = [base.state[parameter] for parameter in parameters]
+    states: list[dict[str, Tensor]] = list(map(base.state.__getitem__, parameters))
     if not all(states):
         states = [_initialized_state(base, parameter) for parameter in parameters]
 
     def held(name: str) -> TensorList:
         # Unique: lists of one name differ in their first parameter or their length.
-        return cache.of((name, id(parameters[0]), len(parameters)), [state[name] for state in states])
+        return cache.of((name, id(parameters[0]), len(parameters)), list(map(itemgetter(name), states)))
 
     return Moments(
         parameters=parameters,
         first=held("exp_avg"),
         second=held("exp_avg_sq"),
-        steps=[state["step"] for state in states],
+        steps=list(map(itemgetter("step"), states)),
     )
 
 
@@ -153,7 +154,8 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
     if len(kinds) > 1 or len(places) > MAX_SETTINGS:
         return None
     on_device, decoupled = kinds.pop()
-    which = array("q", map(place_of.__getitem__, bucket.groups))
+    one = len(places) == 1
+    which = array("q", [0]) * len(bucket.groups) if one else array("q", map(place_of.__getitem__, bucket.groups))
     return Groups(
         settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=bucket.sign < 0
     )
@@ -226,17 +228,6 @@ def step(
         )
         launch_count(launch.columns, launch.moments, go)
     return squares
-
-
-def _is_replaceable(base: Optimizer) -> bool:
-    """Return whether the base's step can be replaced: it is not a subclass, and its step has no hooks or wrapper."""
-    has_hooks = (
-        base._optimizer_step_pre_hooks
-        or base._optimizer_step_post_hooks
-        or hooks._global_optimizer_pre_hooks
-        or hooks._global_optimizer_post_hooks
-    )
-    return type(base) in (Adam, AdamW) and not has_hooks and "step" not in vars(base)
 
 
 def _is_supported(group: dict[str, Any]) -> bool:

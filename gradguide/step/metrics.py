@@ -24,7 +24,7 @@ class Record:
     guided (Tensor): coordinates [S, R] of the guided gradient before clipping.
     guided_norm, clip_factor (Tensor): shape [S].
     coherence, damping (Tensor | None): shape [S], None without a direction.
-    limit: the constrained update, None if it was not measured.
+    limit: the constrained update, None if it was not measured. If it is bounded, it was then within its bound.
     bounded (bool): whether the update is bounded.
     drifts: per source the modelled KL in nats per token, Tensor []; None if the source has no such model.
     """
@@ -100,7 +100,7 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
         nan if record.damping is None else _mean(record.damping, gram[:, GRADIENT, GRADIENT] > 0),
         update_norm.to(gram),
-        nan if record.limit is None or not record.bounded else _update_factor(record.limit),
+        _update_factor(record.limit, nan) if record.bounded else nan,
     ]
     own = slice(SOURCES, SOURCES + sources)
     conflicting = conflicts(per_scope[:, own]).any(dim=0).to(gram.dtype)
@@ -113,8 +113,10 @@ def _mean(values: Tensor, counted: Tensor) -> Tensor:
     return divide(torch.where(counted, values, 0.0).sum(), counted.sum().to(values))
 
 
-def _update_factor(limit: Limit) -> Tensor:
+def _update_factor(limit: Limit | None, like: Tensor) -> Tensor:
     """Return the norm of the whole update after the bound over the norm before it: Tensor []; 0 if not finite."""
+    if limit is None:
+        return torch.ones_like(like)
     made = limit.length.square().sum().sqrt()
     left = torch.where(limit.factor > 0, limit.factor * limit.length, 0.0).square().sum().sqrt()
     return torch.where(made.isfinite(), torch.where(made > 0, divide(left, made), 1.0), 0.0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
 
-__all__ = ["check_momentum", "ema_coefficients", "momentum_buffers"]
+from gradguide.ops.row import Row, scopes_of
+from gradguide.step.buckets import Bucket
+
+__all__ = ["check_momentum", "ema_coefficients", "ema_coefficients_by_scope", "momentum_buffers"]
 
 # AdamW is a subclass of Adam in recent versions of torch.
 _AVERAGING = (Adam, NAdam, RAdam, Adamax)
@@ -45,3 +48,28 @@ def ema_coefficients(base: Optimizer, group: dict[str, Any], parameters: Iterabl
         return float(group["momentum"]), 1.0 - float(group["dampening"]) if started else 1.0
     decay = float(group["betas"][0])
     return decay, 1.0 - decay
+
+
+def ema_coefficients_by_scope(
+    base: Optimizer, buckets: Sequence[Bucket], rows: Sequence[Sequence[Row | None]], gram: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return decay and gain of the base's momentum, each [S], from the first parameter of each scope.
+
+    Args:
+        base: the base optimizer.
+        buckets, rows: the buckets of the step, and their rows.
+        gram (Tensor): shape [S, R, R], for its device and dtype.
+    """
+    members: dict[int, list[Tensor]] = {}
+    firsts: dict[int, tuple[int, int]] = {}  # position and group of the first parameter
+    for bucket, these in zip(buckets, rows, strict=True):
+        for scope, tensors in enumerate(scopes_of(these)):
+            if tensors:
+                first = bucket.positions[tensors.start], bucket.groups[tensors.start]
+                firsts[scope] = min(first, firsts.get(scope, first))
+                members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
+    found = {s: ema_coefficients(base, base.param_groups[firsts[s][1]], own) for s, own in members.items()}
+    # Without a gradient on this rank nothing is added to the average, so the coefficients do not matter.
+    decays, gains = zip(*(found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0])), strict=True)
+    # Filled on the device: a copy from the host would synchronize.
+    return torch.cat([gram.new_full((1,), d) for d in decays]), torch.cat([gram.new_full((1,), g) for g in gains])

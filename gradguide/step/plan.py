@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_d
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
+from gradguide.step.adam_bound import AdamBound
 from gradguide.step.buckets import Bucket, Label
 from gradguide.step.ranks import Ranks
 
@@ -39,6 +40,7 @@ class PlanCache:
     positions (Tensor): indices into the scopes' statistics.
     elements: number of elements of each scope.
     element_counts (Tensor): the same on the device; None with Triton.
+    adam_bound: the proof that a step of Adam is within the bound of the update.
     """
 
     metadata: MetadataCache = field(default_factory=MetadataCache)
@@ -48,6 +50,7 @@ class PlanCache:
     positions: Tensor | None = None
     elements: list[int] | None = None
     element_counts: Tensor | None = None
+    adam_bound: AdamBound = field(default_factory=AdamBound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class StepPlan:
     largest: float
     cache: PlanCache = field(default_factory=PlanCache)
 
-    def with_gradients(self, gradients: Mapping[int, Tensor] | None) -> StepPlan:
+    def with_gradients(self, gradients: Sequence[Any] | None) -> StepPlan:
         """Return the plan with new gradients of the same metadata, by position. None removes the gradients."""
         buckets = []
         for bucket in self.buckets:
@@ -88,6 +91,11 @@ class StepPlan:
     def sharded(self) -> bool:
         """Whether any parameter is a DTensor."""
         return self.ranks.sharded
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether all parameters are whole and on a CPU, where the host reads values without synchronizing."""
+        return not self.sharded and all(bucket.values[0].device.type == "cpu" for bucket in self.buckets)
 
     def signs(self, size: int, signed: slice) -> list[Tensor | None]:
         """Return the signs of each bucket's rows: Tensor [size], -1 at ``signed``; None if all are 1.

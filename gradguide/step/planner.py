@@ -83,9 +83,9 @@ class StepPlanner:
             ValueError: a gradient cannot be guided, or the ranks differ in an option.
         """
         signs = signs_of(base)
-        if self._plan is not None and self._plan[0].matches(base.param_groups, signs):
-            gradients = [p.grad for group in base.param_groups for p in group["params"]]
-            return self._plan[1].with_gradients({i: g for i, g in enumerate(gradients) if g is not None})
+        gradients = None if self._plan is None else self._plan[0].gradients(base.param_groups, signs)
+        if self._plan is not None and gradients is not None:
+            return self._plan[1].with_gradients(gradients)
         made = self._new_plan(base, signs)
         # A reference would keep the memory of gradients alive between steps.
         self._plan = None if made is None else (Signature(base.param_groups, signs), made.with_gradients(None))

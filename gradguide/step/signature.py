@@ -19,7 +19,7 @@ from gradguide.ops.tensors import same_objects
 __all__ = ["Signature"]
 
 _READERS: tuple[Any, ...] = (
-    type, attrgetter("shape"), Tensor.stride, attrgetter("dtype"), Tensor.get_device, Tensor.is_neg,
+    type, attrgetter("shape"), attrgetter("dtype"), Tensor.get_device, Tensor.is_neg,
 )  # fmt: skip
 """A layout needs no reader: sparse gradients have no address, and a parameter cannot change its layout."""
 
@@ -41,20 +41,26 @@ class Signature:
 
     def __init__(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> None:
         self._parameters = [p for group in groups for p in group["params"]]
-        self._form = _form(groups, signs, self._parameters)
+        self._form = _form(groups, signs, self._parameters, [p.grad for p in self._parameters])
 
-    def matches(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> bool:
-        """Return whether nothing changed. Always False if a parameter is a DTensor: its local shard may change."""
+    def gradients(self, groups: Sequence[dict[str, Any]], signs: Sequence[int]) -> list[Tensor | None] | None:
+        """Return the present gradient of each parameter, or None if anything changed.
+
+        Always None if a parameter is a DTensor: its local shard may change.
+        """
         parameters = [p for group in groups for p in group["params"]]
-        return (
-            self._form is not None
-            and same_objects(parameters, self._parameters)
-            and _form(groups, signs, parameters) == self._form
-        )
+        if self._form is None or not same_objects(parameters, self._parameters):
+            return None
+        gradients = [p.grad for p in parameters]
+        return gradients if _form(groups, signs, parameters, gradients) == self._form else None
 
 
-def _form(groups: Sequence[dict[str, Any]], signs: Sequence[int], parameters: Sequence[Tensor]) -> Any:
-    gradients = [p.grad for p in parameters]
+def _form(
+    groups: Sequence[dict[str, Any]],
+    signs: Sequence[int],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> Any:
     there = [g for g in gradients if g is not None]
     if not {Tensor, nn.Parameter}.issuperset(map(type, parameters)) and any(map(layout_of, parameters)):
         return None
@@ -66,7 +72,15 @@ def _form(groups: Sequence[dict[str, Any]], signs: Sequence[int], parameters: Se
             [g is None for g in gradients],
             len(addresses),  # fewer where parameters share the memory of a gradient
             list(map(torch._is_zerotensor, there)) if 0 in addresses else [],
-            *(list(map(read, tensors)) for tensors in (parameters, there) for read in _READERS),
+            _metadata(parameters),
+            _metadata(there),
         )
     except RuntimeError:  # sparse tensors have no address, and some no strides
         return None
+
+
+def _metadata(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    contiguous = list(map(Tensor.is_contiguous, tensors))
+    # Reading strides takes as long as everything else, and shapes determine those of contiguous tensors.
+    strides = [] if all(contiguous) else list(map(Tensor.stride, tensors))
+    return [contiguous, strides, *(list(map(read, tensors)) for read in _READERS)]

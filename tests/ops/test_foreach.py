@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradguide import GradGuide
-from gradguide.ops import Row, Stack, Write, blocks, foreach, reference
-from gradguide.ops.rounding import DOTS, EXACT
+from gradguide.ops import Row, Stack, Write, blocks, cpu, foreach, reference
+from gradguide.ops.rounding import DOTS, EXACT, WRITTEN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((), (0,), (1,), (3, 5), (7, 0, 2), (64, 33), (300, 301))
@@ -94,7 +94,7 @@ def test_gram_of_tiny_and_huge_rows(scale: float) -> None:
 
 
 def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "SMALL", 10)
+    monkeypatch.setattr(cpu, "SMALL", 10)
     monkeypatch.setattr(blocks, "LARGE", 1000)
     shapes = [(1999,), (37, 100), (5,), (1000,), (0,)]
     rows = some_rows(0, shapes, [torch.float32])
@@ -108,7 +108,7 @@ def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensors_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "SMALL", 10)
+    monkeypatch.setattr(cpu, "SMALL", 10)
     monkeypatch.setattr(blocks, "LARGE", 20)
     a, b = torch.randn(2, 7, 11)
     rows: list[Row | None] = [Row(offset=[a.T]), Row(offset=[b.T.contiguous()])]
@@ -187,7 +187,7 @@ def test_rows_of_other_shapes_are_refused_before_anything_is_written() -> None:
     assert short[0].eq(1).all()
 
 
-@pytest.mark.parametrize("size", [100, foreach.SMALL, foreach.SMALL + 1, foreach.DOT, 5 * foreach.DOT + 7, 300_000])
+@pytest.mark.parametrize("size", [100, cpu.SMALL, cpu.SMALL + 1, cpu.DOT, 5 * cpu.DOT + 7, 300_000])
 @pytest.mark.parametrize("kind", [torch.randn, torch.rand, torch.ones])
 def test_the_error_of_products_is_below_what_the_rules_take_for_rounding(
     kind: Callable[..., Tensor], size: int
@@ -197,7 +197,7 @@ def test_the_error_of_products_is_below_what_the_rules_take_for_rounding(
     found, exact = foreach.gram(rows)[0], reference.gram(rows)[0]
     error = (found - exact).abs() / exact.diagonal().sqrt().outer(exact.diagonal().sqrt())
     assert float(error.max()) <= DOTS
-    if size <= foreach.SMALL:
+    if size <= cpu.SMALL:
         assert float(error.max()) <= EXACT
 
 
@@ -266,3 +266,54 @@ def test_a_step_that_is_not_finite_is_skipped_beside_a_parameter_without_numbers
     optimizer.step()
     assert torch.equal(full.detach(), torch.ones(2, dtype=torch.float64))
     assert optimizer.metrics()["skipped"] == 1
+
+
+SHARES = st.sampled_from([0.0, 1.0, -1.0, 0.95, 0.05, 0.5, 1e-6, 1e-12, 1e6, 1e20])
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 10**6),
+    first=st.tuples(SHARES, SHARES, SHARES),
+    second=st.tuples(SHARES, SHARES, SHARES),
+    length=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    size=st.sampled_from([5, 9000, 200_000]),
+)
+def test_two_writes_have_the_error_of_a_plain_combination(
+    seed: int, first: tuple[float, ...], second: tuple[float, ...], length: float, size: int
+) -> None:
+    d, g, s = (tensors(seed + k, [(size,)], torch.float32, scale) for k, scale in enumerate((length, 1.0, 1.0)))
+    rows: list[Row | None] = [Row(offset=g), Row(offset=d), Row(offset=s)]
+    before = [[t.double() for t in row] for row in (g, d, s)]
+    coefficients = [torch.tensor([each], dtype=torch.float64) for each in (first, second)]
+    foreach.combine_(rows, [Write(into=d, coefficients=coefficients[0]), Write(into=g, coefficients=coefficients[1])])
+    for found, each in ((d, first), (g, second)):
+        exact = sum(c * row[0] for c, row in zip(each, before, strict=True))
+        reach = sum(abs(c) * float(row[0].norm()) for c, row in zip(each, before, strict=True))
+        assert float((found[0].double() - exact).norm()) <= WRITTEN * reach + 1e-40
+
+
+def test_two_writes_take_no_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    g, d = tensors(0, [(300, 301)], torch.float32), tensors(1, [(300, 301)], torch.float32)
+    monkeypatch.setattr(cpu, "_combined", None)
+    writes = [
+        Write(into=part, coefficients=torch.tensor([pair])) for part, pair in ((d, [0.05, 0.95]), (g, [0.5, 0.3]))
+    ]
+    foreach.combine_([Row(offset=g), Row(offset=d)], writes)
+    expected = 0.5 * tensors(0, [(300, 301)], torch.float64)[0] + 0.3 * tensors(1, [(300, 301)], torch.float64)[0]
+    assert torch.allclose(g[0].double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_of_a_row_that_is_not_finite_only_the_writes_that_read_it_are_not(
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreach, "_on_cpu", lambda device: on_cpu)
+    g, d, s = [torch.full((20_000,), torch.nan)], [torch.ones(20_000)], [torch.full((20_000,), torch.inf)]
+    writes = [
+        Write(into=d, coefficients=torch.tensor([[0.0, 0.5, 0.0]])),
+        Write(into=g, coefficients=torch.tensor([[2.0, 3.0, 0.0]])),
+    ]
+    foreach.combine_([Row(offset=g), Row(offset=d), Row(offset=s)], writes)
+    assert d[0].eq(0.5).all()
+    assert g[0].isnan().all()

@@ -47,7 +47,7 @@ def test_a_plan_holds_for_other_gradients_and_other_memory() -> None:
     give_gradients(held, 1)
     for parameter in held:
         parameter.data = parameter.data.clone()
-    assert signature.matches(groups, SIGNS)
+    assert signature.gradients(groups, SIGNS) is not None
 
 
 def replaced(groups: Groups, held: list[nn.Parameter]) -> None:
@@ -136,13 +136,13 @@ def parameter_of_another_type(groups: Groups, held: list[nn.Parameter]) -> None:
 def test_a_plan_is_stale_after(change: Callable[[Groups, list[nn.Parameter]], None]) -> None:
     groups, held, signature = signed()
     change(groups, held)
-    assert not signature.matches(groups, SIGNS)
+    assert signature.gradients(groups, SIGNS) is None
 
 
 def test_a_plan_is_stale_after_a_group_maximizes() -> None:
     groups, _, signature = signed()
-    assert signature.matches(groups, SIGNS)
-    assert not signature.matches(groups, [1, -1])
+    assert signature.gradients(groups, SIGNS) is not None
+    assert signature.gradients(groups, [1, -1]) is None
 
 
 def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_refused() -> None:
@@ -167,8 +167,8 @@ def test_no_plan_is_kept_where_a_parameter_is_a_dtensor(monkeypatch: pytest.Monk
     groups, held, signature = signed()
     held[2].__class__ = Sharded
     monkeypatch.setattr("gradguide.step.signature.layout_of", lambda p: object() if p is held[2] else None)
-    assert not signature.matches(groups, SIGNS)
-    assert not Signature(groups, SIGNS).matches(groups, SIGNS)
+    assert signature.gradients(groups, SIGNS) is None
+    assert Signature(groups, SIGNS).gradients(groups, SIGNS) is None
 
 
 def test_between_steps_no_gradient_is_kept_alive() -> None:

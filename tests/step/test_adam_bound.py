@@ -1,0 +1,310 @@
+"""An update of Adam that is not measured was within its bound, whatever gradients came before."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
+
+from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide.ops.tensors import TensorList
+from gradguide.recording.history import History
+from gradguide.step.adam_bound import AdamBound
+from gradguide.step.buckets import Bucket
+from gradguide.step.engine import Engine
+from gradguide.step.plan import StepPlan
+
+LEAST = 0.01
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+def bucket_of(held: list[nn.Parameter]) -> list[Bucket]:
+    return [Bucket(parameters=list(held), values=TensorList(held), groups=[0] * len(held))]
+
+
+def step(base: Optimizer, gradients: list[Tensor]) -> float:
+    """Make a step of the base alone, and return the length of its update over that of the parameters."""
+    held = base.param_groups[0]["params"]
+    before = torch.cat([p.detach().double() for p in held])
+    for parameter, gradient in zip(held, gradients, strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+    base.step()
+    update = torch.cat([p.detach().double() for p in held]) - before
+    return float(update.norm()) / max(float(before.norm()), LEAST * math.sqrt(len(before)))
+
+
+KINDS: dict[str, Callable[[int, float, float], float]] = {
+    "geometric": lambda t, b1, b2: min((b2 / max(b1, 1e-3)) ** t, 1e12),
+    "spike": lambda t, b1, b2: 1e9 if t % 7 == 6 else 1e-12,
+    "alternating": lambda t, b1, b2: (-1.0) ** t * (1e-9 if t % 2 else 1e6),
+    "growing": lambda t, b1, b2: 10.0 ** min(t, 14),
+    "underflow": lambda t, b1, b2: 1e-30 * 10.0 ** min(2 * t, 40),
+    "zeros, then one": lambda t, b1, b2: float(t == 11),
+    "constant": lambda t, b1, b2: 1e-3,
+}
+
+
+@settings(max_examples=150)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    betas=st.tuples(st.sampled_from([0.0, 0.5, 0.9, 0.99]), st.sampled_from([0.3, 0.9, 0.95, 0.999])),
+    later=st.tuples(st.sampled_from([0.0, 0.9, 0.95]), st.sampled_from([0.95, 0.999])),
+    change=st.integers(1, 12),
+    options=st.sampled_from([{}, {"amsgrad": True}, {"maximize": True}, {"foreach": True}, {"fused": True}]),
+    kind_of=st.sampled_from([Adam, AdamW]),
+    length=st.sampled_from([0.0, 1e-3, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    decay=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 99),
+)
+def test_no_gradients_exceed_what_is_proven(
+    kind: str, betas: tuple[float, float], later: tuple[float, float], change: int, options: dict[str, Any],
+    kind_of: type[Adam], length: float, dtype: torch.dtype, decay: float, seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    held = [nn.Parameter((torch.randn(n, generator=generator) * length).to(dtype)) for n in (1, 5)]
+    base = kind_of(held, lr=1e-3, betas=betas, weight_decay=decay, **options)
+    bound, buckets = AdamBound(), bucket_of(held)
+    signs = [torch.randn(len(p), generator=generator) for p in held]
+    for t in range(15):
+        if t == change:
+            base.param_groups[0]["betas"] = later
+        gradients = [sign * KINDS[kind](t, *betas) for sign in signs]
+        # The base itself says how long the update is. Anything shorter must not be proven.
+        needed = step(copy.deepcopy(base), gradients)
+        assert not bound.holds(base, buckets, ONE, needed * (1 - 1e-6))
+        step(base, gradients)
+        bound.made(base, buckets)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.0, 0.999)])
+def test_the_worst_gradients_come_close_to_it(betas: tuple[float, float]) -> None:
+    held = [nn.Parameter(torch.zeros(1, dtype=torch.float64))]
+    base = AdamW(held, lr=1e-6, betas=betas, weight_decay=0.0, eps=1e-12)
+    bound, buckets = AdamBound(), bucket_of(held)
+    for t in range(60):
+        gradient = [torch.tensor([(betas[1] / betas[0]) ** t if betas[0] else float(t == 59)])]
+        needed = step(copy.deepcopy(base), gradient)
+        largest = needed + 1e-6 if t == 59 else 1.0
+        assert bound.holds(base, buckets, ONE, largest * 1.002)
+        step(base, gradient)
+        bound.made(base, buckets)
+    assert needed > 1e-4
+
+
+def test_the_ratio_is_the_closed_form() -> None:
+    b1, b2, steps = 0.9, 0.999, 50
+    held = [nn.Parameter(torch.zeros(1))]
+    base = AdamW(held, lr=1e-4, betas=(b1, b2), weight_decay=0.0)
+    found, buckets = AdamBound(), bucket_of(held)
+    for _ in range(steps - 1):
+        found.holds(base, buckets, ONE, 1.0)
+        step(base, [torch.ones(1)])
+        found.made(base, buckets)
+    squares, products, sums = (sum(x**j for j in range(steps)) for x in (b2, b1**2 / b2, b1))
+    exact = 1e-4 * math.sqrt(squares * products) / sums / LEAST
+    assert not copy_of(found).holds(base, buckets, ONE, exact * 1.0001)
+    assert found.holds(base, buckets, ONE, exact * 1.01 + 1e-6)
+
+
+def copy_of(bound: AdamBound) -> AdamBound:
+    other = copy.copy(bound)
+    other._squares = dict(bound._squares)
+    return other
+
+
+def never(self: AdamBound, *_: object) -> bool:
+    return False
+
+
+def run(
+    make: Callable[[list[nn.Parameter]], Optimizer],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    measured: bool,
+    between: Callable[[Optimizer, int], None] = lambda base, t: None,
+    dtype: torch.dtype = torch.float32,
+    recorded: bool = False,
+    **options: Any,
+) -> tuple[list[Tensor], list[float], int]:
+    """Return the parameters after each of 12 steps, the factors of the bound, and how often the update was measured."""
+    generator = torch.Generator().manual_seed(0)
+    held = [nn.Parameter((torch.randn(s, generator=generator) * 0.02).to(dtype)) for s in ((40, 8), (8,))]
+    base = make(held)
+    optimizer = GradGuide(base, names=[("a", held[0]), ("b", held[1])], **options)
+    if recorded:
+        optimizer.record(History())
+    states, factors, count = [], [], 0
+    with monkeypatch.context() as patched:
+        if measured:
+            patched.setattr(AdamBound, "holds", never)
+        correct = Engine._correct
+
+        def counted(self: Engine, *args: Any) -> None:
+            nonlocal count
+            count += 1
+            correct(self, *args)
+
+        patched.setattr(Engine, "_correct", counted)
+        for t in range(12):
+            for parameter in held:
+                scale = 10.0 ** float(torch.randint(-6, 3, (), generator=generator))
+                parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(dtype)
+            optimizer.step()
+            states += [p.detach().clone() for p in held]
+            factors.append(optimizer.metrics()["update_factor"])
+            between(base, t)
+    return states, factors, count
+
+
+def same_with_and_without(
+    make: Callable[[list[nn.Parameter]], Optimizer], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> int:
+    """Check that the proof changes no bit, and return how often the update was measured with it."""
+    states, factors, count = run(make, monkeypatch, measured=False, **options)
+    wanted, wanted_factors, always = run(make, monkeypatch, measured=True, **options)
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(states, wanted, strict=True))
+    assert factors == pytest.approx(wanted_factors, rel=1e-12)
+    assert always == 12
+    return count
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize(("lr", "measured"), [(1e-5, 0), (1e-4, 0), (4e-4, None), (1e-3, 12), (0.1, 12)])
+def test_skipping_changes_no_bit(
+    lr: float, measured: int | None, scope: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = same_with_and_without(lambda held: AdamW(held, lr=lr, fused=fused), monkeypatch, scope=scope)
+    assert measured is None or found == measured
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_of_narrow_parameters_the_update_is_always_measured(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = same_with_and_without(lambda held: AdamW(held, lr=1e-5), monkeypatch, dtype=dtype)
+    assert found == (0 if dtype == torch.float64 else 12)
+
+
+@pytest.mark.parametrize("kind", [NAdam, RAdam, SGD])
+def test_of_other_bases_too(kind: Callable[..., Optimizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert same_with_and_without(lambda held: kind(held, lr=1e-6), monkeypatch) == 12
+
+
+def emptied(base: Optimizer, t: int) -> None:
+    """Lose the second moments, and with them all that bounds the update."""
+    if t == 5:
+        for state in base.state.values():
+            state["exp_avg_sq"].zero_()
+
+
+def replaced(base: Optimizer, t: int) -> None:
+    if t == 5:
+        for state in base.state.values():
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+
+
+def loaded(base: Optimizer, t: int) -> None:
+    if t == 5:
+        found = copy.deepcopy(base.state_dict())
+        for state in found["state"].values():
+            state["exp_avg_sq"].mul_(1e-12)
+        base.load_state_dict(found)
+
+
+def slower(base: Optimizer, t: int) -> None:
+    if t == 5:
+        base.param_groups[0]["betas"] = (0.999, 0.2)
+
+
+def restarted(base: Optimizer, t: int) -> None:
+    """Count from the start again, so that the bias is corrected once more."""
+    if t == 5:
+        for state in base.state.values():
+            state["step"].zero_()
+
+
+def broken(base: Optimizer, t: int) -> None:
+    if t == 5:
+        with torch.no_grad():
+            base.param_groups[0]["params"][0][0, 0] = torch.inf
+
+
+@pytest.mark.parametrize("between", [emptied, replaced, loaded, slower, broken])
+def test_what_is_changed_between_steps_is_noticed(
+    between: Callable[[Optimizer, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(held: list[nn.Parameter]) -> Optimizer:
+        return AdamW(held, lr=5e-5)
+
+    _, factors, count = run(make, monkeypatch, measured=False, between=between)
+    assert 1 <= count <= 6
+    assert same_with_and_without(make, monkeypatch, between=between) == count
+    assert min(factors) < 1 or between is slower
+
+
+def test_a_step_count_that_starts_again_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert same_with_and_without(lambda held: AdamW(held, lr=5e-5), monkeypatch, between=restarted) == 0
+
+    def make(held: list[nn.Parameter]) -> Optimizer:
+        return AdamW(held, lr=3e-4, betas=(0.9, 0.9))
+
+    assert same_with_and_without(make, monkeypatch, between=restarted) > 0
+
+
+@pytest.mark.parametrize(("other", "measured"), [(2e-5, 0), (1e-2, 12)])
+def test_every_group_counts(other: float, measured: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(held: list[nn.Parameter]) -> Optimizer:
+        groups: list[dict[str, Any]] = [
+            {"params": held[:1]},
+            {"params": held[1:], "lr": other, "betas": (0.8, 0.99), "weight_decay": 0.5},
+        ]
+        return AdamW(groups, lr=1e-5)
+
+    assert same_with_and_without(make, monkeypatch) == measured
+
+
+def test_a_hook_on_the_base_may_write_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(held: list[nn.Parameter]) -> Optimizer:
+        base = AdamW(held, lr=1e-5)
+
+        def double(*_: object) -> None:
+            with torch.no_grad():
+                held[0].mul_(2.0)
+
+        base.register_step_post_hook(double)
+        return base
+
+    assert same_with_and_without(make, monkeypatch) == 12
+
+
+def test_a_source_on_the_update_and_a_history_still_measure_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Alignment(SourceGradient({"a": torch.ones(40, 8), "b": torch.ones(8)}))
+    make = lambda held: AdamW(held, lr=1e-5)  # noqa: E731
+    assert same_with_and_without(make, monkeypatch, alignment=source) == 12
+    assert same_with_and_without(make, monkeypatch, recorded=True) == 12
+    assert run(make, monkeypatch, measured=False, magnitude=Magnitude(max_update=None))[2] == 0
+
+
+def test_without_a_proof_nothing_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[StepPlan] = []
+    snapshot = StepPlan.snapshot
+
+    def counted(self: StepPlan) -> list[TensorList]:
+        copies.append(self)
+        return snapshot(self)
+
+    monkeypatch.setattr(StepPlan, "snapshot", counted)
+    run(lambda held: AdamW(held, lr=1e-5), monkeypatch, measured=False)
+    assert not copies
+    run(lambda held: AdamW(held, lr=1e-2), monkeypatch, measured=False)
+    assert len(copies) == 12
