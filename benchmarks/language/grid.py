@@ -127,8 +127,7 @@ def fresh(sets: Sequence[str] = CHOOSING, seeds: Sequence[int] = (0, 1)) -> list
     )
     second, others = methods(["ewc{}", "l2sp-ba{}"], plain=["corda", "lora-null", "lora-null train=b", "quarter"])
     third, rest = methods(["kl{} text=real", "kl{} every=4", "replay{} text=own", "replay{} every=4"])
-    zero = [Run(target=t, shots=8, steps=0, method="none", lr=0.0, seed=s) for s in seeds for t in sets]
-    return zero + _ordered((first, flanks, second, others, third, rest), sets, seeds=seeds)
+    return _untrained(sets, seeds) + _ordered((first, flanks, second, others, third, rest), sets, seeds=seeds)
 
 
 def sequence() -> list[Run]:
@@ -208,7 +207,14 @@ def gpu() -> list[Run]:
         _ordered((tasks,), (_order(seed),), seeds=(seed,), lrs=(1e-3, 3e-3), scenario="sequence") for seed in (0, 1)
     ]
     first, *others = (_ordered((block,), sets) for block in blocks)
-    return [*first, *rows[0], *others[0], *rows[1], *(run for block in others[1:] for run in block)]
+    return [
+        *_untrained(sets, (0, 1)),
+        *first,
+        *rows[0],
+        *others[0],
+        *rows[1],
+        *(run for block in others[1:] for run in block),
+    ]
 
 
 def full() -> list[Run]:
@@ -253,6 +259,11 @@ GRIDS: dict[str, Callable[[], list[Run]]] = {
     "gpu": gpu,
     "full": full,
 }  # fmt: skip
+
+
+def _untrained(sets: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """Return a run without a step for each set and seed."""
+    return [Run(target=t, shots=8, steps=0, method="none", lr=0.0, seed=s) for s in seeds for t in sets]
 
 
 def _order(seed: int) -> str:
