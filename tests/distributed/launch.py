@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,40 +19,60 @@ import gradguide
 
 __all__ = ["answers", "join", "ranks"]
 
+_IMPORTED = [
+    "tests.distributed.launch",
+    "tests.distributed.problem",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.parallel",
+]
+"""Modules that are imported once for all ranks. Their import takes longer than the work of most ranks."""
+
 
 def ranks(script: str | Path, folder: Path, world: int = 2, *arguments: str, timeout: float = 180.0) -> list[str]:
     """Run ``script RANK WORLD FOLDER ARGUMENTS...`` once per rank, and return the outputs.
 
-    A relative path is relative to this folder.
+    A relative path is relative to this folder. Each rank is a fork of a process that has only imported modules.
 
     Raises:
         AssertionError: a rank failed, or took longer than ``timeout`` seconds.
     """
-    root = Path(gradguide.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    # One process per rank, by path: a spawned child cannot import pytest's test modules.
     path = Path(__file__).parent / script
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    logs = [folder / "-".join(["output", path.stem, str(rank), str(world), *arguments]) for rank in range(world)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), str(rank), str(world), str(folder), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
+        context.Process(target=_run, args=(path, [str(rank), str(world), str(folder), *arguments], log), daemon=True)
+        for rank, log in enumerate(logs)
     ]
-    outputs = []
     try:
-        for process in processes:
-            output, _ = process.communicate(timeout=timeout)
-            assert process.returncode == 0, output
-            outputs.append(output)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(gradguide.__file__).parents[1]))
+            patch.setenv("OMP_NUM_THREADS", "1")
+            for process in processes:
+                process.start()
+        for process, log in zip(processes, logs, strict=True):
+            process.join(timeout)
+            assert process.exitcode == 0, f"exit code {process.exitcode}: {log.read_text()}"
     finally:
         for process in processes:
-            process.kill()
-            process.communicate()  # reap the process and close its pipe in any case
-    return outputs
+            if process.pid is not None:
+                process.kill()
+                process.join()
+            process.close()
+    return [log.read_text() for log in logs]
+
+
+def _run(path: Path, arguments: list[str], log: Path) -> None:
+    """Run a script as the main module in this process, with its output in the file ``log``."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def answers(script: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
