@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from benchmarks.few_shot import goals, report
 from benchmarks.few_shot.grid import LRS, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 from benchmarks.few_shot.results import difference, load, untuned, worst
 from tests.few_shot.known import OURS, results
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the two figures, which take as long as the text."""
+    monkeypatch.setattr(report.plotting, "accuracies", lambda rows, column: None)
+    monkeypatch.setattr(report.plotting, "save", lambda figure, path: None)
 
 
 def test_goals_are_reached_not_reached_or_not_run(file: Path) -> None:
@@ -36,6 +44,7 @@ def test_the_report_is_made_from_the_rows_alone(file: Path, tmp_path: Path) -> N
     assert report.summary(file).startswith("transfer\n| method | target % |")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_method_that_ran_on_one_set_removes_no_pairs_of_the_others(tmp_path: Path) -> None:
     rows = results()
     path, alone = tmp_path / "few_shot.csv", rows[(rows["target"] == "hwu64") & (rows["method"] == BASE)]
@@ -50,6 +59,7 @@ def test_a_method_that_ran_on_one_set_removes_no_pairs_of_the_others(tmp_path: P
     assert "| ZClip |" in every
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_report_counts_the_runs_of_the_grid_that_were_made(tmp_path: Path) -> None:
     known = results()
     beyond = known[known["seed"] == 0].assign(seed=10)  # a seed that the grid has not
