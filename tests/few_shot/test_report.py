@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks import plotting
 from benchmarks.few_shot import goals, report
 from benchmarks.few_shot.grid import LRS, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
@@ -17,8 +18,8 @@ from tests.few_shot.known import OURS, results
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the two figures, which take as long as the text."""
-    monkeypatch.setattr(report.plotting, "accuracies", lambda rows, column: None)
-    monkeypatch.setattr(report.plotting, "save", lambda figure, path: None)
+    monkeypatch.setattr(plotting, "accuracies", lambda rows, column: None)
+    monkeypatch.setattr(plotting, "save", lambda figure, path: None)
 
 
 def test_goals_are_reached_not_reached_or_not_run(file: Path) -> None:
