@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from gradguide import SourceGradient
@@ -15,6 +16,7 @@ from .problems import frozen_body
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch runs FSDP2 on no CPU")
 def test_i36_a_sharded_base_model_is_recognised(tmp_path: Path) -> None:
     ranks(Path(__file__).with_name("base_rank.py"), tmp_path, timeout=120.0)
     wanted = base_of(frozen_body(0))
