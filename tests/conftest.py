@@ -41,3 +41,8 @@ def pytest_collection_finish() -> None:
     """Exempt what the imports left from garbage collection: a pass over a million objects takes most of a second."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """End the exemption: libraries report what is not collected when the interpreter ends."""
+    gc.unfreeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,14 @@ def test_every_folder_says_what_is_in_it() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text, path
+
+
+def test_every_module_has_tests_under_its_name_or_in_the_table() -> None:
+    tests = Path(__file__).parent
+    rows = re.findall(r"^\| `(\S+\.py)` \| (.+) \|$", (tests / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+    listed = {module: re.findall(r"`(\S+)`", files) for module, files in rows}
+    names = [path.relative_to(PACKAGE) for path in MODULES if not path.name.startswith("__")]
+    own = {str(name) for name in names if (tests / name.with_name(f"test_{name.name}")).is_file()}
+    assert own | listed.keys() == set(map(str, names))
+    assert not own & listed.keys()
+    assert all((tests / file).is_file() for files in listed.values() for file in files)

@@ -1,4 +1,4 @@
-"""Run one rank of test_disagreement.py: ``python disagree_rank.py RANK WORLD FOLDER fsdp|ddp``; writes FOLDER/rankR.pt.
+"""Run one rank of test_agreement.py: ``python disagree_rank.py RANK WORLD FOLDER fsdp|ddp``; writes FOLDER/rankR.pt.
 
 In each case one option of rank 1 differs from rank 0. The error of each rank is written by case.
 """

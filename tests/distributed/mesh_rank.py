@@ -1,4 +1,4 @@
-"""Run one rank of test_meshes.py: ``python mesh_rank.py RANK WORLD FOLDER hsdp|tensor-parallel``."""
+"""Run one rank of test_layouts.py: ``python mesh_rank.py RANK WORLD FOLDER hsdp|tensor-parallel``."""
 
 from __future__ import annotations
 

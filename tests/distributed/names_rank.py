@@ -1,4 +1,4 @@
-"""Run one rank of test_names.py: ``python names_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt.
+"""Run one rank of test_resharded.py: ``python names_rank.py RANK WORLD FOLDER``; writes results to FOLDER/rankR.pt.
 
 Names and scopes are created before ``fully_shard``, and used after it.
 """

@@ -163,7 +163,7 @@ def test_an_unforeseen_error_says_its_kind_and_place(
         raise KeyError("names\nand more")
 
     monkeypatch.setattr("gradguide.cli.inspect.describe", broken)
-    assert "KeyError: 'names\\nand more' (test_errors.py, line " in refused(capsys, "inspect", str(file))
+    assert "KeyError: 'names\\nand more' (test_main.py, line " in refused(capsys, "inspect", str(file))
 
 
 @posix

@@ -17,8 +17,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters
 from gradguide.sources.base_model import base_of
-
-from .lora import QUIET, SIZES, Classifier, bert, cross_entropy, examples, llama, move
+from tests.integrations.lora import QUIET, SIZES, Classifier, bert, cross_entropy, examples, llama, move
 
 pytestmark = QUIET
 

@@ -1,4 +1,4 @@
-"""Five skipped steps in a row give one warning, which names the first parameter with a NaN."""
+"""Steps with a NaN or Inf gradient: skipped by the host or by a flag on the device, and warned of after five."""
 
 from __future__ import annotations
 
@@ -8,9 +8,37 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, Adam, AdamW
 
 from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide.step import nonfinite
 from tests.contract import kit
+
+
+@pytest.mark.parametrize("kind", [AdamW, Adam, SGD])
+def test_a_fused_base_leaves_the_step_out_itself(kind: type[AdamW], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only CUDA uses the flag. Fused bases on the CPU support it."""
+    monkeypatch.setattr(nonfinite, "_uses_found_inf", lambda measured, base, policy: True)
+    results = []
+    for skipped in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = GradGuide(kind(model.parameters(), lr=0.1, fused=True))
+        for step in range(4):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+            optimizer.step()
+            if skipped and step == 1:
+                for parameter in model.parameters():
+                    parameter.grad = torch.full_like(parameter, float("nan"))
+                optimizer.step()
+                assert optimizer.metrics()["skipped"] == 1
+        assert not hasattr(optimizer.base, "found_inf")
+        assert optimizer.metrics()["steps"] == 4
+        directions = [entry["gradguide.direction"] for entry in optimizer.state_dict()["state"].values()]
+        results.append([*model.parameters(), *directions])
+    for once, again in zip(*results, strict=True):
+        assert torch.equal(once, again)
 
 
 def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:
@@ -29,7 +57,7 @@ def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:
     return [str(entry.message) for entry in caught]
 
 
-def test_it_comes_once_in_a_run_of_skipped_steps() -> None:
+def test_five_skipped_steps_in_a_row_give_one_warning() -> None:
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     assert steps(model, optimizer, "bbbbgbbbb") == []
@@ -39,7 +67,7 @@ def test_it_comes_once_in_a_run_of_skipped_steps() -> None:
     assert optimizer.metrics()["skipped"] == 19
 
 
-def test_a_copy_counts_on() -> None:
+def test_a_copy_continues_the_count() -> None:
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     assert steps(model, optimizer, "bbbb") == []

@@ -1,0 +1,64 @@
+"""Extra passes leave gradients, buffers and random state as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients
+
+
+def test_the_random_state_is_restored() -> None:
+    state = RandomState([torch.zeros(1)])
+    first = torch.rand(3)
+    state.restore()
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_buffers_of_the_modules_that_ran_are_restored_also_after_an_error() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    before = {name: (b, b.clone()) for name, b in model.named_buffers()}
+
+    def fail() -> None:
+        with preserve_buffers():
+            model(torch.randn(4, 2))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    for name, b in model.named_buffers():
+        assert b is before[name][0]
+        assert torch.equal(b, before[name][1]), name
+
+
+def test_gradients_are_none_inside_and_the_same_bits_afterwards() -> None:
+    with_gradient, without = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    with_gradient.grad = gradient = torch.tensor([1.0, 2.0])
+    with preserve_gradients([with_gradient, without]) as copies:
+        assert [p.grad for p in (with_gradient, without)] == [None, None]
+        assert copies.keys() == {with_gradient}
+        gradient.zero_()  # as by another backward pass into the buffer of DDP
+        without.grad = torch.ones(2)
+    assert with_gradient.grad is gradient
+    assert torch.equal(gradient, torch.tensor([1.0, 2.0]))
+    assert without.grad is None
+
+
+def test_leaves_are_those_that_backward_reaches() -> None:
+    a, b, unused = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    assert set(leaves((a * b + a).sum())) == {a, b}
+    assert leaves(unused) == [unused]
+    assert leaves((a.detach() * b).sum()) == [b]
+
+
+def test_hooks_that_the_pass_would_run_are_refused_by_name() -> None:
+    plain, hooked = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    check_hooks([plain], {})
+    handle = hooked.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(RuntimeError, match=r"head\.weight has a hook that runs in backward"):
+        check_hooks([plain, hooked], {hooked: "head.weight"})
+    with pytest.raises(RuntimeError, match="a parameter has a hook"):
+        check_hooks([hooked], {})
+    handle.remove()
+    check_hooks([plain, hooked], {})
