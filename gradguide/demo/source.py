@@ -123,7 +123,7 @@ def save_source(folder: Path, model: Classifier, source: SourceGradient, labels:
     """
     encoder: Any = model.encoder
     with _new_folder(folder) as partial:
-        # PEFT contacts the hub to check whether embeddings changed, unless it is told not to save them.
+        # With "auto", PEFT contacts the hub to check whether embeddings changed.
         encoder.save_pretrained(str(partial / _ADAPTER), save_embedding_layers=False)
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads[HEAD].state_dict().items()}
         save_file(head, partial / _HEAD_FILE, metadata={"labels": json.dumps(labels)})

@@ -31,7 +31,7 @@ def check_zero(groups: Iterable[dict[str, Any]]) -> None:
     marked = any(hasattr(p, mark) for parameters in held for p in parameters for mark in _MARKS)
     if marked or (_deepspeed_runs() and all(map(_is_flat, held))):
         raise RuntimeError(
-            "DeepSpeed ZeRO divides parameters and gradients into flat pieces, of which each rank would measure and "
+            "DeepSpeed ZeRO divides parameters and gradients into flat pieces, and each rank would measure and "
             "guide only its own; nothing was changed. Use DDP, FSDP2 (torch's fully_shard, or fsdp_version 2 in "
             "Accelerate and Trainer), or DeepSpeed with ZeRO stage 0"
         )

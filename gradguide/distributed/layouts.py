@@ -72,7 +72,7 @@ def check_divided(parameters: Iterable[Tensor]) -> None:
         return
     if is_distributed():
         raise ValueError(
-            "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, of which each rank would measure "
+            "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, and each rank would measure "
             "only its own. Use FSDP2: torch's fully_shard, or fsdp_version 2 in Accelerate and Trainer"
         )
 

@@ -78,7 +78,7 @@ class Rules:
 
     @property
     def limit_update(self) -> bool:
-        """Return whether a rule acts on the update, which then has to be measured."""
+        """Return whether a rule acts on the update. Then the update has to be measured."""
         return self.update_sources > 0 or self.max_update is not None
 
 

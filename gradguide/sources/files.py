@@ -84,7 +84,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
 
 
 def _as_os_error(error: safetensors.SafetensorError, path: str | os.PathLike[str]) -> OSError:
-    """Return the operating system's error, of which safetensors keeps the number in its text."""
+    """Return the operating system's error. The text of safetensors' error has its number."""
     number = re.search(r"os error (\d+)", str(error))
     if number is None:
         return OSError(f"cannot write {os.fspath(path)!r}: {error}")

@@ -115,7 +115,7 @@ def _names_without(missing: Sequence[str], lora: bool) -> str:
 
 
 def _is_lora(names: Collection[str]) -> bool:
-    """Return whether all names, of which there must be one, belong to LoRA parameters."""
+    """Return whether there is a name and all names belong to LoRA parameters."""
     return bool(names) and all(".lora_" in f".{name}" for name in names)
 
 

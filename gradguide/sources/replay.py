@@ -83,7 +83,7 @@ class ReplaySource:
         """Evaluate the next batch if an evaluation is due.
 
         Raises:
-            ValueError: there is no batch (any more), or its loss is not a scalar with a graph, or reaches none of the
+            ValueError: there is no batch left, or its loss is not a scalar with a graph, or reaches none of the
                 parameters. Gradients are unchanged.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """

@@ -81,7 +81,7 @@ def preserve_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Te
 
 
 def leaves(value: Tensor) -> list[Tensor]:
-    """Return the tensors in whose ``grad`` ``value.backward()`` accumulates, as far as they are in its graph."""
+    """Return the leaf tensors of the graph of ``value``, in whose ``grad`` ``value.backward()`` accumulates."""
     if value.grad_fn is None:
         return [value]
     found: list[Tensor] = []

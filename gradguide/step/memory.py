@@ -1,4 +1,4 @@
-"""Gradients whose numbers cannot be written in place: given memory of their own, or refused."""
+"""Copy or refuse gradients that cannot be written in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_numbers", "with_memory"]
 
 
 def check_numbers(parameter: Tensor, gradient: Tensor, name: str | None) -> None:
-    """Raise where there are no numbers to read, or no numbers that can be written.
+    """Raise if the gradient has no values, or the parameter's values cannot be written.
 
     Raises:
         RuntimeError: the gradient is a fake tensor.
@@ -31,10 +31,10 @@ def check_numbers(parameter: Tensor, gradient: Tensor, name: str | None) -> None
 
 
 def with_memory(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient that can be written in place, which is then the parameter's.
+    """Return a gradient that can be written in place, and store it in ``parameter.grad``.
 
-    A lazily zero tensor has no memory, a lazily negated one that of other numbers, and the elements of an expanded one
-    share theirs. They are replaced by a copy.
+    It is a copy if the gradient is a lazily zero tensor, which has no memory; a lazily negated one, whose memory has
+    the opposite values; or an expanded one, whose elements share memory.
     """
     if torch._is_zerotensor(gradient) or gradient.is_neg() or _overlaps(gradient):
         gradient = gradient.detach().resolve_neg().clone(memory_format=torch.contiguous_format)

@@ -70,7 +70,7 @@ def test_i32_every_option_of_every_rule_is_tried() -> None:
         assert {field.name for field in fields(kind) if field.init} == set(ODD[name])
 
 
-def test_i32_values_are_told_apart_by_their_text() -> None:
+def test_i32_different_values_have_different_text() -> None:
     """Equal values have equal text, and different values of any type have different text."""
     values = [None, True, 1, 1.5, "1", (1, 2), [1, [2]], {"a": 1}, {"b": 1}, torch.tensor(2.0)]
     texts = [tuple(describe("x", value).items()) for value in values]

@@ -38,7 +38,7 @@ def test_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str, eve
     assert first["conflicts"] == second["conflicts"]
 
 
-def test_the_replayed_source_has_a_say() -> None:
+def test_the_replayed_source_changes_the_result() -> None:
     """Training without the source ends at other parameters, so the comparison above covers guided steps."""
     guided, plain = problem.net(), problem.net()
     problem.train(guided, problem.guide_by_replay(guided, guided, 1, 0, 1))

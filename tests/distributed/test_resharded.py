@@ -43,7 +43,7 @@ def test_i35_a_source_captured_before_fully_shard_guides_as_in_one_process(found
             torch.testing.assert_close(rank["sourced, pairs"][name], p.detach(), rtol=2e-4, atol=2e-5, msg=name)
 
 
-def test_i35_parameters_with_the_same_numbers_are_told_apart_by_their_order(found: list[dict[str, Any]]) -> None:
+def test_i35_parameters_with_equal_values_are_matched_by_their_order(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert set(rank["names"].values()) == {"all"}, rank["names"]
 

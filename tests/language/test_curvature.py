@@ -25,7 +25,7 @@ def probe(x: Tensor, d: Tensor, parts: int = 1) -> dict[str, float]:
 
 
 def test_tokens_that_are_independent_are_a_product_of_moments() -> None:
-    """Every input meets every gradient, one token a sequence, so plain and weighted moments are exact."""
+    """Every input is paired with every gradient, one token per sequence, so plain and weighted moments are exact."""
     generator = torch.Generator().manual_seed(0)
     x, d = torch.randn(6, 5, generator=generator), torch.randn(4, 3, generator=generator)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(4))

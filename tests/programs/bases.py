@@ -18,7 +18,7 @@ __all__ = ["check_same", "check_state", "copied", "held_state", "shadow_of"]
 
 
 def copied(tensor: Tensor | None) -> Tensor | None:
-    """A copy that lies in memory as the tensor does."""
+    """A copy with the memory layout of the tensor."""
     return None if tensor is None else twin(tensor)
 
 

@@ -39,7 +39,7 @@ def twin(tensor: Tensor) -> Tensor:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same numbers and shape, in memory that lies as ``layout`` says."""
+    """The same numbers and shape, with the memory layout ``layout``."""
     if layout == "transposed" and values.dim() >= 2:
         return values.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "strided" and values.dim() >= 1:

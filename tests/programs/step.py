@@ -162,7 +162,7 @@ def check_update(
 
 
 def remember(plan: Plan, guided: Sequence[Guided], model: Model, world: World) -> None:
-    """What the oracle knows after a step."""
+    """The oracle's state after a step."""
     for scope, result in zip(plan.scopes, guided, strict=True):
         model.statistics[scope.label] = result.statistics
         sizes = [world.parameters[n].numel() for n in scope.members]

@@ -72,12 +72,12 @@ class World:
         return self.guide.base
 
     def named(self, number: int) -> bool:
-        """Whether GradGuide knows the name of a parameter."""
+        """Whether GradGuide has a name for a parameter."""
         return self.program.parameters[number].named and number in self.known
 
     @property
     def names(self) -> dict[str, Tensor]:
-        """The parameters whose names GradGuide knows, those of groups that come later included."""
+        """The parameters with names in GradGuide, including those of groups that are added later."""
         specs = self.program.parameters
         return {specs[n].name: p for n, p in enumerate(self.parameters) if self.named(n)}
 

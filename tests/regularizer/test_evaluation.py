@@ -218,7 +218,7 @@ def test_closures_that_the_exact_form_cannot_use(closure: Any, message: str) -> 
     assert optimizer.metrics()["steps"] == 0
 
 
-def test_a_closure_that_skips_backward_the_second_time_is_told_so() -> None:
+def test_a_closure_that_skips_backward_the_second_time_is_refused() -> None:
     model = kit.net()
     optimizer = guide(model, "finite-difference")
     before = kit.parameters_of(model)
@@ -341,7 +341,7 @@ def test_it_works_beside_every_rule_and_survives_copies() -> None:
     )
     for step in range(4):
         optimizer.step(closure_of(model, optimizer, "finite-difference", step))
-    assert "source_cosine/1" not in optimizer.metrics(), "metrics speak of the alignment's sources"
+    assert "source_cosine/1" not in optimizer.metrics(), "metrics are of the alignment's sources"
     assert "regularizer" in repr(optimizer).lower()
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     for step in (4, 5):

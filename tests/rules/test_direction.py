@@ -45,8 +45,8 @@ def test_damping_never_turns_away_from_the_direction_nor_lengthens(vectors: Tens
     damped = combine(damp(span, span.row(0), span.row(1), torch.full((2,), strength, dtype=torch.float64)), vectors)
     assert damped.isfinite().all()
     before, after = cosine(vectors[:, 0], vectors[:, 1]), cosine(damped, vectors[:, 1])
-    told = before.isfinite() & (damped.norm(dim=1) > 1e-9 * vectors[:, 0].norm(dim=1))
-    assert (after[told] >= before[told] - 1e-9).all()
+    clear = before.isfinite() & (damped.norm(dim=1) > 1e-9 * vectors[:, 0].norm(dim=1))
+    assert (after[clear] >= before[clear] - 1e-9).all()
     assert (damped.norm(dim=1) <= vectors[:, 0].norm(dim=1) * (1 + 1e-9)).all()
 
 
