@@ -16,8 +16,9 @@ The method is built from the abstract of arXiv 2506.00726.
 """
 
 import importlib as _importlib
-import importlib.metadata as _metadata
 import typing as _typing
+
+from gradguide.utils.versions import installed_version as _installed_version
 
 if _typing.TYPE_CHECKING:
     from gradguide.factory import guided, unwrap
@@ -66,7 +67,7 @@ _MODULES = {
 def __getattr__(name: str) -> _typing.Any:
     """Import a public name at first use: the command line starts, and can be interrupted, before torch loads."""
     if name == "__version__":
-        value: _typing.Any = _version()
+        value: _typing.Any = _installed_version("gradguide") or "0+unknown"
     elif name in _MODULES:
         value = getattr(_importlib.import_module(f"gradguide.{_MODULES[name]}"), name)
     else:
@@ -77,10 +78,3 @@ def __getattr__(name: str) -> _typing.Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
-
-
-def _version() -> str:
-    try:
-        return _metadata.version("gradguide")
-    except _metadata.PackageNotFoundError:  # a checkout that is not installed
-        return "0+unknown"

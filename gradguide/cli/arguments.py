@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
+
+from gradguide.utils.versions import installed_version
 
 __all__ = ["UsageError", "parser"]
 
@@ -37,7 +38,9 @@ def _count(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line. ``command`` is the name of the command."""
     whole = _Parser(prog="gradguide", description="Guided gradients for few-shot fine-tuning.")
-    whole.add_argument("--version", action="version", version=f"gradguide {_version()}")
+    whole.add_argument(
+        "--version", action="version", version=f"gradguide {installed_version('gradguide') or 'unknown'}"
+    )
     commands = whole.add_subparsers(dest="command", metavar="command", required=True)
     demo = commands.add_parser(
         "demo",
@@ -136,10 +139,3 @@ def parser() -> argparse.ArgumentParser:
     )
     plot.add_argument("--json", action="store_true", help="print the result as JSON")
     return whole
-
-
-def _version() -> str:
-    try:
-        return version("gradguide")
-    except PackageNotFoundError:  # imported from a checkout that is not installed
-        return "unknown"

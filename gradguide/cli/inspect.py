@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,15 +34,13 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     tables, metadata = _read(path)
     names = metadata["names"]
-    layers = [{"layer": layer, **_measures(tables, members)} for layer, members in _by_layer(names).items()]
     return {
         "path": os.fspath(path),
         "kind": "fixed" if "fisher" not in tables else "moving" if "gradient" in tables else "anchored",
         "metadata": {key: value for key, value in metadata.items() if key != "names"},
         "tensors": len(names),
         "bytes": sum(t.numel() * t.element_size() for table in tables.values() for t in table.values()),
-        **_measures(tables, names),
-        "layers": layers,
+        **_in_total_and_by_layer(lambda members: _measures(tables, members), names),
     }
 
 
@@ -68,8 +66,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
             for table in ("gradient", "fisher")
         }
 
-    layers = [{"layer": layer, **cosines(members)} for layer, members in _by_layer(shared).items()]
-    return {"path": os.fspath(other), "shared": len(shared), **cosines(shared), "layers": layers}
+    return {"path": os.fspath(other), "shared": len(shared), **_in_total_and_by_layer(cosines, shared)}
 
 
 def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
@@ -107,8 +104,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
         return {"distance": distance, "relative": distance / start if start > 0 else math.inf, "modelled_rise": rise}
 
     names = [name for name in metadata["names"] if name in moves]
-    layers = [{"layer": layer, **measures(members)} for layer, members in _by_layer(names).items()]
-    return {"path": os.fspath(adapter), "matched": len(names), **measures(names), "layers": layers}
+    return {"path": os.fspath(adapter), "matched": len(names), **_in_total_and_by_layer(measures, names)}
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
@@ -131,11 +127,13 @@ def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dic
     return result
 
 
-def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
-    layers: dict[str, list[str]] = {}
+def _in_total_and_by_layer(measure: Callable[[list[str]], Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Return the values of ``measure`` over all names, and under ``layers`` those of each layer."""
+    by_layer: dict[str, list[str]] = {}
     for name in names:
-        layers.setdefault(module_of(name), []).append(name)
-    return layers
+        by_layer.setdefault(module_of(name), []).append(name)
+    layers = [{"layer": layer, **measure(members)} for layer, members in by_layer.items()]
+    return {**measure(names), "layers": layers}
 
 
 def _measures(tables: Tables, names: list[str]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradguide.demo.compare import Outcome, Prepared
 from gradguide.recording.plotting import figure_for, save_figure
 from gradguide.utils.atomic import atomic_write
+from gradguide.utils.versions import installed_version
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,14 +110,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # imported from a checkout that is not installed
-        return "unknown"
+    return {"python": platform.python_version(), **{name: installed_version(name) or "unknown" for name in _PACKAGES}}
 
 
 def _table(prepared: Prepared, results: Mapping[str, Sequence[Outcome]]) -> Table:

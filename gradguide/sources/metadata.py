@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
 
 from gradguide.sources.base_model import base_of
+from gradguide.utils.versions import installed_version
 
 __all__ = ["MAX_DEPTH", "check_depth", "check_metadata", "metadata_of"]
 
@@ -33,7 +33,7 @@ def metadata_of(model: nn.Module, *, examples: int, loss: float, curvature: str 
         "curvature": curvature,
         "adapter": _adapter(model),
         "base": base_of(model),
-        "versions": {name: _version(name) for name in ("gradguide", "torch", "peft", "transformers")},
+        "versions": {name: installed_version(name) for name in ("gradguide", "torch", "peft", "transformers")},
     }
 
 
@@ -131,10 +131,3 @@ def _adapter(model: nn.Module) -> str | None:
         default=lambda value: sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value),
     )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -1,1 +1,1 @@
-"""Shared helpers: ``checks`` of option values, ``names`` of parameters, ``atomic`` file writes, ``constants``."""
+"""Shared helpers: option ``checks``, parameter ``names``, ``atomic`` file writes, ``versions`` and ``constants``."""
