@@ -39,7 +39,7 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 
 
 def model_of() -> Classifier:
-    """Return MiniLM with a LoRA adapter, of which no matrix is zero, and a frozen head."""
+    """Return MiniLM with a LoRA adapter without zero matrices and a frozen head."""
     encoder, _ = load_encoder(DEFAULT_MODEL)
     model = Classifier(add_lora(encoder), int(encoder.config.hidden_size))  # type: ignore[union-attr, arg-type]
     model.add_head("task", CLASSES, 0)

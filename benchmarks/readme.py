@@ -1,6 +1,6 @@
 """Fill the tables of README.md and benchmarks/README.md from committed results: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- NAME: how to make its results -->`` and ``<!-- end -->``, where NAME is a key of
+A table is between ``<!-- NAME: how to make its results -->`` and ``<!-- end -->``, where NAME is a key of
 ``blocks.BLOCKS``. ``--check`` writes nothing, and fails if a table differs from its results.
 """
 

@@ -1,4 +1,4 @@
-"""Problems on scikit-learn's handwritten digits: a small network, of which all layers are trained.
+"""Problems on scikit-learn's handwritten digits: a small network with all layers trained.
 
 The source has the digits 0 to 4, the target 5 to 9. The shared layers take the place of the adapter.
 """
