@@ -11,6 +11,7 @@ from scipy.stats import ttest_1samp
 
 from benchmarks.few_shot import goals, report, results
 from benchmarks.harness import BASELINE
+from benchmarks.language import report as language
 from benchmarks.markdown import table
 
 __all__ = ["BLOCKS"]
@@ -146,22 +147,6 @@ def curvature() -> str:
     return table(["layer", "measured KL, nats per token", *kinds], lines) + f"\n\n{measured_on(rows.iloc[0])}."
 
 
-def language_weights() -> str:
-    """Return drift and target by weight of a structured source, of runs on a CPU that all methods have."""
-    rows = read("language-weights.csv")
-    names = ["target_loss", "target_accuracy", "drift", "modelled_drift"]
-    rows[names] = rows[names].apply(pd.to_numeric)
-    methods = rows["method"].nunique()
-    rows = rows.groupby(["target", "lr", "seed"]).filter(lambda part: len(part) == methods)
-    lines = [
-        [method, f"{lr:g}", f"{len(part)}", *(f"{part[name].mean():.3f}" for name in names)]
-        for (lr, method), part in rows.groupby(["lr", "method"])
-    ]
-    heads = ["method", "rate", "runs", "target loss", "target accuracy", "drift", "modelled drift"]
-    targets = ", ".join(rows["target"].unique())
-    return table(heads, lines) + f"\n\nTargets {targets}; {measured_on(rows.iloc[0])}."
-
-
 def kernels() -> str:
     """Return the time of each kernel, and its bandwidth over that of a copy."""
     rows = read("h200/kernels.csv")
@@ -238,8 +223,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu-step": partial(gpu_step, "on an H200", "h200", ["step-lora", "step-whole"]),
     "h100-step": partial(gpu_step, "on an H100", "h100", ["step-lora"]),
     "h100-training": training,
+    "language": partial(language.compact, RESULTS / "h200" / "language.csv"),
     "language-curvature": curvature,
-    "language-weights": language_weights,
     "gpu-kernels": kernels,
     "gpu-peers": partial(peers, "h200/peers.csv", "an H200"),
     "objective": objective,

@@ -29,9 +29,9 @@ SOURCE = "clinc_travel"
 """The task to be kept in scenario ``transfer``."""
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 STRENGTHS: dict[str, tuple[str, str, str]] = {
-    "structured{}": (" weight=1", "", " weight=100"),
-    "structured{} sources=tasks": (" weight=1", "", " weight=100"),
-    "structured{} merge=on": (" weight=1", "", " weight=100"),
+    "structured{}": (" weight=10", "", " weight=1000"),
+    "structured{} sources=tasks": (" weight=10", "", " weight=1000"),
+    "structured{} merge=on": (" weight=10", "", " weight=1000"),
     "anchored{}": (":0.1", ":1", ":10"),
     "l2sp{}": (":0.1", ":1", ":10"),
     "l2sp-ba{}": (":0.1", ":1", ":10"),
@@ -51,7 +51,7 @@ _SEQUENCE = ("banking77", "hwu64", "goemotions", "subj", "medical_abstracts", "c
 _CLASSES = {"banking77": 10, "goemotions": 7, "medical_abstracts": 5, "subj": 2}
 _RESEARCH = (
     ("clip", "structured"),
-    ("structured weight=3", "structured weight=30", "structured weight=100", "defaults"),
+    ("structured weight=10", "structured weight=30", "structured weight=300", "defaults"),
     ("l2sp:1", "kl:1", "null"),
     ("structured rank=whole", "structured rank=16", "structured text=own"),
     ("structured rest=none", "structured rest=mean", "structured floor=0", "structured floor=1"),
@@ -196,10 +196,10 @@ def gpu() -> list[Run]:
     """Return the part of the full grid for 8 minutes of one GPU: the most informative runs first."""
     sets = ("banking77", "goemotions", "medical_abstracts")
     blocks = [
-        (BASE, "structured", "structured weight=3", "structured weight=30", "kl:1", "null"),
-        ("structured text=own", "structured rank=16", "l2sp:1", "ewc-lora:100", "lora-null", "structured weight=100"),
+        (BASE, "structured", "structured weight=300", "structured weight=30", "kl:1", "null"),
+        ("structured text=own", "structured rank=16", "l2sp:1", "ewc-lora:100", "lora-null", "structured weight=1000"),
         ("structured start=null", "structured direction=off", "structured bound=off", "structured floor=0"),
-        ("structured rank=whole", "structured floor=1", "structured weight=1", "structured rest=none"),
+        ("structured rank=whole", "structured floor=1", "structured weight=10", "structured rest=none"),
         ("kl:10", "kl:0.1", "l2sp:10", "ewc-lora:1000", "anchored:1", "early:0.1", "corda", "replay:1"),
     ]
     tasks = (BASE, "structured", "structured sources=tasks", "l2sp:1", "ewc-lora:100", "olora:0.5", "joint")

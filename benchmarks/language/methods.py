@@ -19,7 +19,7 @@ __all__ = ["METHODS", "Entry", "Method", "family", "needs", "parse", "set_up"]
 
 _COMMON = {"unit": "token", "base": "adamw"}
 _STRUCTURED = {
-    "weight": "10", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
+    "weight": "100", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
     "start": "random", "direction": "on", "bound": "on", "sources": "all", "merge": "off",
 }  # fmt: skip
 

@@ -9,15 +9,26 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import plotting
+from benchmarks.few_shot.results import Difference
 from benchmarks.language import tables
-from benchmarks.language.frontier import CAP, Frontier, frontier
+from benchmarks.language.frontier import CAP, Frontier, frontier, minus
 from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING
-from benchmarks.language.results import load
+from benchmarks.language.results import PAIR, against, load, per_pair, shown, worst
 from gradguide.utils.atomic import atomic_write
 
-__all__ = ["OURS", "load", "summary", "write"]
+__all__ = ["OURS", "compact", "load", "summary", "write"]
 
 OURS = "structured"
+_COMPACT = {
+    BASE: "clip_grad_norm_ + AdamW",
+    "l2sp:1": "L2-SP",
+    "ewc-lora:100": "EWC-LoRA",
+    "null": "A in unused directions, frozen (after LoRA-Null)",
+    "kl:1": "KL term on own text: two more passes per step",
+    "structured weight=10 text=own": "GradGuide, weight 10, own text",
+    OURS: "GradGuide, structured source",
+}
+"""Methods of the compact table, with their names there."""
 _FRONTIERS = ("target_accuracy", "target_loss")
 _COLUMNS = {
     "fresh": ["target_accuracy", "target_loss", "drift", "drift_answers"],
@@ -38,6 +49,49 @@ def summary(path: Path) -> str:
     """Return the tables of the file, for a terminal."""
     rows = load(path) if path.exists() else pd.DataFrame()
     return f"{path} has no finished run" if rows.empty else "\n\n".join(_sections(rows))
+
+
+def compact(path: Path) -> str:
+    """Return one line for each method of scenario (a), over the pairs (target, seed) that all of ``_COMPACT`` have."""
+    rows = _standard(load(path))
+    trained = rows[(rows["steps"] > 0) & rows["method"].isin(_COMPACT)]
+    values = {column: per_pair(trained, column) for column in ("target_accuracy", "target_loss", "drift")}
+    pairs = values["drift"].index
+    mine = trained[trained.set_index(PAIR).index.isin(pairs)]
+    each = rows[rows.set_index(PAIR).index.isin(pairs)]
+    each = each.assign(family=each["method"])  # a frontier of its own for each method, at the same number of settings
+    fronts = {name: frontier(each, name, "target_accuracy") for name in _COMPACT}
+    best = fronts[OURS]
+    lines = []
+    for name, label in _COMPACT.items():
+        runs, front = mine[mine["method"] == name], fronts[name]
+        apart = ""
+        if name != OURS and best is not None and front is not None:
+            mean, low, high, _ = minus(best, front, "target_accuracy")
+            apart = shown(Difference(mean, low, high), 1)
+        lines.append(
+            [
+                label,
+                f"{values['target_accuracy'][name].mean():.1f}",
+                against(values["target_accuracy"], name, 1),
+                f"{worst(runs, 'target_accuracy', least=True):.1f}",
+                f"{values['target_loss'][name].mean():.2f}",
+                f"{values['drift'][name].mean():.3f}",
+                f"{worst(runs, 'drift', least=False):.3f}",
+                apart,
+            ]
+        )
+    heads = [
+        "method", "target %: mean over rates", "minus clip", "worst rate", "target loss", "drift: mean", "worst rate",
+        "frontier: the structured source's minus this",
+    ]  # fmt: skip
+    targets = ", ".join(dict.fromkeys(target for target, _ in pairs))
+    rates = ", ".join(f"{lr:g}" for lr in sorted(mine["lr"].unique()))
+    return tables.table(heads, lines) + (
+        f"\n\n{len(pairs)} pairs of target ({targets}) and seed; rates {rates}; {_all(rows, 'device')}, torch "
+        f"{_all(rows, 'torch')}. Differences are paired, in points, with 95% bootstrap intervals. The frontier is the "
+        f"best target % within a drift of 0 to {CAP} nats per token, over the rates."
+    )
 
 
 def write(results: Path, out: Path) -> None:
@@ -122,15 +176,20 @@ def _standard(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _frontiers(rows: pd.DataFrame, sets: tuple[str, ...]) -> dict[str, dict[str, Frontier]]:
-    """Return the frontier of each family on some sets, by column."""
+    """Return the frontier of each family on some sets, by column, on the pairs that all of them have.
+
+    A family with at most half of the pairs of the others is left out: the grid was stopped early.
+    """
     part = rows[rows["target"].isin(sets)]
-    found = {
-        column: {name: frontier(part, name, column) for name in tables.order(list(part["family"].unique()))}
-        for column in _FRONTIERS
-    }
+    names = [name for name in tables.order(list(part["family"].unique())) if name != "none"]
+    first = {name: found for name in names if (found := frontier(part, name, _FRONTIERS[0])) is not None}
+    most = max((len(each.pairs) for each in first.values()), default=0)
+    first = {name: each for name, each in first.items() if 2 * len(each.pairs) > most}
+    shared = set.intersection(*(set(each.pairs) for each in first.values())) if first else set()
+    part = part[part.set_index(PAIR).index.isin(shared)]
     return {
-        column: {name: each for name, each in families.items() if each is not None and name != "none"}
-        for column, families in found.items()
+        column: {name: found for name in first if (found := frontier(part, name, column)) is not None}
+        for column in _FRONTIERS
     }
 
 

@@ -36,7 +36,8 @@ class Alignment:
             the step.
         weight (float | Sequence[float] | None): weight of the soft part, at least 0, for all sources or for each: the
             weight of the source's mean loss relative to the training loss. 0 only projects. None takes the default of
-            each source. For an anchored source this is 1, in the unit of
+            each source. For a structured source this is 100: a hundredth of a nat of drift per token weighs as much as
+            a nat of training loss. For an anchored source it is 1, in the unit of
             :meth:`gradguide.SourceGradient.anchored`; give less with many training rows. For any other it is 0: a
             source gradient goes stale as soon as training starts, and following it did harm at every weight tried.
         project (bool | None): whether the hard part acts. None is True, except for anchored sources: any step away
