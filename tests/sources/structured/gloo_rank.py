@@ -82,7 +82,7 @@ def drawn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Return the loss of labels that depend on the batch alone, so that any process draws the same."""
     logits = model(**batch).logits.flatten(0, 1)
     generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
-    labels = torch.randint(logits.shape[1], (len(logits),), generator=generator)
+    labels = torch.randint(logits.shape[1], (len(logits),), generator=generator).to(logits.device)
     return nn.functional.cross_entropy(logits, labels), len(logits)
 
 
