@@ -96,9 +96,10 @@ def bind_layer(
 
 
 def names_that_change(layer: Layer, names: Mapping[int, str]) -> set[str]:
-    """Return the names of all parameters that can change a layer: its weight, and adapters, also inactive ones."""
+    """Return the names of all parameters that can change a weight: itself, and adapters, also inactive ones."""
     parts = [getattr(layer.module, kind, None) for kind in ("lora_A", "lora_B")]
-    matrices = [p for part in parts if isinstance(part, nn.ModuleDict) for p in part.parameters()]
+    # B may have a bias (LoraConfig(lora_bias=True)), which has no pull, as any bias.
+    matrices = [part.weight for each in parts if isinstance(each, nn.ModuleDict) for part in each.values()]
     return {names[id(p)] for p in (layer.weight, *matrices) if id(p) in names}
 
 

@@ -23,9 +23,9 @@ def sample_of(layer: Layer, weight: Tensor | None = None) -> Tensor | None:
 
     For a sharded weight, every rank must call this: it needs an all-reduce of the sample.
     """
-    weight, size = layer.weight if weight is None else weight, layer.shape[0] * layer.shape[1]
-    if not weight.is_floating_point() or weight.element_size() == 1 or weight.numel() != size:
+    if layer.quantised:
         return None
+    weight, size = layer.weight if weight is None else weight, layer.shape[0] * layer.shape[1]
     count = min(SAMPLES, size)
     positions = [index * (size - 1) // max(count - 1, 1) for index in range(count)]
     return torch.tensor(elements(weight, positions), dtype=local(weight).dtype)

@@ -74,6 +74,12 @@ class Layer:
         return int(linear.out_features), int(linear.in_features)
 
     @property
+    def quantised(self) -> bool:
+        """Whether the weight is packed, or stored in 8 bits: it cannot be trained or compared."""
+        weight, (outputs, inputs) = self.weight, self.shape
+        return not weight.is_floating_point() or weight.element_size() == 1 or weight.numel() != outputs * inputs
+
+    @property
     def trained(self) -> bool:
         """Whether the weight itself is trained."""
         return self.weight.requires_grad
@@ -94,8 +100,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all linear layers of ``model`` by the base model's name, in the model's order.
 
     Raises:
-        ValueError: an active adapter is not LoRA (but DoRA, KaSA, IA3, LoHa, ...): its change of the weight is not
-            ``scale * B @ A``. An active adapter is merged into the weight.
+        ValueError: an active adapter is not LoRA (but DoRA, KaSA, IA3, LoHa, ...), or a layer has adapters of several
+            methods: its change of the weight is not ``scale * B @ A``. An active adapter is merged into the weight.
     """
     found: dict[str, Layer] = {}
     inside: set[int] = set()
@@ -105,6 +111,9 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
         inside.update(id(each) for copy in _unused(module) for each in copy.modules())
         base: Any = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module):
+            if isinstance(getattr(base, "base_layer", None), nn.Module):
+                _check_nested(base_name(name), module)
+                continue
             inside.update(map(id, module.modules()))
             if _is_linear(base):
                 found[base_name(name)] = _adapted(base_name(name), module, base)
@@ -118,7 +127,8 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
 
     Args:
         modules: names, suffixes of names (``q_proj``) or patterns (``*.mlp.*``). None selects every trained or adapted
-            layer, or, if nothing is trained, every layer except the language head.
+            layer, or, if nothing is trained, every layer except the language head. The head alone counts as nothing if
+            the other layers are quantised: a quantised base model is loaded with a head that requires a gradient.
 
     Raises:
         ValueError: there is no linear layer, ``modules`` is empty, or no layer matches an entry of it.
@@ -139,10 +149,13 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
                 )
             chosen.update(matching)
         return [layer for name, layer in layers.items() if name in chosen]
+    body = [layer for layer in layers.values() if not _is_head(model, layer)]
     trained = [layer for layer in layers.values() if layer.trained or layer.adapted]
-    if any(p.requires_grad for p in model.parameters()) and trained:
-        return [layer for layer in trained if not _is_head(model, layer)] or trained
-    return [layer for layer in layers.values() if not _is_head(model, layer)] or list(layers.values())
+    if inside := [layer for layer in trained if layer in body]:
+        return inside
+    if trained and not any(layer.quantised for layer in body):
+        return trained
+    return body or list(layers.values())
 
 
 def change(layer: Layer) -> tuple[Tensor, Tensor] | None:
@@ -158,10 +171,10 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
     wrapper: Any = module
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
         if active:
-            kind = type(module).__module__.split(".")[-2]
             raise ValueError(
-                f"{name} has an adapter of kind {kind} ({type(module).__name__}); a structured source takes LoRA and "
-                "whole weights. Use SourceGradient.anchored() for it, or merge it into the weights if it is not trained"
+                f"{name} has an adapter of kind {_kind(module)} ({type(module).__name__}); a structured source takes "
+                "LoRA and whole weights. Use SourceGradient.anchored() for it, or merge it into the weights if it is "
+                "not trained"
             )
         return Layer(name, module, base, _is_conv1d(base), ())
     adapters = []
@@ -175,16 +188,33 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
             )
         if (variant := _variant(wrapper, adapter)) is not None:
             raise ValueError(
-                f"{name} has a {variant} adapter ({adapter!r}), whose change of the weight is not scale * B @ A; use "
-                "plain LoRA, or SourceGradient.anchored()"
+                f"{name} has an adapter of kind {variant} ({adapter!r}), whose change of the weight is not scale * B @ "
+                "A; use plain LoRA, or SourceGradient.anchored()"
             )
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         adapters.append(Adapter(a, b, adapter, wrapper.scaling))
     return Layer(name, module, base, _is_conv1d(base), tuple(adapters))
 
 
+def _check_nested(name: str, module: nn.Module) -> None:
+    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has an active adapter of its own."""
+    if _active(module):
+        raise ValueError(
+            f"{name} has adapters of several kinds ({_kind(module)}, {_kind(module.base_layer)}), whose change of the "
+            "weight is not scale * B @ A; use plain LoRA, or SourceGradient.anchored()"
+        )
+
+
+def _kind(module: Any) -> str:
+    """Return the name of the method that a module of PEFT belongs to, such as "loha"."""
+    return str(type(module).__module__.split(".")[-2])
+
+
 def _variant(wrapper: Any, adapter: str) -> str | None:
     """Return the variant of LoRA of an adapter, such as "DoRA" or "Kasa"; None if it changes the weight as LoRA."""
+    # X-LoRA scales the adapters by a function of the input. It replaces the forward method of PEFT's layer.
+    if type(getattr(wrapper.forward, "__self__", wrapper)).__name__.startswith("XLora"):
+        return "X-LoRA"
     if getattr(wrapper, "use_dora", {}).get(adapter, False):
         return "DoRA"
     variants: Any = getattr(wrapper, "lora_variant", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -66,6 +67,19 @@ def test_adapters_other_than_lora_are_refused_by_name(source: StructuredSource, 
     for p, (value, needed) in zip(model.parameters(), state, strict=True):
         assert torch.equal(p, value)
         assert p.requires_grad == needed
+
+
+def test_x_lora_is_refused_by_name(tmp_path: Path) -> None:
+    """Its adapters are those of LoRA, scaled by a function of the input."""
+    adapted(llama(1)).save_pretrained(str(tmp_path))  # type: ignore[operator]
+    base = llama(1)
+    base.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=16, adapters={"0": str(tmp_path)}, use_trainable_adapters=True
+    )
+    model = peft.get_peft_model(base, config)
+    with pytest.raises(ValueError, match=r"q_proj has an adapter of kind X-LoRA.*SourceGradient.anchored"):
+        StructuredSource.capture(model, text(1), sampled_loss, rank=4)
 
 
 def test_a_trained_copy_of_a_module_has_the_name_of_the_module(source: StructuredSource) -> None:
