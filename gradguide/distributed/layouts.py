@@ -73,7 +73,8 @@ def check_divided(parameters: Iterable[Tensor]) -> None:
     if is_distributed():
         raise ValueError(
             "FullyShardedDataParallel (FSDP1) holds these parameters in flat pieces, and each rank would measure "
-            "only its own. Use FSDP2: torch's fully_shard, or fsdp_version 2 in Accelerate and Trainer"
+            "only its own. Use FSDP2: fully_shard in torch, fsdp_version: 2 in Accelerate's configuration, or "
+            "fsdp_config={'version': 2} in TrainingArguments"
         )
 
 

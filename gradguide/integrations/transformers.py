@@ -136,7 +136,7 @@ def _check_trainer(trainer: Trainer, options: Mapping[str, Any]) -> None:
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "the trainer uses DeepSpeed, which makes and clips gradients in pieces of its own: use DDP, or FSDP with "
-            "fsdp_version 2"
+            "fsdp_config={'version': 2}"
         )
     if options.get("regularizer") is not None:
         raise ValueError("a regularizer needs step(closure), and Trainer gives no closure: leave regularizer=None")
