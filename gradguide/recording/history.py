@@ -19,6 +19,8 @@ _PANELS = {
     "cosines": ("direction_cosine", "source_cosine"),
     "coherence": ("coherence",),
     "norms": ("grad_norm", "guided_norm", "clipped_norm", "update_norm"),
+    "update kept by the bound": ("update_factor",),
+    "modelled drift, nats per token": ("source_drift",),
     "conflicts (cumulative)": ("conflict",),
 }
 
@@ -92,7 +94,10 @@ class History:
         return history
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Plot cosines, coherence, norms and conflicts over the steps to an image file. Needs the extra ``plot``.
+        """Plot the metrics over the steps to an image file. Needs the extra ``plot``.
+
+        The panels show cosines (smoothed), coherence, norms, the bound on the update, the modelled drift of the sources
+        and conflicts. With several sources, each has a line.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -100,10 +105,14 @@ class History:
         """
         if not self.rows:
             raise ValueError("the history is empty: record(history) before training, and plot after it")
-        figure = figure_for(path, (9, 6), "History.plot")
-        for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
-            for key in keys:
-                draw_curve(axes, self.rows, key, logarithmic=title == "norms", label=key.replace("_", " "))
+        figure = figure_for(path, (13, 6), "History.plot")
+        columns = self.columns()
+        for axes, (title, keys) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
+            each = [column for key in keys for column in columns if column == key or column.startswith(f"{key}/")]
+            for key in each:
+                # Dashed, because it is the guided norm wherever nothing is clipped.
+                style = {"label": key.replace("_", " "), "linestyle": "--" if key == "clipped_norm" else "-"}
+                draw_curve(axes, self.rows, key, logarithmic=title == "norms", **style)
             axes.set_title(title)
             axes.set_xlabel("step")
             if axes.get_legend_handles_labels()[0]:

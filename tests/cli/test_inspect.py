@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,17 @@ def test_json_is_what_the_functions_give(file: Path, capsys: pytest.CaptureFixtu
     assert main(["inspect", str(file), "--against", str(file), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found == {"source": describe(file), "against": compare(file, file)}
+
+
+def test_rich_is_not_needed(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["inspect", str(file), "--against", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert out.splitlines()[0].split() == ["file", str(file)]
+    assert out.isascii() and "\x1b" not in out
 
 
 def test_tables_for_people(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

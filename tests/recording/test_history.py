@@ -254,6 +254,22 @@ def test_plot_draws_values_and_cumulative_conflicts(monkeypatch: pytest.MonkeyPa
     }
 
 
+def test_plot_shows_the_bound_and_the_drift_and_cosine_of_each_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    row = {"update_factor": 0.5, "source_drift": 0.2, "source_drift/a": 0.1, "source_drift/b": 0.2}
+    history(row | {"source_cosine": -0.5, "source_cosine/a": -0.5, "source_cosine/b": 0.5}).plot(tmp_path / "h.png")
+    shown = {axes.get_title(): [line.get_label() for line in axes.lines] for axes in drawn[0].axes if axes.lines}
+    assert shown == {
+        "cosines": ["source cosine", "source cosine/a", "source cosine/b"],
+        "update kept by the bound": ["update factor"],
+        "modelled drift, nats per token": ["source drift", "source drift/a", "source drift/b"],
+    }
+
+
 def test_plot_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="history is empty: record"):
         History().plot(tmp_path / "h.png")

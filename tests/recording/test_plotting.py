@@ -10,7 +10,7 @@ import pytest
 
 import gradguide
 from gradguide import History
-from gradguide.recording.plotting import curve, draw, figure_for, save_figure
+from gradguide.recording.plotting import curve, draw, figure_for, save_figure, smoothed
 from tests.recording.histories import history
 
 NAN = math.nan
@@ -33,6 +33,48 @@ def test_a_curve_leaves_out_values_that_are_not_finite() -> None:
 
 def test_conflicts_are_summed() -> None:
     assert curve([{"conflict": 1.0}, {"conflict": NAN}, {"conflict": 2.0}], "conflict") == ([1, 3], [1.0, 3.0])
+
+
+def test_smoothing_is_a_mean_over_a_fortieth_of_the_run() -> None:
+    values = [float(step % 7) for step in range(160)]
+    found = smoothed(values)
+    for index in range(2, 158):
+        assert found[index] == pytest.approx(sum(values[index - 2 : index + 3]) / 5)
+    assert found[0] == pytest.approx(sum(values[:3]) / 3)
+    assert found[1] == pytest.approx(sum(values[:4]) / 4)
+    assert found[-1] == pytest.approx(sum(values[-3:]) / 3)
+    assert smoothed(values[:79]) == values[:79]
+
+
+def test_cosines_are_smoothed_over_their_own_values(drawn: list[Any], tmp_path: Path) -> None:
+    noise = [(-1.0) ** step for step in range(200)]
+    rows = [{"direction_cosine": value, "source_cosine": value, "coherence": value} for value in noise]
+    draw({"run": history(*rows)}, tmp_path / "runs.png")
+    panels = {axes.get_title(): axes.lines for axes in drawn[0].axes if axes.lines}
+    assert {title: len(lines) for title, lines in panels.items()} == {
+        "cosine with the direction": 2, "cosine with the source": 2, "coherence": 1
+    }  # fmt: skip
+    for title in ("cosine with the direction", "cosine with the source"):
+        line, values = panels[title]
+        assert list(line.get_ydata()) == smoothed(noise)
+        assert max(abs(value) for value in line.get_ydata()[5:-5]) < 0.3
+        assert list(values.get_ydata()) == noise
+        assert values.get_color() == line.get_color()
+        assert values.get_alpha() < 1
+
+
+def test_norms_received_guided_and_clipped_the_bound_and_the_drift_have_panels(
+    drawn: list[Any], tmp_path: Path
+) -> None:
+    row = {"grad_norm": 8.0, "guided_norm": 4.0, "clip_factor": 0.5, "update_factor": 0.75, "source_drift": 0.01}
+    draw({"run": history(row)}, tmp_path / "runs.png")
+    assert {axes.get_title(): list(axes.lines[0].get_ydata()) for axes in drawn[0].axes if axes.lines} == {
+        "gradient norm, as received": [8.0],
+        "gradient norm, guided": [4.0],
+        "gradient norm, clipped": [2.0],
+        "update kept by the bound": [0.75],
+        "modelled drift, nats per token": [0.01],
+    }
 
 
 def test_runs_are_drawn_with_their_values(drawn: list[Any], tmp_path: Path) -> None:
