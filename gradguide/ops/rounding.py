@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradguide.ops.cpu import SMALL
+from gradguide.ops.tensors import wide_dtype
 
 __all__ = ["DOTS", "EXACT", "KERNELS", "WRITTEN", "rounding"]
 
@@ -41,4 +42,4 @@ def rounding(fused: bool, device: torch.device, tensors: Iterable[Tensor], *, sh
     if device.type == "cpu":
         narrow = (tensor for tensor in tensors if tensor.dtype != torch.float64)
         return DOTS if sharded or any(tensor.numel() > SMALL for tensor in narrow) else EXACT
-    return DOTS if device.type == "mps" else EXACT
+    return EXACT if wide_dtype(device) == torch.float64 else DOTS

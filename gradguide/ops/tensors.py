@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cache
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import ref
@@ -19,6 +20,7 @@ __all__ = [
     "common_value",
     "metadata_of",
     "same_objects",
+    "to_float64",
     "wide_dtype",
 ]
 
@@ -84,8 +86,20 @@ def addresses_of(tensors: Sequence[Tensor], metadata: ListMetadata) -> array[int
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest floating dtype of a device: float32 on mps, else float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the widest floating dtype of a device: float32 on mps and on some xpu devices, else float64."""
+    return torch.float64 if _has_float64(device) else torch.float32
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, on the host if its device has no float64."""
+    return tensor.double() if _has_float64(tensor.device) else tensor.cpu().double()
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
 def common_value(values: Iterable[Any]) -> Any:

@@ -149,7 +149,7 @@ def elements(weight: Tensor, positions: list[int]) -> list[float]:
     layout = layout_of(weight)
     if layout is None:
         index = torch.tensor(positions, device=weight.device)
-        taken: list[float] = torch.take(weight.detach(), index).double().tolist()
+        taken: list[float] = torch.take(weight.detach(), index).tolist()
         return taken
     return _sharded_elements(weight, layout, positions)
 

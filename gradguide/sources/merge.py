@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gradguide.ops.tensors import to_float64
 from gradguide.utils.checks import check_range
 
 __all__ = ["merged_tables"]
@@ -56,19 +57,19 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
 
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = sum((weight * t.double() for weight, t in zip(weights, tensors, strict=True)), torch.zeros(()))
-    return total.to(torch.promote_types(tensors[0].dtype, torch.float32))
+    total = sum((weight * to_float64(t) for weight, t in zip(weights, tensors, strict=True)), torch.zeros(()))
+    return total.to(tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32))
 
 
 def _mean(anchors: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return the mean of the anchors, weighted by weight times curvature; where curvature is zero, by weight alone."""
     total = sum(weights)
-    plain = sum((w / total * a.double() for w, a in zip(weights, anchors, strict=True)), torch.zeros(()))
-    curved = sum((w * f.double() for w, f in zip(weights, fishers, strict=True)), torch.zeros(()))
+    plain = sum((w / total * to_float64(a) for w, a in zip(weights, anchors, strict=True)), torch.zeros(()))
+    curved = sum((w * to_float64(f) for w, f in zip(weights, fishers, strict=True)), torch.zeros(()))
     # Relative to the plain mean, to avoid cancellation: anchors differ little.
     shift = sum(
-        (w * f.double() * (a.double() - plain) for w, f, a in zip(weights, fishers, anchors, strict=True)),
+        (w * to_float64(f) * (to_float64(a) - plain) for w, f, a in zip(weights, fishers, anchors, strict=True)),
         torch.zeros(()),
     )
     mean = plain + torch.where(curved > 0, shift / torch.where(curved > 0, curved, 1.0), 0.0)
-    return mean.to(anchors[0].dtype)
+    return mean.to(anchors[0])

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
-from gradguide.ops.tensors import TensorList, metadata_of
+from gradguide.ops.tensors import TensorList, metadata_of, wide_dtype
 from gradguide.rules import decide as reference
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decide import DIRECTION, SOURCES, Decision, Limit, Rules
@@ -244,7 +244,7 @@ class Engine:
         """Return the norm of the last update, Tensor []; NaN if it was not measured."""
         if not self.update_squares:
             return torch.tensor(float("nan"), device=device)
-        sums = [squares.sum(dtype=torch.float64).to(device) for squares in self.update_squares]
+        sums = [squares.sum(dtype=wide_dtype(squares.device)).to(device) for squares in self.update_squares]
         return torch.stack(sums).sum().sqrt()
 
     def direction_row(self, plan: StepPlan, base: Optimizer, index: int) -> Row | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.base_checks import NO_GRADIENTS
+from gradguide.ops.tensors import wide_dtype
 from gradguide.recording.history import History
 from gradguide.step import nonfinite
 from gradguide.step.engine import Engine, StepState
@@ -21,7 +22,8 @@ __all__ = ["Progress"]
 class Progress:
     """Step counts, the last record, and the history to append to.
 
-    totals (Tensor): shape [2], float64: steps made and steps skipped. A step with only zero gradients is not counted.
+    totals (Tensor): shape [2], in the widest dtype of its device: steps made and steps skipped. A step with only zero
+        gradients is not counted.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,8 @@ class Progress:
         if not state.plan.buckets:
             self.warn_once(NO_GRADIENTS, stacklevel=7)  # other ranks may have gradients and wait in a collective
         # Later updates are in place, so that a replayed CUDA graph continues the count.
-        self.totals = self.totals.to(state.span.gram.device)
+        device = state.span.gram.device
+        self.totals = self.totals.to(device, wide_dtype(device))
         names = engine.planner.names
         if not nonfinite.should_skip(state, base, policy, names):
             self._skipped_in_row = 0

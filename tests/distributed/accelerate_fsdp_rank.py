@@ -103,7 +103,7 @@ def trainer_of(folder: Path, world: int, source: StructuredSource, version: int)
         disable_tqdm=True,
         ddp_backend="gloo" if world > 1 else None,
         average_tokens_across_devices=False,
-        **(sharded if world > 1 else {}),  # type: ignore[arg-type]
+        **(sharded if world > 1 else {}),
     )
     if world > 1:
         arguments.device  # noqa: B018  # sets up the ranks

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from gradguide.ops.tensors import to_float64
 from gradguide.utils.checks import check_range
 
 __all__ = [
@@ -75,7 +76,7 @@ class Factor:
 
         It is summed over leading dimensions.
         """
-        u, v, p, q = (part.double() for part in (self.basis, other.basis, self.rest, other.rest))
+        u, v, p, q = (to_float64(part) for part in (self.basis, other.basis, self.rest, other.rest))
         low = (u.mT @ v).square().sum() + (q * u.square().sum(-1)).sum() + (p * v.square().sum(-1)).sum()
         return float(low + (p * q).sum())
 
@@ -99,11 +100,12 @@ class Factor:
         """
         size = matrix.shape[0]
         kept = size if rank is None else min(rank, size)
-        values, vectors = torch.linalg.eigh(matrix.double())
+        matrix = to_float64(matrix)
+        values, vectors = torch.linalg.eigh(matrix)
         basis = vectors[:, -kept:].flip(1) * values[-kept:].flip(0).clamp(min=0.0).sqrt()
         rest = torch.zeros(size, dtype=torch.float64, device=matrix.device)
         if kept < size:
-            rest = (matrix.diagonal().double() - basis.square().sum(1)).clamp(min=0.0)
+            rest = (matrix.diagonal() - basis.square().sum(1)).clamp(min=0.0)
         return Factor(basis.float(), rest.float())
 
 
@@ -201,9 +203,8 @@ class Covariance:
         if self._test is None:
             return Factor.of_matrix(self.sums * scale, self.rank)
         assert self.rank is not None
-        device = torch.device("cpu") if self.sums.device.type == "mps" else self.sums.device  # mps has no float64
-        sketch, test = self.sums.to(device, torch.float64) * scale, self._test.to(device, torch.float64)
-        diagonal = self.diagonal.to(device, torch.float64) * scale
+        sketch, test, diagonal = map(to_float64, (self.sums, self._test, self.diagonal))
+        sketch, diagonal, device = sketch * scale, diagonal * scale, sketch.device
         # A shift of the size of rounding errors makes the small matrix positive definite. It is subtracted below.
         shift = torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(sketch))
         if shift == 0:
@@ -251,8 +252,8 @@ def merged(factors: Sequence[Factor], weights: Sequence[float], rank: int | None
     The diagonal of the truncated part is added to the diagonal rest.
     """
     pairs = list(zip(factors, weights, strict=True))
-    basis = torch.cat([factor.basis.double() * weight**0.5 for factor, weight in pairs], dim=-1)
-    rest = torch.stack([factor.rest.double() * weight for factor, weight in pairs]).sum(0)
+    basis = torch.cat([to_float64(factor.basis) * weight**0.5 for factor, weight in pairs], dim=-1)
+    rest = torch.stack([to_float64(factor.rest) * weight for factor, weight in pairs]).sum(0)
     if rank is None or basis.shape[-1] <= rank:
         return Factor(basis.float(), rest.float())
     vectors, values, _ = torch.linalg.svd(basis, full_matrices=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradguide.ops.tensors import wide_dtype
+from gradguide.ops.tensors import to_float64, wide_dtype
 from gradguide.sources.structured.factors import Covariance, Factor, stacked
 from gradguide.sources.structured.layers import Layer
 
@@ -37,7 +37,7 @@ class Moments:
 
     def factors(self, predictions: int) -> tuple[Factor, Factor]:
         """Return S, a weighted mean of ``x x^T``, and G, so that ``1/2 tr(D^T G D S)`` is nats per prediction."""
-        squares, products = float(self.squares), float(self.inputs.diagonal.double().sum())
+        squares, products = float(self.squares), float(to_float64(self.inputs.diagonal).sum())
         scale = squares / products / predictions if products > 0 else 0.0
         return self.inputs.factor(1.0 / squares if squares > 0 else 0.0), self.outputs.factor(scale)
 
