@@ -21,18 +21,18 @@ def _recipes() -> dict[str, str]:
     found = dict(re.findall(r"```python\n# recipe: (\S+)\n(.*?)```", text, flags=re.DOTALL))
     for path in (ROOT / "gradguide" / "integrations").glob("*.py"):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        _, _, body = docstring.partition("    # recipe: ")
-        if body:
-            name, _, code = body.partition("\n")
-            found[name] = textwrap.dedent(code)
+        blocks = re.findall(r"^    # recipe: (\S+)\n((?:    .*\n|\n)*(?:    .*)?)", docstring, flags=re.MULTILINE)
+        found |= {name: textwrap.dedent(code) for name, code in blocks}
     return found
 
 
 RECIPES = _recipes()
+FRAMEWORKS = {name for name in RECIPES if name.startswith("guided_")}
+"""Tried by tests/integrations/test_frameworks.py, where the framework is installed."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - FRAMEWORKS))
 def test_a_recipe_runs_as_it_stands(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(RECIPES[name], encoding="utf-8")
     launch = [sys.executable, name]
@@ -47,4 +47,8 @@ def test_a_recipe_runs_as_it_stands(tmp_path: Path, name: str) -> None:
 
 
 def test_there_is_a_recipe_for_every_stack() -> None:
-    assert set(RECIPES) == {"trainer.py", "accelerate_loop.py", "lightning_module.py", "amp.py", "fsdp.py", "dpo.py"}
+    scripts = {"trainer.py", "accelerate_loop.py", "lightning_module.py", "amp.py", "fsdp.py", "dpo.py"}
+    plugins = {f"guided_{name}.py" for name in ("axolotl", "llamafactory", "swift", "torchtitan")}
+    assert set(RECIPES) == scripts | plugins
+    for name, code in RECIPES.items():
+        compile(code, name, "exec")
