@@ -44,17 +44,18 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "on"),
     [
-        {},
-        {"direction": None},
-        {"direction": Direction(share_momentum=True)},
-        {"magnitude": Magnitude(adaptive=True)},
-        {"scope": "tensor"},
+        ({}, None),
+        ({}, "gradient"),
+        ({}, "update"),
+        ({"direction": None}, None),
+        ({"direction": Direction(share_momentum=True)}, "update"),
+        ({"magnitude": Magnitude(adaptive=True)}, "update"),
+        ({"scope": "tensor"}, "update"),
     ],
-    ids=["default", "no direction", "shared momentum", "adaptive", "scopes"],
+    ids=["default", "gradient", "update", "no direction", "shared momentum", "adaptive", "scopes"],
 )
-@pytest.mark.parametrize("on", [None, "gradient", "update"])
 def test_a_step_and_its_metrics_need_no_float64(narrow: None, options: dict[str, Any], on: Any) -> None:
     source = SourceGradient({"weight": torch.ones(3, 4), "bias": torch.ones(3)})
     with NoFloat64():  # type: ignore[no-untyped-call]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,19 +80,35 @@ def test_axolotl_s_plugin_guides_its_trainer(tmp_path: Path) -> None:
     check(trainer)
 
 
-def test_llama_factory_s_trainer_is_replaced_by_a_guided_one(tmp_path: Path) -> None:
-    workflow = pytest.importorskip("llamafactory.train.sft.workflow", exc_type=ImportError)
-    arguments = pytest.importorskip("llamafactory.hparams", exc_type=ImportError)
-    recipe(tmp_path, "guided_llamafactory")
-    trainer = workflow.CustomSeq2SeqTrainer(
-        model=adapted(llama(1)),
-        args=arguments.TrainingArguments(str(tmp_path), **options()),
-        finetuning_args=arguments.FinetuningArguments(),
-        tokenizer=tokenizer(),
-        processor=None,
-        train_dataset=rows(),
-    )
-    check(trainer)
+def test_llama_factory_trains_with_a_guided_trainer(tmp_path: Path) -> None:
+    """By its own entry point, from a configuration file."""
+    pytest.importorskip("llamafactory.train.sft.workflow", exc_type=ImportError)
+    (tmp_path / "guided_llamafactory.py").write_text(RECIPES["guided_llamafactory.py"], encoding="utf-8")
+    model = llama(1)
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    lines = [{"instruction": f"w{i + 3}", "input": "", "output": f"w{i + 4} w{i + 5}"} for i in range(12)]
+    config = {
+        "model_name_or_path": "model",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "dataset": "lines",
+        "dataset_dir": ".",
+        "template": "default",
+        "output_dir": "output",
+        **options(report_to="none"),
+    }
+    files = {"lines.json": lines, "dataset_info.json": {"lines": {"file_name": "lines.json"}}, "config.yaml": config}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    command = [sys.executable, "guided_llamafactory.py", "config.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "output" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [row["gradguide/steps"] for row in state["log_history"] if "loss" in row] == [1, 2, 3]
 
 
 def test_ms_swift_s_optimizer_is_guided(tmp_path: Path) -> None:
