@@ -69,6 +69,7 @@ def test_adapters_other_than_lora_are_refused_by_name(source: StructuredSource, 
         assert p.requires_grad == needed
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_x_lora_is_refused_by_name(tmp_path: Path) -> None:
     """Its adapters are those of LoRA, scaled by a function of the input."""
     adapted(llama(1)).save_pretrained(str(tmp_path))  # type: ignore[operator]
