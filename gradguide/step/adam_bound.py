@@ -99,7 +99,9 @@ class AdamBound:
         self._squares: dict[int, float] = {}
         self._scales: dict[int, tuple[float, float]] = {}
         self._moments, self._parameters = _Watch(), _Watch()
-        self._finite = self._tracked = False
+        # Whether the ratios are those of a step that follows, and those of the state that the last step left.
+        self._pending = self._tracked = False
+        self._finite = False
 
     @torch.no_grad()
     def holds(self, base: Optimizer, buckets: Sequence[Bucket], lengths: Tensor, max_update: float) -> bool:
@@ -112,7 +114,7 @@ class AdamBound:
             max_update (float): see :class:`gradguide.Magnitude`.
         """
         settings = _settings(base, buckets)
-        tracked, self._tracked = self._tracked, False
+        tracked, self._tracked, self._pending = self._tracked, False, False
         if settings is None or not float(lengths.max()) < LARGEST:
             return False
         states: list[dict[str, Any]] = [base.state.get(p, {}) for bucket in buckets for p in bucket.parameters]
@@ -127,7 +129,7 @@ class AdamBound:
             self._scales, self._squares = scales, _measured_squares(states, groups, settings)
         for group, each in settings.items():
             self._squares[group] = (each.kept * self._squares[group] + each.gained) * ROUNDED
-        self._tracked = True
+        self._pending = True
         corrections = _corrections(states, groups, settings)
         if not _within(settings.values(), [self._squares[group] for group in settings], corrections, max_update):
             return False
@@ -139,8 +141,9 @@ class AdamBound:
 
     def made(self, base: Optimizer, buckets: Sequence[Bucket]) -> None:
         """Take note of the state that the base's step left, if :meth:`holds` follows the ratios."""
-        if not self._tracked:
+        if not self._pending:
             return
+        self._tracked, self._pending = True, False
         self._moments.mark(_moments([base.state.get(p, {}) for bucket in buckets for p in bucket.parameters]))
         self._parameters.mark([value for bucket in buckets for value in bucket.values])
 
@@ -173,8 +176,9 @@ def _within(
 ) -> bool:
     """Return whether ``A / f + B`` of all groups is within the bound. False for NaN."""
     each = list(zip(settings, squares, corrections, strict=True))
-    limit = max(found.limit(square, correction) for found, square, correction in each)
-    return limit + max(found.lr * found.decay for found, _, _ in each) + WRITTEN <= max_update * MARGIN
+    room = max_update * MARGIN - WRITTEN - max(found.lr * found.decay for found, _, _ in each)
+    # Not max(): it may drop NaN.
+    return all(found.limit(square, correction) <= room for found, square, correction in each)
 
 
 def _settings(base: Optimizer, buckets: Sequence[Bucket]) -> dict[int, _Settings] | None:
@@ -193,30 +197,35 @@ def _settings(base: Optimizer, buckets: Sequence[Bucket]) -> dict[int, _Settings
         )
         if second <= 0 or not ((1 - second) * each.eps) ** 2 > LEAST_LOST:
             return None
+        if not (each.lr >= 0 and each.decay >= 0):  # also where one is NaN
+            return None
         found[index] = each
     return found
 
 
 def _moments(states: Sequence[dict[str, Any]]) -> list[Tensor]:
-    return [state[name] for state in states if state for name in ("exp_avg", "exp_avg_sq")]
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    return [state[name] for state in states if state for name in names if name in state]
 
 
 def _measured_squares(
     states: Sequence[dict[str, Any]], groups: Sequence[int], settings: dict[int, _Settings]
 ) -> dict[int, float]:
-    """Return the largest ``m^2 / V`` of each group; infinity or NaN if it is unbounded."""
+    """Return the largest ``m^2 / V`` of each group; infinity if a moment is NaN or a second moment is negative."""
     squares = dict.fromkeys(settings, 0.0)
     for state, group in zip(states, groups, strict=True):
-        if state and not {state[name].dtype for name in ("exp_avg", "exp_avg_sq")} <= _WIDE:
+        moments = _moments([state])
+        if not {moment.dtype for moment in moments} <= _WIDE:
             squares[group] = math.inf
-        elif state:
-            extra = settings[group].eps ** 2 * (1 - settings[group].second)
-            pairs = (state[name].reshape(-1).split(PIECE) for name in ("exp_avg", "exp_avg_sq"))
-            for first, second in zip(*pairs, strict=True):
-                ratio = float((first.abs() / (second + extra).sqrt()).max()) if first.numel() else 0.0
-                # Not max(): NaN stays.
-                if not ratio**2 * ROUNDED <= squares[group]:
-                    squares[group] = ratio**2 * ROUNDED
+            continue
+        least = settings[group].eps * math.sqrt(1 - settings[group].second)
+        for first, second, *greatest in zip(*(moment.reshape(-1).split(PIECE) for moment in moments), strict=True):
+            # The root of a negative moment is NaN.
+            ratios = first.abs() / torch.hypot(second.sqrt(), second.new_tensor(least))
+            ratio = float(ratios.max()) if len(ratios) else 0.0
+            if math.isnan(ratio) or any(bool(each.isnan().any()) for each in greatest):
+                ratio = math.inf
+            squares[group] = max(squares[group], ratio * ratio * ROUNDED)
     return squares
 
 

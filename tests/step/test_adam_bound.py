@@ -308,3 +308,63 @@ def test_without_a_proof_nothing_else_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert not copies
     run(lambda held: AdamW(held, lr=1e-2), monkeypatch, measured=False)
     assert len(copies) == 12
+
+
+def unusual(name: str, value: float, tensor: int) -> Callable[[Optimizer, int], None]:
+    """Return a change of one moment's first element, or of a setting of one group, before the seventh step."""
+
+    def change(base: Optimizer, t: int) -> None:
+        if t != 5:
+            return
+        group = base.param_groups[tensor]
+        if name in group:
+            group[name] = value
+        else:
+            base.state[group["params"][0]][name].view(-1)[0] = value
+
+    return change
+
+
+@pytest.mark.parametrize("tensor", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exp_avg", math.nan), ("exp_avg_sq", math.nan), ("max_exp_avg_sq", math.nan), ("exp_avg_sq", -1.0),
+        ("exp_avg_sq", -1e-13), ("lr", -1.0), ("lr", math.nan), ("weight_decay", -1e6), ("weight_decay", math.nan),
+    ],
+)  # fmt: skip
+def test_no_state_or_setting_is_proven_by_mistake(
+    name: str, value: float, tensor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(held: list[nn.Parameter]) -> Optimizer:
+        return AdamW([{"params": [p]} for p in held], lr=1e-5, eps=1e-5, amsgrad=name.startswith("max"))
+
+    assert same_with_and_without(make, monkeypatch, between=unusual(name, value, tensor)) > 0
+
+
+def test_of_two_tensors_of_a_group_the_first_counts_too() -> None:
+    held = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    base, buckets = AdamW(held, lr=1e-6), bucket_of(held)
+    step(base, [torch.ones(3), torch.ones(3)])
+    base.state[held[0]]["exp_avg"][1] = math.nan
+    assert not AdamBound().holds(base, buckets, ONE, 0.1)
+
+
+def test_a_huge_ratio_in_float64_is_unbounded() -> None:
+    held = [nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    base, buckets = AdamW(held, lr=1e-6), bucket_of(held)
+    step(base, [torch.ones(3)])
+    base.state[held[0]]["exp_avg"][1] = 1e200
+    assert not AdamBound().holds(base, buckets, ONE, 0.1)
+
+
+def test_a_step_that_failed_does_not_lower_the_ratio() -> None:
+    held = [nn.Parameter(torch.ones(3))]
+    base, buckets, bound = AdamW(held, lr=1e-6), bucket_of(held), AdamBound()
+    step(base, [torch.ones(3)])
+    base.state[held[0]]["exp_avg"].fill_(1e3)
+    assert not bound.holds(base, buckets, ONE, 0.1)
+    step(base, [torch.ones(3)])
+    bound.made(base, buckets)
+    # Now the base raises before it writes, so made() is not called.
+    assert not any(bound.holds(base, buckets, ONE, 0.1) for _ in range(100))
