@@ -31,10 +31,17 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
         The loss, Tensor [], in nats; and the number of predictions in the mean.
 
     Raises:
-        ValueError: no position is used.
+        ValueError: no position is used. The batch of an encoder-decoder has labels [batch, tokens] without
+            ``decoder_input_ids``: the model is not given the labels, so it cannot derive them.
     """
     labels: Tensor | None = batch.get("labels")
     mask: Tensor | None = batch.get("attention_mask")
+    decoder = batch.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+    if labels is not None and labels.dim() > 1 and not decoder and _is_encoder_decoder(model):
+        raise ValueError(
+            "the batch of an encoder-decoder needs decoder_input_ids beside labels, found none: add "
+            "model.prepare_decoder_input_ids_from_labels(labels), or let the collator do so"
+        )
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if logits.dim() > 2 and mask is not None and mask.shape == used.shape:
@@ -138,6 +145,11 @@ def _is_causal(model: nn.Module) -> bool:
     if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    return bool(getattr(next(configs, None), "is_encoder_decoder", False))
 
 
 def _unwrapped(model: Any) -> Any:

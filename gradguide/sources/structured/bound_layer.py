@@ -56,11 +56,12 @@ class BoundLayer:
     def kind(self) -> tuple[object, ...]:
         """Key of the layer: layers with equal key and shape are computed together.
 
-        Each layer with a trained weight is computed alone, so that one whole weight is gathered at a time.
+        Each layer with a trained weight is computed alone, so that one whole weight is gathered at a time. Layers may
+        share a weight, so the key has the layer's name.
         """
         ranks = tuple((rank, scale) for _, _, rank, scale in self.adapters)
         fixed = None if self.fixed is None else self.fixed[0].shape[1]
-        return self.device, ranks, fixed, self.weight, self.transposed
+        return self.device, ranks, fixed, self.weight and self.name, self.transposed
 
 
 def bind_layer(

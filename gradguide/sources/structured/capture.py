@@ -35,7 +35,7 @@ def capture_statistics(
 
     Raises:
         ValueError: there is no batch. A loss is not a scalar, is not finite or has no gradient. No batch reached some
-            layer. Factors are not finite.
+            layer, or none gave it a gradient. Factors are not finite.
 
     Warns:
         UserWarning: there are fewer sequences than the rank of a pair of factors.
@@ -49,6 +49,7 @@ def capture_statistics(
             value, recorder.predictions = _check_loss(loss(model, batch), index)
             value.backward()
             mean_loss, number = float(value.detach()), recorder.predictions
+            del value  # its graph references the inputs of the layers
             if not math.isfinite(mean_loss) or number < 1:
                 raise ValueError(
                     f"batch {index} has a loss of {mean_loss} over {number} predictions; nothing was captured"
@@ -60,7 +61,8 @@ def capture_statistics(
         predictions, total, count = _sum_over_ranks(recorder, predictions, total, count)
     if count == 0:
         raise ValueError("batches must hold at least one batch, found none; a generator can be read only once")
-    unreached = [layer.name for layer in layers if layer.name not in recorder.statistics]
+    statistics = recorder.statistics
+    unreached = [layer.name for layer in layers if layer.name not in statistics or not statistics[layer.name].reached]
     if unreached:
         raise ValueError(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ __all__ = ["Recorder"]
 class Recorder:
     """Hooks that add a batch's inputs and output gradients to the layers' statistics.
 
-    The input of a layer is referenced until the backward pass reaches the layer.
+    The input of a layer is referenced until the graph of the batch's loss is freed.
 
     predictions: number of predictions in the mean loss of the batch. Set it before the backward pass; if it is 0, the
         rows with a nonzero gradient at the layer nearest to the loss are counted.
@@ -33,6 +34,8 @@ class Recorder:
     def start(self) -> None:
         """Clear the state of the previous batch."""
         self.predictions = 0
+        # Number of forward passes of the model that have a gradient, and whether they differ in sizes or masks.
+        self._passes, self._differ = 0, False
         # Sequences and tokens of the model's input, and the mask of the tokens that count, None if all do.
         self._grid: tuple[int, ...] = ()
         self._mask: Tensor | None = None
@@ -43,25 +46,31 @@ class Recorder:
         """Store the sizes and the attention mask of the model's input.
 
         Raises:
-            ValueError: an encoder-decoder has padding. Its mask is that of the encoder, not of the decoder's layers.
+            ValueError: an encoder-decoder has padding. Its masks are those of either part, not of all layers.
         """
-        mask = keywords.get("attention_mask")
+        before = self._grid, self._mask
+        named = _by_name(module, arguments, keywords)
+        mask = named.get("attention_mask")
         two_stacks = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-        if two_stacks and isinstance(mask, Tensor) and not bool(mask.all()):
+        masks = [mask, named.get("decoder_attention_mask")]
+        if two_stacks and any(isinstance(each, Tensor) and not bool(each.all()) for each in masks):
             raise ValueError(
                 "capture from an encoder-decoder needs batches without padding, found an attention mask with 0"
             )
-        given = [keywords.get("input_ids"), keywords.get("inputs_embeds"), *arguments[:1]]
+        given = [named.get("input_ids"), named.get("inputs_embeds"), *arguments[:1]]
         inputs = [each for each in given if isinstance(each, Tensor) and each.dim() > 1]
         self._grid = tuple(inputs[0].shape[:2]) if inputs else ()
         self._mask = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._grid = tuple(mask.shape)
             self._mask = None if bool(mask.all()) else mask != 0
+        if torch.is_grad_enabled():
+            self._differ |= self._passes > 0 and (*before, self._mask) != (self._grid, None, None)
+            self._passes += 1
 
     def embedding(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Make the embeddings require a gradient, because no parameter does."""
-        return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+        return output if output.requires_grad or not torch.is_grad_enabled() else _with_gradient(output)
 
     def hook(self, layer: Layer) -> Callable[..., Tensor | None]:
         """Return the forward hook of a layer, for ``register_forward_hook(hook, with_kwargs=True)``."""
@@ -75,12 +84,17 @@ class Recorder:
             _check_whole(layer, layer_input, output)
             started = not output.requires_grad
             if started:
-                output = output.detach().requires_grad_()
+                output = _with_gradient(output)
             if torch._C._current_graph_task_id() == -1:
                 self._reached.add(layer.name)
             elif layer.name in self._reached:
                 return output if started else None  # repeated by checkpointing that is not reentrant
-            self._record(self.add_layer(layer, output.device), layer_input.detach(), output)
+            elif self._differ:
+                raise ValueError(
+                    "the loss calls the model with several sizes or masks per batch under reentrant checkpointing, "
+                    "which repeats each layer without them: pass use_reentrant=False"
+                )
+            self._record(layer, layer_input.detach(), output)
             return output if started else None
 
         return record
@@ -91,8 +105,9 @@ class Recorder:
             self.statistics[layer.name] = LayerStatistics(layer, self.rank, device)
         return self.statistics[layer.name]
 
-    def _record(self, found: LayerStatistics, x: Tensor, output: Tensor) -> None:
-        shape = x.shape[:-1]
+    def _record(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        found = self.add_layer(layer, output.device)
+        shape, output_shape, version = x.shape[:-1], output.shape, _version(x)
         grid = _grid(shape, self._grid)
         mask = self._mask if self._mask is not None and grid == self._mask.shape else None
         mask = None if mask is None else mask.to(x.device)
@@ -103,13 +118,56 @@ class Recorder:
 
         @torch.no_grad()
         def add(gradient: Tensor) -> None:
+            if _version(x) != version:
+                raise ValueError(
+                    f"the input of {layer.name} was changed in place after the layer: replace the operation by one "
+                    "that is not in place, or leave the layer out with modules="
+                )
+            if self.predictions == 0 and self._passes > 1:
+                raise ValueError(
+                    "the loss calls the model more than once per batch, so its predictions cannot be counted: let it "
+                    "return the mean and the number of predictions in it"
+                )
             if self.predictions == 0:  # the backward pass reaches the layer nearest to the loss first
                 self.predictions = int((gradient.reshape(-1, gradient.shape[-1]) != 0).any(dim=1).sum())
-            found.add(sequences(x), sequences(gradient).float() * self.predictions, mask)
+            found.add(sequences(x), sequences(gradient.reshape(output_shape)).float() * self.predictions, mask)
 
         with torch.no_grad():
             found.add_outputs(sequences(output.detach()), mask)
-        output.register_hook(add)
+        _whole_view(output).register_hook(add)
+
+
+def _by_name(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a model by name, also those given by position, to the model or to a wrapper of it."""
+    try:
+        signature = inspect.signature(module.forward)
+        if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):  # DDP, torch.compile or PEFT
+            get = getattr(module, "get_base_model", None)
+            inner = get() if callable(get) else getattr(module, "_orig_mod", getattr(module, "module", None))
+            return _by_name(inner, arguments, keywords) if isinstance(inner, nn.Module) else keywords
+        return {**signature.bind_partial(*arguments, **keywords).arguments, **keywords}
+    except (TypeError, ValueError):
+        return keywords
+
+
+def _with_gradient(output: Tensor) -> Tensor:
+    """Return the output as the start of a graph. It is no leaf, so the model may write it in place."""
+    return output.detach().requires_grad_().clone()
+
+
+def _whole_view(output: Tensor) -> Tensor:
+    """Return the tensor of which the output is a view with the same elements, else the output.
+
+    ``nn.Linear`` returns such views. An operation in place on a view replaces its node in the graph, with all hooks.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _grid(shape: torch.Size, model: tuple[int, ...]) -> tuple[int, int]:

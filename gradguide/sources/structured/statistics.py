@@ -86,6 +86,11 @@ class LayerStatistics:
             # A masked token has no gradient, so its centered input has no weight.
             self.tokens.add((x - means[:, None]).flatten(0, 1), d.flatten(0, 1))
 
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient was added, even if it was 0."""
+        return bool(self.sequences.squares > 0)
+
     def factors(self, predictions: int) -> tuple[Factor, Factor]:
         """Return S and G of both pairs, stacked: tokens first."""
         inputs, outputs = zip(self.tokens.factors(predictions), self.sequences.factors(predictions), strict=True)

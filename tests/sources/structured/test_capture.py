@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BartConfig, BartForConditionalGeneration
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
+from gradguide.sources.structured.recorder import Recorder
 from tests.sources.structured.problems import adapted, gpt2, llama, spread, text
 
 
@@ -139,18 +142,6 @@ def test_the_pairs_add_up_to_the_curvature_of_one_sequence() -> None:
     value = 0.5 * (moved.T @ g @ moved @ s).diagonal(dim1=-2, dim2=-1).sum()
     assert weight.grad is not None
     torch.testing.assert_close(value, 0.5 * (weight.grad * moved).sum().square())
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same(reentrant: bool) -> None:
-    model, batches = llama(), text(4)
-    torch.manual_seed(0)
-    plain = StructuredSource.capture(model, batches, sampled_loss, rank=None)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.train()
-    torch.manual_seed(0)
-    close(StructuredSource.capture(model, batches, sampled_loss, rank=None), plain)
 
 
 def test_everything_is_afterwards_as_it_was() -> None:
@@ -309,6 +300,164 @@ def test_the_sums_of_a_capture_inside_autocast_are_float32() -> None:
     source = StructuredSource.capture(nn.Sequential(model), [rows], loss, rank=8)
     exact = StructuredSource.capture(nn.Sequential(model), [rows], lambda model, x: model(x).sum(), rank=8)
     torch.testing.assert_close(source.factors("0")[0], exact.factors("0")[0])
+
+
+class Small(nn.Module):
+    """A residual layer, with operations in place or without, and with or without checkpointing."""
+
+    def __init__(self, reentrant: bool | None = None, in_place: bool = False, kept: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.first, self.second = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.reentrant, self.in_place, self.kept = reentrant, in_place, kept
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(input_ids)
+        x = x.mul_(2.0) if self.in_place else x * 2.0
+        if self.reentrant is None:
+            return self.block(x)
+        found: Tensor = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return found
+
+    def block(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        y = self.second(y.relu_() if self.in_place else y.relu())
+        return x.add_(y) if self.kept else x + y
+
+
+def squares(model: nn.Module, passes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
+    """Return the mean square of the model's outputs over all tokens that count, of one or several passes."""
+    sums = [(model(ids, mask).square().sum(-1) * mask).sum() for ids, mask in passes]
+    number = sum(int(mask.sum()) for _, mask in passes)
+    return torch.stack(sums).sum() / number, number
+
+
+def passes(*sizes: tuple[int, int], padding: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = [(torch.randint(7, size, generator=generator), torch.ones(size, dtype=torch.int64)) for size in sizes]
+    for index, (_, mask) in enumerate(found):
+        mask[0, : padding * index] = 0
+        mask[1, mask.shape[1] - padding :] = 0
+    return found
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_in_eval_mode_gives_the_same(reentrant: bool, padding: int) -> None:
+    """Models of transformers do not checkpoint in eval mode. Others do."""
+    batches = [passes((3, 6), padding=padding), passes((4, 5), padding=padding)]
+    plain, other = (
+        StructuredSource.capture(Small(each), batches, squares, rank=None, modules=["first", "second"])
+        for each in (None, reentrant)
+    )
+    close(other, plain)
+    assert other.metadata["tokens"] == plain.metadata["tokens"]
+
+
+@pytest.mark.parametrize(("sizes", "padding"), [([(3, 6), (3, 6)], 2), ([(3, 6), (6, 3)], 0)])
+def test_reentrant_checkpointing_of_different_passes_is_refused(sizes: list[tuple[int, int]], padding: int) -> None:
+    batch = passes(*sizes, padding=padding)
+    plain, other = (StructuredSource.capture(Small(each), [batch], squares, rank=None) for each in (None, False))
+    close(other, plain)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        StructuredSource.capture(Small(True), [batch], squares, rank=None)
+    same = passes((3, 6), (3, 6))
+    plain, other = (StructuredSource.capture(Small(each), [same], squares, rank=None) for each in (None, True))
+    close(other, plain)
+
+
+def test_a_mask_given_by_position_counts() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Small()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    def named(model: nn.Module, passes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
+        ((ids, mask),) = passes
+        return squares(lambda *_: model(input_ids=ids, attention_mask=mask), passes)  # type: ignore[arg-type]
+
+    batch = passes((3, 6), padding=2)
+    plain = StructuredSource.capture(Small(), [batch], named, rank=None)
+    assert plain.metadata["tokens"] == int(batch[0][1].sum())
+    for model in (Small(), Wrapper()):
+        other = StructuredSource.capture(model, [batch], squares, rank=None)
+        assert other.metadata["tokens"] == plain.metadata["tokens"]
+        close(other, plain)
+
+
+def test_operations_in_place_behind_frozen_layers() -> None:
+    batch = passes((3, 6))
+    plain, other = (
+        StructuredSource.capture(Small(in_place=each), [batch], squares, rank=None) for each in (False, True)
+    )
+    close(other, plain)
+
+
+def test_a_layer_without_a_gradient_is_not_reached() -> None:
+    class Unused(Small):
+        def block(self, x: Tensor) -> Tensor:
+            self.second(x)
+            return x + self.first(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"no batch reached 1 of 2 layers \(second\)"):
+        StructuredSource.capture(Unused(), [passes((3, 6))], squares, rank=None)
+
+
+def test_an_input_that_changed_in_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="the input of first was changed in place after the layer"):
+        StructuredSource.capture(Small(kept=True), [passes((3, 6))], squares, rank=None)
+
+
+def test_several_passes_need_a_count() -> None:
+    def uncounted(model: nn.Module, passes: list[tuple[Tensor, Tensor]]) -> Tensor:
+        with torch.no_grad():
+            model(passes[0][0])  # labels may be drawn from a pass without gradients
+        return squares(model, passes)[0]
+
+    one, two = passes((3, 6)), passes((3, 6), (2, 6))
+    plain, other = (StructuredSource.capture(Small(), [one], loss, rank=None) for loss in (squares, uncounted))
+    close(other, plain)
+    with pytest.raises(ValueError, match="return the mean and the number of predictions"):
+        StructuredSource.capture(Small(), [two], uncounted, rank=None)
+
+
+def test_the_inputs_of_one_batch_are_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+    record = Recorder._record
+
+    def noted(self: Recorder, layer: Any, x: Tensor, output: Tensor) -> None:
+        kept.append(weakref.ref(x))
+        record(self, layer, x, output)
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        assert not any(each() is not None for each in kept)
+        return squares(model, batch)
+
+    monkeypatch.setattr(Recorder, "_record", noted)
+    StructuredSource.capture(Small(), [passes((3, 6))] * 3, loss, rank=None)
+    assert len(kept) == 6
+
+
+def test_an_encoder_decoder_needs_the_inputs_of_its_decoder() -> None:
+    options = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=48, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, **options
+    ))  # fmt: skip
+    ids = torch.randint(4, 48, (4, 9))
+    batch = {"input_ids": ids, "labels": ids[:, :5]}
+    with pytest.raises(ValueError, match="needs decoder_input_ids"):
+        StructuredSource.capture(model, [batch], sampled_loss, rank=2)
+    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    source = StructuredSource.capture(model, [batch], sampled_loss, rank=2)
+    assert source.metadata["predictions"] == 20
+    batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
+    batch["decoder_attention_mask"][0, 3:] = 0
+    with pytest.raises(ValueError, match="without padding"):
+        StructuredSource.capture(model, [batch], sampled_loss, rank=2)
 
 
 def test_bfloat16_models_and_storage() -> None:

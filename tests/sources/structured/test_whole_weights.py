@@ -158,3 +158,28 @@ def test_the_captured_weights_are_held_once_however_often_a_source_is_bound(sour
     held = [id(start) for binding in (first, first.bound(model), source.bound(model, [first]))
             if binding._binding is not None for _, start in binding._binding._starts]  # fmt: skip
     assert len(held) == 3 * len(set(held)) > 0
+
+
+def test_two_layers_of_one_shape_may_share_a_weight() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.second(torch.tanh(self.first(x)))
+            return found
+
+    model, rows = Tied(), torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    source = StructuredSource.capture(model, [rows], lambda m, x: (m(x).square().mean(), len(x)), rank=None)
+    starts = {name: p.detach().clone() for name, p in trained(model).items()}
+    bound = source.bound(model)
+    spread(model, 0.1)
+    bound.refresh(trained(model), list(model.parameters()))
+    name = "first.weight"
+    values = {n: p.detach().double().requires_grad_() for n, p in trained(model).items()}
+    (wanted,) = torch.autograd.grad(energy(source, model, starts, values), values[name])
+    found = bound.row([name], [model.first.weight]).tensors[0]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
