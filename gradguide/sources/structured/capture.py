@@ -47,7 +47,8 @@ def capture_statistics(
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
             value, recorder.predictions = _check_loss(loss(model, batch), index)
-            value.backward()
+            # The sum over the predictions: gradients of their mean may underflow in float16.
+            (value.float() * max(recorder.predictions, 1)).backward()
             mean_loss, number = float(value.detach()), recorder.predictions
             del value  # its graph references the inputs of the layers
             if not math.isfinite(mean_loss) or number < 1:

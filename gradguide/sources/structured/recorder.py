@@ -21,8 +21,9 @@ class Recorder:
 
     The input of a layer is referenced until the graph of the batch's loss is freed.
 
-    predictions: number of predictions in the mean loss of the batch. Set it before the backward pass; if it is 0, the
-        rows with a nonzero gradient at the layer nearest to the loss are counted.
+    predictions: number of predictions in the batch. If it is set before the backward pass, that pass is of the summed
+        loss. If it is 0, the pass is of the mean, and the rows with a nonzero gradient at the layer nearest to the loss
+        are counted.
     """
 
     def __init__(self, layers: Sequence[Layer], rank: int | None) -> None:
@@ -34,6 +35,8 @@ class Recorder:
     def start(self) -> None:
         """Clear the state of the previous batch."""
         self.predictions = 0
+        # Factor of the gradients.
+        self._scale = 1
         # Number of forward passes of the model that have a gradient, and whether they differ in sizes or masks.
         self._passes, self._differ = 0, False
         # Sequences and tokens of the model's input, and the mask of the tokens that count, None if all do.
@@ -129,8 +132,8 @@ class Recorder:
                     "return the mean and the number of predictions in it"
                 )
             if self.predictions == 0:  # the backward pass reaches the layer nearest to the loss first
-                self.predictions = int((gradient.reshape(-1, gradient.shape[-1]) != 0).any(dim=1).sum())
-            found.add(sequences(x), sequences(gradient.reshape(output_shape)).float() * self.predictions, mask)
+                self.predictions = self._scale = int((gradient.reshape(-1, gradient.shape[-1]) != 0).any(dim=1).sum())
+            found.add(sequences(x), sequences(gradient.reshape(output_shape)).float() * self._scale, mask)
 
         with torch.no_grad():
             found.add_outputs(sequences(output.detach()), mask)

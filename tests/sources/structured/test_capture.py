@@ -411,6 +411,18 @@ def test_an_input_that_changed_in_place_is_refused() -> None:
         StructuredSource.capture(Small(kept=True), [passes((3, 6))], squares, rank=None)
 
 
+def test_gradients_of_a_mean_over_many_predictions_do_not_underflow() -> None:
+    rows = torch.randn(512, 128, 4, generator=torch.Generator().manual_seed(0)).half()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        return (model(x).float() * 1e-3).mean(), 512 * 128
+
+    half = StructuredSource.capture(model, [rows], loss, rank=None)
+    close(half, StructuredSource.capture(model.float(), [rows.float()], loss, rank=None), 1e-2)
+
+
 def test_several_passes_need_a_count() -> None:
     def uncounted(model: nn.Module, passes: list[tuple[Tensor, Tensor]]) -> Tensor:
         with torch.no_grad():
