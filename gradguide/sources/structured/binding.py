@@ -147,7 +147,7 @@ class Binding:
         pulls: list[Pull] = []
         drifts = []
         for group in self._groups:
-            moved = [values[name].device for name in group.layers[0].names if name in parameters]
+            moved = [values[n].device for bound in group.layers for n in bound.names if n in parameters]
             group.move(moved[0] if moved else group.floor.device)
             with torch.autocast(group.floor.device.type, enabled=False):
                 found, drift = _pull(group, values)

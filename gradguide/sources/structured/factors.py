@@ -25,7 +25,8 @@ __all__ = [
 ]
 
 OVERSAMPLING = 16
-"""Columns of a sketch beyond its rank. They keep the error close to that of the best approximation of that rank."""
+"""Columns of a sketch beyond its rank. With eigenvalues that fall as 1/k, the error is 3 to 4 times that of the best
+approximation of that rank, and the largest eigenvalues are 6% too small. The diagonal stays exact."""
 
 
 Product: TypeAlias = tuple[Tensor, Tensor]

@@ -54,7 +54,8 @@ class Recorder:
         before = self._grid, self._mask
         named = _by_name(module, arguments, keywords)
         mask = named.get("attention_mask")
-        two_stacks = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        configs = (getattr(each, "config", None) for each in module.modules())  # the model may be in a wrapper
+        two_stacks = any(getattr(config, "is_encoder_decoder", False) for config in configs)
         masks = [mask, named.get("decoder_attention_mask")]
         if two_stacks and any(isinstance(each, Tensor) and not bool(each.all()) for each in masks):
             raise ValueError(
@@ -83,6 +84,11 @@ class Recorder:
         ) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None  # the first pass of reentrant checkpointing, which is repeated with gradients
+            if self._passes == 0:
+                raise ValueError(
+                    f"the loss ran {layer.name} without a call of the model that is captured, so the padding is not "
+                    "known: call model(...) itself in the loss, or capture the module that the loss calls"
+                )
             layer_input = arguments[0] if arguments else next(iter(keywords.values()))
             _check_whole(layer, layer_input, output)
             started = not output.requires_grad

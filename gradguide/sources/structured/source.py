@@ -262,7 +262,9 @@ class StructuredSource:
             name: replace(f, inputs=f.inputs.to(dtype=dtype), outputs=f.outputs.to(dtype=dtype))
             for name, f in self._layers.items()
         }
-        return StructuredSource(layers, self.metadata)
+        source = StructuredSource(layers, self.metadata)
+        source.floor = self.floor
+        return source
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file atomically."""

@@ -44,13 +44,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, not a structured source, or of a newer format.
+        ValueError: the file is damaged, not a structured source, or of another version.
     """
     tables, metadata = file.read(path)
     if metadata.pop("kind", None) != KIND:
         raise ValueError(f"{os.fspath(path)!r} holds no structured source; read it with SourceGradient.load")
     metadata.pop("format")
     listed = metadata.pop("layers", None)
+    if any(table.dim() == 2 for table in tables.get("s_basis", {}).values()):
+        raise ValueError(
+            f"{os.fspath(path)!r} is of an earlier version, whose factors are of single tokens: capture it again"
+        )
     try:
         anchors = {n: (t, tables["anchor_right"][n]) for n, t in tables.get("anchor_left", {}).items()}
         layers = {

@@ -187,6 +187,25 @@ def test_a_rank_above_the_size_of_a_layer_keeps_it_whole() -> None:
     assert found._layers["first"].inputs.rank == 3
 
 
+def test_a_loss_that_calls_a_part_of_the_model_is_refused() -> None:
+    """The part's padding would count."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama(1)
+
+        def forward(self, **batch: Tensor) -> Any:
+            return self.inner(**batch)
+
+    model: Any = Wrapper()
+    with pytest.raises(ValueError, match=r"without a call of the model .* call model\(\.\.\.\) itself"):
+        StructuredSource.capture(
+            model, text(1), lambda model, batch: sampled_loss(getattr(model, "inner"), batch), rank=4
+        )  # noqa: B009
+    assert StructuredSource.capture(model, text(2), lambda model, batch: (model(**batch).logits.sum(), 45), rank=4)
+
+
 @pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0], [-1.0, 1.0], [0.0, 0.0], [1.0]])
 def test_weights_of_a_merge_are_finite_and_not_negative(source: StructuredSource, weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights must be 2 numbers of at least 0, not all 0, found"):
@@ -216,3 +235,7 @@ def test_padding_of_an_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder-decoder needs batches without padding"):
         StructuredSource.capture(model, [whole, padded], loss, rank=4)
     assert StructuredSource.capture(model, [whole], loss, rank=4).names()
+    wrapped = nn.Sequential(model)
+    wrapped.forward = model.forward  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="encoder-decoder needs batches without padding"):
+        StructuredSource.capture(wrapped, [padded], loss, rank=4)

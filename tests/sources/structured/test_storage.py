@@ -28,6 +28,24 @@ def test_a_file_gives_the_same_source(tmp_path: Path, dtype: torch.dtype) -> Non
     assert loaded.fingerprint() == source.fingerprint()
 
 
+def test_a_file_with_factors_of_tokens_alone_is_of_an_earlier_version(tmp_path: Path) -> None:
+    path = tmp_path / "source.safetensors"
+    StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4).save(path)
+    with safe_open(path, "pt") as file:
+        parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    save_file({k: t[0].clone() if k[:2] in ("s_", "g_") else t for k, t in parts.items()}, path, header)
+    with pytest.raises(ValueError, match=r"is of an earlier version.*capture it again"):
+        StructuredSource.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_dtype_keeps_the_floor(dtype: torch.dtype) -> None:
+    source = StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4)
+    source.floor = 0.5
+    assert source.to_dtype(dtype).floor == 0.5
+
+
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     SourceGradient({"w": torch.ones(3)}).save(tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match="holds no structured source"):
