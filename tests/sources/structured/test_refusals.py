@@ -200,9 +200,7 @@ def test_a_loss_that_calls_a_part_of_the_model_is_refused() -> None:
 
     model: Any = Wrapper()
     with pytest.raises(ValueError, match=r"without a call of the model .* call model\(\.\.\.\) itself"):
-        StructuredSource.capture(
-            model, text(1), lambda model, batch: sampled_loss(getattr(model, "inner"), batch), rank=4
-        )  # noqa: B009
+        StructuredSource.capture(model, text(1), lambda _, batch: sampled_loss(model.inner, batch), rank=4)
     assert StructuredSource.capture(model, text(2), lambda model, batch: (model(**batch).logits.sum(), 45), rank=4)
 
 
