@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.demo import Task, few_shot, read_file
 
-__all__ = ["WINDOW", "Batch", "Pair", "Rows", "Target", "Texts", "Tokens", "padded"]
+__all__ = ["WINDOW", "Batch", "Pair", "Rows", "Target", "Texts", "Tokens", "answer_batches", "padded"]
 
 WINDOW = 96
 """Tokens of a window of source text."""
@@ -70,6 +70,19 @@ def padded(pairs: Sequence[Pair], width: int | None = None, answer: int | None =
         positions[row, : len(words)] = torch.arange(len(words)) + len(prompt) - 1
         targets[row, : len(words)] = torch.tensor(words)
     return Batch(ids, positions, targets)
+
+
+def answer_batches(pairs: Sequence[Pair], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Yield pairs as batches of ``size`` rows for ``sampled_loss``: labels are drawn where the answers are."""
+    for first in range(0, len(pairs), size):
+        chosen = pairs[first : first + size]
+        ids = padded(chosen).ids
+        column = torch.arange(ids.shape[1])
+        lengths = torch.tensor([[len(pair.prompt), len(pair.prompt) + len(pair.answer)] for pair in chosen])
+        inside = column < lengths[:, 1:]
+        labels = torch.where(inside & (column >= lengths[:, :1]), ids, -100)
+        batch = {"input_ids": ids, "attention_mask": inside.long(), "labels": labels}
+        yield {name: value.to(device) for name, value in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What methods remember of a task when it is finished, or of the base model's text before anything is trained."""
+"""Compute what methods store about a finished task, or about the base model's source text before training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from benchmarks.language.data import Rows, padded
+from benchmarks.language.data import Rows, answer_batches
 from benchmarks.language.model import Language
 from gradguide import SourceGradient, StructuredSource
 from gradguide.integrations.peft import lora_parameters
@@ -21,17 +21,7 @@ _BATCH = 8
 
 def rows_of(rows: Rows, device: torch.device) -> Batches:
     """Return training rows as batches for ``sampled_loss``: labels are drawn where the answers are."""
-    batches = []
-    for first in range(0, len(rows.pairs), _BATCH):
-        chosen = rows.pairs[first : first + _BATCH]
-        ids = padded(chosen).ids
-        column = torch.arange(ids.shape[1])
-        lengths = torch.tensor([[len(pair.prompt), len(pair.prompt) + len(pair.answer)] for pair in chosen])
-        inside = column < lengths[:, 1:]
-        labels = torch.where(inside & (column >= lengths[:, :1]), ids, -100)
-        batch = {"input_ids": ids, "attention_mask": inside.long(), "labels": labels}
-        batches.append({name: value.to(device) for name, value in batch.items()})
-    return batches
+    return list(answer_batches(rows.pairs, _BATCH, device))
 
 
 def diagonal(model: Language, batches: Batches) -> SourceGradient:

@@ -21,8 +21,8 @@ _TIE = 1.0  # percentage points
 def load(path: Path) -> pd.DataFrame:
     """Return the rows without an error, the last one of each run. Accuracies are in percent.
 
-    Further columns: ``family``, the method without its strength, ``kept``, what is left of the source task's accuracy
-    in percent, and ``forgetting``, the points that the tasks of a sequence lost after their training.
+    Further columns: ``family``, the method without its strength, ``kept``, the accuracy on the source task
+    in percent of that before, and ``forgetting``, the points that the tasks of a sequence lost after their training.
     """
     rows = pd.read_csv(path, keep_default_na=False, na_values=["", "nan"])  # "null" is a method
     rows = rows[rows["error"].isna()].drop_duplicates(KEY, keep="last")
@@ -74,7 +74,7 @@ def tuned(rows: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
 
     Args:
         by: "target" or "seed": what the choice must not have seen.
-        column: "target_accuracy", or "target_loss", of which the least is best.
+        column: "target_accuracy", or "target_loss", for which lower is better.
     """
     parts = []
     for (name, fold), part in rows.groupby(["family", by]):

@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the training of a task took.
+    """Measurements of the training of a task.
 
     Args:
         seconds: of all steps.

@@ -22,7 +22,7 @@ __all__ = ["KNOWN", "SCENARIOS"]
 KNOWN = "mr"
 """The classification set whose accuracy is measured before and after instruction tuning."""
 _SOURCE_RUN = Run(target=SOURCE, shots=16, steps=80, method="clip", lr=1e-3, seed=7)
-"""How the source task of ``transfer`` is learnt, once for all methods."""
+"""Settings for training the source task of ``transfer``. It is trained once for all methods."""
 
 
 def fresh(suite: Suite, run: Run) -> dict[str, Any]:

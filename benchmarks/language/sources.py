@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gradguide.sources.structured
-from benchmarks.language.data import WINDOW, Texts, padded
+from benchmarks.language.data import WINDOW, Texts, answer_batches
 from benchmarks.language.model import Language
 from benchmarks.language.starts import corda_eigens, unused_directions
 from gradguide import StructuredSource
@@ -183,15 +183,7 @@ class Sources:
         if spec.text == "own":
             return
         pairs = self._texts.answers("capture", max(1, spec.tokens // _SHARE * 3 // 4))
-        for first in range(0, len(pairs), _BATCH):
-            chosen = pairs[first : first + _BATCH]
-            part = padded(chosen).ids
-            column = torch.arange(part.shape[1])
-            lengths = torch.tensor([[len(pair.prompt), len(pair.prompt) + len(pair.answer)] for pair in chosen])
-            inside = column < lengths[:, 1:]
-            labels = torch.where(inside & (column >= lengths[:, :1]), part, -100)
-            batch = {"input_ids": part, "attention_mask": inside.long(), "labels": labels}
-            yield {name: value.to(device) for name, value in batch.items()}
+        yield from answer_batches(pairs, _BATCH, device)
 
     def _changed(self, factors: LayerFactors, rest: str) -> LayerFactors:
         inputs, outputs = (_with_rest(f, rest).to(self._model.device) for f in (factors.inputs, factors.outputs))

@@ -1,4 +1,4 @@
-"""How steady the gradients of a run are, and how well its updates agree with the gradient of many rows.
+"""Measure the stability of a run's gradients, and the alignment of its updates with the gradient of many rows.
 
 Everything stays on the device until the run is over, so that no step waits for it. It takes time all the same: runs
 that measure it are not for timing.

@@ -1,4 +1,4 @@
-"""What a method supplies for the steps of a run, and what it is made from."""
+"""Define the training of a method: optimizer and loss term, and the inputs to create them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a method is set up from.
+    """Inputs to create the training of a method.
 
     Args:
         kept: what the method remembers of each finished task, or of the base model's text, see ``methods.Entry``.

@@ -23,7 +23,17 @@ from gradguide.demo.model import Classifier, Encoded, accuracy
 from gradguide.demo.source import HEAD as SOURCE_HEAD
 from gradguide.integrations.peft import lora_parameters
 
-__all__ = ["Coherence", "Method", "Outcome", "Prepared", "compare", "default_methods", "trainable", "unit_gradient"]
+__all__ = [
+    "Coherence",
+    "Method",
+    "Outcome",
+    "Prepared",
+    "compare",
+    "default_methods",
+    "now",
+    "trainable",
+    "unit_gradient",
+]
 
 _HEAD = "target"
 
@@ -122,14 +132,14 @@ def _run(prepared: Prepared, name: str, method: Method, seed: int, bar: tqdm[Non
         torch.manual_seed(seed)  # the same dropout for every method
         for chosen in islice(batches(len(rows), config.batch, seed), config.steps):
             batch = rows.batch(chosen)
-            start = _now(rows.device)
+            start = now(rows.device)
             optimizer.zero_grad()
             model.loss(_HEAD, batch).backward()
-            backward = _now(rows.device) - start
+            backward = now(rows.device) - start
             coherence.append(observer.update(parameters))
-            start = _now(rows.device)
+            start = now(rows.device)
             optimizer.step()
-            seconds.append(backward + _now(rows.device) - start)
+            seconds.append(backward + now(rows.device) - start)
             bar.update()
     return Outcome(
         method=name,
@@ -141,7 +151,7 @@ def _run(prepared: Prepared, name: str, method: Method, seed: int, bar: tqdm[Non
     )
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Return the time in seconds, after all queued work of the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -17,6 +17,7 @@ __all__ = [
     "OptionError",
     "check_extras",
     "check_numbers",
+    "make_out",
 ]
 
 BUILT_IN = Path(__file__).parent / "texts"
@@ -98,6 +99,14 @@ def check_numbers(options: Any) -> None:
             raise OptionError(option, f"must be at least 1, found {value}")
     if not (options.lr > 0 and math.isfinite(options.lr)):
         raise OptionError("lr", f"must be above 0 and finite, found {options.lr}")
+
+
+def make_out(folder: Path) -> None:
+    """Create the folder for the results, or raise OptionError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("out", f"must be a writable folder, found {str(folder)!r}: {error}") from error
 
 
 def check_extras() -> None:

@@ -8,7 +8,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gradguide.demo.compare import Outcome, Prepared
 from gradguide.recording.plotting import figure_for, save_figure
@@ -19,14 +19,26 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "difference_text",
-    "mean_text",
+    "by_method",
+    "comparison",
     "package_versions",
     "paired_difference",
     "print_table",
     "write_report",
     "write_rows",
 ]
+
+
+class _Run(Protocol):
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+Run = TypeVar("Run", bound=_Run)
+"""The outcome of a run, of either demo."""
 
 _PACKAGES = ("gradguide", "torch", "transformers", "peft")
 
@@ -35,7 +47,7 @@ def write_report(folder: Path, prepared: Prepared, outcomes: Sequence[Outcome]) 
     """Write ``results.csv`` and ``results.png`` to ``folder``, which must exist; return their paths."""
     csv_path, png_path = folder / "results.csv", folder / "results.png"
     _write_csv(csv_path, prepared, outcomes)
-    _draw(png_path, _by_method(outcomes), prepared.source_accuracy)
+    _draw(png_path, by_method(outcomes), prepared.source_accuracy)
     return csv_path, png_path
 
 
@@ -44,7 +56,9 @@ def print_table(prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
     from rich.console import Console
 
     # Names of labels and domains may contain brackets, which are not markup.
-    Console(markup=False).print(_table(prepared, _by_method(outcomes)))
+    columns = {method: _columns(runs) for method, runs in by_method(outcomes).items()}
+    headings = ("target %", "source kept %", "coherence", "s/step")
+    Console(markup=False).print(comparison(columns, headings, _title(prepared), _caption(prepared)))
 
 
 def paired_difference(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
@@ -60,9 +74,9 @@ def paired_difference(values: Sequence[float], base: Sequence[float]) -> tuple[f
     return mean, float(t.ppf(0.975, count - 1)) * error
 
 
-def _by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+def by_method(outcomes: Sequence[Run]) -> dict[str, list[Run]]:
     """Group outcomes by method, in order of first appearance; sort each group by seed."""
-    results: dict[str, list[Outcome]] = {outcome.method: [] for outcome in outcomes}
+    results: dict[str, list[Run]] = {outcome.method: [] for outcome in outcomes}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
         results[outcome.method].append(outcome)
     return results
@@ -113,30 +127,31 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: installed_version(name) or "unknown" for name in _PACKAGES}}
 
 
-def _table(prepared: Prepared, results: Mapping[str, Sequence[Outcome]]) -> Table:
+def comparison(
+    results: Mapping[str, Sequence[tuple[Sequence[float], int]]], headings: Sequence[str], title: str, caption: str
+) -> Table:
+    """Return a table of means, and of paired differences from the first method.
+
+    Args:
+        results: by method, for each heading the values of all seeds and the number of decimals to print.
+    """
     from rich.table import Table
 
     # Without outer edges the two default methods fit into 80 columns.
     table = Table(
-        title=_title(prepared),
-        caption=_caption(prepared),
-        title_justify="left",
-        caption_justify="left",
-        show_edge=False,
-        pad_edge=False,
+        title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False, pad_edge=False
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("target %", "source kept %", "coherence", "s/step"):
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for method, runs in results.items():
-        table.add_row(method, *(mean_text(values, digits) for values, digits in _columns(runs)))
+    for method, columns in results.items():
+        table.add_row(method, *(_mean_text(values, digits) for values, digits in columns))
     table.add_section()
     first, *others = results
     for method in others:
-        pairs = zip(_columns(results[method]), _columns(results[first]), strict=True)
-        table.add_row(
-            f"{method} - {first}", *(difference_text(values, base, digits) for (values, digits), (base, _) in pairs)
-        )
+        pairs = zip(results[method], results[first], strict=True)
+        cells = (_difference_text(values, base, digits) for (values, digits), (base, _) in pairs)
+        table.add_row(f"{method} - {first}", *cells)
     return table
 
 
@@ -150,13 +165,13 @@ def _columns(runs: Sequence[Outcome]) -> list[tuple[list[float], int]]:
     ]
 
 
-def mean_text(values: Sequence[float], digits: int) -> str:
+def _mean_text(values: Sequence[float], digits: int) -> str:
     """Return the mean, and the standard deviation of several values."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def difference_text(values: Sequence[float], base: Sequence[float], digits: int) -> str:
+def _difference_text(values: Sequence[float], base: Sequence[float], digits: int) -> str:
     """Return the mean of paired differences, and half of its 95 % t-interval for several pairs."""
     mean, half = paired_difference(values, base)
     return f"{mean:+.{digits}f}" if math.isnan(half) else f"{mean:+.{digits}f} ± {half:.{digits}f}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from gradguide.demo.compare import Outcome, Prepared, compare, default_methods, trainable
-from gradguide.demo.config import DemoConfig, OptionError, check_extras
+from gradguide.demo.config import DemoConfig, check_extras, make_out
 from gradguide.demo.data import draw, few_shot, read_transfer
 from gradguide.demo.model import accuracy, encode, load_encoder
 from gradguide.demo.report import print_table, write_report
@@ -31,10 +31,7 @@ def run(config: DemoConfig) -> list[Outcome]:
     Raises:
         DemoError: see ``prepare``; or the output folder cannot be created.
     """
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError("out", f"must be a writable folder, found {str(config.out)!r}: {error}") from error
+    make_out(config.out)
     prepared = prepare(config)
     outcomes = compare(prepared, default_methods(config.lr))
     paths = write_report(config.out, prepared, outcomes)

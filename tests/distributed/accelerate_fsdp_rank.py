@@ -22,12 +22,9 @@ from gradguide.integrations.transformers import guide, sampled_loss
 from gradguide.utils.names import model_names
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import join
+from tests.distributed.trainer_rank import BATCH, STEPS, arguments_of
 from tests.integrations.test_causal_trainer import texts
 from tests.sources.structured import problems
-
-STEPS = 4
-BATCH = 4
-"""Rows per step, over all ranks."""
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -91,20 +88,7 @@ def trainer_of(folder: Path, world: int, source: StructuredSource, version: int)
     if version == 1:
         config["sync_module_states"] = False  # it needs a GPU
     sharded = {"fsdp": True, "fsdp_config": config}
-    arguments = transformers.TrainingArguments(
-        str(folder / f"output-{world}"),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH // world,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        ddp_backend="gloo" if world > 1 else None,
-        average_tokens_across_devices=False,
-        **(sharded if world > 1 else {}),
-    )
+    arguments = arguments_of(folder, world, **(sharded if world > 1 else {}))
     if world > 1:
         arguments.device  # noqa: B018  # sets up the ranks
         allow_fsdp_on_cpu()

@@ -25,10 +25,8 @@ BATCH = 4
 """Rows per step, over all ranks."""
 
 
-def trainer_of(folder: Path, world: int, source: StructuredSource) -> Any:
-    torch.manual_seed(0)
-    model = problems.adapted(problems.llama(layers=1))
-    arguments = transformers.TrainingArguments(
+def arguments_of(folder: Path, world: int, **options: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
         str(folder / f"output-{world}"),
         max_steps=STEPS,
         per_device_train_batch_size=BATCH // world,
@@ -40,7 +38,14 @@ def trainer_of(folder: Path, world: int, source: StructuredSource) -> Any:
         disable_tqdm=True,
         ddp_backend="gloo" if world > 1 else None,
         average_tokens_across_devices=False,
+        **options,
     )
+
+
+def trainer_of(folder: Path, world: int, source: StructuredSource) -> Any:
+    torch.manual_seed(0)
+    model = problems.adapted(problems.llama(layers=1))
+    arguments = arguments_of(folder, world)
     trainer = transformers.Trainer(model, arguments, train_dataset=texts(seed=0))
     guide(trainer, alignment=Alignment(source), direction=Direction(decay=0.8))
     return trainer

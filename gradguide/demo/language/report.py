@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradguide.demo.data import Task
-from gradguide.demo.report import difference_text, mean_text, package_versions, write_rows
+from gradguide.demo.report import by_method, comparison, package_versions, write_rows
 from gradguide.recording.plotting import figure_for, save_figure
 
 if TYPE_CHECKING:
@@ -40,45 +40,19 @@ def write_report(
     }
     measured = ("method", "seed", "target_accuracy", "drift", "seconds_per_step")
     write_rows(csv_path, [{**{name: getattr(o, name) for name in measured}, **shared} for o in outcomes])
-    _draw(png_path, _by_method(outcomes))
+    _draw(png_path, by_method(outcomes))
     return csv_path, png_path
 
 
 def print_table(config: LanguageConfig, task: Task, outcomes: Sequence[Outcome], before: float) -> None:
     """Print means with standard deviations over seeds, and paired differences from the first method."""
     from rich.console import Console
-    from rich.table import Table
 
-    results = _by_method(outcomes)
-    table = Table(
-        title=f"target {task.name} ({len(task.labels)} labels, {config.shots} shots), rate {config.lr:g}",
-        caption=f"Target accuracy before: {100 * before:.1f} %. Drift: KL from the base model on text that it wrote.",
-        title_justify="left",
-        caption_justify="left",
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("method", no_wrap=True)
-    for heading in ("target %", "drift in nats/token", "s/step"):
-        table.add_column(heading, justify="right")
-    for method, runs in results.items():
-        table.add_row(method, *(mean_text(values, digits) for values, digits in _columns(runs)))
-    table.add_section()
-    first, *others = results
-    for method in others:
-        pairs = zip(_columns(results[method]), _columns(results[first]), strict=True)
-        cells = (difference_text(values, base, digits) for (values, digits), (base, _) in pairs)
-        table.add_row(f"{method} - {first}", *cells)
+    columns = {method: _columns(runs) for method, runs in by_method(outcomes).items()}
+    title = f"target {task.name} ({len(task.labels)} labels, {config.shots} shots), rate {config.lr:g}"
+    caption = f"Target accuracy before: {100 * before:.1f} %. Drift: KL from the base model on text that it wrote."
     # Names of domains may contain brackets, which are not markup.
-    Console(markup=False).print(table)
-
-
-def _by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Group outcomes by method, in order of first appearance; sort each group by seed."""
-    results: dict[str, list[Outcome]] = {outcome.method: [] for outcome in outcomes}
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
-        results[outcome.method].append(outcome)
-    return results
+    Console(markup=False).print(comparison(columns, ("target %", "drift in nats/token", "s/step"), title, caption))
 
 
 def _columns(runs: Sequence[Outcome]) -> list[tuple[list[float], int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +16,8 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from gradguide import Alignment, GradGuide, StructuredSource
-from gradguide.demo.config import BUILT_IN, OptionError, check_extras, check_numbers
+from gradguide.demo.compare import now
+from gradguide.demo.config import BUILT_IN, OptionError, check_extras, check_numbers, make_out
 from gradguide.demo.data import batches, draw, few_shot, read_transfer
 from gradguide.demo.language.model import Batch, Rows, accuracy, drift, encode, load_model
 from gradguide.demo.model import add_lora
@@ -93,10 +93,7 @@ def run(config: LanguageConfig) -> list[Outcome]:
     """
     from gradguide.demo.language.report import print_table, write_report
 
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError("out", f"must be a writable folder, found {str(config.out)!r}: {error}") from error
+    make_out(config.out)
     check_extras()
     task = read_transfer(config.data, target=config.target).target
     shots = [few_shot(task, config.shots, seed) for seed in range(config.seeds)]
@@ -190,10 +187,10 @@ def _train(
         raise OptionError("source_file", f"does not fit: {error}") from error
     seconds = []
     for chosen in islice(batches(len(rows), config.batch, seed), config.steps):
-        begun = _now(rows.device)
+        begun = now(rows.device)
         _loss(model, rows.batch(chosen)).backward()
         step()
-        seconds.append(_now(rows.device) - begun)
+        seconds.append(now(rows.device) - begun)
         bar.update()
     return seconds
 
@@ -216,9 +213,9 @@ def _print_estimate(config: LanguageConfig, model: Any, rows: Rows, test: Rows) 
     batch = rows.batch(range(min(config.batch, len(rows))))
     with torch.inference_mode():
         _loss(model, batch)  # the first pass allocates memory
-        begun = _now(rows.device)
+        begun = now(rows.device)
         _loss(model, batch)
-        forward = _now(rows.device) - begun
+        forward = now(rows.device) - begun
     per_token = forward / batch["input_ids"].numel()
     runs = len(_METHODS) * config.seeds
     tested = sum(each["input_ids"].numel() for each in test.candidates())
@@ -228,10 +225,3 @@ def _print_estimate(config: LanguageConfig, model: Any, rows: Rows, test: Rows) 
     tokens = capture + (runs + 1) * tested + runs * 2 * _HELD_TOKENS
     seconds = writing + tokens * per_token + runs * config.steps * 3.5 * forward
     print(f"about {math.ceil(seconds / 60)} min on this {rows.device.type} device", flush=True)
-
-
-def _now(device: torch.device) -> float:
-    """Return the time in seconds, after all queued work of the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -2,8 +2,9 @@
 
 - ``source``: :class:`gradguide.StructuredSource`. Start here.
 - ``layers``: finds linear layers and adapters.
-- ``capture``, ``recorder``: accumulate statistics of the layers over source text.
+- ``capture``, ``recorder``, ``statistics``: accumulate moments of the layers over source text.
 - ``factors``: S and G in low rank.
+- ``captured_weight``: recognises the weight that a layer had at capture.
 - ``binding``, ``bound_layer``, ``pull``, ``rows``: the gradient with respect to a model's parameters.
 - ``storage``: files.
 """

@@ -54,8 +54,8 @@ class Recorder:
         before = self._grid, self._mask
         named = _by_name(module, arguments, keywords)
         mask = named.get("attention_mask")
-        configs = (getattr(each, "config", None) for each in module.modules())  # the model may be in a wrapper
-        two_stacks = any(getattr(config, "is_encoder_decoder", False) for config in configs)
+        configs = (each.config for each in module.modules() if hasattr(each, "config"))  # the model may be in a wrapper
+        two_stacks = getattr(next(configs, None), "is_encoder_decoder", False)
         masks = [mask, named.get("decoder_attention_mask")]
         if two_stacks and any(isinstance(each, Tensor) and not bool(each.all()) for each in masks):
             raise ValueError(
