@@ -141,11 +141,11 @@ def options(problem: Problem) -> dict[str, Option]:
             lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 92
         ),
     }
-    return found | (kernels(problem) if problem.device.type == "cuda" else low_rate(problem))
+    return found | low_rate(problem) | (kernels(problem) if problem.device.type == "cuda" else {})
 
 
 def low_rate(problem: Problem) -> dict[str, Option]:
-    """Return the providers for a CPU only: the defaults at a rate at which the update is within its bound for sure."""
+    """Return the defaults at a rate at which the update is within its bound for sure, so that it is not measured."""
     return {
         "defaults at a rate of 5e-5, no source": Option(lambda n: GradGuide(base(n, lr=5e-5)), 52),
         "defaults at a rate of 5e-5, anchored source": Option(
@@ -193,6 +193,8 @@ FUSED_FLOORS = {
     "magnitude": 48,
     "defaults, no source": 64,
     "defaults, anchored source": 92,
+    "defaults at a rate of 5e-5, no source": 44,
+    "defaults at a rate of 5e-5, anchored source": 64,
     "clipping": 32,
     "direction": 44,
     "direction + clipping": 44,

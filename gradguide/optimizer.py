@@ -256,8 +256,8 @@ class GradGuide(Wrapper):
             - ``source_drift``: modelled KL in nats per token from the capture of a structured source, before the
               step.
             - ``conflict``: 1 if ``source_cosine`` is negative beyond rounding in any scope, else 0.
-            - ``update_norm``: norm of the update, if a rule acts on it or a history is recorded. NaN if the update
-              was provably within its bound: see :mod:`gradguide.step.adam_bound`.
+            - ``update_norm``: norm of the update, if a rule acts on it or a history is recorded. NaN on a CPU
+              if the update was provably within its bound: see :mod:`gradguide.step.adam_bound`.
             - ``update_factor``: factor of the bound on the base's update, in [0, 1]: 1 if the bound was inactive, 0
               if an update that is not finite was undone.
             - ``skipped``, ``steps``: counts. Steps with only zero gradients are not counted.

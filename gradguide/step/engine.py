@@ -161,10 +161,9 @@ class Engine:
 
     @torch.no_grad()
     def step_fused(self, state: StepState, base: Optimizer) -> bool:
-        """Combine and make the base's step in one pass if possible: see :mod:`gradguide.step.fused_adam`.
+        """Combine and make the base's step in one pass: see :mod:`gradguide.step.fused_adam`.
 
-        Returns:
-            True if the step was made. If False, nothing was changed.
+        Return False if that is not possible. Then nothing was changed.
         """
         plan, decided = state.plan, state.decided
         count = self.rules.update_sources
@@ -174,12 +173,14 @@ class Engine:
         launches = fused_adam.plan_launches(base, plan, state.rows, self._written_directions(state), signs)
         if launches is None:
             return False
-        scale, pulls = None, None
-        if self.rules.limit_update:
+        scale, pulls, bound = None, None, plan.cache.device_adam_bound
+        proven = count == 0 and bound.holds(base, plan.buckets, self.rules.magnitude)
+        if self.rules.limit_update and not proven:
             products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
             limit = _rules_for(plan).constrain_preview(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
         self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
+        bound.made()
         return True
 
     @torch.no_grad()

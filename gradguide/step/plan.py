@@ -17,6 +17,7 @@ from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.adam_bound import AdamBound
+from gradguide.step.adam_bound_device import DeviceAdamBound
 from gradguide.step.buckets import Bucket, Label
 from gradguide.step.ranks import Ranks
 
@@ -40,7 +41,7 @@ class PlanCache:
     positions (Tensor): indices into the scopes' statistics.
     elements: number of elements of each scope.
     element_counts (Tensor): the same on the device; None with Triton.
-    adam_bound: the proof that a step of Adam is within the bound of the update.
+    adam_bound, device_adam_bound: the proof that a step of Adam is within the bound of the update.
     """
 
     metadata: MetadataCache = field(default_factory=MetadataCache)
@@ -51,6 +52,7 @@ class PlanCache:
     elements: list[int] | None = None
     element_counts: Tensor | None = None
     adam_bound: AdamBound = field(default_factory=AdamBound)
+    device_adam_bound: DeviceAdamBound = field(default_factory=DeviceAdamBound)
 
 
 @dataclass(frozen=True, slots=True)

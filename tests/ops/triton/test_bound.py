@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide.step import adam_bound_device, fused_adam
 from tests.ops.triton.problems import DEVICE
 
 # The interpreter uses numpy, which warns about values that are not finite.
@@ -67,3 +69,38 @@ def test_an_update_within_the_bound_keeps_every_bit() -> None:
             optimizer.step()
         runs.append(held[0].detach())
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_proven_bound_saves_the_measuring_pass_and_changes_no_bit(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scope with NaN has no proof: it is measured, and not stepped."""
+    preview = Mock(side_effect=fused_adam.preview_products)
+    monkeypatch.setattr(fused_adam, "preview_products", preview)
+    runs, counts = [], []
+    for least in (1 << 18, 0):  # the tensors are smaller, so that the first run measures
+        monkeypatch.setattr(adam_bound_device, "PAYS", least)
+        preview.reset_mock()
+        generator = torch.Generator().manual_seed(0)
+        held = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in ((5, 7), (40,), (3,))]
+        if lost:
+            with torch.no_grad():
+                held[1][3] = math.nan
+        optimizer = GradGuide(AdamW(held, lr=5e-5, fused=True), scope="tensor", backend="triton")
+        for t in range(5):
+            for parameter in held:
+                drawn = torch.randn(parameter.shape, generator=generator) * 10.0 ** (t % 3)
+                parameter.grad = drawn.to(DEVICE)
+            if t == 3:
+                held[0].grad = torch.full_like(held[0], math.nan)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()  # the numbers of the state have arrived
+            optimizer.step()
+        assert optimizer.metrics()["update_factor"] <= 1.0
+        states = [optimizer.state[p][name] for p in held for name in ("exp_avg", "exp_avg_sq", "step")]
+        runs.append([*(p.detach().nan_to_num() for p in held), *states])
+        counts.append(preview.call_count)
+    # On a device the numbers arrive after the first step.
+    assert counts[1] == counts[0] if lost else counts[1] <= (1 if DEVICE.type == "cuda" else 0) < counts[0]
+    assert all(map(torch.equal, *runs))
