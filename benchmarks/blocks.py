@@ -212,6 +212,40 @@ def objective() -> str:
     return table([first["benchmark"], first["metric"]], lines) + f"\n\n{about}"
 
 
+def growth() -> str:
+    """Return the computed cost by model, beside the measured ratio where there is one."""
+    rows = read("growth.csv")
+    measured = read("h200/step-lora.csv")
+    measured = measured[(measured["unit"] == "ratio") & (measured["provider"] == "defaults, no source")]
+    lines = []
+    for model, part in rows.groupby("model", sort=False):
+        cost = part.set_index("provider")
+        base, plain, structured = (
+            cost.loc[each] for each in (BASELINE, "defaults, no source", "defaults, structured source")
+        )
+        proven = cost.loc["defaults at a rate of 5e-5, no source"]
+        beside = measured.loc[measured["benchmark"].str.fullmatch(f"LoRA r16 of an? {model} Llama"), "value"]
+        lines.append([
+            str(model),
+            f"{base['trained'] / 1e6:.1f}",
+            f"{plain['ratio']:.2f}",
+            f"{beside.iloc[0]:.2f}" if len(beside) else "",
+            f"{proven['ratio']:.2f}",
+            f"{structured['ratio']:.2f}",
+            f"{base['launches']} / {plain['launches']} / {structured['launches']}",
+            f"{plain['held'] / 2**20:.0f}",
+            f"{structured['held'] / 2**20:.0f}",
+            f"{structured['adapter'] / 2**20:.0f}",
+            f"{100 * structured['pull_share']:.3f}%",
+        ])  # fmt: skip
+    heads = [
+        "model", "trained, M", "defaults: bytes / clip + AdamW's", "time, H200", "at a rate of 5e-5: bytes",
+        "structured source: bytes", "launches: clip + AdamW / defaults / structured source", "defaults hold, MiB",
+        "with a structured source, MiB", "an adapter of its rank, MiB", "pull's operations / passes'",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": partial(demo, "demo-clinc150.csv"),
     "demo-high": partial(demo, "demo-clinc150-lr1e-2.csv"),
@@ -230,5 +264,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "objective": objective,
     "capture": capture,
     "communication": communication,
+    "growth": growth,
 }
 """The function that makes each block, by the name in its marker."""

@@ -29,13 +29,14 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Llama:
-    """Sizes of a Llama: number of layers, and widths of the stream, the MLP, and keys and values."""
+    """Sizes of a Llama: number of layers, widths of the stream, the MLP, and keys and values, and attention heads."""
 
     layers: int
     hidden: int
     inner: int
     kv: int
     vocabulary: int
+    heads: int
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -60,9 +61,10 @@ class Llama:
 
 
 LLAMAS = {
-    "1.1B": Llama(layers=22, hidden=2048, inner=5632, kv=256, vocabulary=32000),
-    "8B": Llama(layers=32, hidden=4096, inner=14336, kv=1024, vocabulary=128256),
-    "70B": Llama(layers=80, hidden=8192, inner=28672, kv=1024, vocabulary=128256),
+    "0.1B": Llama(layers=30, hidden=576, inner=1536, kv=192, vocabulary=49152, heads=9),
+    "1.1B": Llama(layers=22, hidden=2048, inner=5632, kv=256, vocabulary=32000, heads=32),
+    "8B": Llama(layers=32, hidden=4096, inner=14336, kv=1024, vocabulary=128256, heads=32),
+    "70B": Llama(layers=80, hidden=8192, inner=28672, kv=1024, vocabulary=128256, heads=64),
 }
 
 

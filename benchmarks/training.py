@@ -125,8 +125,8 @@ def llama_step(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         num_hidden_layers=layers or shape.layers,
-        num_attention_heads=32,
-        num_key_value_heads=shape.kv * 32 // shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv * shape.heads // shape.hidden,
     )
     torch.manual_seed(0)
     with device:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture, communication, objective, peers
-from benchmarks.sets import Set
+from benchmarks import capture, communication, growth, objective, peers
+from benchmarks.sets import SETS, Set
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +54,19 @@ def test_communication_does_not_grow_with_the_parameters(tmp_path: Path) -> None
         sent = {row["payload_bytes"] for row in found if row["optimizer"] == kind}
         assert sent == {payload}, kind
     assert {row["ranks"] for row in found} == {"2", "8", "64", "1024"}
+
+
+def test_growth(tmp_path: Path) -> None:
+    """The pull's share falls with the model, and a source of rank 64 takes hardly more than an adapter of that rank."""
+    growth.main(["--out", str(tmp_path / "growth.csv")])
+    found = [row for row in rows(tmp_path / "growth.csv") if row["provider"] == "defaults, structured source"]
+    assert [row["model"] for row in found] == ["0.1B", "1.1B", "8B", "70B"]
+    assert int(found[1]["trained"]) == SETS["LoRA r16 of a 1.1B Llama"].elements
+    shares = [float(row["pull_share"]) for row in found]
+    assert shares == sorted(shares, reverse=True)
+    for row in found:
+        source = int(row["held"]) - 8 * int(row["trained"])  # beside direction and pull
+        assert int(row["adapter"]) < source < 1.05 * int(row["adapter"])
 
 
 def test_the_part_of_the_host_is_measured_without_launches() -> None:
