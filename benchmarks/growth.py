@@ -1,8 +1,8 @@
 """Compute how the cost of a step grows with the model: ``python -m benchmarks.growth`` writes results/growth.csv.
 
-Nothing is measured: bytes are those of ``benchmarks.step``, launches those that tests count, and the work of a structured
-source is that of its matrix products. LoRA of rank 16 on all linear layers, a source of rank 64 in bfloat16, 2,048 tokens
-per step. What more ranks cost does not depend on the model: see ``benchmarks.communication``.
+Nothing is measured: bytes are those of ``benchmarks.step``, launches those that tests count, and the work of a
+structured source is that of its matrix products. LoRA of rank 16 on all linear layers, a source of rank 64 in bfloat16,
+2,048 tokens per step. What more ranks cost does not depend on the model: see ``benchmarks.communication``.
 """
 
 from __future__ import annotations
