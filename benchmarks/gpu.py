@@ -1,4 +1,4 @@
-"""Run all tests and benchmarks that need a CUDA device, in at most ten minutes: ``python -m benchmarks.gpu --out DIR``.
+"""Run what needs a CUDA device, tests and benchmarks, in at most eight minutes: ``python -m benchmarks.gpu --out DIR``.
 
 Parts run one after the other, each in its own process, so that a failure does not stop the others. The output of a
 part is in ``DIR/<part>.log`` and its results in ``DIR/*.csv``. ``DIR/summary.txt`` lists what passed, failed or was
@@ -41,7 +41,7 @@ def parts(out: Path) -> list[Part]:
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     step = [*python, "benchmarks.step", "--quick"]
     found = [
-        Part("tests", [*tests, *parallel, "tests/gpu", "tests/ops/triton"], 200),
+        Part("tests", [*tests, *parallel, "tests/gpu", "tests/ops/triton"], 150),
         Part("kernels", [*python, "benchmarks.bandwidth", "--out", str(out / "kernels.csv")], 60),
         Part("step-lora", [*step, "--sets", *LORA, "--out", str(out / "step-lora.csv")], 90),
         Part("step-whole", [*step, "--sets", *WHOLE, "--out", str(out / "step-whole.csv")], 120),
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="run these parts only")
-    parser.add_argument("--seconds", type=float, default=570.0, help="for all parts (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=470.0, help="for all parts (default: %(default)s)")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("this suite needs a CUDA device, found none")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.graphs import Graph
 from benchmarks.harness import BASELINE, Case, Result, held_bytes, ratios, save, summarise, time_side_by_side, versions
 from benchmarks.sets import SETS, Set
 from benchmarks.training import minilm_step
@@ -89,15 +90,15 @@ class Problem:
         return SourceGradient(table(self.s0), fisher=table(self.fisher), anchor=anchor)
 
 
-def base(named: list[tuple[str, Tensor]], *, fused: bool = True, lr: float = 1e-3) -> AdamW:
-    return AdamW([p for _, p in named], lr=lr, fused=fused, foreach=not fused)
+def base(named: list[tuple[str, Tensor]], *, fused: bool = True, lr: float = 1e-3, capturable: bool = False) -> AdamW:
+    return AdamW([p for _, p in named], lr=lr, fused=fused, foreach=not fused, capturable=capturable)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """Makes a provider's optimizer; ``floor`` is the least number of bytes per parameter that it moves in float32."""
 
-    make: Callable[[list[tuple[str, Tensor]]], Optimizer]
+    make: Callable[[list[tuple[str, Tensor]]], Optimizer | Graph]
     floor: float
 
 
@@ -157,8 +158,26 @@ def low_rate(problem: Problem) -> dict[str, Option]:
     }
 
 
+def graphs() -> dict[str, Option]:
+    """Return the baseline and the defaults as CUDA graphs."""
+
+    def plain(named: list[tuple[str, Tensor]]) -> Graph:
+        optimizer = base(named, capturable=True)
+
+        def step() -> None:
+            torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+            optimizer.step()
+
+        return Graph(step)
+
+    return {
+        f"CUDA graph of {BASELINE}": Option(plain, 40),
+        "CUDA graph of the defaults, no source": Option(lambda n: Graph(GradGuide(base(n, capturable=True)).step), 64),
+    }
+
+
 def kernels(problem: Problem) -> dict[str, Option]:
-    """Return the providers for CUDA only: the portable backend, and kernels without the fused base step."""
+    """Return the providers for CUDA only: the portable backend, CUDA graphs, and kernels without the fused step."""
     plain = Magnitude(max_update=None)
 
     def guided(n: list[tuple[str, Tensor]], backend: str, *, fused: bool = True) -> GradGuide:
@@ -184,6 +203,7 @@ def kernels(problem: Problem) -> dict[str, Option]:
         "direction + source + clipping, foreach": Option(lambda n: guided(n, "foreach"), 60),
         "direction + source + clipping, not fused": Option(lambda n: guided(n, "triton", fused=False), 60),
         "shared momentum + bf16 source + clipping": Option(shared, 40),
+        **graphs(),
     }
 
 
