@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from gradguide.ops import Row, Write, foreach
 from gradguide.ops import triton as ops
+from gradguide.step import adam_bound_device, fused_adam
 from tests.contract import kit
 from tests.gpu.training import KINDS, WITHOUT_WAITING, Training, no_waiting, train
 
@@ -81,6 +85,25 @@ def test_a_step_that_is_not_finite_is_left_out_without_the_host() -> None:
     after = kit.snapshot(training.model, training.optimizer)
     kit.assert_same(after["parameters"], before["parameters"])
     assert after["counts"] == {"steps": before["counts"]["steps"], "skipped": 1.0}
+
+
+def test_a_proof_of_the_bound_saves_a_pass_and_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    preview = Mock(side_effect=fused_adam.preview_products)
+    monkeypatch.setattr(fused_adam, "preview_products", preview)
+    runs = []
+    for least in (1 << 18, 0):  # the tensors are smaller, so that the first run measures
+        monkeypatch.setattr(adam_bound_device, "PAYS", least)
+        training = Training("defaults")
+        training.optimizer.param_groups[0]["lr"] = 5e-5
+        for step in range(6):
+            training.fill(step)
+            torch.cuda.synchronize()  # the numbers of the state have arrived
+            preview.reset_mock()
+            with no_waiting() if step else nullcontext():
+                training.step()
+        assert preview.called == (least > 0)
+        runs.append(training.parameters())
+    assert not kit.differ(*runs)
 
 
 def test_the_fused_step_keeps_no_copy_of_the_parameters() -> None:
