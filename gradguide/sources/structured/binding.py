@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import as_dtensor, full, local, to_layout
+from gradguide.ops.tensors import common_value
 from gradguide.sources.structured.bound_layer import BoundLayer, bind_layer, names_that_change, names_to_pull
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import find_layers
@@ -97,6 +98,9 @@ class Binding:
                 "unfreeze weights, or capture the layers that are trained"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
+        self._scales = [
+            (bound.name, *scale) for group in self._groups for bound in group.layers for scale in bound.scales
+        ]
         self._rows = PullRows()
         known = {name for name, _ in starts}
         unknown = [name for name, _ in self._starts if layers[name].weight is None and name not in known]
@@ -133,9 +137,7 @@ class Binding:
             RuntimeError: a parameter that changes a layer was frozen or inactive when the binding was made, or the
                 scale of an adapter changed since.
         """
-        for group in self._groups:
-            for bound in group.layers:
-                bound.check_scales()
+        self._check_scales()
         if not self._unbound.isdisjoint(parameters):
             raise RuntimeError(
                 f"{min(self._unbound & parameters.keys())} is trained, but it was frozen or in an inactive adapter "
@@ -147,14 +149,23 @@ class Binding:
         pulls: list[Pull] = []
         drifts = []
         for group in self._groups:
-            moved = [values[n].device for bound in group.layers for n in bound.names if n in parameters]
-            group.move(moved[0] if moved else group.floor.device)
+            moved = (values[n] for bound in group.layers for n in bound.names if n in parameters)
+            group.move(next(moved, group.floor).device)
             with torch.autocast(group.floor.device.type, enabled=False):
                 found, drift = _pull(group, values)
             pulls += found
             drifts.append(drift)
         device = drifts[0].device
         return self._rows.update(pulls, values), torch.cat([drift.to(device) for drift in drifts]).sum()
+
+    def _check_scales(self) -> None:
+        """Raise RuntimeError if the scale of an adapter changed: D is computed with that at binding."""
+        for layer, name, scalings, scale in self._scales:
+            if scalings.get(name, scale) != scale:
+                raise RuntimeError(
+                    f"the scale of the adapter {name!r} at {layer} changed from {scale} to {scalings[name]} after the "
+                    "source was given to GradGuide: call set_alignment with the sources again"
+                )
 
 
 def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], Tensor]:
@@ -194,8 +205,11 @@ def _pull(group: _Group, parameters: Mapping[str, Tensor]) -> tuple[list[Pull], 
 
 def _stacked_values(parameters: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
     """Return parameters of one shape as one tensor, float32. A DTensor is gathered, as FSDP does in a forward pass."""
-    # A parameter that was frozen before the model moved is on its earlier device.
-    return torch.stack([full(parameters[name]).to(device) for name in names]).float()
+    tensors = [full(parameters[name]) for name in names]
+    if common_value(map(Tensor.get_device, tensors)) != (-1 if device.type == "cpu" else device.index):
+        # A parameter that was frozen before the model moved is on its earlier device.
+        tensors = [tensor.to(device) for tensor in tensors]
+    return torch.stack(tensors).float()
 
 
 def _weight_change(bound: BoundLayer, parameters: Mapping[str, Tensor]) -> Tensor:

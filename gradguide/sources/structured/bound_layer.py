@@ -38,15 +38,6 @@ class BoundLayer:
     device: torch.device
     scales: tuple[tuple[str, Mapping[str, float], float], ...]
 
-    def check_scales(self) -> None:
-        """Raise RuntimeError if the scale of an adapter changed: D is computed with that at binding."""
-        for name, scalings, scale in self.scales:
-            if scalings.get(name, scale) != scale:
-                raise RuntimeError(
-                    f"the scale of the adapter {name!r} at {self.name} changed from {scale} to {scalings[name]} after "
-                    "the source was given to GradGuide: call set_alignment with the sources again"
-                )
-
     @property
     def names(self) -> list[str]:
         """Names of the parameters with a pull."""

@@ -36,8 +36,8 @@ class PullRows:
     def update(self, pulls: Sequence[Pull], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the pulls by name. Pulls on the same parameter, which several layers share, are added."""
         names = list(chain.from_iterable(names for names, _ in pulls))
-        layouts = {name: layout_of(parameters[name]) for name in names}
-        if len(layouts) < len(names) or any(layouts.values()):
+        if len(set(names)) < len(names) or any(layout_of(parameters[name]) is not None for name in names):
+            layouts = {name: layout_of(parameters[name]) for name in names}
             rows: dict[str, Tensor] = {}
             for name, pull in ((name, pull) for names, stack in pulls for name, pull in zip(names, stack, strict=True)):
                 layout = layouts[name]
