@@ -13,7 +13,7 @@ from benchmarks.few_shot.results import Difference
 from benchmarks.language import tables
 from benchmarks.language.frontier import CAP, Frontier, frontier, minus
 from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING
-from benchmarks.language.results import PAIR, against, load, per_pair, shown, worst
+from benchmarks.language.results import PAIR, against, against_best, load, per_pair, shown, worst
 from gradguide.utils.atomic import atomic_write
 
 __all__ = ["OURS", "compact", "load", "summary", "write"]
@@ -52,45 +52,50 @@ def summary(path: Path) -> str:
 
 
 def compact(path: Path) -> str:
-    """Return one line for each method of scenario (a), over the pairs (target, seed) that all of ``_COMPACT`` have."""
+    """Return one line for each method of scenario (a) that the file has, over the pairs that all of them have.
+
+    A pair is a target and a seed. The frontiers need runs of ``none``, the model before training.
+    """
     rows = _standard(load(path))
     trained = rows[(rows["steps"] > 0) & rows["method"].isin(_COMPACT)]
+    labels = {name: label for name, label in _COMPACT.items() if name in set(trained["method"])}
     values = {column: per_pair(trained, column) for column in ("target_accuracy", "target_loss", "drift")}
     pairs = values["drift"].index
     mine = trained[trained.set_index(PAIR).index.isin(pairs)]
     each = rows[rows.set_index(PAIR).index.isin(pairs)]
     each = each.assign(family=each["method"])  # a frontier of its own for each method, at the same number of settings
-    fronts = {name: frontier(each, name, "target_accuracy") for name in _COMPACT}
+    fronts = {name: frontier(each, name, "target_accuracy") for name in labels}
     best = fronts[OURS]
     lines = []
-    for name, label in _COMPACT.items():
+    for name, label in labels.items():
         runs, front = mine[mine["method"] == name], fronts[name]
-        apart = ""
-        if name != OURS and best is not None and front is not None:
+        line = [
+            label,
+            f"{values['target_accuracy'][name].mean():.1f}",
+            against(values["target_accuracy"], name, 1),
+            shown(against_best(mine, name, "target_accuracy", pairs), 1),
+            f"{worst(runs, 'target_accuracy', least=True):.1f}",
+            f"{values['target_loss'][name].mean():.2f}",
+            f"{values['drift'][name].mean():.3f}",
+            f"{worst(runs, 'drift', least=False):.3f}",
+        ]
+        if best is not None and front is not None:
             mean, low, high, _ = minus(best, front, "target_accuracy")
-            apart = shown(Difference(mean, low, high), 1)
-        lines.append(
-            [
-                label,
-                f"{values['target_accuracy'][name].mean():.1f}",
-                against(values["target_accuracy"], name, 1),
-                f"{worst(runs, 'target_accuracy', least=True):.1f}",
-                f"{values['target_loss'][name].mean():.2f}",
-                f"{values['drift'][name].mean():.3f}",
-                f"{worst(runs, 'drift', least=False):.3f}",
-                apart,
-            ]
-        )
+            line.append("" if name == OURS else shown(Difference(mean, low, high), 1))
+        lines.append(line)
     heads = [
-        "method", "target %: mean over rates", "minus clip", "worst rate", "target loss", "drift: mean", "worst rate",
-        "frontier: the structured source's minus this",
+        "method", "target %: mean over rates", "minus clip", "minus clip at its best rate", "worst rate", "target loss",
+        "drift: mean", "worst rate",
     ]  # fmt: skip
+    area = ""
+    if best is not None:
+        heads.append("frontier: the structured source's minus this")
+        area = f" The frontier is the best target % within a drift of 0 to {CAP} nats per token, over the rates."
     targets = ", ".join(dict.fromkeys(target for target, _ in pairs))
     rates = ", ".join(f"{lr:g}" for lr in sorted(mine["lr"].unique()))
     return tables.table(heads, lines) + (
         f"\n\n{len(pairs)} pairs of target ({targets}) and seed; rates {rates}; {_all(rows, 'device')}, torch "
-        f"{_all(rows, 'torch')}. Differences are paired, in points, with 95% bootstrap intervals. The frontier is the "
-        f"best target % within a drift of 0 to {CAP} nats per token, over the rates."
+        f"{_all(rows, 'torch')}. Differences are paired, in points, with 95% bootstrap intervals.{area}"
     )
 
 

@@ -11,7 +11,7 @@ from benchmarks.few_shot.results import Difference, difference
 from benchmarks.language.grid import BASE, CHOOSING, COLUMNS, Run
 from benchmarks.language.methods import METHODS, family
 
-__all__ = ["KEY", "PAIR", "against", "load", "outcomes", "per_pair", "shown", "tuned", "worst"]
+__all__ = ["KEY", "PAIR", "against", "against_best", "load", "outcomes", "per_pair", "shown", "tuned", "worst"]
 
 PAIR = ["target", "seed"]
 KEY = list(Run.__dataclass_fields__)
@@ -103,3 +103,11 @@ def against(table: pd.DataFrame, method: str, digits: int, base: str = BASE) -> 
         return ""
     both = table[[method, base]].dropna()
     return "" if both.empty else shown(difference(both, method, base), digits)
+
+
+def against_best(both: pd.DataFrame, method: str, column: str, pairs: pd.Index) -> Difference:
+    """Return the paired difference of the method's mean over the rates from the baseline at its best rate."""
+    cells = both.pivot_table(index=PAIR, columns=["method", "lr"], values=column).loc[pairs]
+    means = cells[BASE].mean()
+    best = means.idxmin() if column == "target_loss" else means.idxmax()
+    return difference(pd.DataFrame({method: cells[method].mean(axis=1), "best": cells[BASE][best]}), method, "best")

@@ -8,12 +8,12 @@ from functools import partial
 import pandas as pd
 
 from benchmarks import markdown
-from benchmarks.few_shot.results import Difference, difference
+from benchmarks.few_shot.results import Difference
 from benchmarks.language import grid
 from benchmarks.language.frontier import Frontier, minus
 from benchmarks.language.grid import BASE
 from benchmarks.language.methods import family
-from benchmarks.language.results import PAIR, against, outcomes, per_pair, shown, tuned, worst
+from benchmarks.language.results import PAIR, against, against_best, outcomes, per_pair, shown, tuned, worst
 
 __all__ = ["areas", "at_best", "by_rate", "compared", "forgetting", "order", "steadiness"]
 
@@ -69,7 +69,7 @@ def compared(rows: pd.DataFrame, columns: Sequence[str]) -> str:
             if column in (first, "drift"):
                 line.append(against(found, method, digits))
         line += [
-            shown(_against_best(both, method, first, values[first].index), COLUMNS[first][1]),
+            shown(against_best(both, method, first, values[first].index), COLUMNS[first][1]),
             str(outcomes(values[first], method)) if first != "target_loss" and method != BASE else "",
             f"{worst(mine, first, least=first != 'target_loss'):.{COLUMNS[first][1]}f}",
             f"{worst(mine, 'drift', least=False):.3f}",
@@ -177,14 +177,6 @@ def steadiness(rows: pd.DataFrame) -> str:
         lines.append(line)
     heads = [head for column in _STEADINESS for head in (column.replace("_", " "), f"above {BASE}")]
     return table(["method", *heads], lines)
-
-
-def _against_best(both: pd.DataFrame, method: str, column: str, pairs: pd.Index) -> Difference:
-    """Return the paired difference of the method's mean over the rates from the baseline at its best rate."""
-    cells = both.pivot_table(index=PAIR, columns=["method", "lr"], values=column).loc[pairs]
-    means = cells[BASE].mean()
-    best = means.idxmin() if column == "target_loss" else means.idxmax()
-    return difference(pd.DataFrame({method: cells[method].mean(axis=1), "best": cells[BASE][best]}), method, "best")
 
 
 def _costs(mine: pd.DataFrame) -> list[str]:
