@@ -48,6 +48,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 
 from gradguide.factory import recipe_of, unwrap
+from gradguide.integrations.drift import drift
 from gradguide.integrations.sampling import own_text, sampled_loss
 from gradguide.optimizer import GradGuide
 from gradguide.rules.alignment import Alignment
@@ -55,7 +56,7 @@ from gradguide.rules.magnitude import Magnitude
 from gradguide.sources.structured import StructuredSource
 from gradguide.utils.names import NamesLike
 
-__all__ = ["GradGuideCallback", "guide", "own_text", "sampled_loss"]
+__all__ = ["GradGuideCallback", "drift", "guide", "own_text", "sampled_loss"]
 
 _logger = logging.getLogger(__name__)
 
