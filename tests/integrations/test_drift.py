@@ -106,7 +106,7 @@ def test_modules_to_save_count() -> None:
     ("model", "message"),
     [
         (lambda: llama(), "no PEFT adapters to disable: pass the model before training, base="),
-        (lambda: adapted(gpt2(), bias="all"), "not part of an adapter"),
+        (lambda: adapted(gpt2(), bias="all", fan_in_fan_out=True), "not part of an adapter"),
         (lambda: merged(), "merged into the weights"),
         (
             lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
