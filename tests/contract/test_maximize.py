@@ -53,11 +53,9 @@ RULES: dict[str, Callable[[], dict[str, Any]]] = {
         "alignment": Alignment([anchored(1), source(3)], weight=0.2, project=True),
         "magnitude": Magnitude(max_norm=2.0, max_update=5e-3),
     },
-    "exact objective": lambda: {
+    "difference quotient, shared momentum": lambda: {
         "direction": Direction(share_momentum=True),
-        "regularizer": Regularizer(
-            direction=0.3, magnitude=0.1, alignment=0.2, source=source(3), warmup=0, hessian="exact"
-        ),
+        "regularizer": Regularizer(direction=0.3, magnitude=0.1, alignment=0.2, source=source(3), warmup=0),
     },
 }  # fmt: skip
 
@@ -94,15 +92,13 @@ def run(
         for sign, prefix in zip(signs, ("a.", "b."), strict=True)
     ]  # fmt: skip
     optimizer = GradGuide(BASES[base](groups), names=named, scope=scope, **RULES[rules]())
-    exact = rules == "exact objective"
     found, metrics = [], []
     for step in range(steps):
 
         def closure(step: int = step) -> Tensor:
             optimizer.zero_grad()
             loss = problem(named, (1, 1) if stated else signs, step)
-            if not exact:
-                loss.backward()
+            loss.backward()
             return loss
 
         optimizer.step(closure)

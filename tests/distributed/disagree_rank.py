@@ -52,7 +52,6 @@ ODD: dict[str, Options] = {
         "magnitude": 0.2,
         "alignment": 0.2,
         "source": problem.source(2),
-        "hessian": "exact",
         "warmup": 3,
     },
 }
