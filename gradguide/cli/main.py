@@ -109,9 +109,8 @@ def _demo(options: dict[str, Any]) -> None:
             from gradguide.demo.language.run import LanguageConfig
             from gradguide.demo.language.run import run as run_language
 
-            for option in ("source", "save_source", "source_adapter"):
-                if option in options:
-                    raise OptionError(option, f"is an option for encoders, found the causal language model {model!r}")
+            if "source" in options:
+                raise OptionError("source", f"is an option for encoders, found the causal language model {model!r}")
             run_language(LanguageConfig(**options))
             return
     if "source_file" in options:

@@ -36,7 +36,7 @@ class OptionError(DemoError):
     """The value of an option is wrong.
 
     Args:
-        option: name of the field of ``DemoConfig``, for example ``"source_adapter"``.
+        option: name of the field of ``DemoConfig``, for example ``"shots"``.
         problem: what is wrong, with the value, for example ``"must be at least 1, found 0"``.
     """
 
@@ -61,11 +61,9 @@ class DemoConfig:
         batch: rows per step, at least 1.
         lr: learning rate of the adaptation, above 0.
         out: folder for the results, created if missing.
-        save_source: new or empty folder for the source adapter, its head and the source gradient.
-        source_adapter: folder written through ``save_source``, loaded instead of training.
 
     Raises:
-        OptionError: a value is out of range, or two options exclude each other.
+        OptionError: a value is out of range.
     """
 
     data: Path = BUILT_IN
@@ -78,17 +76,9 @@ class DemoConfig:
     batch: int = 16
     lr: float = 2e-3
     out: Path = Path("gradguide-demo")
-    save_source: Path | None = None
-    source_adapter: Path | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.save_source is None:
-            return
-        if self.source_adapter is not None:
-            raise OptionError("save_source", "cannot be combined with --source-adapter, which skips source training")
-        if self.save_source.exists() and not (self.save_source.is_dir() and not any(self.save_source.iterdir())):
-            raise OptionError("save_source", f"must be a new or empty folder, found {str(self.save_source)!r}")
 
 
 def check_numbers(options: Any) -> None:

@@ -152,21 +152,18 @@ def load_encoder(name: str) -> tuple[nn.Module, Any]:
             raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
     if encoder.config.is_encoder_decoder:
         raise OptionError("model", f"must be an encoder, found the encoder-decoder {name!r}")
-    encoder.name_or_path = name  # PEFT saves it as the base of the adapter; it must not be a path of this installation
     return encoder.float(), tokenizer
 
 
-def add_lora(encoder: nn.Module, config: Any = None, seed: int = 0) -> nn.Module:
-    """Return ``encoder`` with a LoRA adapter on all linear layers; only the adapter's parameters are trainable.
+def add_lora(encoder: nn.Module, seed: int = 0) -> nn.Module:
+    """Return ``encoder`` with a LoRA adapter of rank 8 on all linear layers; only its parameters are trainable.
 
     Args:
-        config: a ``peft.LoraConfig``. Default: rank 8, alpha 16, no dropout.
         seed: seed of the adapter's initial weights.
     """
     from peft import LoraConfig, get_peft_model
 
-    if config is None:
-        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings(), torch.random.fork_rng():
         # PEFT reads an attribute that Transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

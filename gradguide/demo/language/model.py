@@ -133,7 +133,6 @@ def load_model(name: str, device: torch.device) -> tuple[Any, Any]:
         tokenizer, model = AutoTokenizer.from_pretrained(name), load_causal(name)
     except (OSError, ValueError) as error:
         raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
-    model.name_or_path = name
     return (model.float() if device.type == "cpu" else model).to(device).eval(), tokenizer
 
 
