@@ -26,8 +26,7 @@ from benchmarks.demo import (
     learn_source,
     load_encoder,
 )
-from benchmarks.few_shot.data import Episode, source_task
-from benchmarks.few_shot.problem import HEAD_LR, Problem
+from benchmarks.few_shot.data import HEAD_LR, Episode, Problem, source_task
 from gradguide import SourceGradient
 from gradguide.integrations.peft import lora_parameters
 from gradguide.utils.atomic import atomic_write
