@@ -18,7 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from gradguide.demo.config import DEFAULT_MODEL, EXTRA, DemoError, OptionError
 from gradguide.demo.data import Example
 
-__all__ = ["Batch", "Classifier", "Encoded", "accuracy", "add_lora", "check_sha256", "encode", "load_encoder"]
+__all__ = [
+    "Batch",
+    "Classifier",
+    "Encoded",
+    "accuracy",
+    "add_lora",
+    "check_sha256",
+    "encode",
+    "load_encoder",
+    "loading",
+]
 
 # input_ids and attention_mask, int64 [b, t], and labels, int64 [b].
 Batch = dict[str, Tensor]
@@ -140,19 +150,25 @@ def load_encoder(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     location = str(_packaged_default()) if name == DEFAULT_MODEL else name
-    with _quiet_transformers():
+    with _quiet_transformers(), loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(location)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(location)
-            try:
-                # The pooler of BERT models would become a LoRA target that never gets a gradient.
-                encoder = AutoModel.from_pretrained(location, use_safetensors=True, add_pooling_layer=False)
-            except TypeError:
-                encoder = AutoModel.from_pretrained(location, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
+            # The pooler of BERT models would become a LoRA target that never gets a gradient.
+            encoder = AutoModel.from_pretrained(location, use_safetensors=True, add_pooling_layer=False)
+        except TypeError:
+            encoder = AutoModel.from_pretrained(location, use_safetensors=True)
     if encoder.config.is_encoder_decoder:
         raise OptionError("model", f"must be an encoder, found the encoder-decoder {name!r}")
     return encoder.float(), tokenizer
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Raise OptionError if the model ``name`` cannot be loaded inside."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def add_lora(encoder: nn.Module, seed: int = 0) -> nn.Module:
