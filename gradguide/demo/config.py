@@ -42,8 +42,6 @@ class OptionError(DemoError):
 
     def __init__(self, option: str, problem: str) -> None:
         super().__init__(f"--{option.replace('_', '-')} {problem}")
-        self.option = option
-        self.problem = problem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,7 @@ def decide(
     guided, norm, ceiling = span.extent(guided)
     factor = torch.ones_like(norm)
     if rules.magnitude is not None:
-        factor = bounding.clip(ceiling, torch.full_like(norm, rules.magnitude.max_norm))
+        factor = bounding.clip(ceiling, rules.magnitude.max_norm)
     factor = factor * bounding.fit(span, guided * factor.unsqueeze(1), GRADIENT)
     final = guided * factor.unsqueeze(1)
 

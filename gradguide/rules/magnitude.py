@@ -51,8 +51,8 @@ class Magnitude:
             check_range("max_update", self.max_update, 0, math.inf, open_low=True, open_high=True)
 
 
-def clip(norm: Tensor, bound: Tensor) -> Tensor:
-    """Return the factor in (0, 1] that scales ``norm`` [S] to at most ``bound`` [S]: Tensor [S]."""
+def clip(norm: Tensor, bound: Tensor | float) -> Tensor:
+    """Return the factor in (0, 1] that scales ``norm`` [S] to at most ``bound``, one number or [S]: Tensor [S]."""
     return torch.where(norm > bound, bound / torch.where(norm > bound, norm, 1.0), 1.0)
 
 
@@ -72,8 +72,7 @@ def fit(span: Span, vector: Tensor, received: int) -> Tensor:
     largest = FITTING * span.largest
     elements = span.lengths.clone()
     elements[:, received] = elements[:, received].clamp(max=largest)
-    reach = (vector.abs() * elements).sum(dim=1)
-    return clip(reach, torch.full_like(reach, largest))
+    return clip((vector.abs() * elements).sum(dim=1), largest)
 
 
 def shrink(update: Tensor, length: Tensor, numbers: Tensor, largest: float) -> Tensor:
