@@ -98,7 +98,7 @@ def _line(error: Exception) -> str:
 
 def _demo(options: dict[str, Any]) -> None:
     # Importing the demo needs no extra. Missing packages are reported when it runs.
-    from gradguide.demo.config import DEFAULT_MODEL, DemoConfig, OptionError, check_extras
+    from gradguide.demo.config import DEFAULT_MODEL, DemoConfig, LanguageConfig, OptionError, check_extras
 
     check_extras()
     model = options.get("model", DEFAULT_MODEL)
@@ -106,7 +106,6 @@ def _demo(options: dict[str, Any]) -> None:
         from gradguide.demo.language.model import is_causal
 
         if is_causal(model):
-            from gradguide.demo.language.run import LanguageConfig
             from gradguide.demo.language.run import run as run_language
 
             if "source" in options:
