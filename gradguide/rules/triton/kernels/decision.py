@@ -194,8 +194,8 @@ def limited(
 
 
 @triton.jit
-def scope_is_finite(values, SIZE: tl.constexpr):
-    """Return whether all of ``values`` [SIZE, SIZE] are finite."""
+def scope_is_finite(values):
+    """Return whether all of ``values``, a matrix, are finite."""
     wrong = tl.where((values == values) & (tl.abs(values) != float("inf")), 0, 1)
     return tl.sum(tl.sum(wrong, axis=1), axis=0) == 0
 
@@ -220,7 +220,7 @@ def limit(
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
-    known = scope_is_finite(g, SIZE)
+    known = scope_is_finite(g)
     wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
     scale = at(wanted, lanes, UPDATE)
     tl.store(numbers + scope, scale)
@@ -258,7 +258,7 @@ def limit_unmade(
     sources = (row >= SOURCES) & (column < ROWS)
     g += tl.load(step + scope * STEP_ROWS * STEP_ROWS + i * STEP_ROWS + j, mask=sources, other=0.0)
 
-    known = scope_is_finite(g, SIZE)
+    known = scope_is_finite(g)
     wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
     tl.store(numbers + scope, at(wanted, lanes, UPDATE))
     if SOURCE_COUNT > 0:
