@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from benchmarks.few_shot import goals, report, results
+from benchmarks.few_shot import report, results, tables
 from benchmarks.harness import BASELINE
 from benchmarks.language import report as language
 from benchmarks.markdown import table
@@ -251,7 +251,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-high": partial(demo, "demo-clinc150-lr1e-2.csv"),
     "few-shot": partial(report.compact, FEW_SHOT),
     "few-shot-one-rate": partial(report.one_rate, FEW_SHOT),
-    "few-shot-goals": lambda: goals.table(results.load(FEW_SHOT, grid=True)),
+    "few-shot-goals": lambda: tables.goals(results.load(FEW_SHOT, grid=True)),
     "step": step,
     "peers": partial(peers, "peers.csv", "CPU"),
     "gpu-step": partial(gpu_step, "on an H200", "h200", ["step-lora", "step-whole"]),

@@ -6,7 +6,7 @@ from gradguide.demo.compare import Coherence, unit_gradient
 from gradguide.demo.config import DEFAULT_MODEL
 from gradguide.demo.data import Example, Task, batches, draw, few_shot, read_file
 from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, encode, load_encoder
-from gradguide.demo.source import HEAD, capture_source, freeze_source, learn_source, load_source, save_source
+from gradguide.demo.source import HEAD, capture_source, learn_source
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -23,11 +23,8 @@ __all__ = [
     "draw",
     "encode",
     "few_shot",
-    "freeze_source",
     "learn_source",
     "load_encoder",
-    "load_source",
     "read_file",
-    "save_source",
     "unit_gradient",
 ]

@@ -136,9 +136,8 @@ def decisions() -> dict[str, Rules]:
         alignment = Alignment([source] * count, on=on, weight=1.0) if count else None
         return Rules(Direction(), alignment, magnitude)
 
-    everything = Magnitude(adaptive=True, max_update=None)
     return {f"decisions, K={k}": rules(k, "update", Magnitude()) for k in (0, 1, 4, 16)} | {
-        f"decisions on the gradient, K={k}": rules(k, "gradient", everything) for k in (1, 16)
+        f"decisions on the gradient, K={k}": rules(k, "gradient", Magnitude(max_update=None)) for k in (1, 16)
     }
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.demo import Example, add_lora, batches, draw
-from benchmarks.few_shot.data import Episode, source_task
-from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.data import Episode, Problem, source_task
 from gradguide import SourceGradient
 from gradguide.integrations.peft import lora_parameters
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.demo import batches
-from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.data import Problem
 from gradguide import SourceGradient
 
 __all__ = ["Digits"]

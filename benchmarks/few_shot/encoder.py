@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.demo import (
@@ -22,16 +23,13 @@ from benchmarks.demo import (
     batches,
     draw,
     encode,
-    freeze_source,
     learn_source,
     load_encoder,
-    load_source,
-    save_source,
 )
-from benchmarks.few_shot.data import Episode, source_task
-from benchmarks.few_shot.problem import HEAD_LR, Problem
+from benchmarks.few_shot.data import HEAD_LR, Episode, Problem, source_task
 from gradguide import SourceGradient
 from gradguide.integrations.peft import lora_parameters
+from gradguide.utils.atomic import atomic_write
 
 __all__ = ["Earlier", "Encoder", "LiveRows"]
 
@@ -67,7 +65,7 @@ class Encoder:
         model: hub id or folder.
         data: folder of the text sets.
         source: name of the source task; None for a new adapter.
-        cache: folder of trained source adapters; one that is missing is trained and saved there.
+        cache: folder of trained source adapters and their sources; what is missing is made and saved there.
     """
 
     def __init__(self, model: str, data: Path, source: str | None, cache: Path) -> None:
@@ -153,14 +151,19 @@ class Encoder:
     def _learn(self, encoder: Any, data: Path, source: str, folder: Path) -> None:
         task = source_task(data, source)
         rows = self.encode(draw(task.train, _TRAIN_ROWS_PER_LABEL, _SEED), task.labels)
-        if not folder.exists():
-            model, gradient = learn_source(encoder, rows, len(task.labels), seed=_SEED)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            save_source(folder, model, gradient, task.labels)
-            adapted: Any = model.encoder
-            encoder = adapted.unload()  # so that trained and cached sources take the same path from here
-        self.model, gradient = load_source(folder, encoder, task.labels, self.device)
-        freeze_source(self.model)
+        weights, tables = folder / "trained.safetensors", folder / "source.safetensors"
+        if weights.exists():
+            self.model = Classifier(add_lora(encoder, seed=_SEED), encoder.config.hidden_size).to(self.device)
+            self.model.add_head(HEAD, len(task.labels), _SEED)
+            self.model.load_state_dict(load_file(weights, str(self.device)), strict=False)
+            self.model.heads[HEAD].requires_grad_(False)
+            gradient = SourceGradient.load(tables)
+        else:
+            self.model, gradient = learn_source(encoder, rows, len(task.labels), seed=_SEED)
+            gradient.save(tables)
+            trained = dict(lora_parameters(self.model)) | dict(self.model.heads.named_parameters(prefix="heads"))
+            with atomic_write(weights) as partial:  # last, since it says that both are there
+                save_file({name: p.detach().contiguous() for name, p in trained.items()}, partial)
         per_label = max(1, round(_TEST_ROWS / len(task.labels)))
         test = self.encode(draw(task.test, per_label, _SEED), task.labels)
         self.earlier = Earlier(

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.few_shot import rivals
-from benchmarks.few_shot.cautious import CautiousAdamW
-from benchmarks.few_shot.problem import Problem
-from benchmarks.few_shot.rivals import Change
+from benchmarks.few_shot.data import Problem
+from benchmarks.few_shot.rivals import CautiousAdamW, Change
 from benchmarks.zclip import ZClip
 from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, SourceGradient
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import plotting
-from benchmarks.few_shot import goals, tables
+from benchmarks.few_shot import tables
 from benchmarks.few_shot.grid import CONFIRMING, DEVELOPING, EVERY_METHOD, MAIN, ONE_RATE, SHOT_SETS, full
 from benchmarks.few_shot.methods import BASE
-from benchmarks.few_shot.results import difference, load, tuned, untuned, worst
+from benchmarks.few_shot.results import confirming, difference, load, tuned, untuned, worst
 from gradguide.utils.atomic import atomic_write
 
 __all__ = ["compact", "one_rate", "summary", "write"]
@@ -27,7 +27,7 @@ def write(results: Path, out: Path) -> None:
     standard = transfer[transfer["shots"] == 4]
     with atomic_write(out) as temporary:
         temporary.write_text(_markdown(rows, transfer, standard), encoding="utf-8")
-    plotting.save(plotting.accuracies(goals.transfer(rows), "lr"), out.with_name(f"{out.stem}-rates.png"))
+    plotting.save(plotting.accuracies(confirming(rows), "lr"), out.with_name(f"{out.stem}-rates.png"))
     plotting.save(plotting.accuracies(_over_shots(transfer), "shots"), out.with_name(f"{out.stem}-shots.png"))
 
 
@@ -41,7 +41,7 @@ def summary(results: Path) -> str:
 def compact(results: Path) -> str:
     """Return the README's table: both views and the worst rate on the confirming sets, for the methods of ``MAIN``."""
     rows = load(results, grid=True)
-    part = goals.transfer(rows)
+    part = confirming(rows)
     made = {column: (untuned(part, column), tuned(part, column), worst(part, column)) for column in tables.ACCURACIES}
     lines = []
     for method in MAIN:
@@ -79,7 +79,7 @@ def one_rate(results: Path) -> str:
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
     main = standard[standard["method"].isin(MAIN)]
     sections = (
-        ("confirming sets", goals.transfer(rows)),
+        ("confirming sets", confirming(rows)),
         ("developing sets", _complete(main[main["target"].isin(DEVELOPING)], "target")),
         ("every method on two sets", _complete(standard[standard["target"].isin(EVERY_METHOD)], "target")),
     )
@@ -90,7 +90,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         f"head and order) against `{BASE}` (clip_grad_norm_ and AdamW), with 95% bootstrap intervals over (data set, "
         "seed). Accuracies in percent.",
         "## Goals, on the confirming sets",
-        goals.table(rows),
+        tables.goals(rows),
     ]
     for name, part in sections:
         if part.empty:

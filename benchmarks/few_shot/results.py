@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
-from benchmarks.few_shot.grid import ONE_RATE, Run, full
+from benchmarks.few_shot.grid import CONFIRMING, MAIN, ONE_RATE, Run, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 from benchmarks.harness import append_row, read_rows
 
@@ -20,10 +20,12 @@ __all__ = [
     "Difference",
     "append",
     "cells",
+    "confirming",
     "difference",
     "done",
     "load",
     "outcomes",
+    "share_above",
     "step_ratio",
     "tuned",
     "untuned",
@@ -165,3 +167,18 @@ def outcomes(rows: pd.DataFrame, column: str, method: str) -> dict[str, int]:
         found = difference(cell, method)
         counted["wins" if found.low > 0 else "losses" if found.high < 0 else "ties"] += 1
     return counted
+
+
+def share_above(table: pd.DataFrame, method: str, base: str = BASE) -> float:
+    """Return the share of the cells, means over seeds, in which ``method`` is above ``base``, in [0, 1]."""
+    means = table[[method, base]].dropna().groupby(level=list(range(6))).mean()
+    return float((means[method] > means[base]).mean())
+
+
+def confirming(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of most goals: transfer to the confirming sets at 4 shots, by the methods that run on all sets.
+
+    Tables of pairs keep the pairs that all their methods have, so a method with one set would leave only that set.
+    """
+    part = rows[(rows["scenario"] == "transfer") & (rows["condition"] == "clean") & (rows["shots"] == 4)]
+    return part[part["target"].isin(CONFIRMING) & part["method"].isin(MAIN)]

@@ -1,4 +1,4 @@
-"""Changes to the gradient that published methods make, each as a function that runs before the optimizer's step.
+"""What published methods change: the gradient, by a function that runs before the optimizer's step, or the optimizer.
 
 Penalties (L2-SP, EWC) need nothing but what is stored of the source. The others (A-GEM, replay, PCGrad, UPGrad) use
 source data at every step: one backward pass per earlier task.
@@ -7,13 +7,15 @@ source data at every step: one backward pass per earlier task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
-from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.data import Problem
 
-__all__ = ["EWC", "Change", "a_gem", "ewc", "l2_sp", "pcgrad", "replay", "upgrad"]
+__all__ = ["EWC", "CautiousAdamW", "Change", "a_gem", "ewc", "l2_sp", "pcgrad", "replay", "upgrad"]
 
 Change = Callable[[], None]
 """Changes the gradients of a problem's parameters in place."""
@@ -23,6 +25,9 @@ L2_SP = 0.1
 
 EWC = 1000.0
 """lambda of EWC: the best of 30, 80, 100 and 1000 in small experiments, and within the range of its literature."""
+
+LEAST_MEAN = 1e-3
+"""Smallest mean of the mask that the cautious update is divided by, as in the authors' implementation."""
 
 
 def l2_sp(problem: Problem) -> Change:
@@ -108,3 +113,23 @@ def _combined(problem: Problem, combine: Callable[[Tensor, Tensor], Tensor]) -> 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+class CautiousAdamW(AdamW):
+    """AdamW whose update is set to zero where its sign differs from the gradient's, and scaled up for it.
+
+    Source: arXiv 2411.16085, algorithm 2; weight decay is applied apart, as there.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = closure() if closure is not None else None
+        stepped = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.clone() for _, p in stepped]
+        super().step()
+        for (group, parameter), old in zip(stepped, before, strict=True):
+            decayed = old * (1 - group["lr"] * group["weight_decay"])
+            update = decayed - parameter  # what AdamW subtracts
+            mask = (update * parameter.grad > 0).to(update.dtype)
+            parameter.copy_(decayed - update * mask / mask.mean().clamp_min(LEAST_MEAN))
+        return loss

@@ -16,12 +16,11 @@ import torch
 
 from benchmarks.demo import Encoded, accuracy, batches, capture_source
 from benchmarks.few_shot.causal import Causal
-from benchmarks.few_shot.data import CONDITIONS, Rough, episode, outlier_batches, spikes, wrong_labels
+from benchmarks.few_shot.data import CONDITIONS, HEAD_LR, Problem, Rough, episode, outlier_batches, spikes, wrong_labels
 from benchmarks.few_shot.digits import Digits
 from benchmarks.few_shot.encoder import Earlier, Encoder, LiveRows
 from benchmarks.few_shot.grid import ONE_RATE, SEQUENCES, Run
 from benchmarks.few_shot.methods import METHODS, STORED
-from benchmarks.few_shot.problem import HEAD_LR, Problem
 from benchmarks.few_shot.train import Trained, peak_memory, reset_peak, train
 
 __all__ = ["Settings", "Suite", "default_workers", "make_rows"]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.demo import Coherence, unit_gradient
+from benchmarks.few_shot.data import Problem
 from benchmarks.few_shot.methods import Method
-from benchmarks.few_shot.problem import Problem
 from benchmarks.harness import held_bytes
 from gradguide.sources.side_effects import RandomState
 

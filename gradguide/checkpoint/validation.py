@@ -31,13 +31,14 @@ __all__ = [
     "checked_counters",
 ]
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = "gradguide."
 DIRECTION = "gradguide.direction"
 COUNTERS = "gradguide.counters"
 # A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope].
 HEAD = 3
-_SIGNED = frozenset({"log_mean"})
+# Numbers of a counters tensor by format. Format 1 ends with three that no rule reads any more.
+_LENGTHS = {1: 8, 2: 5}
 # The square of a large gradient can overflow; it then counts as noise.
 _UNBOUNDED = frozenset({"square"})
 
@@ -120,7 +121,7 @@ def check_direction(value: object, parameter: Tensor, which: str) -> None:
 
 
 def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Tensor:
-    """Return counters as Tensor [HEAD + len(STATISTICS)], float64 on the host.
+    """Return counters as Tensor [HEAD + len(STATISTICS)], float64 on the host. Older formats are converted.
 
     Args:
         others: checked counters of other parameters. Their steps must be equal.
@@ -128,11 +129,11 @@ def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Ten
     Raises:
         ValueError: the format is newer, or the values cannot result from a step.
     """
-    length = HEAD + len(STATISTICS)
     tensor = _dense(COUNTERS, value, which)
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(
-            f"the saved {COUNTERS} of {which} must hold {length} numbers, found a tensor of shape {tuple(tensor.shape)}"
+            f"the saved {COUNTERS} of {which} must hold {_LENGTHS[FORMAT]} numbers, found a tensor of shape "
+            f"{tuple(tensor.shape)}"
         )
     try:
         counters = local(tensor).to("cpu", torch.float64, copy=True)
@@ -146,16 +147,19 @@ def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Ten
         raise ValueError(
             f"the state has format {int(version)}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
         )
+    length = _LENGTHS[int(version)]
     if len(numbers) != length:
         raise ValueError(f"the saved {COUNTERS} of {which} must hold {length} numbers, found {len(numbers)}")
+    counters = counters[: _LENGTHS[FORMAT]]
     for name, count in zip(("steps", "skipped"), numbers[1:HEAD], strict=True):
         if not count.is_integer() or count < 0:
             raise ValueError(f"the saved {COUNTERS} of {which} must count whole {name} from 0, found {count:g}")
-    for name, number in zip(STATISTICS, numbers[HEAD:], strict=True):
+    for name, number in zip(STATISTICS, counters[HEAD:].tolist(), strict=True):
         infinite = math.isinf(number) and name not in _UNBOUNDED
-        if math.isnan(number) or infinite or (number < 0 and name not in _SIGNED):
-            wanted = "finite" if name in _SIGNED else "a number of 0 or above"
-            raise ValueError(f"{name} in the saved {COUNTERS} of {which} must be {wanted}, found {number:g}")
+        if math.isnan(number) or infinite or number < 0:
+            raise ValueError(
+                f"{name} in the saved {COUNTERS} of {which} must be a number of 0 or above, found {number:g}"
+            )
     for name, number, other in zip(
         ("steps", "skipped"), numbers[1:HEAD], next(iter(others), counters)[1:HEAD], strict=True
     ):

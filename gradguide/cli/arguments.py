@@ -77,8 +77,6 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, metavar="N", help="rows per step (16); 8 with a language model")
     add("--lr", type=float, metavar="RATE", help="learning rate of the adaptation (2e-3); 3e-3 with a language model")
     add("--out", type=Path, metavar="DIR", help="folder for results.csv and results.png (gradguide-demo)")
-    add("--save-source", type=Path, metavar="DIR", help="save source adapter, head and source gradient to a new folder")
-    add("--source-adapter", type=Path, metavar="DIR", help="load a folder of --save-source instead of training")
     add(
         "--source-file",
         type=Path,

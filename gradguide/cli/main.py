@@ -98,7 +98,7 @@ def _line(error: Exception) -> str:
 
 def _demo(options: dict[str, Any]) -> None:
     # Importing the demo needs no extra. Missing packages are reported when it runs.
-    from gradguide.demo.config import DEFAULT_MODEL, DemoConfig, OptionError, check_extras
+    from gradguide.demo.config import DEFAULT_MODEL, DemoConfig, LanguageConfig, OptionError, check_extras
 
     check_extras()
     model = options.get("model", DEFAULT_MODEL)
@@ -106,12 +106,10 @@ def _demo(options: dict[str, Any]) -> None:
         from gradguide.demo.language.model import is_causal
 
         if is_causal(model):
-            from gradguide.demo.language.run import LanguageConfig
             from gradguide.demo.language.run import run as run_language
 
-            for option in ("source", "save_source", "source_adapter"):
-                if option in options:
-                    raise OptionError(option, f"is an option for encoders, found the causal language model {model!r}")
+            if "source" in options:
+                raise OptionError("source", f"is an option for encoders, found the causal language model {model!r}")
             run_language(LanguageConfig(**options))
             return
     if "source_file" in options:

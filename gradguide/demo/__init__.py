@@ -5,7 +5,7 @@ target task with any set of methods. ``run`` does both and writes the report. Th
 here.
 
 - ``config.py``: options and errors. ``data.py``: texts, tasks and sampling.
-- ``model.py``: encoder, adapter and heads. ``source.py``: source training, capture, and saved sources.
+- ``model.py``: encoder, adapter and heads. ``source.py``: source training and capture.
 - ``compare.py``: methods and their runs. ``report.py``: table, CSV file and figure.
 - ``language``: the demo on a causal language model.
 """

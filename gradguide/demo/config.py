@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 __all__ = [
     "BUILT_IN",
@@ -14,9 +13,10 @@ __all__ = [
     "EXTRA",
     "DemoConfig",
     "DemoError",
+    "LanguageConfig",
     "OptionError",
+    "RunOptions",
     "check_extras",
-    "check_numbers",
     "make_out",
 ]
 
@@ -36,41 +36,33 @@ class OptionError(DemoError):
     """The value of an option is wrong.
 
     Args:
-        option: name of the field of ``DemoConfig``, for example ``"source_adapter"``.
+        option: name of the field of ``DemoConfig``, for example ``"shots"``.
         problem: what is wrong, with the value, for example ``"must be at least 1, found 0"``.
     """
 
     def __init__(self, option: str, problem: str) -> None:
         super().__init__(f"--{option.replace('_', '-')} {problem}")
-        self.option = option
-        self.problem = problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Options of one demo run.
+class RunOptions:
+    """Options that both demos have.
 
     Args:
         data: folder with train.tsv and test.tsv. Default: the texts included in the package.
-        model: hub id or folder of an encoder.
-        source: source domains. Default: the first five that are not the target, sorted by name.
         target: target domain. Default: the last one, sorted by name.
         shots: training rows per target label, at least 1.
-        seeds: runs per method, at least 1. Run i uses seed i for its rows, its head and the order of its rows.
+        seeds: runs per method, at least 1. Run i uses seed i for its rows, their order and what it starts from.
         steps: optimizer steps per run, at least 1.
         batch: rows per step, at least 1.
         lr: learning rate of the adaptation, above 0.
         out: folder for the results, created if missing.
-        save_source: new or empty folder for the source adapter, its head and the source gradient.
-        source_adapter: folder written through ``save_source``, loaded instead of training.
 
     Raises:
-        OptionError: a value is out of range, or two options exclude each other.
+        OptionError: a value is out of range.
     """
 
     data: Path = BUILT_IN
-    model: str = DEFAULT_MODEL
-    source: tuple[str, ...] = ()
     target: str | None = None
     shots: int = 4
     seeds: int = 4
@@ -78,27 +70,44 @@ class DemoConfig:
     batch: int = 16
     lr: float = 2e-3
     out: Path = Path("gradguide-demo")
-    save_source: Path | None = None
-    source_adapter: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.save_source is None:
-            return
-        if self.source_adapter is not None:
-            raise OptionError("save_source", "cannot be combined with --source-adapter, which skips source training")
-        if self.save_source.exists() and not (self.save_source.is_dir() and not any(self.save_source.iterdir())):
-            raise OptionError("save_source", f"must be a new or empty folder, found {str(self.save_source)!r}")
+        for option in ("shots", "seeds", "steps", "batch"):
+            value = getattr(self, option)
+            if value < 1:
+                raise OptionError(option, f"must be at least 1, found {value}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise OptionError("lr", f"must be above 0 and finite, found {self.lr}")
 
 
-def check_numbers(options: Any) -> None:
-    """Raise OptionError if a count in the options of a run is below 1, or the learning rate is not above 0."""
-    for option in ("shots", "seeds", "steps", "batch"):
-        value = getattr(options, option)
-        if value < 1:
-            raise OptionError(option, f"must be at least 1, found {value}")
-    if not (options.lr > 0 and math.isfinite(options.lr)):
-        raise OptionError("lr", f"must be above 0 and finite, found {options.lr}")
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(RunOptions):
+    """Options of the demo on an encoder.
+
+    Args:
+        model: hub id or folder of an encoder.
+        source: source domains. Default: the first five that are not the target, sorted by name.
+    """
+
+    model: str = DEFAULT_MODEL
+    source: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(RunOptions):
+    """Options of the demo on a language model.
+
+    Args:
+        model: hub id or folder of a causal language model.
+        source_file: structured source of the model. It is loaded if the file exists, else captured and written there.
+    """
+
+    model: str
+    seeds: int = 2
+    steps: int = 30
+    batch: int = 8
+    lr: float = 3e-3
+    source_file: Path | None = None
 
 
 def make_out(folder: Path) -> None:

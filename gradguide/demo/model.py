@@ -18,7 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from gradguide.demo.config import DEFAULT_MODEL, EXTRA, DemoError, OptionError
 from gradguide.demo.data import Example
 
-__all__ = ["Batch", "Classifier", "Encoded", "accuracy", "add_lora", "check_sha256", "encode", "load_encoder"]
+__all__ = [
+    "Batch",
+    "Classifier",
+    "Encoded",
+    "accuracy",
+    "add_lora",
+    "check_sha256",
+    "encode",
+    "load_encoder",
+    "loading",
+]
 
 # input_ids and attention_mask, int64 [b, t], and labels, int64 [b].
 Batch = dict[str, Tensor]
@@ -140,33 +150,36 @@ def load_encoder(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     location = str(_packaged_default()) if name == DEFAULT_MODEL else name
-    with _quiet_transformers():
+    with _quiet_transformers(), loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(location)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(location)
-            try:
-                # The pooler of BERT models would become a LoRA target that never gets a gradient.
-                encoder = AutoModel.from_pretrained(location, use_safetensors=True, add_pooling_layer=False)
-            except TypeError:
-                encoder = AutoModel.from_pretrained(location, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
+            # The pooler of BERT models would become a LoRA target that never gets a gradient.
+            encoder = AutoModel.from_pretrained(location, use_safetensors=True, add_pooling_layer=False)
+        except TypeError:
+            encoder = AutoModel.from_pretrained(location, use_safetensors=True)
     if encoder.config.is_encoder_decoder:
         raise OptionError("model", f"must be an encoder, found the encoder-decoder {name!r}")
-    encoder.name_or_path = name  # PEFT saves it as the base of the adapter; it must not be a path of this installation
     return encoder.float(), tokenizer
 
 
-def add_lora(encoder: nn.Module, config: Any = None, seed: int = 0) -> nn.Module:
-    """Return ``encoder`` with a LoRA adapter on all linear layers; only the adapter's parameters are trainable.
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Raise OptionError if the model ``name`` cannot be loaded inside."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def add_lora(encoder: nn.Module, seed: int = 0) -> nn.Module:
+    """Return ``encoder`` with a LoRA adapter of rank 8 on all linear layers; only its parameters are trainable.
 
     Args:
-        config: a ``peft.LoraConfig``. Default: rank 8, alpha 16, no dropout.
         seed: seed of the adapter's initial weights.
     """
     from peft import LoraConfig, get_peft_model
 
-    if config is None:
-        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings(), torch.random.fork_rng():
         # PEFT reads an attribute that Transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

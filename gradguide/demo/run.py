@@ -15,7 +15,7 @@ from gradguide.demo.config import DemoConfig, check_extras, make_out
 from gradguide.demo.data import draw, few_shot, read_transfer
 from gradguide.demo.model import accuracy, encode, load_encoder
 from gradguide.demo.report import print_table, write_report
-from gradguide.demo.source import HEAD, freeze_source, learn_source, load_source, save_source
+from gradguide.demo.source import HEAD, learn_source
 from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["DemoConfig", "Outcome", "Prepared", "compare", "default_methods", "prepare", "run", "trainable"]
@@ -42,7 +42,7 @@ def run(config: DemoConfig) -> list[Outcome]:
 
 
 def prepare(config: DemoConfig) -> Prepared:
-    """Read the data, then train (or load) the source adapter and capture (or load) its source gradient.
+    """Read the data, then train the source adapter and capture its source gradient.
 
     Raises:
         DemoError: a package, a file, a model or an option is wrong.
@@ -54,15 +54,9 @@ def prepare(config: DemoConfig) -> Prepared:
     encoder, tokenizer = load_encoder(config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.to(device)
-    if config.source_adapter is not None:
-        model, source = load_source(config.source_adapter, encoder, source_task.labels, device)
-        freeze_source(model)
-    else:
-        train = draw(source_task.train, _TRAIN_ROWS_PER_LABEL, _SEED)
-        rows = encode(train, source_task.labels, tokenizer, device)
-        model, source = learn_source(encoder, rows, len(source_task.labels), seed=_SEED)
-    if config.save_source is not None:
-        save_source(config.save_source, model, source, source_task.labels)
+    train = draw(source_task.train, _TRAIN_ROWS_PER_LABEL, _SEED)
+    rows = encode(train, source_task.labels, tokenizer, device)
+    model, source = learn_source(encoder, rows, len(source_task.labels), seed=_SEED)
     test = draw(source_task.test, _TEST_ROWS_PER_LABEL, _SEED)
     source_test = encode(test, source_task.labels, tokenizer, device)
     return Prepared(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.distributed.layouts import is_distributed, local
+from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.regularizer.options import Regularizer, slope
@@ -57,29 +57,22 @@ def evaluate(
     """Store the gradient of the loss in ``p.grad`` and return the regularizer's gradient.
 
     Args:
-        closure: see ``Regularizer.hessian``.
+        closure: see ``Regularizer``. It is evaluated twice, with the same random state.
         steps (Tensor): 0-d, number of earlier steps.
 
     Returns:
-        The result of the first closure call, and ``sign * H v`` by parameter (this rank's shard).
+        The result of the first closure call, and ``sign * H v`` by parameter (this rank's shard), with ``H v = (g(theta
+        + e v) - g(theta)) / e``.
 
     Raises:
-        RuntimeError: the closure is missing or violates ``Regularizer.hessian``. Parameters, buffers and gradients are
-            restored to their state before the call, or to their state after the first evaluation.
+        RuntimeError: the closure is missing, or gives no gradient the second time. Parameters, buffers and gradients
+            are then those before the call, or those after the first evaluation.
     """
     if closure is None:
         raise RuntimeError(NEEDS_CLOSURE)
     warmup_factor = torch.ones_like(steps)
     if regularizer.warmup:
         warmup_factor = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
-    how = _finite_difference if regularizer.hessian == "finite-difference" else _exact
-    return how(closure, base, engine, regularizer, warmup_factor)
-
-
-def _finite_difference(
-    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
-) -> tuple[Any, dict[Tensor, Tensor]]:
-    """Return ``(g(theta + e v) - g(theta)) / e``. Both gradients use the same random state."""
     parameters = trainable_parameters(base)
     start = RandomState(parameters)
     with torch.enable_grad():
@@ -125,74 +118,6 @@ def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse:
     return found
 
 
-def _exact(
-    closure: Callable[[], Any], base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor
-) -> tuple[Any, dict[Tensor, Tensor]]:
-    """Return ``H v`` as the gradient of ``g . v`` with constant v."""
-    if is_distributed():
-        raise RuntimeError(
-            "hessian='exact' works in one process, since wrappers average gradients only in an ordinary backward pass; "
-            "use hessian='finite-difference'"
-        )
-    parameters = trainable_parameters(base)
-    with torch.enable_grad():
-        loss = closure()
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        found = f"a {type(loss).__name__}" if not isinstance(loss, Tensor) else f"shape {tuple(loss.shape)}"
-        detached = ", detached from its graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise RuntimeError(
-            f"with hessian='exact' the closure returns the loss, a scalar with its graph, found {found}{detached}"
-        )
-    before = {p: p.grad for p in parameters}
-    try:
-        gradients = _grad(loss, parameters, create_graph=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            # A copy: autograd may return the same tensor for two parameters, and the step writes into it.
-            parameter.grad = None if gradient is None else gradient.detach().clone()
-        slope = _slope(base, engine, regularizer, warmup_factor)
-        if slope is None:
-            return loss.detach(), {}
-        vector_of = _vectors(slope)
-        signs = {p: bucket.sign for bucket in slope.plan.buckets for p in bucket.parameters}
-        curved = [
-            (g, vector_of[p])
-            for p, g in zip(parameters, gradients, strict=True)
-            if g is not None and p in vector_of and g.requires_grad
-        ]
-        products: Sequence[Tensor | None] = [None] * len(parameters)
-        if curved:
-            outputs, vectors = zip(*curved, strict=True)
-            products = _grad(outputs, parameters, grad_outputs=vectors)
-    except RuntimeError:
-        for parameter, old in before.items():
-            parameter.grad = old
-        raise
-    return loss.detach(), {
-        p: torch.zeros_like(vector_of[p]) if product is None else product.contiguous() * signs[p]
-        for p, product in zip(parameters, products, strict=True)
-        if p in vector_of
-    }
-
-
-def _grad(outputs: Any, parameters: Sequence[Tensor], **options: Any) -> Sequence[Tensor | None]:
-    try:
-        found: Sequence[Tensor | None] = torch.autograd.grad(outputs, parameters, allow_unused=True, **options)
-    except RuntimeError as error:
-        text = str(error)
-        if "second time" in text:
-            raise RuntimeError(
-                "with hessian='exact' the closure must leave the backward pass to GradGuide, found a loss whose graph "
-                "is used up"
-            ) from error
-        if "not implemented" in text or "not differentiable" in text or "once_differentiable" in text:
-            raise RuntimeError(
-                f"an operation of the model cannot be differentiated twice ({text.splitlines()[0]}); use "
-                "hessian='finite-difference', or load the model with attn_implementation='eager'"
-            ) from error
-        raise
-    return found
-
-
 @torch.no_grad()
 def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor) -> Slope | None:
     """Return dR/dg at the current gradients. ``warmup_factor`` (Tensor []) scales the regularizer's weights."""
@@ -235,13 +160,3 @@ def _perturb(slope: Slope) -> Tensor:
     moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in plan.buckets]
     plan.combine_(slope.rows, moves, slope.signed)
     return divide(torch.ones_like(step), step)
-
-
-@torch.no_grad()
-def _vectors(slope: Slope) -> dict[Tensor, Tensor]:
-    """Return v by parameter."""
-    made = [allocate_contiguous(bucket.gradients) for bucket in slope.plan.buckets]
-    writes = [[Write(into=into, coefficients=slope.v)] for into in made]
-    slope.plan.combine_(slope.rows, writes, slope.signed)
-    pairs = zip(slope.plan.buckets, made, strict=True)
-    return {p: tensor for bucket, into in pairs for p, tensor in zip(bucket.parameters, into, strict=True)}

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from gradguide.rules.span import Span, divide
 from gradguide.sources.protocol import Source, sources_of
-from gradguide.utils.checks import check_choice, check_range, check_steps
+from gradguide.utils.checks import check_range, check_steps
 
 __all__ = ["Regularizer", "slope"]
-
-HESSIANS = ("finite-difference", "exact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +24,11 @@ class Regularizer:
     at the current parameters; d and s_k are constants. The gradient of the objective is ``g + H v``, where H is the
     Hessian of L and ``v = dR/dg`` a combination of g, d and s_k. With several scopes R is the sum over scopes.
 
-    It needs ``step(closure)``. The closure must use the same batch on every call.
+    It needs ``step(closure)`` with a usual closure: clear the gradients, call backward, return the loss. The closure
+    must use the same batch on every call. ``H v`` is the difference quotient of the gradients at the parameters and at
+    parameters perturbed along v, which costs one more forward and backward pass. Its error is about 1e-8 with float64
+    parameters, 1e-3 with float32, and up to a third with bfloat16, whose resolution is too coarse for a small
+    perturbation. :func:`gradguide.guided_loss` has no such error, but differentiates twice.
 
     Source: the terms of the abstract of arXiv 2506.00726; the difference quotient for ``H v`` is that of arXiv
     2202.03599 (penalising gradient norm), section 3.
@@ -35,12 +37,6 @@ class Regularizer:
         direction, magnitude, alignment (float): weights of the three terms, at least 0, not all 0. ``direction`` needs
             a GradGuide with a direction. ``alignment`` needs a source.
         source: one source or several, for the alignment term.
-        hessian (str): "finite-difference" evaluates the closure a second time at parameters perturbed along v, which
-            costs one more forward and backward pass. The closure is a usual one: clear the gradients, call backward,
-            return the loss. The error of ``H v`` is about 1e-8 with float64 parameters, 1e-3 with float32, and up to a
-            third with bfloat16, whose resolution is too coarse for a small perturbation.
-            "exact" differentiates the gradient. The closure returns the loss and does not call backward. All
-            operations must be twice differentiable, and only one process is supported.
         warmup (int): steps over which the weights grow linearly to their value, at least 0. Gradient penalties from
             the first step destabilize Adam, whose second moments are still small then (arXiv 2406.09723).
 
@@ -52,7 +48,6 @@ class Regularizer:
     magnitude: float = 0.0
     alignment: float = 0.0
     source: Source | Sequence[Source] | None = None
-    hessian: str = "finite-difference"
     warmup: int = 10
     sources: tuple[Source, ...] = field(init=False, repr=False)
 
@@ -66,7 +61,6 @@ class Regularizer:
             raise ValueError(f"Regularizer(alignment={self.alignment}) needs a source, found none")
         if self.sources and not self.alignment:
             raise ValueError("Regularizer(source=...) needs alignment above 0, found 0")
-        check_choice("hessian", self.hessian, HESSIANS)
         check_steps("warmup", self.warmup)
         check_range("warmup", self.warmup, 0, float("inf"), open_high=True)
 

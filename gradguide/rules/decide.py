@@ -12,7 +12,7 @@ from gradguide.rules import direction as directing
 from gradguide.rules import magnitude as bounding
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Average, Direction
-from gradguide.rules.magnitude import LogNorms, Magnitude
+from gradguide.rules.magnitude import Magnitude
 from gradguide.rules.span import Span, divide
 
 __all__ = [
@@ -39,8 +39,8 @@ UPDATE, BEFORE = 0, 1
 LEAST_FACTOR = float(torch.finfo(torch.float32).tiny)
 """Smaller factors of the update count as 0, because they are subnormal in float32."""
 
-STATISTICS = ("mass", "square", "log_weight", "log_mean", "log_spread")
-"""The statistics of a scope between steps: see ``Average`` and ``LogNorms``."""
+STATISTICS = ("mass", "square")
+"""The statistics of a scope between steps: see ``Average``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def decide(
     """
     finite = span.gram.isfinite().all() if finite is None else finite
     known = statistics[positions]
-    average, norms = Average(*known[:, :2].unbind(1)), LogNorms(*known[:, 2:].unbind(1))
+    average = Average(*known.unbind(1))
     gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
     received, length = span.lengths[:, GRADIENT], span.lengths[:, DIRECTION]
 
@@ -165,13 +165,8 @@ def decide(
 
     guided, norm, ceiling = span.extent(guided)
     factor = torch.ones_like(norm)
-    new_norms = norms
     if rules.magnitude is not None:
-        bound = torch.full_like(norm, rules.magnitude.bound)
-        if rules.magnitude.adaptive:
-            bound = torch.minimum(bound, bounding.threshold(norms))
-            new_norms = bounding.observe(norms, norm)
-        factor = bounding.clip(ceiling, bound)
+        factor = bounding.clip(ceiling, rules.magnitude.max_norm)
     factor = factor * bounding.fit(span, guided * factor.unsqueeze(1), GRADIENT)
     final = guided * factor.unsqueeze(1)
 
@@ -187,8 +182,7 @@ def decide(
             ahead, new_average = directing.accumulate(direction, term, unit, average, decay, 1.0 - decay)
             moved = ahead
         coherence = directing.coherence(span.norm(ahead), new_average)
-    remembered = torch.stack([*new_average, *new_norms], dim=1)
-    statistics[positions] = torch.where(finite, remembered, known)
+    statistics[positions] = torch.where(finite, torch.stack(new_average, dim=1), known)
     any_moved = (span.gram[:, GRADIENT, GRADIENT] != 0).any()
     totals += torch.stack([any_moved & finite, ~finite])
     return Decision(

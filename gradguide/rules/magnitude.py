@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradguide.rules.span import Span
-from gradguide.utils.checks import check_flag, check_range
+from gradguide.utils.checks import check_range
 from gradguide.utils.constants import LEAST_LENGTH
 
-__all__ = ["LogNorms", "Magnitude", "clip", "fit", "observe", "shrink", "threshold"]
-
-DECAY = 0.95
-PRIOR_DEVIATION = 0.5
-PRIOR_COUNT = 4.0
-DEVIATIONS = 2.5
+__all__ = ["Magnitude", "clip", "fit", "shrink"]
 
 FITTING = 1.0 - 1e-6
 """Share of the largest number of a dtype that a result may reach. The rest is for rounding."""
@@ -34,16 +28,10 @@ class Magnitude:
     is too high. A suitable learning rate never reaches the bound.
 
     Source: "gradient magnitude control", abstract of arXiv 2506.00726. The bound of the update is the clipped trust
-    ratio of LARS and LAMB (arXiv 1708.03888; arXiv 1904.00962, section 3), used as an upper bound only. The
-    adaptive threshold follows ZClip (arXiv 2504.02507), an outlier test on recent norms, but in log space and with a
-    prior instead of a warm-up.
+    ratio of LARS and LAMB (arXiv 1708.03888; arXiv 1904.00962, section 3), used as an upper bound only.
 
     Args:
-        max_norm (float | None): largest norm of the guided gradient per scope, above 0. None is 1.0, or no fixed bound
-            with ``adaptive``.
-        adaptive (bool): clip outliers among the recent norms: those whose logarithm is more than 2.5 standard
-            deviations above the mean. The deviation starts from a prior of 0.5 with the weight of 4 steps, so the
-            threshold is usable from step 2 on. The first norm is not compared.
+        max_norm (float): largest norm of the guided gradient per scope, above 0. ``math.inf`` is no bound.
         max_update (float | None): largest length of an update, per scope, relative to that of the scope's parameters,
             above 0. Parameters with a root mean square below 0.01 count as 0.01. None is no bound. A bound keeps one
             copy of the parameters during the step, except where no copy is needed: see
@@ -54,59 +42,17 @@ class Magnitude:
         ValueError, TypeError: an option is out of range.
     """
 
-    max_norm: float | None = None
-    adaptive: bool = False
+    max_norm: float = 1.0
     max_update: float | None = 0.05
 
     def __post_init__(self) -> None:
-        if self.max_norm is not None:
-            check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
-        check_flag("adaptive", self.adaptive)
+        check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
         if self.max_update is not None:
             check_range("max_update", self.max_update, 0, math.inf, open_low=True, open_high=True)
 
-    @property
-    def bound(self) -> float:
-        """Return the effective fixed bound of the gradient; infinity without one."""
-        if self.max_norm is not None:
-            return self.max_norm
-        return math.inf if self.adaptive else 1.0
 
-
-class LogNorms(NamedTuple):
-    """Exponentially weighted statistics of the logarithm of past norms, per scope.
-
-    weight (Tensor): shape [S], sum of the weights, 0 before the first step.
-    mean (Tensor): shape [S].
-    spread (Tensor): shape [S], weighted sum of squared deviations.
-    """
-
-    weight: Tensor
-    mean: Tensor
-    spread: Tensor
-
-
-def threshold(seen: LogNorms) -> Tensor:
-    """Return the largest norm that is not an outlier, infinity before the first step: Tensor [S]."""
-    variance = (PRIOR_COUNT * PRIOR_DEVIATION**2 + seen.spread) / (PRIOR_COUNT + seen.weight)
-    started = seen.weight > 0
-    margin = DEVIATIONS * (variance * (1.0 + 1.0 / torch.where(started, seen.weight, 1.0))).sqrt()
-    return torch.where(started, (seen.mean + margin).exp(), torch.inf)
-
-
-def observe(seen: LogNorms, norm: Tensor) -> LogNorms:
-    """Return the statistics with one more norm [S], capped at the threshold. A norm of 0 is ignored."""
-    counted = torch.minimum(norm, threshold(seen))
-    value = torch.where(counted > 0, counted, 1.0).log()
-    weight = DECAY * seen.weight + 1.0
-    mean = seen.mean + (value - seen.mean) / weight
-    spread = DECAY * seen.spread + (value - seen.mean) * (value - mean)
-    new = LogNorms(weight, mean, spread)
-    return LogNorms(*(torch.where(counted > 0, after, before) for after, before in zip(new, seen, strict=True)))
-
-
-def clip(norm: Tensor, bound: Tensor) -> Tensor:
-    """Return the factor in (0, 1] that scales ``norm`` [S] to at most ``bound`` [S]: Tensor [S]."""
+def clip(norm: Tensor, bound: Tensor | float) -> Tensor:
+    """Return the factor in (0, 1] that scales ``norm`` [S] to at most ``bound``, one number or [S]: Tensor [S]."""
     return torch.where(norm > bound, bound / torch.where(norm > bound, norm, 1.0), 1.0)
 
 
@@ -126,8 +72,7 @@ def fit(span: Span, vector: Tensor, received: int) -> Tensor:
     largest = FITTING * span.largest
     elements = span.lengths.clone()
     elements[:, received] = elements[:, received].clamp(max=largest)
-    reach = (vector.abs() * elements).sum(dim=1)
-    return clip(reach, torch.full_like(reach, largest))
+    return clip((vector.abs() * elements).sum(dim=1), largest)
 
 
 def shrink(update: Tensor, length: Tensor, numbers: Tensor, largest: float) -> Tensor:

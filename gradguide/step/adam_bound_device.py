@@ -64,7 +64,7 @@ class DeviceAdamBound:
             magnitude: the bound of the update, and that of the gradient.
         """
         self._tensors = []
-        if magnitude is None or magnitude.max_update is None or not magnitude.bound < LARGEST:
+        if magnitude is None or magnitude.max_update is None or not magnitude.max_norm < LARGEST:
             return False
         if sum(sum(bucket.elements) for bucket in buckets) < PAYS * sum(len(bucket.values) for bucket in buckets):
             return False

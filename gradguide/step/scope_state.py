@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,15 @@ class ScopeState:
     def __init__(self) -> None:
         self._index: dict[Label, int] = {}
         self._values = torch.zeros(0, len(STATISTICS), dtype=torch.float64)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        columns = state["_values"].shape[1]
+        if columns != len(STATISTICS):  # options pickled by that version could be misread too
+            raise ValueError(
+                f"the optimizer was pickled by another version of gradguide, with {columns} statistics per scope, this "
+                f"one has {len(STATISTICS)}: pass its state_dict() on instead"
+            )
+        vars(self).update(state)
 
     def locate(self, labels: list[Label], device: torch.device) -> Tensor:
         """Move the statistics to ``device`` and return the indices of the labels there: Tensor [len(labels)], int64."""

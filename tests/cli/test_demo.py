@@ -72,14 +72,11 @@ def test_options_that_are_not_given_keep_their_defaults(configs: list[DemoConfig
 def test_options_reach_the_demo(configs: list[DemoConfig], tmp_path: Path) -> None:
     numbers = ["--shots", "2", "--seeds", "3", "--steps", "5", "--batch", "7", "--lr", "1e-4"]
     names = ["--source", "a, b", "--source", "c", "--target", "d", "--model", "m", "--data", "in"]
-    folders = ["--out", str(tmp_path), "--save-source", str(tmp_path / "new")]
-    assert main(["demo", *numbers, *names, *folders]) == 0
+    assert main(["demo", *numbers, *names, "--out", str(tmp_path)]) == 0
     (found,) = configs
     assert (found.shots, found.seeds, found.steps, found.batch, found.lr) == (2, 3, 5, 7, 1e-4)
     assert (list(found.source), found.target, found.model, found.data) == (["a", "b", "c"], "d", "m", Path("in"))
-    assert (found.out, found.save_source) == (tmp_path, tmp_path / "new")
-    assert main(["demo", "--source-adapter", "kept"]) == 0
-    assert configs[1].source_adapter == Path("kept")
+    assert found.out == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -87,7 +84,6 @@ def test_options_reach_the_demo(configs: list[DemoConfig], tmp_path: Path) -> No
     [
         (["--shots", "0"], "--shots must be at least 1, found 0"),
         (["--lr", "nan"], "--lr must be above 0 and finite, found nan"),
-        (["--save-source", "x", "--source-adapter", "y"], "--save-source cannot be combined with --source-adapter"),
         (["--data", "nowhere"], "--data must be a folder with train.tsv and test.tsv, found 'nowhere'"),
         (["--shots", "many"], "invalid int value: 'many' (see gradguide demo --help)"),
         (["--source", "a,,b"], "must be names joined by commas, found 'a,,b'"),

@@ -162,7 +162,7 @@ def test_the_search_for_memory_finds_a_direction() -> None:
 def test_state_dict_round_trip_continues_bitwise(name: str) -> None:
     make, _ = SHARING[name]
     model, twin = kit.net(), kit.net()
-    optimizer, other = (kit.guide(m, make, "adaptive", direction=SHARED) for m in (model, twin))
+    optimizer, other = (kit.guide(m, make, direction=SHARED) for m in (model, twin))
     kit.train(model, optimizer, range(4))
     twin.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))

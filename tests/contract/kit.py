@@ -15,7 +15,7 @@ from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 MakeBase = Callable[..., Optimizer]
 
-KINDS = ("default", "adaptive", "on update", "on gradient", "two sources")
+KINDS = ("default", "on update", "on gradient", "two sources")
 SCOPES = ("global", "group", "module", "tensor", "mapping")
 
 
@@ -75,12 +75,10 @@ def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> Source
 
 
 def options(kind: str, model: nn.Module) -> dict[str, Any]:
-    """Return keyword arguments of GradGuide. All kinds except the first two have sources."""
+    """Return keyword arguments of GradGuide. All kinds except the first have sources."""
     named: dict[str, Any] = {"names": list(model.named_parameters())}
     if kind == "default":
         return named
-    if kind == "adaptive":
-        return named | {"magnitude": Magnitude(adaptive=True)}
     if kind == "two sources":
         sources = [source_of(model, seed=7), source_of(model, seed=8, moving=False)]
         return named | {"alignment": Alignment(sources, on="gradient", weight=0.0)}
@@ -88,7 +86,7 @@ def options(kind: str, model: nn.Module) -> dict[str, Any]:
     return named | {
         "direction": Direction(decay=0.8, damping=0.7),
         "alignment": Alignment(source_of(model), on=on, weight=0.5),
-        "magnitude": Magnitude(max_norm=2.0, adaptive=True),
+        "magnitude": Magnitude(max_norm=2.0),
     }
 
 

@@ -31,7 +31,6 @@ OPTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Direction(damping=True), TypeError, "damping must be a number, found True"),
     (lambda: Direction(share_momentum=1), TypeError, "share_momentum must be True or False, found 1"),  # type: ignore[arg-type]
     (lambda: Direction(0.9), TypeError, "positional"),  # type: ignore[call-arg]
-    (lambda: Magnitude(adaptive="yes"), TypeError, "adaptive must be True or False, found 'yes'"),  # type: ignore[arg-type]
     (lambda: Magnitude(max_norm=[1.0]), TypeError, r"max_norm must be a number, found \[1.0\]"),  # type: ignore[arg-type]
     (lambda: Alignment(source(), on="loss"), ValueError, "on must be one of 'update', 'gradient', found 'loss'"),
     (lambda: Alignment(source(), project="yes"), TypeError, "project must be True or False, found 'yes'"),  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def outcome(dtype: torch.dtype, on: str, scope: str) -> tuple[object, ...]:
             model, kit.adamw, scope=scope, names=model.named_parameters(),
             direction=Direction(decay=0.9, damping=0.7),
             alignment=Alignment([source, source.anchored()], on=on, weight=0.3, project=True),
-            magnitude=Magnitude(max_norm=0.3, adaptive=True, max_update=1e-3),
+            magnitude=Magnitude(max_norm=0.3, max_update=1e-3),
         )  # fmt: skip
     metrics = []
     for step in range(5):

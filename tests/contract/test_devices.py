@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradguide
-from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.ops import foreach, tensors
 from gradguide.step import metrics
 
@@ -51,10 +51,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, "update"),
         ({"direction": None}, None),
         ({"direction": Direction(share_momentum=True)}, "update"),
-        ({"magnitude": Magnitude(adaptive=True)}, "update"),
         ({"scope": "tensor"}, "update"),
     ],
-    ids=["default", "gradient", "update", "no direction", "shared momentum", "adaptive", "scopes"],
+    ids=["default", "gradient", "update", "no direction", "shared momentum", "scopes"],
 )
 def test_a_step_and_its_metrics_need_no_float64(narrow: None, options: dict[str, Any], on: Any) -> None:
     source = SourceGradient({"weight": torch.ones(3, 4), "bias": torch.ones(3)})

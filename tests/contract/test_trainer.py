@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-RULES: dict[str, Any] = {"direction": Direction(decay=0.8), "magnitude": Magnitude(max_norm=0.5, adaptive=True)}
+RULES: dict[str, Any] = {"direction": Direction(decay=0.8), "magnitude": Magnitude(max_norm=0.5)}
 
 
 def bert() -> nn.Module:

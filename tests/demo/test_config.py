@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
@@ -14,30 +13,14 @@ def test_counts_start_at_one(option: str) -> None:
     values: dict[str, int] = {option: 1}
     assert getattr(DemoConfig(**values), option) == 1  # type: ignore[arg-type]
     for value in (0, -1):
-        with pytest.raises(OptionError, match=f"^--{option} must be at least 1, found {value}$") as error:
+        with pytest.raises(OptionError, match=f"^--{option} must be at least 1, found {value}$"):
             DemoConfig(**{option: value})  # type: ignore[arg-type]
-        assert error.value.option == option
 
 
 @pytest.mark.parametrize("lr", [0.0, -1e-3, math.inf, math.nan])
 def test_learning_rate_is_positive_and_finite(lr: float) -> None:
     with pytest.raises(OptionError, match=f"^--lr must be above 0 and finite, found {lr}$"):
         DemoConfig(lr=lr)
-
-
-def test_save_source_needs_a_new_or_empty_folder(tmp_path: Path) -> None:
-    assert DemoConfig(save_source=tmp_path / "new").save_source == tmp_path / "new"
-    assert DemoConfig(save_source=tmp_path).save_source == tmp_path
-    (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(OptionError, match=r"^--save-source must be a new or empty folder, found ") as error:
-            DemoConfig(save_source=path)
-        assert repr(str(path)) in str(error.value)
-
-
-def test_a_loaded_source_is_not_saved_again(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"^--save-source cannot be combined with --source-adapter"):
-        DemoConfig(save_source=tmp_path, source_adapter=tmp_path)
 
 
 def test_every_missing_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,13 +46,12 @@ USUAL: dict[str, tuple[type, Options]] = {
 ODD: dict[str, Options] = {
     "direction": {"decay": 0.5, "damping": 0.1, "share_momentum": True},
     "alignment": {"source": problem.source(2), "on": "gradient", "weight": 0.5, "project": False},
-    "magnitude": {"max_norm": 2.0, "adaptive": True, "max_update": 0.1},
+    "magnitude": {"max_norm": 2.0, "max_update": 0.1},
     "regularizer": {
         "direction": 0.1,
         "magnitude": 0.2,
         "alignment": 0.2,
         "source": problem.source(2),
-        "hessian": "exact",
         "warmup": 3,
     },
 }

@@ -81,7 +81,7 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
             return GradGuide(
                 base,
                 alignment=Alignment(source(1), on="gradient", weight=0.5),
-                magnitude=Magnitude(adaptive=True, max_update=None),
+                magnitude=Magnitude(max_norm=0.1, max_update=None),
                 names=names,
             )
         case "update":

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from benchmarks.few_shot.data import Problem
 from benchmarks.few_shot.digits import Digits
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY, METHODS, Learner, Variant, guide
-from benchmarks.few_shot.problem import Problem
 from benchmarks.few_shot.rivals import EWC
 from benchmarks.few_shot.train import Evaluation
 from gradguide import Alignment, Magnitude, SourceGradient

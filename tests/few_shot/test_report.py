@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import plotting
-from benchmarks.few_shot import goals, report
+from benchmarks.few_shot import report, tables
 from benchmarks.few_shot.grid import LRS, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 from benchmarks.few_shot.results import difference, load, untuned, worst
@@ -23,7 +23,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_goals_are_reached_not_reached_or_not_run(file: Path) -> None:
-    text = goals.table(load(file))
+    text = tables.goals(load(file))
     lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
     assert "| yes |" in lines["untuned, target: at least +1.0, interval above 0"]
     assert "| yes |" in lines["stability (coherence) above in at least 80% of the cells"]
@@ -50,9 +50,9 @@ def test_a_method_that_ran_on_one_set_removes_no_pairs_of_the_others(tmp_path: P
     rows = results()
     path, alone = tmp_path / "few_shot.csv", rows[(rows["target"] == "hwu64") & (rows["method"] == BASE)]
     rows.to_csv(path, index=False)
-    before = goals.table(load(path)), report.compact(path)
+    before = tables.goals(load(path)), report.compact(path)
     pd.concat([rows, alone.assign(method="ZClip")]).to_csv(path, index=False)
-    assert (goals.table(load(path)), report.compact(path)) == before
+    assert (tables.goals(load(path)), report.compact(path)) == before
     report.write(path, tmp_path / "few_shot.md")
     text = (tmp_path / "few_shot.md").read_text(encoding="utf-8")
     confirming, every = text.split("## Transfer, every method on two sets (hwu64)")

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from benchmarks.few_shot import rivals
-from benchmarks.few_shot.cautious import CautiousAdamW
-from benchmarks.few_shot.problem import Problem
+from benchmarks.few_shot.data import Problem
 from benchmarks.zclip import ZClip
 from gradguide import SourceGradient
 
@@ -112,7 +111,7 @@ def test_cautious_adamw_against_its_definition() -> None:
     torch.manual_seed(0)
     start = torch.randn(50)
     cautious, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    optimizers = [CautiousAdamW([cautious], lr=0.1, weight_decay=0.0), AdamW([plain], lr=0.1, weight_decay=0.0)]
+    optimizers = [rivals.CautiousAdamW([cautious], lr=0.1, weight_decay=0.0), AdamW([plain], lr=0.1, weight_decay=0.0)]
     for _ in range(5):
         with torch.no_grad():
             plain.copy_(cautious)  # the moments are those of the gradients alone, which both receive

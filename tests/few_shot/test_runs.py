@@ -10,9 +10,11 @@ import pytest
 
 from benchmarks.few_shot import runs
 from benchmarks.few_shot.data import CONDITIONS
+from benchmarks.few_shot.encoder import Encoder
 from benchmarks.few_shot.grid import SEQUENCES, Run
 from benchmarks.few_shot.results import append, done
 from benchmarks.few_shot.runs import Settings, Suite
+from tests.contract import kit
 
 
 def run_of(**fields: object) -> Run:
@@ -74,3 +76,16 @@ def test_a_sequence_learns_five_tasks_and_says_what_was_lost(
     assert -1.0 <= row["backward_transfer"] <= 1.0
     assert 0.0 <= row["target_accuracy"] <= 1.0
     assert (row["capture_seconds"] > 0.01) == (method in ("EWC", "GradGuide"))
+
+
+def test_a_source_from_the_cache_is_the_one_that_was_trained(sets: Path, tiny_model: Path, tmp_path: Path) -> None:
+    trained, cached = (Encoder(str(tiny_model), sets, "assistant", tmp_path) for _ in range(2))
+    assert (tmp_path / "assistant" / "trained.safetensors").is_file()
+    kit.assert_same(cached.model.state_dict(), trained.model.state_dict())
+    free = [[name for name, p in each.model.named_parameters() if p.requires_grad] for each in (trained, cached)]
+    assert free[0] == free[1]
+    (first,), (second,) = trained.earlier.sources, cached.earlier.sources
+    names = list(first.names())
+    values = [trained.model.get_parameter(name).detach() for name in names]
+    rows = [source.row(names, values) for source in (first, second)]
+    kit.assert_same([rows[1].offset, rows[1].scale], [rows[0].offset, rows[0].scale])

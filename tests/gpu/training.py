@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Training:
         if kind in ("moving source", "on update"):
             on = "update" if kind == "on update" else "gradient"
             options["alignment"] = Alignment(self._source(named), on=on, weight=0.5)
-            options["magnitude"] = Magnitude(adaptive=True)
+            options["magnitude"] = Magnitude(max_norm=math.inf)
         if kind == "fused":
             options["magnitude"] = Magnitude(max_update=None)
         if kind == "structured":

@@ -127,7 +127,7 @@ def test_the_trainer_s_clipping_moves_to_gradguide(
     assert trainer.args.max_grad_norm == 0
     assert given.max_grad_norm == limit, "the caller's arguments serve other trainers too"
     rule = trainer.create_optimizer()._engine.rules.magnitude
-    assert (None if rule is None else rule.bound) == bound
+    assert (None if rule is None else rule.max_norm) == bound
 
 
 def test_metrics_are_in_the_logs_once_and_no_warning_is_given(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -59,16 +60,15 @@ def generate(seed: int) -> Program:
         late=names == "late",
         backend=draw.one(["auto", "foreach"]),
         nonfinite="raise" if draw.chance(0.15) else "skip",
-        watched=draw.chance(0.6) or remembers_norms(direction, magnitude),
+        watched=draw.chance(0.6) or remembers_norms(direction),
         events=(),
     )
     return replace(program, events=draw_events(draw, program, profile))
 
 
-def remembers_norms(direction: Direction | None, magnitude: Magnitude | None) -> bool:
+def remembers_norms(direction: Direction | None) -> bool:
     """Whether statistics are of norms, which rounding changes, so that they have to be read after each step."""
-    shared = direction is not None and direction.share_momentum
-    return shared or (magnitude is not None and magnitude.adaptive)
+    return direction is not None and direction.share_momentum
 
 
 def draw_parameters(draw: Draw) -> list[ParameterSpec]:
@@ -146,7 +146,6 @@ def draw_magnitude(draw: Draw) -> Magnitude | None:
     if draw.chance(0.15):
         return None
     return Magnitude(
-        max_norm=draw.one([None, None, 1.0, 0.1, 1e3, 1e-10]),
-        adaptive=draw.chance(0.4),
+        max_norm=draw.one([1.0, 1.0, math.inf, 0.1, 1e3, 1e-10]),
         max_update=draw.one([0.05, 0.05, None, 0.5, 1e-3]),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,10 @@ longer than it is."""
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is remembered of a scope: see the docstrings of Direction's Average and Magnitude's LogNorms."""
+    """What is remembered of a scope: see the docstring of Direction's Average."""
 
     mass: float = 0.0
     square: float = 0.0
-    log_weight: float = 0.0
-    log_mean: float = 0.0
-    log_spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,7 @@ def guide(
     norm, reach = space.norm(guided), space.bounded_reach(guided, space.reach(origin))
     if norm == 0:
         guided = np.zeros_like(guided)
-    bound, statistics = math.inf, seen
-    if magnitude is not None:
-        fixed = magnitude.max_norm if magnitude.max_norm is not None else math.inf if magnitude.adaptive else 1.0
-        bound = min(fixed, threshold(seen)) if magnitude.adaptive else fixed
-        statistics = observe(seen, norm) if magnitude.adaptive else seen
+    bound, statistics = math.inf if magnitude is None else magnitude.max_norm, seen
     factor = bound / norm if norm > bound else 1.0
     allowance = WRITTEN * max(reach / norm - 1, 0.0) if factor < 1 else 0.0
     final, new = guided * factor, d
@@ -130,7 +123,7 @@ def guide(
         if step > 0:
             new = decay * d + gain * term
             mass, square = decay * seen.mass + gain * step, decay**2 * seen.square + (gain * step) ** 2
-            statistics = replace(statistics, mass=mass, square=square)
+            statistics = Statistics(mass, square)
         coherence = resultant(space.norm(new), statistics)
     written = space.combine(final), space.combine(new), space.combine(origin * factor).value
     return Guided(
@@ -173,25 +166,6 @@ def project(space: Space, coefficients: Array, sources: Sequence[int]) -> Array:
     result: Array = coefficients.copy()
     result[there] += multiples * (length(vector) / norms)
     return result
-
-
-def threshold(seen: Statistics) -> float:
-    """Largest norm that does not stand out: 2.5 deviations over the mean of the logarithms, the prior's 0.5 worth 4."""
-    if seen.log_weight == 0:
-        return math.inf
-    variance = (4 * 0.5**2 + seen.log_spread) / (4 + seen.log_weight)
-    return math.exp(seen.log_mean + 2.5 * math.sqrt(variance * (1 + 1 / seen.log_weight)))
-
-
-def observe(seen: Statistics, norm: float) -> Statistics:
-    """One more norm, which counts as no more than the threshold; a norm of 0 says nothing."""
-    if norm == 0:
-        return seen
-    value = math.log(min(norm, threshold(seen)))
-    weight = 0.95 * seen.log_weight + 1
-    mean = seen.log_mean + (value - seen.log_mean) / weight
-    spread = 0.95 * seen.log_spread + (value - seen.log_mean) * (value - mean)
-    return replace(seen, log_weight=weight, log_mean=mean, log_spread=spread)
 
 
 @dataclass(frozen=True)

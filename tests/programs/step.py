@@ -113,8 +113,8 @@ def decide(scope: ScopePlan, world: World, handed: Sequence[Tensor | None], tall
         projected = [s for s, wanted in zip(scope.rows.sources, scope.rows.projecting, strict=True) if wanted]
         slack = TIGHT * length(guided.gradient.error) + length(stored)
         check_conflicts(what, found, projected, guided.start, reach, slack, products + scope.fineness)
-    if program.magnitude is not None and program.magnitude.bound < np.inf:
-        longest = program.magnitude.bound * (1 + 1e-5) + length(stored)
+    if program.magnitude is not None and program.magnitude.max_norm < np.inf:
+        longest = program.magnitude.max_norm * (1 + 1e-5) + length(stored)
         if length(found) > longest:
             raise Disagreement(f"{what}: is {length(found):.7g} long, at most {longest:.7g} allowed")
     return replace(guided, decided=decided)

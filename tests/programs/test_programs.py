@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -72,7 +73,7 @@ FEATURES: dict[str, Callable[[Program], bool]] = {
     "a later group": lambda p: p.started < len(p.groups),
     "both signs of maximize": lambda p: len({dict(g.options).get("maximize", False) for g in p.groups}) == 2,
     "shared momentum": lambda p: p.direction is not None and p.direction.share_momentum,
-    "an adaptive bound": lambda p: p.magnitude is not None and p.magnitude.adaptive,
+    "no bound of the gradient": lambda p: p.magnitude is not None and p.magnitude.max_norm == math.inf,
     "no rule": lambda p: (p.direction, p.magnitude, p.alignment) == (None, None, None),
     "sixteen sources": lambda p: p.alignment is not None and len(p.alignment.sources) == 16,
     "other sources later": lambda p: any(isinstance(e, SetAlignment) and e.alignment for e in p.events),
@@ -113,7 +114,6 @@ FAULTS: dict[str, Callable[[Program], Program]] = {
     "no direction": lambda p: replace(p, direction=None),
     "max_norm": magnitude(max_norm=0.7),
     "max_update": magnitude(max_update=0.04),
-    "adaptive": magnitude(adaptive=False),
     "weight": aligned(weight=0.31),
     "project": aligned(project=False),
     "on": aligned(on="gradient"),

@@ -169,7 +169,7 @@ def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, sco
         optimizer = GradGuide(
             torch.optim.SGD(trained, lr=1.0 / factor),
             alignment=Alignment(source, on="gradient", weight=0.0),
-            magnitude=Magnitude(adaptive=True),
+            magnitude=Magnitude(max_norm=2.0 * factor),
             scope=scope,
             names=[(f"p{i}", p) for i, p in enumerate(trained)],
         )

@@ -39,7 +39,7 @@ def test_a_step_reads_nothing(scope: str, on: str, monkeypatch: pytest.MonkeyPat
         torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
         direction=Direction(),
         alignment=Alignment(source, on=on, weight=0.5),
-        magnitude=Magnitude(adaptive=True, max_norm=1.0),
+        magnitude=Magnitude(),
         scope=scope,
         names=named,
         backend="foreach",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from gradguide.demo.config import OptionError
 from gradguide.demo.data import Example
+from gradguide.demo.model import loading
 from gradguide.integrations.causal import load_causal
 
 __all__ = ["Batch", "Rows", "accuracy", "drift", "encode", "is_causal", "load_model"]
@@ -113,10 +113,8 @@ def is_causal(name: str) -> bool:
     """
     from transformers import AutoConfig
 
-    try:
+    with loading(name):
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
     kinds = getattr(config, "architectures", None) or ()
     return any("ForCausalLM" in kind or "LMHead" in kind for kind in kinds)
 
@@ -129,11 +127,8 @@ def load_model(name: str, device: torch.device) -> tuple[Any, Any]:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with loading(name):
         tokenizer, model = AutoTokenizer.from_pretrained(name), load_causal(name)
-    except (OSError, ValueError) as error:
-        raise OptionError("model", f"cannot be loaded, found {name!r}: {str(error).splitlines()[0]}") from error
-    model.name_or_path = name
     return (model.float() if device.type == "cpu" else model).to(device).eval(), tokenizer
 
 

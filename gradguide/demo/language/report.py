@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradguide.demo.config import LanguageConfig
 from gradguide.demo.data import Task
 from gradguide.demo.report import by_method, comparison, package_versions, write_rows
 from gradguide.recording.plotting import figure_for, save_figure
 
 if TYPE_CHECKING:
-    from gradguide.demo.language.run import LanguageConfig, Outcome
+    from gradguide.demo.language.run import Outcome
 
 __all__ = ["print_table", "write_report"]
 

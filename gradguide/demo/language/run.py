@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from gradguide import Alignment, GradGuide, StructuredSource
 from gradguide.demo.compare import now
-from gradguide.demo.config import BUILT_IN, OptionError, check_extras, check_numbers, make_out
+from gradguide.demo.config import LanguageConfig, OptionError, check_extras, make_out
 from gradguide.demo.data import batches, draw, few_shot, read_transfer
 from gradguide.demo.language.model import Batch, Rows, accuracy, drift, encode, load_model
 from gradguide.demo.model import add_lora
@@ -31,41 +30,6 @@ _LENGTH = 64
 _WRITING = 32  # sequences that the model writes at once
 _TEST_ROWS_PER_LABEL = 6
 _SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
-    """Options of one demo run on a language model.
-
-    Args:
-        model: hub id or folder of a causal language model.
-        data: folder with train.tsv and test.tsv. Default: the texts included in the package.
-        target: target domain. Default: the last one, sorted by name.
-        shots: training rows per label, at least 1.
-        seeds: runs per method, at least 1. Run i uses seed i for its rows, their order and the adapter's start.
-        steps: optimizer steps per run, at least 1.
-        batch: rows per step, at least 1.
-        lr: learning rate, above 0.
-        out: folder for the results, created if missing.
-        source_file: structured source of the model. It is loaded if the file exists, else captured and written there.
-
-    Raises:
-        OptionError: a value is out of range.
-    """
-
-    model: str
-    data: Path = BUILT_IN
-    target: str | None = None
-    shots: int = 4
-    seeds: int = 2
-    steps: int = 30
-    batch: int = 8
-    lr: float = 3e-3
-    out: Path = Path("gradguide-demo")
-    source_file: Path | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)

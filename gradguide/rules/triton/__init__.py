@@ -43,7 +43,7 @@ def decide(
     settings = numbers_of(gram.device, [
         0.0 if direction is None else direction.damping,
         0.0 if direction is None else direction.decay,
-        0.0 if magnitude is None else magnitude.bound,
+        0.0 if magnitude is None else magnitude.max_norm,
         FITTING * span.largest,
         *weights,
     ])  # fmt: skip
@@ -60,7 +60,7 @@ def decide(
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
             PROJECTED=rules.gradient_sources,
-            CLIPPED=magnitude is not None, ADAPTIVE=magnitude is not None and magnitude.adaptive,
+            CLIPPED=magnitude is not None,
             num_warps=WARPS, maxnreg=REGISTERS, **FUSION,
         )  # fmt: skip
     norm, factor, coherence, damping = numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.rules import decide as decision
 from gradguide.rules import triton
-from gradguide.rules.decide import BEFORE, UPDATE, Limit, Rules
+from gradguide.rules.decide import BEFORE, STATISTICS, UPDATE, Limit, Rules
 from gradguide.rules.span import Span
 from tests.ops.triton.problems import DEVICE
 from tests.strategies import rows, span_of
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 DIRECTIONS = st.sampled_from([None, Direction(), Direction(damping=0.0), Direction(decay=0.5, damping=1.0)])
 MAGNITUDES = st.sampled_from([
-    None, Magnitude(), Magnitude(max_norm=0.1, max_update=None), Magnitude(adaptive=True, max_update=1e-3),
+    None, Magnitude(), Magnitude(max_norm=0.1, max_update=None), Magnitude(max_norm=math.inf, max_update=1e-3),
 ])  # fmt: skip
 
 
@@ -42,7 +43,9 @@ def anchor() -> SourceGradient:
 
 def statistics(scopes: int, seed: int) -> Tensor:
     """Return statistics as after some steps, and for the first scope as before any step."""
-    found = torch.rand(scopes, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    found = (
+        torch.rand(scopes, len(STATISTICS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    )
     found[:, 1] *= found[:, 0].square()  # at most the value after a single gradient
     found[0] = 0.0
     return found
@@ -181,7 +184,8 @@ def test_sixteen_sources(seed: int) -> None:
         if on == "gradient":
             found, wanted = (
                 kind.decide(
-                    Span(span.gram.to(device)), rules, torch.zeros(1, 5, dtype=torch.float64, device=device),
+                    Span(span.gram.to(device)), rules,
+                    torch.zeros(1, len(STATISTICS), dtype=torch.float64, device=device),
                     torch.arange(1, device=device), torch.zeros(2, dtype=torch.float64, device=device),
                 ).guided
                 for kind, device in ((triton, DEVICE), (decision, torch.device("cpu")))
@@ -198,7 +202,7 @@ def test_sixteen_sources(seed: int) -> None:
 def test_what_is_not_finite_leaves_everything_as_it_was() -> None:
     gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     gram[1, 0, 0] = torch.nan
-    rules = Rules(Direction(), Alignment(source()), Magnitude(adaptive=True))
+    rules = Rules(Direction(), Alignment(source()), Magnitude())
     known = statistics(2, 0)
     there, totals = known.to(DEVICE, copy=True), torch.zeros(2, dtype=torch.float64, device=DEVICE)
     found = triton.decide(on_device(Span(gram)), rules, there, torch.arange(2, device=DEVICE), totals)

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from gradguide.rules import decide as rules
-from gradguide.rules.magnitude import DECAY, DEVIATIONS, PRIOR_COUNT, PRIOR_DEVIATION
 from gradguide.rules.triton.kernels.algebra import (
     at,
     atmost,
@@ -32,10 +31,6 @@ UPDATE: tl.constexpr = tl.constexpr(rules.UPDATE)
 BEFORE: tl.constexpr = tl.constexpr(rules.BEFORE)
 KEPT: tl.constexpr = tl.constexpr(len(rules.STATISTICS))
 
-LOG_DECAY: tl.constexpr = tl.constexpr(DECAY)
-MARGIN: tl.constexpr = tl.constexpr(DEVIATIONS)
-PRIOR: tl.constexpr = tl.constexpr(PRIOR_COUNT)
-PRIOR_SPREAD: tl.constexpr = tl.constexpr(PRIOR_COUNT * PRIOR_DEVIATION**2)
 LEAST: tl.constexpr = tl.constexpr(LEAST_LENGTH)
 FACTOR: tl.constexpr = tl.constexpr(rules.LEAST_FACTOR)
 
@@ -47,14 +42,6 @@ def evidence(length, mass, square):
     resultant = clamp01(safe_div(length, mass))
     room = tl.where(1.0 - chance > 1e-6, 1.0 - chance, 0.0)
     return tl.sqrt(clamp01(safe_div(relu(resultant * resultant - chance), room)))
-
-
-@triton.jit
-def threshold(weight, mean, spread):
-    """Return the largest norm that is not an outlier; infinity before the first step."""
-    variance = (PRIOR_SPREAD + spread) / (PRIOR + weight)
-    margin = MARGIN * tl.sqrt(variance * (1.0 + 1.0 / tl.where(weight > 0, weight, 1.0)))
-    return tl.where(weight > 0, tl.exp(mean + margin), float("inf"))
 
 
 @triton.jit
@@ -84,7 +71,7 @@ def decide(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
     SOURCE_COUNT: tl.constexpr, REGULARIZED: tl.constexpr,
     DIRECTED: tl.constexpr, DAMPED: tl.constexpr, SHARED: tl.constexpr, PULLED: tl.constexpr,
-    PROJECTED: tl.constexpr, CLIPPED: tl.constexpr, ADAPTIVE: tl.constexpr,
+    PROJECTED: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """Decide the step of one scope.
 
@@ -113,9 +100,7 @@ def decide(
         tl.store(totals, tl.load(totals) + tl.where(moved & (made != 0), 1.0, 0.0))
         tl.store(totals + 1, tl.load(totals + 1) + 1.0 - made)
     known = statistics + KEPT * tl.load(positions + scope)
-    mass, square, weight, mean, spread = (
-        tl.load(known), tl.load(known + 1), tl.load(known + 2), tl.load(known + 3), tl.load(known + 4)
-    )  # fmt: skip
+    mass, square = tl.load(known), tl.load(known + 1)
     one = tl.full([SIZE], 1.0, tl.float64)
     gradient = tl.where(lanes == GRADIENT, one, 0.0)
     direction = tl.where(lanes == DIRECTION, one, 0.0)
@@ -139,20 +124,8 @@ def decide(
 
     guided, guided_norm, ceiling = extent(g, of_rows, guided)
     factor = tl.full([], 1.0, tl.float64)
-    new_weight, new_mean, new_spread = weight, mean, spread
     if CLIPPED:
-        bound = tl.load(settings + 2)
-        if ADAPTIVE:
-            largest = threshold(weight, mean, spread)
-            bound = atmost(bound, largest)
-            counted = atmost(guided_norm, largest)
-            value = tl.log(tl.where(counted > 0, counted, 1.0))
-            seen = LOG_DECAY * weight + 1.0
-            middle = mean + (value - mean) / seen
-            new_weight = tl.where(counted > 0, seen, weight)
-            new_mean = tl.where(counted > 0, middle, mean)
-            new_spread = tl.where(counted > 0, LOG_DECAY * spread + (value - mean) * (value - middle), spread)
-        factor = clip(ceiling, bound)
+        factor = clip(ceiling, tl.load(settings + 2))
     held = tl.load(settings + 3)
     elements = tl.where(lanes == GRADIENT, atmost(of_rows, held), of_rows)
     factor = factor * clip(tl.sum(tl.abs(guided * factor) * elements, axis=0), held)
@@ -188,9 +161,6 @@ def decide(
     tl.store(numbers + 3 * scopes + scope, strength)
     tl.store(known, tl.where(keep, new_mass, mass))
     tl.store(known + 1, tl.where(keep, new_square, square))
-    tl.store(known + 2, tl.where(keep, new_weight, weight))
-    tl.store(known + 3, tl.where(keep, new_mean, mean))
-    tl.store(known + 4, tl.where(keep, new_spread, spread))
 
 
 @triton.jit
@@ -224,8 +194,8 @@ def limited(
 
 
 @triton.jit
-def scope_is_finite(values, SIZE: tl.constexpr):
-    """Return whether all of ``values`` [SIZE, SIZE] are finite."""
+def scope_is_finite(values):
+    """Return whether all of ``values``, a matrix, are finite."""
     wrong = tl.where((values == values) & (tl.abs(values) != float("inf")), 0, 1)
     return tl.sum(tl.sum(wrong, axis=1), axis=0) == 0
 
@@ -250,7 +220,7 @@ def limit(
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
-    known = scope_is_finite(g, SIZE)
+    known = scope_is_finite(g)
     wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
     scale = at(wanted, lanes, UPDATE)
     tl.store(numbers + scope, scale)
@@ -288,7 +258,7 @@ def limit_unmade(
     sources = (row >= SOURCES) & (column < ROWS)
     g += tl.load(step + scope * STEP_ROWS * STEP_ROWS + i * STEP_ROWS + j, mask=sources, other=0.0)
 
-    known = scope_is_finite(g, SIZE)
+    known = scope_is_finite(g)
     wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
     tl.store(numbers + scope, at(wanted, lanes, UPDATE))
     if SOURCE_COUNT > 0:
