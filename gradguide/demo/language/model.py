@@ -1,4 +1,4 @@
-"""A causal language model that classifies by the likelihood of a label's words, and its drift from the base model."""
+"""A causal language model that classifies by the likelihood of a label's words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradguide.demo.data import Example
 from gradguide.demo.model import loading
 from gradguide.integrations.causal import load_causal
 
-__all__ = ["Batch", "Rows", "accuracy", "drift", "encode", "is_causal", "load_model"]
+__all__ = ["Batch", "Rows", "accuracy", "encode", "is_causal", "load_model"]
 
 Batch = dict[str, Tensor]
 
@@ -90,19 +90,6 @@ def accuracy(model: nn.Module, rows: Rows) -> float:
         scores.append(-losses.sum(1) / (targets != -100).sum(1))
     chosen = torch.cat(scores).view(len(rows), -1).argmax(1)
     return float((chosen.cpu() == torch.tensor(rows.labels)).float().mean())
-
-
-@torch.inference_mode()
-def drift(model: Any, batches: Sequence[Batch]) -> float:
-    """Return the KL from the base model to the adapted one, in nats per token of the text."""
-    total, count = 0.0, 0
-    for batch in batches:
-        with model.disable_adapter():
-            before = _logits(model, batch).log_softmax(-1)
-        after = _logits(model, batch).log_softmax(-1)
-        total += float((before.exp() * (before - after)).sum())
-        count += batch["input_ids"].numel()
-    return total / count
 
 
 def is_causal(name: str) -> bool:

@@ -18,8 +18,9 @@ from gradguide import Alignment, GradGuide, StructuredSource
 from gradguide.demo.compare import now
 from gradguide.demo.config import LanguageConfig, OptionError, check_extras, make_out
 from gradguide.demo.data import batches, draw, few_shot, read_transfer
-from gradguide.demo.language.model import Batch, Rows, accuracy, drift, encode, load_model
+from gradguide.demo.language.model import Batch, Rows, accuracy, encode, load_model
 from gradguide.demo.model import add_lora
+from gradguide.integrations.drift import drift
 from gradguide.integrations.sampling import own_text, sampled_loss
 
 __all__ = ["LanguageConfig", "Outcome", "run"]
