@@ -344,7 +344,7 @@ def passes(*sizes: tuple[int, int], padding: int = 0) -> list[tuple[Tensor, Tens
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_in_eval_mode_gives_the_same(reentrant: bool, padding: int) -> None:
-    """Models of transformers do not checkpoint in eval mode. Others do."""
+    """Models that checkpoint themselves. Those of transformers are in test_checkpointing.py."""
     batches = [passes((3, 6), padding=padding), passes((4, 5), padding=padding)]
     plain, other = (
         StructuredSource.capture(Small(each), batches, squares, rank=None, modules=["first", "second"])
