@@ -60,6 +60,8 @@ def capture_statistics(
             predictions += number
             total += mean_loss * number
             count += 1
+        for found in recorder.statistics.values():
+            found.flush()
     if is_distributed():
         predictions, total, count = _sum_over_ranks(recorder, predictions, total, count)
     if count == 0:
@@ -71,15 +73,15 @@ def capture_statistics(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "
             "with modules=, or check that the loss uses them"
         )
-    for name, found in recorder.statistics.items():
-        if not all(bool(part.isfinite().all()) for part in found.sums):
+    for name, found in statistics.items():
+        if not found.finite:
             raise ValueError(
                 f"the factors of {name} must be finite, found NaN or Inf: its inputs or gradients are not finite, or "
                 "their squares exceed float32"
             )
     _warn_if_few(recorder)
     totals = {"predictions": predictions, "loss": total / predictions, "base": base}
-    return recorder.statistics, totals
+    return statistics, totals
 
 
 def _warn_if_few(recorder: Recorder) -> None:

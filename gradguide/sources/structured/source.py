@@ -80,7 +80,7 @@ class StructuredSource:
         """Capture the factors in one pass over source batches.
 
         The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
-        Memory in addition to the model: ``(rank + 32) (in + out)`` float32 elements per layer, one forward and backward
+        Memory in addition to the model: ``(rank + 64) (in + out)`` float32 elements per layer, one forward and backward
         pass of a batch, and the layers' inputs in it. Gradient checkpointing stays on. If it is reentrant, only the
         inputs in one checkpointed layer are kept at a time. Under ``torch.distributed``, every rank supplies its share
         of the batches (of any number without FSDP), and all ranks get the same source.
