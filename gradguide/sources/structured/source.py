@@ -80,10 +80,10 @@ class StructuredSource:
         """Capture the factors in one pass over source batches.
 
         The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
-        Memory in addition to the model: ``(rank + 64) (in + out)`` float32 elements per layer, one forward and backward
-        pass of a batch, and the layers' inputs in it. Gradient checkpointing stays on. If it is reentrant, only the
-        inputs in one checkpointed layer are kept at a time. Under ``torch.distributed``, every rank supplies its share
-        of the batches (of any number without FSDP), and all ranks get the same source.
+        Memory in addition to the model: ``(2 rank + 66) (in + out)`` float32 elements per layer, one pass of a batch,
+        and the layers' inputs in it. Gradient checkpointing stays on. If it is reentrant, only the inputs in one
+        checkpointed layer are kept at a time. Under ``torch.distributed``, every rank supplies its share of the batches
+        (of any number without FSDP), and all ranks get the same source.
         Each sum of a layer is one all-reduce, after the last batch. If one rank fails, all raise, except under FSDP.
 
         The first dimension of a layer's input is that of the sequences, or the input has the tokens of the model's

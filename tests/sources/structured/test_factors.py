@@ -55,6 +55,18 @@ def test_a_sketch_is_near_the_best_approximation_and_keeps_the_diagonal(size: in
     torch.testing.assert_close(found.dense().diagonal(), exact.diagonal(), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("power", "most"), [(1.0, 1.55), (0.5, 1.22)])
+def test_the_error_of_a_sketch_with_slowly_falling_eigenvalues(power: float, most: float) -> None:
+    """A test matrix has no preferred direction, so that eigenvectors may be unit vectors."""
+    values = torch.arange(1.0, 1025.0) ** -power
+    sums = Covariance(1024, 32, values.device)
+    add(sums, values.sqrt().diag())
+    basis = sums.factor(1.0).basis
+    error = (values.diag() - basis @ basis.T).norm()
+    assert basis.shape == (1024, 32)
+    assert float(error) <= most * float(values[32:].norm())
+
+
 @given(sizes, seeds)
 @settings(max_examples=40)
 def test_apply_is_the_product_with_the_dense_matrix(size: int, seed: int) -> None:
