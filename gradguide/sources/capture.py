@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gradguide.distributed.failures import fail_together
 from gradguide.distributed.layouts import as_dtensor, check_divided, full, is_distributed, layout_of, local
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
@@ -55,7 +56,7 @@ def capture_tables(
     def gradient_of(chosen: Loss, batch: Batch, *, index: int, count: int) -> BatchGradient:
         return batch_gradient(chosen, model, batch, total.parameters, trained, index=index, count=count)
 
-    with undisturbed(model, mode):
+    with fail_together("capture", model.parameters()), undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             count = counter.of(batch, index)
             found = gradient_of(loss, batch, index=index, count=count)

@@ -116,7 +116,8 @@ class SourceGradient:
                 finite scalar or reaches none of the parameters. There is a single batch of several examples with
                 ``curvature=True``. The mode is unknown, or the dtype cannot hold the rows.
             TypeError: the examples of a batch cannot be counted.
-            RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
+            RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated. The capture
+                failed on another rank.
 
         Warns:
             UserWarning: no batch reached some parameters. The gradient of LoRA's A matrices is zero, because B is

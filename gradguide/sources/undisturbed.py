@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gradguide.sources.checkpointing import checkpointing_in_eval
 
 __all__ = ["MODES", "undisturbed"]
 
@@ -26,6 +28,7 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
         model: afterwards, buffers are the same tensors with the same values. Integer matrices are not restored: they
             hold packed weights, and a copy would be large.
         mode: one of ``MODES``: "eval" and "train" call ``model.eval()`` or ``model.train()``; "keep" changes nothing.
+            In "eval", layers that have gradient checkpointing on keep it.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
@@ -41,7 +44,8 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
             setattr(wrapper, name, False)
         if mode != "keep":
             model.train(mode == "train")
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        checkpointing = checkpointing_in_eval(model) if mode == "eval" else nullcontext()
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), checkpointing:
             yield
     finally:
         for module, training in zip(modules, modes, strict=True):

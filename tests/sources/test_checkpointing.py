@@ -94,16 +94,17 @@ def causal(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @QUIET
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_i31_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
+def test_i31_gradient_checkpointing_of_transformers(reentrant: bool, mode: str) -> None:
     model = llama()
     move(model)
     batches = [{"input_ids": torch.randint(40, (2, 6))} for _ in range(3)]
     plain = SourceGradient.capture(model, batches, causal)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    # transformers checkpoints in train mode only; there is no dropout in this model.
-    source = SourceGradient.capture(model, batches, causal, mode="train")
+    # There is no dropout in this model.
+    source = SourceGradient.capture(model, batches, causal, mode=mode)
     at = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     close(answer(source, at), answer(plain, at), rtol=1e-4, atol=1e-7)
     assert all(value.any() for value in answer(source, at).values())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gradguide.distributed.failures import fail_together
 from gradguide.distributed.layouts import is_distributed
 from gradguide.sources.base_model import base_of
 from gradguide.sources.structured.layers import Layer
@@ -36,13 +37,14 @@ def capture_statistics(
     Raises:
         ValueError: there is no batch. A loss is not a scalar, is not finite or has no gradient. No batch reached some
             layer, or none gave it a gradient. Factors are not finite.
+        RuntimeError: the capture failed on another rank.
 
     Warns:
         UserWarning: there are fewer sequences than the rank of a pair of factors.
     """
     recorder = Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
-    with _recording(model, recorder):
+    with fail_together("capture", model.parameters()), _recording(model, recorder):
         base = base_of(model)  # all weights are comparable, because none requires a gradient here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
@@ -58,6 +60,8 @@ def capture_statistics(
             predictions += number
             total += mean_loss * number
             count += 1
+        for found in recorder.statistics.values():
+            found.flush()
     if is_distributed():
         predictions, total, count = _sum_over_ranks(recorder, predictions, total, count)
     if count == 0:
@@ -69,15 +73,15 @@ def capture_statistics(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "
             "with modules=, or check that the loss uses them"
         )
-    for name, found in recorder.statistics.items():
-        if not all(bool(part.isfinite().all()) for part in found.sums):
+    for name, found in statistics.items():
+        if not found.finite:
             raise ValueError(
                 f"the factors of {name} must be finite, found NaN or Inf: its inputs or gradients are not finite, or "
                 "their squares exceed float32"
             )
     _warn_if_few(recorder)
     totals = {"predictions": predictions, "loss": total / predictions, "base": base}
-    return recorder.statistics, totals
+    return statistics, totals
 
 
 def _warn_if_few(recorder: Recorder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,8 +26,9 @@ __all__ = [
 ]
 
 OVERSAMPLING = 16
-"""Columns of a sketch beyond its rank. With eigenvalues that fall as 1/k, the error is 3 to 4 times that of the best
-approximation of that rank, and the largest eigenvalues are 6% too small. The diagonal stays exact."""
+"""Columns of a sketch beyond twice its rank. The error of factors of rank 32, as a multiple of that of the best
+approximation of that rank: at most 1.4 on matrices of a language model of width 576, and 1.5 to 1.8 for eigenvalues 1/k
+of matrices of sizes 1,024 to 14,336; 1.2 for 1/sqrt(k). The diagonal stays exact."""
 
 
 Product: TypeAlias = tuple[Tensor, Tensor]
@@ -172,12 +174,13 @@ def check_factors(name: str, factors: LayerFactors) -> None:
 
 
 class Covariance:
-    """A running estimate of ``sum_i x_i x_i^T`` for vectors of one size, in bounded memory.
+    """A running estimate of ``sum_i w_i x_i x_i^T`` for vectors of one size and weights, in bounded memory.
 
-    With a rank, it stores the diagonal and the product with a fixed random matrix of ``rank + OVERSAMPLING`` columns.
-    :meth:`factor` computes the Nystrom approximation from that sketch (Tropp, Yurtsever, Udell and Cevher, arXiv
-    1706.05736, algorithm 3). The sketch is linear, so the sketches of several processes can be summed. Without a rank,
-    or if the sketch would be as large as the matrix, it stores the whole matrix.
+    With a rank, it stores the diagonal and the product with a fixed random matrix of ``2 * rank + OVERSAMPLING``
+    columns: ``n (2 rank + 17)`` float32 elements. :meth:`factor` computes the Nystrom approximation from that sketch,
+    and truncates it to the rank (Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736, algorithm 3). The sketch is
+    linear, so the sketches of several processes can be summed. Without a rank, or if the sketch would be as large as
+    the matrix, it stores the whole matrix.
 
     Args:
         size (int): n, length of the vectors.
@@ -188,56 +191,63 @@ class Covariance:
     def __init__(self, size: int, rank: int | None, device: torch.device) -> None:
         self.size = size
         self.rank = rank
-        columns = size if rank is None else min(size, rank + OVERSAMPLING)
+        columns = size if rank is None else min(size, 2 * rank + OVERSAMPLING)
         self._test = None if columns == size else _test_matrix(size, columns, device)
         self.sums = torch.zeros(size, columns, device=device)
         self.diagonal = torch.zeros(size, device=device)
 
-    def add(self, rows: Tensor) -> None:
-        """Add the products of the vectors ``rows`` [m, n], float32."""
-        with torch.autocast(rows.device.type, enabled=False):
-            self.sums.addmm_(rows.T, rows if self._test is None else rows @ self._test)
-        self.diagonal.add_(rows.square().sum(0))
+    def add(self, rows: Tensor, squares: Tensor, weights: Tensor) -> None:
+        """Add the weighted products of vectors, outside of autocast.
+
+        Args:
+            rows (Tensor): the vectors x_i, shape [m, n], float32.
+            squares (Tensor): the square of each element, shape [m, n].
+            weights (Tensor): a factor of each product, shape [m], at least 0.
+        """
+        projected = rows if self._test is None else rows @ self._test
+        self.sums.addmm_(rows.T, projected * weights.unsqueeze(1))
+        self.diagonal.addmv_(squares.T, weights)
 
     def factor(self, scale: float) -> Factor:
         """Return the factor of ``scale`` times the sum."""
         if self._test is None:
             return Factor.of_matrix(self.sums * scale, self.rank)
         assert self.rank is not None
-        sketch, test, diagonal = map(to_float64, (self.sums, self._test, self.diagonal))
-        sketch, diagonal, device = sketch * scale, diagonal * scale, sketch.device
-        # A shift of the size of rounding errors makes the small matrix positive definite. It is subtracted below.
-        shift = torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(sketch))
-        if shift == 0:
-            return Factor(torch.zeros(self.size, self.rank, device=device), diagonal.float())
-        sketch = sketch + shift * test
-        weights = _nystrom_weights(test.T @ sketch, sketch.T @ sketch, shift, self.rank)
-        basis = sketch @ weights.to(device)
-        rest = (diagonal - basis.square().sum(1)).clamp(min=0.0)
+        both = to_float64(torch.cat([self.sums, self._test], dim=1))
+        weights = _nystrom_weights((both.T @ both).cpu(), scale, self.rank)
+        basis = both @ weights.to(both.device)
+        rest = (to_float64(self.diagonal) * scale - basis.square().sum(1)).clamp(min=0.0)
         return Factor(basis.float(), rest.float())
 
 
-def _nystrom_weights(core: Tensor, products: Tensor, shift: float, rank: int) -> Tensor:
-    """Return the matrix that turns a shifted sketch Y of M into a basis of the approximation ``Y core^-1 Y^T - shift``.
+def _nystrom_weights(gram: Tensor, scale: float, rank: int) -> Tensor:
+    """Return the matrix that turns a sketch and its test matrix into a basis of the Nystrom approximation.
 
-    Decompositions of matrices of this size take milliseconds on the host, and longer on a GPU.
+    The sketch Y of the matrix is shifted by ``shift`` times the test matrix T, so that the small matrix ``T^T Y`` is
+    positive definite. The shift has the size of rounding errors, and is subtracted from the eigenvalues. Decompositions
+    of matrices of this size take milliseconds on the host, and longer on a GPU.
 
     Args:
-        core (Tensor): shape [k, k], test^T Y.
-        products (Tensor): shape [k, k], Y^T Y.
-        shift (float): subtracted from the eigenvalues of the approximation.
+        gram (Tensor): all inner products of [Y T], shape [2 k, 2 k], float64, on the host.
+        scale (float): factor of the sketch.
         rank (int): number of eigenvalues to keep.
 
     Returns:
-        Tensor [k, rank] on the host, float64.
+        Tensor [2 k, rank] on the host, float64.
     """
-    values, vectors = torch.linalg.eigh(((core + core.T) / 2).cpu())
+    k = len(gram) // 2
+    products, core, tests = gram[:k, :k] * scale**2, gram[k:, :k] * scale, gram[k:, k:]
+    shift = torch.finfo(torch.float32).eps * float(products.trace()) ** 0.5
+    if shift == 0:
+        return gram.new_zeros(2 * k, rank)
+    core = (core + core.T) / 2
+    values, vectors = torch.linalg.eigh(core + shift * tests)
     whiten = vectors * values.clamp(min=shift).rsqrt()
-    values, vectors = torch.linalg.eigh(whiten.T @ products.cpu() @ whiten)
+    values, vectors = torch.linalg.eigh(whiten.T @ (products + 2 * shift * core + shift**2 * tests) @ whiten)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = (1.0 - shift / values.clamp(min=shift)).sqrt()
-    weights: Tensor = whiten @ vectors * kept
-    return weights
+    weights = whiten @ vectors * kept
+    return torch.cat([scale * weights, shift * weights])
 
 
 def stacked(factors: Sequence[Factor], dim: int = 0) -> Factor:
@@ -270,7 +280,15 @@ def weighted_sum(products: Sequence[tuple[Product, float]]) -> Product | None:
     return torch.cat([left * w for (left, _), w in products], dim=1), torch.cat([right for (_, right), _ in products])
 
 
+_test_matrices: WeakValueDictionary[tuple[int, int, torch.device], Tensor] = WeakValueDictionary()
+"""Test matrices in use. All sketches of one size share one."""
+
+
 def _test_matrix(size: int, columns: int, device: torch.device) -> Tensor:
     """Return a random matrix [size, columns], the same on every rank and in every capture."""
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, columns, generator=generator).to(device)
+    found = _test_matrices.get((size, columns, device))
+    if found is None:
+        generator = torch.Generator().manual_seed(size)
+        found = torch.randn(size, columns, generator=generator).to(device)
+        _test_matrices[size, columns, device] = found
+    return found

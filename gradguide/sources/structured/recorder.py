@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradguide.distributed.layouts import layout_of
 from gradguide.sources.structured.layers import Layer
-from gradguide.sources.structured.statistics import LayerStatistics
+from gradguide.sources.structured.statistics import LayerStatistics, Mask
 
 __all__ = ["Recorder"]
 
@@ -41,7 +41,7 @@ class Recorder:
         self._passes, self._differ = 0, False
         # Sequences and tokens of the model's input, and the mask of the tokens that count, None if all do.
         self._grid: tuple[int, ...] = ()
-        self._mask: Tensor | None = None
+        self._mask: Mask | None = None
         # Layers with an input before the backward pass.
         self._reached: set[str] = set()
 
@@ -67,7 +67,7 @@ class Recorder:
         self._mask = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._grid = tuple(mask.shape)
-            self._mask = None if bool(mask.all()) else mask != 0
+            self._mask = Mask.of(mask)
         if torch.is_grad_enabled():
             self._differ |= self._passes > 0 and (*before, self._mask) != (self._grid, None, None)
             self._passes += 1
@@ -118,12 +118,15 @@ class Recorder:
         found = self.add_layer(layer, output.device)
         shape, output_shape, version = x.shape[:-1], output.shape, _version(x)
         grid = _grid(shape, self._grid)
-        mask = self._mask if self._mask is not None and grid == self._mask.shape else None
-        mask = None if mask is None else mask.to(x.device)
+        mask = None if self._mask is None or grid != self._mask.kept.shape else self._mask.to(x.device)
+
+        exchanged = shape[:2] != grid and len(shape) == 2
 
         def sequences(tensor: Tensor) -> Tensor:
             """Return [..., n] as [sequences, tokens, n]."""
-            return (tensor.transpose(0, 1) if shape[:2] != grid and len(shape) == 2 else tensor).reshape(*grid, -1)
+            if tensor.dim() == 3 and not exchanged:
+                return tensor  # without a view, whose call takes as long as a launch
+            return (tensor.transpose(0, 1) if exchanged else tensor).reshape(*grid, -1)
 
         @torch.no_grad()
         def add(gradient: Tensor) -> None:
@@ -139,10 +142,12 @@ class Recorder:
                 )
             if self.predictions == 0:  # the backward pass reaches the layer nearest to the loss first
                 self.predictions = self._scale = int((gradient.reshape(-1, gradient.shape[-1]) != 0).any(dim=1).sum())
-            found.add(sequences(x), sequences(gradient.reshape(output_shape)).float() * self._scale, mask)
+            gradient = gradient if gradient.shape == output_shape else gradient.reshape(output_shape)
+            summed = gradient if self._scale == 1 else gradient.float() * self._scale
+            found.add(sequences(x), sequences(summed), mask)
 
         with torch.no_grad():
-            found.add_outputs(sequences(output.detach()), mask)
+            found.add_outputs(sequences(output), mask)
         _whole_view(output).register_hook(add)
 
 

@@ -80,10 +80,11 @@ class StructuredSource:
         """Capture the factors in one pass over source batches.
 
         The model runs in eval mode. Its modes, gradients, parameters, buffers and torch's random state do not change.
-        Memory in addition to the model: ``(rank + 32) (in + out)`` float32 elements per layer, one forward and backward
-        pass of a batch, and the layers' inputs in it, also with gradient checkpointing. Under ``torch.distributed``,
-        every rank supplies its share of the batches (of any number without FSDP), and all ranks get the same source.
-        Each sum of a layer is one all-reduce, after the last batch.
+        Memory in addition to the model: ``(2 rank + 66) (in + out)`` float32 elements per layer, one pass of a batch,
+        and the layers' inputs in it. Gradient checkpointing stays on. If it is reentrant, only the inputs in one
+        checkpointed layer are kept at a time. Under ``torch.distributed``, every rank supplies its share of the batches
+        (of any number without FSDP), and all ranks get the same source.
+        Each sum of a layer is one all-reduce, after the last batch. If one rank fails, all raise, except under FSDP.
 
         The first dimension of a layer's input is that of the sequences, or the input has the tokens of the model's
         ``input_ids``, flattened. Rows of other 2-d inputs, as those of an expert, count as sequences of one token.
@@ -105,6 +106,7 @@ class StructuredSource:
             ValueError: there is no linear layer or no batch, or no batch reached some layer. A loss is not a scalar or
                 not finite. Factors are not finite. An adapter is not LoRA. Layers are split over ranks (tensor
                 parallelism).
+            RuntimeError: the capture failed on another rank. The failed rank raises its own error.
 
         Warns:
             UserWarning: a layer received fewer sequences than half of ``rank``. The source covers only what they reach.

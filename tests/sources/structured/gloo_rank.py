@@ -70,6 +70,12 @@ def language_model(kind: str) -> nn.Module:
     return model
 
 
+def checkpointed(reentrant: bool) -> Any:
+    model = llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
 def square(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     return model(x).square().mean(), len(x)
 
@@ -168,6 +174,8 @@ def capture(rank: int, world: int, folder: Path) -> dict[str, str]:
         "ddp": (DistributedDataParallel(llama()), uneven),
         "fsdp": (sharded(llama(), world), batches[rank::2]),
         "one rank": (llama(), [[], batches][rank]),
+        "fsdp checkpointed": (sharded(checkpointed(False), world), batches[rank::2]),
+        "fsdp checkpointed, reentrant": (sharded(checkpointed(True), world), batches[rank::2]),
     }
     for name, (model, share) in shares.items():
         StructuredSource.capture(model, share, drawn, rank=4).save(folder / f"{name}-{rank}.safetensors")

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BartConfig, BartForConditionalGeneration
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from gradguide.sources.structured.recorder import Recorder
+from gradguide.sources.structured.statistics import BUFFERED
 from tests.sources.structured.problems import adapted, gpt2, llama, spread, text
 
 
@@ -45,6 +47,63 @@ def test_a_wrapped_model_has_no_other_layers() -> None:
     assert source.names() == StructuredSource.capture(llama(1), text(2), sampled_loss, rank=4).names()
 
 
+class Launches(TorchDispatchMode):
+    """Count the operations inside: all, and those that are no views."""
+
+    VIEWS = ("view", "t", "transpose", "permute", "unsqueeze", "squeeze", "select", "detach", "_unsafe_view", "expand")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = self.kernels = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.calls += 1
+        self.kernels += function._overloadpacket.__name__ not in self.VIEWS
+        return function(*arguments, **(keywords or {}))
+
+
+class Stack(nn.Module):
+    """Linear layers whose factors are sketches."""
+
+    LAYERS = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(7, 64)
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(self.LAYERS)))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        found: Tensor = self.layers(x if x.requires_grad else x.requires_grad_())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("padding", "dtype", "kernels", "calls"),
+    [(0, torch.float32, 26, 40), (0, torch.bfloat16, 28, 42), (2, torch.float32, 31, 46)],
+)
+def test_few_operations_are_called_for_each_layer_and_batch(
+    padding: int, dtype: torch.dtype, kernels: int, calls: int
+) -> None:
+    """On a GPU, the launches of operations set the speed of a capture."""
+    model, count = Stack().to(dtype), 16  # fills the buffers of sequences twice
+    batches = [passes((4, 8), padding=padding)] * (2 * count)
+    for _, mask in batches[0]:
+        mask[0, 8 - padding :] = 0
+    with Launches() as few:
+        StructuredSource.capture(model, batches[:count], squares, rank=8)
+    with Launches() as many:
+        StructuredSource.capture(model, batches, squares, rank=8)
+    model.requires_grad_(False)
+    with Launches() as plain:
+        for batch in batches[:count]:
+            squares(model, batch)[0].backward()
+    added = [getattr(many, key) - getattr(few, key) - getattr(plain, key) for key in ("kernels", "calls")]
+    assert 0 < added[0] <= kernels * count * Stack.LAYERS
+    assert 0 < added[1] <= calls * count * Stack.LAYERS
+
+
 def moments(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Return S and G of pairs [m, in] and [m, out] by their definition. Half of tr(D^T G D S) is a sum over pairs."""
     weights, others = d.square().sum(1), x.square().sum(1)
@@ -52,10 +111,12 @@ def moments(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return s / weights.sum(), g * weights.sum() / (weights * others).sum()
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int) -> None:
-    """The factors of one layer equal moments from explicit hooks."""
-    model, batches = llama(1), text(3)
+@pytest.mark.parametrize(("padding", "count"), [(0, 3), (5, 3), (5, 13)])
+def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int, count: int) -> None:
+    """The factors of one layer equal moments from explicit hooks. 13 batches of 3 do not fill buffers evenly."""
+    assert BUFFERED < 13 * 3
+    assert BUFFERED % 3 != 0
+    model, batches = llama(1), text(count)
     for batch in batches:
         if padding:
             batch["attention_mask"][0, -padding:] = 0
@@ -88,8 +149,8 @@ def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int) ->
         s, g = moments(torch.cat([x for x, _ in pairs]), torch.cat([d for _, d in pairs]))
         assert float((found[0][k] - s).norm()) < 1e-4 * float(s.norm())
         assert float((found[1][k] - g / predictions).norm()) < 1e-4 * float(g.norm()) / predictions
-    assert source.metadata["sequences"] == 9
-    assert source.metadata["tokens"] == 9 * 16 - 3 * padding
+    assert source.metadata["sequences"] == 3 * count
+    assert source.metadata["tokens"] == 3 * count * 16 - count * padding
 
 
 class Flattened(nn.Module):
@@ -344,7 +405,7 @@ def passes(*sizes: tuple[int, int], padding: int = 0) -> list[tuple[Tensor, Tens
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_in_eval_mode_gives_the_same(reentrant: bool, padding: int) -> None:
-    """Models of transformers do not checkpoint in eval mode. Others do."""
+    """Models that checkpoint themselves. Those of transformers are in test_checkpointing.py."""
     batches = [passes((3, 6), padding=padding), passes((4, 5), padding=padding)]
     plain, other = (
         StructuredSource.capture(Small(each), batches, squares, rank=None, modules=["first", "second"])
@@ -481,6 +542,12 @@ def test_bfloat16_models_and_storage() -> None:
         assert float((half.factors(name)[0] - exact.factors(name)[0]).norm()) < 0.2 * float(
             exact.factors(name)[0].norm()
         )
+
+
+def test_float64_models_have_float32_sums() -> None:
+    batch = [passes((3, 6), padding=0)]
+    found, wanted = (StructuredSource.capture(model, batch, squares, rank=2) for model in (Small().double(), Small()))
+    close(found, wanted)
 
 
 def test_gpt2_layers_keep_inputs_and_outputs_apart() -> None:

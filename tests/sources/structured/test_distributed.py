@@ -73,7 +73,7 @@ def test_a_checkpoint_of_shards_resumes_bitwise(folder: Path) -> None:
 def test_capture_on_two_ranks_equals_one_process_on_all_batches(folder: Path) -> None:
     errors = run(folder, "capture")
     wanted = StructuredSource.capture(llama(), text(4, rows=2), gloo_rank.drawn, rank=4)
-    for kind in ("plain", "ddp", "fsdp", "one rank"):
+    for kind in ("plain", "ddp", "fsdp", "one rank", "fsdp checkpointed", "fsdp checkpointed, reentrant"):
         found = [StructuredSource.load(folder / f"{kind}-{rank}.safetensors") for rank in range(2)]
         assert found[0].fingerprint() == found[1].fingerprint()
         assert found[0].names() == wanted.names()

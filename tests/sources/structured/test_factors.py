@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,13 +25,17 @@ def vectors(rows: int, size: int, seed: int, decay: float = 1.0) -> Tensor:
     return drawn
 
 
+def add(sums: Covariance, rows: Tensor) -> None:
+    sums.add(rows, rows.square(), torch.ones(len(rows)))
+
+
 @given(sizes, seeds)
 @settings(max_examples=40)
 def test_a_whole_covariance_is_exact(size: int, seed: int) -> None:
     rows = vectors(64, size, seed)
     sums = Covariance(size, None, rows.device)
-    sums.add(rows[:20])
-    sums.add(rows[20:])
+    add(sums, rows[:20])
+    add(sums, rows[20:])
     torch.testing.assert_close(sums.factor(1 / 64).dense(), rows.T @ rows / 64, rtol=1e-4, atol=1e-4)
 
 
@@ -40,13 +46,25 @@ def test_a_sketch_is_near_the_best_approximation_and_keeps_the_diagonal(size: in
     exact = rows.T @ rows / len(rows)
     sums = Covariance(size, rank, rows.device)
     for part in rows.split(70):
-        sums.add(part)
+        add(sums, part)
     found = sums.factor(1 / len(rows))
     assert found.rank == rank
     best = float(torch.linalg.eigvalsh(exact)[:-rank].square().sum().sqrt())
     low = found.basis @ found.basis.T
     assert float((exact - low).norm()) <= 2.0 * best + 1e-4
     torch.testing.assert_close(found.dense().diagonal(), exact.diagonal(), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("power", "most"), [(1.0, 1.55), (0.5, 1.22)])
+def test_the_error_of_a_sketch_with_slowly_falling_eigenvalues(power: float, most: float) -> None:
+    """A test matrix has no preferred direction, so that eigenvectors may be unit vectors."""
+    values = torch.arange(1.0, 1025.0) ** -power
+    sums = Covariance(1024, 32, values.device)
+    add(sums, values.sqrt().diag())
+    basis = sums.factor(1.0).basis
+    error = (values.diag() - basis @ basis.T).norm()
+    assert basis.shape == (1024, 32)
+    assert float(error) <= most * float(values[32:].norm())
 
 
 @given(sizes, seeds)
@@ -61,8 +79,26 @@ def test_apply_is_the_product_with_the_dense_matrix(size: int, seed: int) -> Non
 def test_fewer_vectors_than_the_rank_are_kept_whole() -> None:
     rows = vectors(3, 100, 0)
     sums = Covariance(100, 16, rows.device)
-    sums.add(rows)
+    add(sums, rows)
     torch.testing.assert_close(sums.factor(1.0).dense(), rows.T @ rows, rtol=1e-3, atol=1e-3)
+
+
+def test_sketches_of_one_size_share_a_test_matrix_while_they_live() -> None:
+    one, other, wider = (Covariance(100, rank, torch.device("cpu")) for rank in (16, 16, 17))
+    assert one._test is not None
+    assert one._test is other._test
+    assert one._test is not wider._test
+    kept = weakref.ref(one._test)
+    del one, other
+    assert kept() is None
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_the_scale_of_a_factor_may_be_extreme(scale: float) -> None:
+    rows = vectors(60, 90, 3, decay=0.8)
+    sums = Covariance(90, 8, rows.device)
+    add(sums, rows)
+    torch.testing.assert_close(sums.factor(scale).dense() / scale, sums.factor(1.0).dense(), rtol=1e-4, atol=1e-5)
 
 
 def test_no_vector_gives_zero() -> None:
@@ -73,9 +109,9 @@ def test_no_vector_gives_zero() -> None:
 def test_sketches_add_up_over_ranks() -> None:
     rows = vectors(40, 90, 5)
     whole, parts = Covariance(90, 8, rows.device), [Covariance(90, 8, rows.device) for _ in range(2)]
-    whole.add(rows)
+    add(whole, rows)
     for part, own in zip(parts, rows.split(20), strict=True):
-        part.add(own)
+        add(part, own)
     parts[0].sums += parts[1].sums
     parts[0].diagonal += parts[1].diagonal
     torch.testing.assert_close(parts[0].factor(1.0).dense(), whole.factor(1.0).dense(), rtol=1e-3, atol=1e-3)
