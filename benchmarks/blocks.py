@@ -258,6 +258,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "h100-step": partial(gpu_step, "on an H100", "h100", ["step-lora"]),
     "h100-training": training,
     "language": partial(language.compact, RESULTS / "h200" / "language.csv"),
+    "language-confirm": partial(language.compact, RESULTS / "language-confirm.csv"),
     "language-curvature": curvature,
     "gpu-kernels": kernels,
     "gpu-peers": partial(peers, "h200/peers.csv", "an H200"),
