@@ -55,7 +55,7 @@ _RESEARCH = (
     ("l2sp:1", "kl:1", "null"),
     ("structured rank=whole", "structured rank=16", "structured text=own"),
     ("structured rest=none", "structured rest=mean", "structured floor=0", "structured floor=1"),
-    ("structured start=null", "structured direction=off", "structured bound=off"),
+    ("structured start=null", "structured direction=off", "structured direction=shared", "structured bound=off"),
     ("clip unit=row", "structured unit=row", "replay:1", "quarter"),
     ("structured tokens=2k", "structured tokens=8k", "clip base=sgd", "structured base=sgd"),
 )

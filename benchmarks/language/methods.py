@@ -12,7 +12,7 @@ from benchmarks.language.model import Language
 from benchmarks.language.olora import freeze, olora
 from benchmarks.language.sources import TOKENS, Corda, File, OwnText, Unused
 from benchmarks.language.training import Method, Setup, Training, clipped
-from gradguide import Alignment, GradGuide, Magnitude, StructuredSource
+from gradguide import Alignment, Direction, GradGuide, Magnitude, StructuredSource
 from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["METHODS", "Entry", "Method", "family", "needs", "parse", "set_up"]
@@ -65,9 +65,9 @@ def _structured(setup: Setup) -> Training:
 
     Options: ``weight`` and ``floor`` of the pull; ``rank`` (a number or "whole"), ``rest`` of the spectrum ("diag",
     "mean", "none"), ``text`` ("real", "own") and ``tokens`` of the source; ``start`` of A ("random", or "null": in the
-    space that source inputs hardly use, not frozen); ``direction`` and ``bound`` beside it ("on", "off"). After
-    finished tasks: ``sources`` ("all": the base model's and those of the tasks, "tasks", "base"), and ``merge`` of
-    those of the tasks into one ("on", "off").
+    space that source inputs hardly use, not frozen); ``direction`` ("on", "off", or "shared": the base's momentum) and
+    ``bound`` beside it ("on", "off"). After finished tasks: ``sources`` ("all": the base model's and those of the
+    tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off").
     """
     options = setup.method.options
     if options["start"] == "null":
@@ -81,6 +81,8 @@ def _structured(setup: Setup) -> Training:
     if options["sources"] != "tasks":
         used.append(setup.sources.source(setup.method.spec, options["rest"], float(options["floor"])))
     off: dict[str, Any] = {"direction": None} if options["direction"] == "off" else {}
+    if options["direction"] == "shared":
+        off["direction"] = Direction(share_momentum=True)
     if options["bound"] == "off":
         off["magnitude"] = Magnitude(max_update=None)
     alignment = Alignment(used, weight=float(options["weight"])) if used else None

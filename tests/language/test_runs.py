@@ -75,6 +75,12 @@ def test_the_adapter_starts_anew_as_peft_makes_it(suite: Suite) -> None:
     assert torch.equal(a, again)
 
 
+def test_the_momentum_of_the_base_can_be_the_direction(suite: Suite) -> None:
+    own, shared = (suite(replace(_RUN, method=f"structured direction={kind}")) for kind in ("on", "shared"))
+    assert shared["drift"] > 0
+    assert shared["drift"] != own["drift"]
+
+
 def test_training_moves_away_from_the_base_model_and_a_reset_returns_to_it(suite: Suite) -> None:
     suite(replace(_RUN, steps=10))
     assert suite.drift()["drift"] > 0
