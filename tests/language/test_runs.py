@@ -76,7 +76,7 @@ def test_the_adapter_starts_anew_as_peft_makes_it(suite: Suite) -> None:
 
 
 def test_the_momentum_of_the_base_can_be_the_direction(suite: Suite) -> None:
-    own, shared = (suite(replace(_RUN, method=f"structured direction={kind}")) for kind in ("on", "shared"))
+    own, shared = (suite(replace(_RUN, steps=10, method=f"structured direction={kind}")) for kind in ("on", "shared"))
     assert shared["drift"] > 0
     assert shared["drift"] != own["drift"]
 
