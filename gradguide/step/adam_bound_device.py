@@ -51,6 +51,8 @@ class DeviceAdamBound:
         self._watch = Watch()
         self._scales: dict[int, tuple[float, float]] = {}
         self._copy: _Copy | None = None
+        # The largest steady r^2 of each group since the copy: r^2 stays below it and the measured one.
+        self._steady: dict[int, float] = {}
         # The tensors whose state the copy has; empty if it is not followed.
         self._tensors: list[Tensor] = []
 
@@ -81,13 +83,15 @@ class DeviceAdamBound:
         tensors = _tensors_of(base, buckets)
         scales = {group: (each.second, each.eps) for group, each in settings.items()}
         if self._copy is None or scales != self._scales or not self._watch.unchanged(tensors):
-            self._scales, self._copy = scales, _Copy(_measured(base, buckets, settings))
+            self._scales, self._copy, self._steady = scales, _Copy(_measured(base, buckets, settings)), {}
+        for group, each in settings.items():
+            self._steady[group] = max(self._steady.get(group, 0.0), each.steady)
         self._tensors = tensors
         found = self._copy.numbers()
         if found is None:
             return False
         ratio, parameters, step = found
-        squares = [max(each.steady, ratio * ratio * ROUNDED) for each in groups]
+        squares = [max(self._steady[group], ratio * ratio * ROUNDED) for group in settings]
         if not (ratio < math.inf and parameters < LARGEST and step >= 0):  # also where one is NaN
             return False
         return within(groups, squares, corrections, magnitude.max_update)

@@ -142,9 +142,9 @@ def settings_of(base: Optimizer, buckets: Sequence[Bucket]) -> dict[int, Setting
         each = Settings(
             float(group["lr"]), first, second, float(group["eps"]), float(group["weight_decay"]) if decoupled else 0.0
         )
-        if second <= 0 or not ((1 - second) * each.eps) ** 2 > LEAST_LOST:
-            return None
-        if not (each.lr >= 0 and each.decay >= 0):  # also where one is NaN
+        if not (0 <= first < 1 and 0 < second < 1 and each.lr >= 0 and each.decay >= 0 and each.eps > 0):
+            return None  # also where one is NaN
+        if not ((1 - second) * each.eps) ** 2 > LEAST_LOST:
             return None
         found[index] = each
     return found

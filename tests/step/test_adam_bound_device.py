@@ -141,7 +141,11 @@ def hook(base: Optimizer, held: list[Tensor]) -> None:
     base.register_step_post_hook(lambda *_: None)
 
 
-CHANGES = [reset, replace, write_nan, slow, raise_rate, lose_rate, hook]
+def turn(base: Optimizer, held: list[Tensor]) -> None:
+    base.param_groups[0]["eps"] = -1e-8
+
+
+CHANGES = [reset, replace, write_nan, slow, raise_rate, lose_rate, hook, turn]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -159,6 +163,25 @@ def test_a_negative_step_number_is_not_proven() -> None:
     base, buckets, bound = stepped()
     count_down(base, buckets[0].parameters)
     assert not bound.holds(base, buckets, BOUND)
+
+
+def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
+    """A spike at beta1 = 0 leaves a ratio of 31. From zero, beta1 = 0.9 reaches 7."""
+    held = parameters()
+    base = AdamW(held, lr=1e-5, betas=(0.0, 0.999), weight_decay=0.0)
+    step(base, [torch.zeros_like(p) for p in held])
+    for state in base.state.values():
+        state["step"].fill_(10_000.0)
+    buckets, bound = bucket_of(held), DeviceAdamBound()
+    assert bound.holds(base, buckets, BOUND)
+    step(base, [torch.ones_like(p) for p in held])
+    bound.made()
+    base.param_groups[0].update(betas=(0.9, 0.999), lr=6e-5)
+    assert not bound.holds(base, buckets, BOUND)
+    assert step(base, [torch.zeros_like(p) for p in held]) > 1e-3
+    bound.made()
+    # A large bound holds for both.
+    assert bound.holds(base, buckets, Magnitude(max_update=1.0))
 
 
 @pytest.mark.parametrize(
