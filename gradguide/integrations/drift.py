@@ -105,9 +105,9 @@ def _adapters(model: nn.Module) -> Any:
         )
     if any(getattr(module, "merged", False) for module in found.modules()):
         raise ValueError("the adapters are merged into the weights: call unmerge_adapter(), or pass base=")
-    prefix = getattr(found.base_model, "prefix", "prompt_encoder")
-    trained = [name for name, p in found.named_parameters() if p.requires_grad]
-    others = [name for name in trained if prefix not in name and "modules_to_save" not in name]
+    own = (getattr(found.base_model, "prefix", "prompt_encoder"), "modules_to_save", "trainable_tokens_")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    others = [name for name in trained if not any(part in name for part in own)]
     if others:
         raise ValueError(
             f"{len(others)} trained parameters are not part of an adapter (first: {others[0]}), so the model without "

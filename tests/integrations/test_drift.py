@@ -278,6 +278,32 @@ def test_modules_to_save_count() -> None:
     assert drift(model, text(2)) == pytest.approx(expected(llama(), model, text(2)), rel=1e-4)
 
 
+def test_trained_tokens_count() -> None:
+    model = moved(trainable_token_indices=[1, 2])
+    assert drift(model, text(2)) == pytest.approx(expected(llama(), model, text(2)), rel=1e-4)
+
+
+class Headed(nn.Module):
+    """A head of its own behind an adapted model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = moved()
+        self.head = nn.Linear(48, 3)
+
+    def forward(self, **inputs: Any) -> Any:
+        found = self.model(**inputs)
+        return type(found)(logits=self.head(found.logits))
+
+
+def test_a_head_around_the_adapted_model_needs_a_base_while_it_is_trained() -> None:
+    model = Headed()
+    with pytest.raises(ValueError, match=r"not part of an adapter \(first: head"):
+        drift(model, text(1))
+    model.head.requires_grad_(False)
+    assert drift(model, text(1)) > 0
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
