@@ -43,8 +43,9 @@ SLOWEST = 0.999
 class DeviceAdamBound:
     """What the host knows of the state of Adam, for the parameters of one plan.
 
-    It is measured anew if a moment or a parameter is another tensor, or was written by anything but the step. Writes
-    through ``Tensor.data`` are not noticed.
+    It is measured once. If a moment or a parameter is another tensor, or was written by anything but the step, it is
+    measured anew after a step without such writes: where every step has some, measuring never pays. Writes through
+    ``Tensor.data`` are not noticed.
     """
 
     def __init__(self) -> None:
@@ -82,12 +83,16 @@ class DeviceAdamBound:
             return False
         tensors = _tensors_of(base, buckets)
         scales = {group: (each.second, each.eps) for group, each in settings.items()}
-        if self._copy is None or scales != self._scales or not self._watch.unchanged(tensors):
-            self._scales, self._copy, self._steady = scales, _Copy(_measured(base, buckets, settings)), {}
+        unchanged = scales == self._scales and self._watch.unchanged(tensors)
+        if not self._scales or (unchanged and self._copy is None):
+            self._copy, self._steady = _Copy(_measured(base, buckets, settings)), {}
+        elif not unchanged:
+            self._copy = None
+        self._scales = scales
         for group, each in settings.items():
             self._steady[group] = max(self._steady.get(group, 0.0), each.steady)
         self._tensors = tensors
-        found = self._copy.numbers()
+        found = None if self._copy is None else self._copy.numbers()
         if found is None:
             return False
         ratio, parameters, step = found
