@@ -96,7 +96,10 @@ class Settings:
 
 
 class Watch:
-    """Detects other tensors in a list, and writes to its tensors. It does not keep the tensors alive."""
+    """Detects other tensors in a list, and writes to its tensors. It does not keep the tensors alive.
+
+    Inference tensors have no version, so they count as changed.
+    """
 
     def __init__(self) -> None:
         self._refs: list[ref[Tensor]] = []
@@ -108,9 +111,12 @@ class Watch:
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
         """Remember these tensors and their versions."""
+        try:
+            self._versions = [tensor._version for tensor in tensors]
+        except RuntimeError:  # of inference tensors
+            tensors, self._versions = [], []
         if not self._same(tensors):
             self._refs = list(map(ref, tensors))
-        self._versions = [tensor._version for tensor in tensors]
 
     def _same(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._refs) and all(map(is_, tensors, (kept() for kept in self._refs)))

@@ -387,3 +387,17 @@ def test_settings_that_the_base_refuses_are_not_proven(option: dict[str, Any]) -
     assert AdamBound().holds(base, buckets, ONE, 0.1)
     base.param_groups[0].update(option)
     assert not AdamBound().holds(base, buckets, ONE, 0.1)
+
+
+@pytest.mark.parametrize("lr", [1e-5, 1e-2])
+def test_steps_in_inference_mode_are_the_same(lr: float) -> None:
+    runs = []
+    for inference in (False, True):
+        held = [nn.Parameter(torch.linspace(-1.0, 1.0, 9))]
+        optimizer = GradGuide(AdamW(held, lr=lr))
+        for t in range(4):
+            held[0].grad = torch.arange(9.0) - t
+            with torch.inference_mode(inference):
+                optimizer.step()
+        runs.append(held[0].detach().clone())
+    assert torch.equal(*runs)
