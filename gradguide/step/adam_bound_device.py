@@ -158,7 +158,9 @@ def _measured(base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, Se
             state = base.state[parameter]
             ratios.append(largest_ratio(state, settings[group]))
             steps.append(state["step"].double())
-        largest += torch._foreach_norm([value for value in bucket.values if value.numel()], math.inf)
+        filled = [value for value in bucket.values if value.numel()]
+        if filled:
+            largest += torch._foreach_norm(filled, math.inf)
     parameters = torch.stack([each.double() for each in largest]).max() if largest else torch.zeros_like(steps[0])
     # Maximum and minimum of NaN are NaN.
     return torch.stack([torch.stack(ratios).max(), parameters, torch.stack(steps).min()])

@@ -240,3 +240,11 @@ def test_small_tensors_are_measured_instead(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(adam_bound_device, "PAYS", 1 << 18)
     base, buckets, bound = stepped()
     assert not bound.holds(base, buckets, BOUND)
+
+
+def test_a_bucket_of_empty_tensors_is_proven_too() -> None:
+    held = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))]
+    base = AdamW(held, lr=1e-6)
+    step(base, [torch.ones_like(p) for p in held])
+    assert DeviceAdamBound().holds(base, [*bucket_of(held[:1]), *bucket_of(held[1:])], BOUND)
+    assert DeviceAdamBound().holds(base, bucket_of(held[1:]), BOUND)
