@@ -32,7 +32,8 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
     Args:
         model: a Hugging Face model, with PEFT adapters if ``base`` is None. It may be in a wrapper.
         batches: keyword arguments of the model, such as ``input_ids`` and ``attention_mask``, on its device.
-            ``labels`` are not used. :func:`own_text` writes such batches.
+            ``labels`` are not used. For instance ``[tokenizer(text, return_tensors="pt") for text in texts]``, or the
+            batches of :func:`own_text`.
         base: the model before training, apart from the model. None: the model with its adapters disabled.
 
     Returns:
