@@ -41,14 +41,12 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
         predicts.
 
     Raises:
-        TypeError: ``batches`` is one batch.
+        TypeError: a batch is not a mapping.
         ValueError: there is no position, the logits of the models have different shapes, one class or NaN, or the
             attention mask has another shape. ``base`` has the trained parameters of the model. ``base`` is None, and
             the model has no PEFT adapters, they are merged into its weights, or it also trains weights of the base
             model. The batch of an encoder-decoder has labels [batch, tokens] without ``decoder_input_ids``.
     """
-    if isinstance(batches, Mapping):
-        raise TypeError("batches must be a list of batches, found one batch: pass [batch]")
     if base is not None:
         _check_apart(model, base)
     adapters = _adapters(model) if base is None else None
@@ -59,6 +57,11 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
                 stack.enter_context(undisturbed(each, "eval"))
         stack.enter_context(torch.no_grad())  # undisturbed passes have gradients
         for batch in tqdm(batches, desc="measuring drift", unit="batch", leave=False):
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"a batch must be keyword arguments of the model, found {type(batch).__name__}: pass [batch], not "
+                    'batch, and tokenizer(text, return_tensors="pt"), not a text'
+                )
             check_decoder_inputs(model, batch)
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with nullcontext() if adapters is None else _disabled(adapters):

@@ -266,9 +266,10 @@ def test_a_mask_of_other_positions_is_refused() -> None:
         drift(moved(), [{"input_ids": ids, "attention_mask": square}])
 
 
-def test_one_batch_is_not_a_list_of_batches() -> None:
-    with pytest.raises(TypeError, match=r"pass \[batch\]"):
-        drift(moved(), text(1)[0])  # type: ignore[arg-type]
+@pytest.mark.parametrize("batches", [text(1)[0], ["a text"]])
+def test_one_batch_and_plain_texts_are_refused(batches: Any) -> None:
+    with pytest.raises(TypeError, match=r"found str: pass \[batch\]"):
+        drift(moved(), batches)
 
 
 def test_modules_to_save_count() -> None:
