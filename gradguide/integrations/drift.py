@@ -110,8 +110,13 @@ def _adapters(model: nn.Module) -> Any:
     if any(getattr(module, "merged", False) for module in found.modules()):
         raise ValueError("the adapters are merged into the weights: call unmerge_adapter(), or pass base=")
     own = (getattr(found.base_model, "prefix", "prompt_encoder"), "modules_to_save", "trainable_tokens_")
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    others = [name for name in trained if not any(part in name for part in own)]
+    # Disabling adapters does not restore the biases that were trained with them.
+    biased = any(getattr(config, "bias", "none") not in ("none", None, False) for config in found.peft_config.values())
+    others = [
+        name
+        for name, p in model.named_parameters()
+        if (p.requires_grad or (biased and name.endswith("bias"))) and not any(part in name for part in own)
+    ]
     if others:
         raise ValueError(
             f"{len(others)} trained parameters are not part of an adapter (first: {others[0]}), so the model without "

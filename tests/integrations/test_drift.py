@@ -310,6 +310,8 @@ def test_a_head_around_the_adapted_model_needs_a_base_while_it_is_trained() -> N
     [
         (lambda: llama(), "no PEFT adapters to disable: pass the model before training, base="),
         (lambda: adapted(gpt2(), bias="all", fan_in_fan_out=True), "not part of an adapter"),
+        # Loaded for inference, where nothing is trained any more.
+        (lambda: adapted(gpt2(), bias="all", fan_in_fan_out=True).requires_grad_(False), "not part of an adapter"),
         (lambda: merged(), "merged into the weights"),
         (
             lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
