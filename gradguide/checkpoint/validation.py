@@ -145,7 +145,7 @@ def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Ten
         raise ValueError(f"the saved {COUNTERS} of {which} must have a format of 1 or above, found {version:g}")
     if version > FORMAT:
         raise ValueError(
-            f"the state has format {int(version)}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
+            f"the state has format {version:g}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
         )
     length = _LENGTHS[int(version)]
     if len(numbers) != length:

@@ -4,6 +4,7 @@
 - ``transformers``: ``guide(trainer)`` for Trainer and TRL's trainers, and metrics in their logs.
 - ``lightning``: metrics in a module's loggers.
 - ``sampling``: losses and text for :class:`gradguide.StructuredSource`, also exported by ``transformers``.
+- ``drift``: the measured KL from the base model, also exported by ``transformers``.
 - ``frameworks``: plugins for Axolotl, LLaMA-Factory, ms-swift and torchtitan, in the docstring.
 - ``amp`` (mixed precision), ``fsdp`` (FSDP2): a complete script in each docstring, as in those above.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gradguide.integrations.sampling import DECODER_INPUTS, check_decoder_inputs
 from gradguide.sources.undisturbed import undisturbed
 
 __all__ = ["drift"]
@@ -23,22 +25,30 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
 
     0 means that the model predicts what the base model predicts. ``metrics()["source_drift"]`` is modelled; this is
     measured, by two forward passes of each batch. Use texts that no source was captured from. Positions that the
-    attention mask excludes are left out. Both models are in eval mode meanwhile; modes and gradients stay as they were.
-    Under DDP each process has the value of its own batches.
+    attention mask excludes are left out, or the decoder's attention mask if the batch has ``decoder_input_ids``. The
+    predictions are the softmax of the last dimension. Both models are in eval mode meanwhile; modes, gradients and
+    adapters stay as they were. Under DDP each process has the value of its own batches.
 
     Args:
         model: a Hugging Face model, with PEFT adapters if ``base`` is None. It may be in a wrapper.
-        batches: keyword arguments of the model, such as ``input_ids`` and ``attention_mask``. ``labels`` are not used.
-            :func:`own_text` writes such batches.
-        base: the model before training. None: the model with its adapters disabled.
+        batches: keyword arguments of the model, such as ``input_ids`` and ``attention_mask``, on its device.
+            ``labels`` are not used. For instance ``[tokenizer(text, return_tensors="pt") for text in texts]``, or the
+            batches of :func:`own_text`.
+        base: the model before training, apart from the model. None: the model with its adapters disabled.
 
     Returns:
-        The mean over all positions, for classifiers over all rows.
+        The mean over all positions, for classifiers over all rows. Infinite if the model excludes a token that the base
+        predicts.
 
     Raises:
-        ValueError: there is no position, or the logits of the models have different shapes. ``base`` is None, and the
-            model has no PEFT adapters, they are merged into its weights, or it also trains weights of the base model.
+        TypeError: a batch is not a mapping.
+        ValueError: there is no position, the logits of the models have different shapes, one class or NaN, or the
+            attention mask has another shape. ``base`` has the trained parameters of the model. ``base`` is None, and
+            the model has no PEFT adapters, they are merged into its weights, or it also trains weights of the base
+            model. The batch of an encoder-decoder has labels [batch, tokens] without ``decoder_input_ids``.
     """
+    if base is not None:
+        _check_apart(model, base)
     adapters = _adapters(model) if base is None else None
     total, count = 0.0, 0
     with ExitStack() as stack:
@@ -47,8 +57,14 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
                 stack.enter_context(undisturbed(each, "eval"))
         stack.enter_context(torch.no_grad())  # undisturbed passes have gradients
         for batch in tqdm(batches, desc="measuring drift", unit="batch", leave=False):
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"a batch must be keyword arguments of the model, found {type(batch).__name__}: pass [batch], not "
+                    'batch, and tokenizer(text, return_tensors="pt"), not a text'
+                )
+            check_decoder_inputs(model, batch)
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            with nullcontext() if adapters is None else adapters.disable_adapter():
+            with nullcontext() if adapters is None else _disabled(adapters):
                 start = (model if base is None else base)(**inputs).logits
             now = model(**inputs).logits
             if start.shape != now.shape:
@@ -56,12 +72,28 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
                     "the logits of the base and of the model must have one shape, found "
                     f"{tuple(start.shape)} and {tuple(now.shape)}"
                 )
-            used = _used(now, inputs.get("attention_mask"))
-            total += _kl(start[used.to(start.device)].to(now.device), now[used])
-            count += int(used.sum())
+            if now.shape[-1] < 2:
+                raise ValueError(f"the logits must have 2 classes or more, found {now.shape[-1]}: a regression?")
+            mask = "decoder_attention_mask" if DECODER_INPUTS & inputs.keys() else "attention_mask"
+            used = _used(now, mask, inputs.get(mask))
+            total += _kl(start.flatten(0, -2), now.flatten(0, -2), used)
+            count += len(used)
     if count == 0:
         raise ValueError("batches must hold at least one position, found none; a generator can be read only once")
+    if math.isnan(total):
+        raise ValueError("the logits of the base or of the model hold NaN or inf, so they are no predictions")
     return total / count
+
+
+def _check_apart(model: nn.Module, base: nn.Module) -> None:
+    """Raise ValueError if ``base`` changes with the model. PEFT adds adapters to the model that it is given."""
+    of_base, own = set(base.parameters()), list(model.parameters())
+    shared = [p for p in own if p in of_base]
+    if len(shared) == len(own) or any(p.requires_grad for p in shared):
+        raise ValueError(
+            f"base shares {len(shared)} of {len(own)} parameters with the model, also trained ones or all: leave out "
+            "base= if they are PEFT adapters, else pass a copy from before training, and freeze what both share"
+        )
 
 
 def _adapters(model: nn.Module) -> Any:
@@ -77,9 +109,14 @@ def _adapters(model: nn.Module) -> Any:
         )
     if any(getattr(module, "merged", False) for module in found.modules()):
         raise ValueError("the adapters are merged into the weights: call unmerge_adapter(), or pass base=")
-    prefix = getattr(found.base_model, "prefix", "prompt_encoder")
-    trained = [name for name, p in found.named_parameters() if p.requires_grad]
-    others = [name for name in trained if prefix not in name and "modules_to_save" not in name]
+    own = (getattr(found.base_model, "prefix", "prompt_encoder"), "modules_to_save", "trainable_tokens_")
+    # Disabling adapters does not restore the biases that were trained with them.
+    biased = any(getattr(config, "bias", "none") not in ("none", None, False) for config in found.peft_config.values())
+    others = [
+        name
+        for name, p in model.named_parameters()
+        if (p.requires_grad or (biased and name.endswith("bias"))) and not any(part in name for part in own)
+    ]
     if others:
         raise ValueError(
             f"{len(others)} trained parameters are not part of an adapter (first: {others[0]}), so the model without "
@@ -88,18 +125,37 @@ def _adapters(model: nn.Module) -> Any:
     return found
 
 
-def _kl(start: Tensor, now: Tensor) -> float:
-    """Return the sum of KL(start || now) over logits [positions, classes], in nats."""
+@contextmanager
+def _disabled(adapters: Any) -> Iterator[None]:
+    """Disable the adapters inside. PEFT enables all adapters afterwards, and trains them: both are restored."""
+    trained = [(p, p.requires_grad) for p in adapters.parameters()]
+    flags = [(m, m._disable_adapters) for m in adapters.modules() if "_disable_adapters" in vars(m)]
+    try:
+        with adapters.disable_adapter():
+            yield
+    finally:
+        for module, flag in flags:
+            module._disable_adapters = flag
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+
+
+def _kl(start: Tensor, now: Tensor, used: Tensor) -> float:
+    """Return the sum of KL(start || now) over the rows ``used`` of logits [positions, classes], in nats."""
     total = 0.0
-    for before, after in zip(start.split(_POSITIONS), now.split(_POSITIONS), strict=True):
+    for chosen in used.split(_POSITIONS):
+        before, after = start[chosen.to(start.device)].to(now.device), now[chosen]
         p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float32))
+        # A class that is excluded by -inf adds nothing.
+        total += float((p.exp() * (p - q)).where(p != -math.inf, 0.0).sum(dtype=torch.float32))
     return total
 
 
-def _used(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the positions that count: bool, of the shape of the logits without classes."""
+def _used(logits: Tensor, name: str, mask: Tensor | None) -> Tensor:
+    """Return the positions that count, as indices of the flattened positions."""
     shape = logits.shape[:-1]
-    if mask is None or mask.shape != shape:
-        return torch.ones(shape, dtype=torch.bool, device=logits.device)
-    return mask.to(logits.device) != 0
+    if mask is None or len(shape) == 1:
+        return torch.arange(shape.numel(), device=logits.device)
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have the shape of the predictions {tuple(shape)}, found {tuple(mask.shape)}")
+    return mask.to(logits.device).flatten().nonzero().squeeze(-1)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-__all__ = ["own_text", "sampled_loss"]
+__all__ = ["DECODER_INPUTS", "check_decoder_inputs", "own_text", "sampled_loss"]
+
+DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
+"""Keyword arguments that determine the positions of an encoder-decoder's predictions."""
 
 
 def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
@@ -36,12 +39,7 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     """
     labels: Tensor | None = batch.get("labels")
     mask: Tensor | None = batch.get("attention_mask")
-    decoder = batch.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
-    if labels is not None and labels.dim() > 1 and not decoder and _is_encoder_decoder(model):
-        raise ValueError(
-            "the batch of an encoder-decoder needs decoder_input_ids beside labels, found none: add "
-            "model.prepare_decoder_input_ids_from_labels(labels), or let the collator do so"
-        )
+    check_decoder_inputs(model, batch)
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if logits.dim() > 2 and mask is not None and mask.shape == used.shape:
@@ -145,6 +143,16 @@ def _is_causal(model: nn.Module) -> bool:
     if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
+
+
+def check_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise ValueError if the batch of an encoder-decoder has labels [batch, tokens] without decoder inputs."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is not None and labels.dim() > 1 and not DECODER_INPUTS & batch.keys() and _is_encoder_decoder(model):
+        raise ValueError(
+            "the batch of an encoder-decoder needs decoder_input_ids beside labels, found none: add "
+            "model.prepare_decoder_input_ids_from_labels(labels), or let the collator do so"
+        )
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -46,6 +46,8 @@ class Magnitude:
     max_update: float | None = 0.05
 
     def __post_init__(self) -> None:
+        if self.max_norm is None:
+            raise TypeError("max_norm must be a number, found None: math.inf is no bound")
         check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
         if self.max_update is not None:
             check_range("max_update", self.max_update, 0, math.inf, open_low=True, open_high=True)

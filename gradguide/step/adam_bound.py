@@ -70,11 +70,12 @@ class AdamBound:
         for group, each in settings.items():
             self._squares[group] = (each.kept * self._squares[group] + each.gained) * ROUNDED
         self._pending = True
+        values = [value for bucket in buckets for value in bucket.values]
+        self._finite = self._finite and self._parameters.unchanged(values)
         corrections = _corrections(states, groups, settings)
         if not within(settings.values(), [self._squares[group] for group in settings], corrections, max_update):
             return False
-        values = [value for bucket in buckets for value in bucket.values]
-        if not (self._finite and self._parameters.unchanged(values)):
+        if not self._finite:
             # A scope with an element that is not finite has no length, and is not stepped.
             self._finite = all(float(value.abs().max()) < LARGEST for value in values if value.numel())
         return self._finite

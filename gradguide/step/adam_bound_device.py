@@ -43,14 +43,17 @@ SLOWEST = 0.999
 class DeviceAdamBound:
     """What the host knows of the state of Adam, for the parameters of one plan.
 
-    It is measured anew if a moment or a parameter is another tensor, or was written by anything but the step. Writes
-    through ``Tensor.data`` are not noticed.
+    It is measured once. If a moment or a parameter is another tensor, or was written by anything but the step, it is
+    measured anew after a step without such writes: where every step has some, measuring never pays. Writes through
+    ``Tensor.data`` are not noticed.
     """
 
     def __init__(self) -> None:
         self._watch = Watch()
         self._scales: dict[int, tuple[float, float]] = {}
         self._copy: _Copy | None = None
+        # The largest steady r^2 of each group since the copy: r^2 stays below it and the measured one.
+        self._steady: dict[int, float] = {}
         # The tensors whose state the copy has; empty if it is not followed.
         self._tensors: list[Tensor] = []
 
@@ -80,14 +83,20 @@ class DeviceAdamBound:
             return False
         tensors = _tensors_of(base, buckets)
         scales = {group: (each.second, each.eps) for group, each in settings.items()}
-        if self._copy is None or scales != self._scales or not self._watch.unchanged(tensors):
-            self._scales, self._copy = scales, _Copy(_measured(base, buckets, settings))
+        unchanged = scales == self._scales and self._watch.unchanged(tensors)
+        if not self._scales or (unchanged and self._copy is None):
+            self._copy, self._steady = _Copy(_measured(base, buckets, settings)), {}
+        elif not unchanged:
+            self._copy = None
+        self._scales = scales
+        for group, each in settings.items():
+            self._steady[group] = max(self._steady.get(group, 0.0), each.steady)
         self._tensors = tensors
-        found = self._copy.numbers()
+        found = None if self._copy is None else self._copy.numbers()
         if found is None:
             return False
         ratio, parameters, step = found
-        squares = [max(each.steady, ratio * ratio * ROUNDED) for each in groups]
+        squares = [max(self._steady[group], ratio * ratio * ROUNDED) for group in settings]
         if not (ratio < math.inf and parameters < LARGEST and step >= 0):  # also where one is NaN
             return False
         return within(groups, squares, corrections, magnitude.max_update)
@@ -149,7 +158,9 @@ def _measured(base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, Se
             state = base.state[parameter]
             ratios.append(largest_ratio(state, settings[group]))
             steps.append(state["step"].double())
-        largest += torch._foreach_norm([value for value in bucket.values if value.numel()], math.inf)
+        filled = [value for value in bucket.values if value.numel()]
+        if filled:
+            largest += torch._foreach_norm(filled, math.inf)
     parameters = torch.stack([each.double() for each in largest]).max() if largest else torch.zeros_like(steps[0])
     # Maximum and minimum of NaN are NaN.
     return torch.stack([torch.stack(ratios).max(), parameters, torch.stack(steps).min()])

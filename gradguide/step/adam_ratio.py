@@ -96,7 +96,10 @@ class Settings:
 
 
 class Watch:
-    """Detects other tensors in a list, and writes to its tensors. It does not keep the tensors alive."""
+    """Detects other tensors in a list, and writes to its tensors. It does not keep the tensors alive.
+
+    Inference tensors have no version, so they count as changed.
+    """
 
     def __init__(self) -> None:
         self._refs: list[ref[Tensor]] = []
@@ -108,9 +111,12 @@ class Watch:
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
         """Remember these tensors and their versions."""
+        try:
+            self._versions = [tensor._version for tensor in tensors]
+        except RuntimeError:  # of inference tensors
+            tensors, self._versions = [], []
         if not self._same(tensors):
             self._refs = list(map(ref, tensors))
-        self._versions = [tensor._version for tensor in tensors]
 
     def _same(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._refs) and all(map(is_, tensors, (kept() for kept in self._refs)))
@@ -142,9 +148,9 @@ def settings_of(base: Optimizer, buckets: Sequence[Bucket]) -> dict[int, Setting
         each = Settings(
             float(group["lr"]), first, second, float(group["eps"]), float(group["weight_decay"]) if decoupled else 0.0
         )
-        if second <= 0 or not ((1 - second) * each.eps) ** 2 > LEAST_LOST:
-            return None
-        if not (each.lr >= 0 and each.decay >= 0):  # also where one is NaN
+        if not (0 <= first < 1 and 0 < second < 1 and each.lr >= 0 and each.decay >= 0 and each.eps > 0):
+            return None  # also where one is NaN
+        if not ((1 - second) * each.eps) ** 2 > LEAST_LOST:
             return None
         found[index] = each
     return found

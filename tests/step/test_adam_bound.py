@@ -368,3 +368,36 @@ def test_a_step_that_failed_does_not_lower_the_ratio() -> None:
     bound.made(base, buckets)
     # Now the base raises before it writes, so made() is not called.
     assert not any(bound.holds(base, buckets, ONE, 0.1) for _ in range(100))
+
+
+def test_nan_that_was_written_before_a_measured_step_is_found_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def between(base: Optimizer, t: int) -> None:
+        base.param_groups[0]["lr"] = 1e-2 if t == 4 else 1e-5
+        if t == 4:
+            with torch.no_grad():
+                base.param_groups[0]["params"][0][0, 0] = math.nan
+
+    same_with_and_without(lambda held: AdamW(held, lr=1e-5), monkeypatch, between=between)
+
+
+@pytest.mark.parametrize("option", [{"betas": (0.9, 1.5)}, {"betas": (-0.5, 0.999)}, {"eps": -1e-8}])
+def test_settings_that_the_base_refuses_are_not_proven(option: dict[str, Any]) -> None:
+    held = [nn.Parameter(torch.ones(3))]
+    base, buckets = AdamW(held, lr=1e-6), bucket_of(held)
+    assert AdamBound().holds(base, buckets, ONE, 0.1)
+    base.param_groups[0].update(option)
+    assert not AdamBound().holds(base, buckets, ONE, 0.1)
+
+
+@pytest.mark.parametrize("lr", [1e-5, 1e-2])
+def test_steps_in_inference_mode_are_the_same(lr: float) -> None:
+    runs = []
+    for inference in (False, True):
+        held = [nn.Parameter(torch.linspace(-1.0, 1.0, 9))]
+        optimizer = GradGuide(AdamW(held, lr=lr))
+        for t in range(4):
+            held[0].grad = torch.arange(9.0) - t
+            with torch.inference_mode(inference):
+                optimizer.step()
+        runs.append(held[0].detach().clone())
+    assert torch.equal(*runs)

@@ -104,8 +104,29 @@ def test_the_proof_outlives_steps_and_ends_with_other_writes() -> None:
             bound.made()
         assert measured.call_count == 1
         base.state[held[0]]["exp_avg"].fill_(1e6)  # against a second moment of about 0.004
-        assert not bound.holds(base, buckets, BOUND)
+        for _ in range(2):
+            assert not bound.holds(base, buckets, BOUND)
+            step(base, [torch.ones_like(p) for p in held])
+            bound.made()
         assert measured.call_count == 2
+
+
+def test_tensors_that_are_written_at_every_step_are_not_measured_at_every_step() -> None:
+    base, buckets, bound = stepped()
+    held = buckets[0].parameters
+    measured = Mock(side_effect=adam_bound_device._measured)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adam_bound_device, "_measured", measured)
+        found = []
+        for t in range(12):
+            found.append(bound.holds(base, buckets, BOUND))
+            step(base, [torch.ones_like(p) for p in held])
+            bound.made()
+            if 2 <= t < 8:
+                with torch.no_grad():
+                    held[0].clamp_(-1.0, 1.0)
+    assert found == [True] * 3 + [False] * 6 + [True] * 3
+    assert measured.call_count == 2
 
 
 def reset(base: Optimizer, held: list[Tensor]) -> None:
@@ -141,7 +162,11 @@ def hook(base: Optimizer, held: list[Tensor]) -> None:
     base.register_step_post_hook(lambda *_: None)
 
 
-CHANGES = [reset, replace, write_nan, slow, raise_rate, lose_rate, hook]
+def turn(base: Optimizer, held: list[Tensor]) -> None:
+    base.param_groups[0]["eps"] = -1e-8
+
+
+CHANGES = [reset, replace, write_nan, slow, raise_rate, lose_rate, hook, turn]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -159,6 +184,25 @@ def test_a_negative_step_number_is_not_proven() -> None:
     base, buckets, bound = stepped()
     count_down(base, buckets[0].parameters)
     assert not bound.holds(base, buckets, BOUND)
+
+
+def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
+    """A spike at beta1 = 0 leaves a ratio of 31. From zero, beta1 = 0.9 reaches 7."""
+    held = parameters()
+    base = AdamW(held, lr=1e-5, betas=(0.0, 0.999), weight_decay=0.0)
+    step(base, [torch.zeros_like(p) for p in held])
+    for state in base.state.values():
+        state["step"].fill_(10_000.0)
+    buckets, bound = bucket_of(held), DeviceAdamBound()
+    assert bound.holds(base, buckets, BOUND)
+    step(base, [torch.ones_like(p) for p in held])
+    bound.made()
+    base.param_groups[0].update(betas=(0.9, 0.999), lr=6e-5)
+    assert not bound.holds(base, buckets, BOUND)
+    assert step(base, [torch.zeros_like(p) for p in held]) > 1e-3
+    bound.made()
+    # A large bound holds for both.
+    assert bound.holds(base, buckets, Magnitude(max_update=1.0))
 
 
 @pytest.mark.parametrize(
@@ -196,3 +240,11 @@ def test_small_tensors_are_measured_instead(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(adam_bound_device, "PAYS", 1 << 18)
     base, buckets, bound = stepped()
     assert not bound.holds(base, buckets, BOUND)
+
+
+def test_a_bucket_of_empty_tensors_is_proven_too() -> None:
+    held = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))]
+    base = AdamW(held, lr=1e-6)
+    step(base, [torch.ones_like(p) for p in held])
+    assert DeviceAdamBound().holds(base, [*bucket_of(held[:1]), *bucket_of(held[1:])], BOUND)
+    assert DeviceAdamBound().holds(base, bucket_of(held[1:]), BOUND)
