@@ -51,6 +51,12 @@ class Rules:
     alignment: Alignment | None
     magnitude: Magnitude | None
 
+    def __post_init__(self) -> None:
+        # Unpickling skips the checks, and fields of earlier versions would be read as others.
+        for options in (self.direction, self.magnitude):
+            if options is not None:
+                options.__post_init__()
+
     @property
     def sources(self) -> int:
         """Return the number of sources."""

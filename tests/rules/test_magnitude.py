@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from gradguide import Magnitude
+from gradguide import GradGuide, Magnitude
 from gradguide.rules.magnitude import clip, shrink
 
 NORMS = st.floats(1e-30, 1e30)
@@ -59,3 +61,11 @@ def test_options_out_of_range(options: dict[str, float], message: str) -> None:
 def test_none_is_not_a_bound_of_the_gradient() -> None:
     with pytest.raises(TypeError, match=r"max_norm must be a number, found None: math\.inf is no bound"):
         Magnitude(max_norm=None)  # type: ignore[arg-type]
+
+
+def test_options_that_an_earlier_version_pickled_are_not_read_as_others() -> None:
+    """It had one field more, so that the bound of the update would be False, which is 0."""
+    earlier: Any = Magnitude()
+    earlier.__setstate__([1.0, False, 0.05])
+    with pytest.raises(TypeError, match="max_update must be a number, found False"):
+        GradGuide(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), magnitude=earlier)
