@@ -8,45 +8,14 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.registers import recorded
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 from gradguide.step import nonfinite as finite
+from tests.operations import Operations
 from tests.ops.triton.problems import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted on the CPU, which needs Triton's interpreter")
-
-# Operations that only create or inspect tensors.
-FREE = {
-    "_record_function_enter_new",
-    "_record_function_exit",
-    "empty",
-    "empty_like",
-    "view",
-    "select",
-    "slice",
-    "unsqueeze",
-    "unbind",
-    "alias",
-    "detach",
-    "as_strided",
-    "t",
-}
-
-
-class Operations(TorchDispatchMode):
-    """Record the names of the operations in this context that would be launched."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], list[str]]:
