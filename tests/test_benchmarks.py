@@ -30,7 +30,7 @@ def test_capture(tmp_path: Path) -> None:
 def test_objective(tmp_path: Path) -> None:
     objective.main(["--quick", "--out", str(tmp_path / "objective.csv")])
     found = {row["provider"]: float(row["value"]) for row in rows(tmp_path / "objective.csv")}
-    assert found.keys() == {"no regularizer", "finite differences", "double backward"}
+    assert found.keys() == {"no regularizer", "finite differences"}
     assert found["no regularizer"] == 1.0
 
 

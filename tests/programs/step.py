@@ -114,7 +114,9 @@ def decide(scope: ScopePlan, world: World, handed: Sequence[Tensor | None], tall
         slack = TIGHT * length(guided.gradient.error) + length(stored)
         check_conflicts(what, found, projected, guided.start, reach, slack, products + scope.fineness)
     if program.magnitude is not None and program.magnitude.max_norm < np.inf:
-        longest = program.magnitude.max_norm * (1 + 1e-5) + length(stored)
+        # What is written is rounded too where all rows cancel, and the oracle has zeros.
+        written = length(stored) + length(spaced(found, gradients))
+        longest = program.magnitude.max_norm * (1 + 1e-5) + written
         if length(found) > longest:
             raise Disagreement(f"{what}: is {length(found):.7g} long, at most {longest:.7g} allowed")
     return replace(guided, decided=decided)

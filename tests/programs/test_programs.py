@@ -52,6 +52,12 @@ def quick_on_kernels(program: Program) -> bool:
     return len(program.parameters) <= 4 and all(spec is None or len(spec.sources) <= 3 for spec in specs)
 
 
+def in_range_of_kernels(program: Program) -> bool:
+    """Whether the squares of the gradients are in the range of float32: see ``gradguide.ops.triton``."""
+    given = [gradient for event in program.events if isinstance(event, Step) for gradient in event.gradients]
+    return all(gradient is None or gradient.scale < 1e15 for gradient in given)
+
+
 @pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("first", range(0, 60, 10))
@@ -60,7 +66,8 @@ def test_programs_on_the_kernels_agree_with_float64(first: int) -> None:
         from tests.ops.triton.interpreter import repair
 
         repair()
-    agree([seed for seed in range(first, first + 10) if quick_on_kernels(generate(seed))], "triton")
+    programs = {seed: generate(seed) for seed in range(first, first + 10)}
+    agree([seed for seed, p in programs.items() if quick_on_kernels(p) and in_range_of_kernels(p)], "triton")
 
 
 @cache
