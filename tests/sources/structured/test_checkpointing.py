@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -158,7 +158,8 @@ def test_gradients_of_adapters_are_equal(reentrant: bool) -> None:
 
     plain = SourceGradient.capture(model, text(3), loss, curvature=False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.get_base_model().disable_input_require_grads()
+    with suppress(AttributeError):  # earlier versions of transformers do not enable them
+        model.get_base_model().disable_input_require_grads()
     with counted(model) as calls:
         other = SourceGradient.capture(model, text(3), loss, curvature=False)
     at = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

