@@ -34,7 +34,7 @@ HEAD_LR = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is trained, on which loss, and how it is evaluated. Any kind of model can provide one.
+    """A training problem: parameters, loss and evaluation. Any kind of model can provide one.
 
     Args:
         adapter: (name, parameter) of what was trained on the source and is trained further on the target.

@@ -1,4 +1,4 @@
-"""What published methods change: the gradient, by a function that runs before the optimizer's step, or the optimizer.
+"""Change the gradient before the optimizer's step, or the optimizer itself, as published methods do.
 
 Penalties (L2-SP, EWC) need nothing but what is stored of the source. The others (A-GEM, replay, PCGrad, UPGrad) use
 source data at every step: one backward pass per earlier task.

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain, count
-from operator import itemgetter
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from gradguide.step.adam_ratio import (
     Settings,
     Watch,
     largest_ratio,
+    moments_of,
     settings_of,
     within,
 )
@@ -41,11 +41,11 @@ SLOWEST = 0.999
 
 
 class DeviceAdamBound:
-    """What the host knows of the state of Adam, for the parameters of one plan.
+    """Prove the bound for the parameters of one plan, from numbers of Adam's state.
 
-    It is measured once. If a moment or a parameter is another tensor, or was written by anything but the step, it is
-    measured anew after a step without such writes: where every step has some, measuring never pays. Writes through
-    ``Tensor.data`` are not noticed.
+    The state is measured once. If a moment or a parameter is another tensor, or was written by anything but the step,
+    it is measured anew after a step without such writes: where every step has some, measuring never pays. Writes
+    through ``Tensor.data`` are not noticed.
     """
 
     def __init__(self) -> None:
@@ -145,8 +145,7 @@ def largest_correction(first: float, second: float) -> float:
 def _tensors_of(base: Optimizer, buckets: Sequence[Bucket]) -> list[Tensor]:
     """Return all moments and parameters."""
     states = [base.state[p] for bucket in buckets for p in bucket.parameters]
-    moments = (map(itemgetter(name), states) for name in ("exp_avg", "exp_avg_sq"))
-    return [*chain(*moments), *chain.from_iterable(bucket.values for bucket in buckets)]
+    return [*moments_of(states), *(value for bucket in buckets for value in bucket.values)]
 
 
 def _measured(base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, Settings]) -> Tensor:

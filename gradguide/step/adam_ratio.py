@@ -1,4 +1,4 @@
-"""How long an update of Adam can be, from the settings of the groups and the ratio of the moments.
+"""Bound the length of an update of Adam by the settings of the groups and the ratio of the moments.
 
 For Adam and AdamW each element of the update is at most ``lr * |m'| / (sqrt(v') + eps) + lr * decay * |p|``, where m'
 and v' are the averages m and v over ``1 - beta1^t`` and ``1 - beta2^t``. amsgrad only raises v, and weight decay that

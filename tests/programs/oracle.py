@@ -30,7 +30,7 @@ longer than it is."""
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is remembered of a scope: see the docstring of Direction's Average."""
+    """Statistics of a scope between steps: see the docstring of Direction's Average."""
 
     mass: float = 0.0
     square: float = 0.0

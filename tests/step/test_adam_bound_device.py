@@ -92,39 +92,41 @@ def test_no_gradients_exceed_what_is_proven(
         assert not proven or made <= smallest
 
 
-def test_the_proof_outlives_steps_and_ends_with_other_writes() -> None:
-    base, buckets, bound = stepped()
-    held = buckets[0].parameters
-    measured = Mock(side_effect=adam_bound_device._measured)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(adam_bound_device, "_measured", measured)
-        for _ in range(3):
-            assert bound.holds(base, buckets, BOUND)
-            step(base, [torch.ones_like(p) for p in held])
-            bound.made()
-        assert measured.call_count == 1
-        base.state[held[0]]["exp_avg"].fill_(1e6)  # against a second moment of about 0.004
-        for _ in range(2):
-            assert not bound.holds(base, buckets, BOUND)
-            step(base, [torch.ones_like(p) for p in held])
-            bound.made()
-        assert measured.call_count == 2
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Count how often the state is measured."""
+    counted = Mock(side_effect=adam_bound_device._measured)
+    monkeypatch.setattr(adam_bound_device, "_measured", counted)
+    return counted
 
 
-def test_tensors_that_are_written_at_every_step_are_not_measured_at_every_step() -> None:
+def test_the_proof_outlives_steps_and_ends_with_other_writes(measured: Mock) -> None:
     base, buckets, bound = stepped()
     held = buckets[0].parameters
-    measured = Mock(side_effect=adam_bound_device._measured)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(adam_bound_device, "_measured", measured)
-        found = []
-        for t in range(12):
-            found.append(bound.holds(base, buckets, BOUND))
-            step(base, [torch.ones_like(p) for p in held])
-            bound.made()
-            if 2 <= t < 8:
-                with torch.no_grad():
-                    held[0].clamp_(-1.0, 1.0)
+    for _ in range(3):
+        assert bound.holds(base, buckets, BOUND)
+        step(base, [torch.ones_like(p) for p in held])
+        bound.made()
+    assert measured.call_count == 1
+    base.state[held[0]]["exp_avg"].fill_(1e6)  # against a second moment of about 0.004
+    for _ in range(2):
+        assert not bound.holds(base, buckets, BOUND)
+        step(base, [torch.ones_like(p) for p in held])
+        bound.made()
+    assert measured.call_count == 2
+
+
+def test_tensors_that_are_written_at_every_step_are_not_measured_at_every_step(measured: Mock) -> None:
+    base, buckets, bound = stepped()
+    held = buckets[0].parameters
+    found = []
+    for t in range(12):
+        found.append(bound.holds(base, buckets, BOUND))
+        step(base, [torch.ones_like(p) for p in held])
+        bound.made()
+        if 2 <= t < 8:
+            with torch.no_grad():
+                held[0].clamp_(-1.0, 1.0)
     assert found == [True] * 3 + [False] * 6 + [True] * 3
     assert measured.call_count == 2
 

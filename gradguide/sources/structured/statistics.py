@@ -160,7 +160,7 @@ class LayerStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether all sums are finite."""
+        """Return whether all sums are finite."""
         dtype = self.scalars.dtype
         return bool(torch.stack([part.sum(dtype=dtype) for part in self.sums]).isfinite().all())
 
