@@ -192,6 +192,18 @@ def cpu() -> list[Run]:
     return _ordered((first,), ("banking77", "subj"), seeds=(0,), lrs=(1e-3, 3e-3))
 
 
+def variants() -> list[Run]:
+    """Return the part of ``research`` for two CPU cores: one seed, two sets, a low and a high rate."""
+    blocks = [
+        (BASE, "structured"),
+        ("structured floor=0", "structured floor=1", "structured tokens=2k", "structured tokens=8k"),
+        ("structured start=null", "clip base=sgd", "structured base=sgd", "structured text=own"),
+        ("structured direction=off", "structured bound=off", "structured rest=none", "structured rest=mean"),
+        ("clip unit=row", "structured unit=row", "structured rank=16", "structured rank=whole"),
+    ]
+    return _ordered(blocks, ("goemotions", "subj"), seeds=(0,), lrs=(3e-4, 3e-3))
+
+
 def gpu() -> list[Run]:
     """Return the part of the full grid for 8 minutes of one GPU: the most informative runs first."""
     sets = ("banking77", "goemotions", "medical_abstracts")
@@ -256,8 +268,7 @@ def smoke() -> list[Run]:
 GRIDS: dict[str, Callable[[], list[Run]]] = {
     "quick": quick, "check": check, "smoke": smoke, "research": research, "fresh": fresh, "confirm": confirm,
     "sequence": sequence, "transfer": transfer, "rows": rows, "instructions": instructions, "few": few, "cpu": cpu,
-    "gpu": gpu,
-    "full": full,
+    "variants": variants, "gpu": gpu, "full": full,
 }  # fmt: skip
 
 
