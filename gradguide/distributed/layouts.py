@@ -22,9 +22,9 @@ __all__ = [
     "is_distributed",
     "layout_of",
     "local",
+    "local_parts",
     "shard",
     "to_layout",
-    "unsupported",
 ]
 
 
@@ -78,17 +78,25 @@ def check_divided(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def unsupported(parameter: Tensor, gradient: Tensor) -> str | None:
-    """Return why the gradient of a DTensor is not supported, or None if it is."""
-    theirs, ours = layout_of(gradient), layout_of(parameter)
-    if theirs is None and ours is None:
-        return None
-    if ours is None or theirs is None or theirs.mesh != ours.mesh or theirs.placements != ours.placements:
-        found = None if theirs is None else theirs.placements
-        return f"has placements {found}, its parameter {None if ours is None else ours.placements}"
-    if any(placed.is_partial() for placed in theirs.placements):
-        return "is a partial sum on each rank: reduce it first"
-    return None
+def local_parts(parameter: Tensor, gradient: Tensor, name: str | None = None) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Return this rank's parts of a parameter and its gradient, and the process groups over which they differ.
+
+    Raises:
+        ValueError: the gradient is not placed as the parameter, or is a partial sum.
+    """
+    layout, placed = layout_of(parameter), layout_of(gradient)
+    if layout is None and placed is None:
+        return parameter, gradient, ()
+    problem = None
+    if layout is None or placed is None or layout != placed:
+        ours, theirs = (None if each is None else each.placements for each in (layout, placed))
+        problem = f"has placements {theirs}, its parameter {ours}"
+    elif any(placement.is_partial() for placement in placed.placements):
+        problem = "is a partial sum on each rank: reduce it first"
+    if layout is None or problem is not None:
+        which = f"of {name} " if name else ""
+        raise ValueError(f"the gradient {which}{problem}; GradGuide needs gradients laid out as their parameters")
+    return local(parameter), local(gradient), layout.reduce_groups
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ from itertools import count
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradguide.distributed.layouts import layout_of, local, unsupported
+from gradguide.distributed.layouts import local_parts
 from gradguide.ops.tensors import TensorList
-from gradguide.step.memory import check_numbers, with_memory
+from gradguide.step.gradients import check_gradient, with_memory
 from gradguide.utils.names import module_of
 
 __all__ = ["Bucket", "Label", "Labeler", "Scope", "build_buckets", "scope_labeler", "signs_of"]
@@ -93,8 +92,6 @@ def build_buckets(
     covered: Container[str],
     labels: dict[Label, int],
     signs: Sequence[int],
-    *,
-    sharded: bool = False,
 ) -> list[Bucket]:
     """Return the buckets of this step in a fixed order. Parameters whose gradient is None are left out.
 
@@ -105,7 +102,6 @@ def build_buckets(
         covered: names that the sources contain.
         labels: index of each scope. New scopes are added in place.
         signs: sign of each group, from :func:`signs_of`.
-        sharded: whether any parameter is a DTensor.
 
     Raises:
         ValueError: a gradient is sparse, complex, or shared by two parameters, or a parameter is a negated view.
@@ -118,20 +114,14 @@ def build_buckets(
             gradient, position = parameter.grad, next(counter)
             if gradient is None:
                 continue
-            uneven = unsupported(parameter, gradient) if sharded else None
-            if uneven is not None or gradient.layout != torch.strided or not gradient.is_floating_point():
-                _raise_unsupported(gradient, names.get(parameter), uneven)
-            check_numbers(parameter, gradient, names.get(parameter))
-            value = local(parameter) if sharded else parameter
-            part = local(gradient) if sharded else gradient
+            name = names.get(parameter)
+            check_gradient(parameter, gradient, name)
+            value, part, reduce_groups = local_parts(parameter, gradient, name)
             plain = _is_plain(value) and _is_plain(part)
             if not plain and part is gradient:
                 part = with_memory(parameter, gradient)
-            layout = layout_of(parameter) if sharded else None
-            reduce_groups = () if layout is None else layout.reduce_groups
             scope = label(parameter, index, place)
-            name = names.get(parameter)
-            name = name if name is not None and name in covered else None
+            name = name if name in covered else None
             # One tensor that no kernel reads would take its whole bucket to the portable backend.
             key = (reduce_groups, signs[index], part.device, part.dtype, value.dtype, name is not None, plain)
             number = labels.setdefault(scope, len(labels))
@@ -184,17 +174,4 @@ def _check_apart(entries: Iterable[_Entry], names: Mapping[Tensor, str]) -> None
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    exact = type(tensor) in (Tensor, nn.Parameter) or layout_of(tensor) is not None
-    return exact and tensor.is_contiguous() and not tensor.is_neg()
-
-
-def _raise_unsupported(gradient: Tensor, name: str | None, uneven: str | None) -> None:
-    which = f"of {name} " if name else ""
-    if uneven is not None:
-        raise ValueError(f"the gradient {which}{uneven}; GradGuide needs gradients laid out as their parameters")
-    if gradient.is_complex():
-        raise ValueError(f"the gradient {which}is complex ({gradient.dtype}); GradGuide guides real parameters")
-    raise ValueError(
-        f"the gradient {which}is sparse ({gradient.layout}), which has no running direction; use "
-        "nn.Embedding(..., sparse=False), or keep this parameter in an optimizer of its own"
-    )
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() and not tensor.is_neg()

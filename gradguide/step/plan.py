@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradguide import ops
+from gradguide.distributed.ranks import Ranks
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_dtype
@@ -19,7 +20,6 @@ from gradguide.sources.stored import SourceGradient
 from gradguide.step.adam_bound import AdamBound
 from gradguide.step.adam_bound_device import DeviceAdamBound
 from gradguide.step.buckets import Bucket, Label
-from gradguide.step.ranks import Ranks
 
 __all__ = ["UNSIGNED", "Rows", "StepPlan"]
 

@@ -13,13 +13,14 @@ from gradguide import ops
 from gradguide.base_checks import check_differentiable
 from gradguide.distributed.agreement import describe, is_plain
 from gradguide.distributed.deepspeed import check_zero
+from gradguide.distributed.layouts import Layout
+from gradguide.distributed.ranks import Ranks
 from gradguide.ops.rounding import rounding
 from gradguide.ops.tensors import DTYPE, metadata_of
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Label, Labeler, Scope, build_buckets, scope_labeler, signs_of
 from gradguide.step.plan import StepPlan
-from gradguide.step.ranks import Ranks
 from gradguide.step.signature import Signature
 from gradguide.utils.names import Names
 
@@ -50,7 +51,7 @@ class StepPlanner:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other parameters and perhaps other ranks, so its plan is stale.
-        return {**vars(self), "_plan": None, "_ranks": Ranks()}
+        return {**vars(self), "_plan": None, "_ranks": Ranks(), "_shards": ({}, self.sources)}
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -65,6 +66,7 @@ class StepPlanner:
         everything = frozenset(self.names.values()) if sources else frozenset()
         self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
         self._ranks = Ranks()
+        self._shards: tuple[dict[str, Layout], Sequence[Source]] = {}, self.sources
         self.invalidate()
 
     def set_names(self, names: Names, base: Optimizer) -> None:
@@ -100,16 +102,14 @@ class StepPlanner:
             # Ranks may lack different gradients, but collectives need the same scopes on all ranks.
             everywhere = _labels_of(base, label)
             labels = {label: place for place, label in enumerate(dict.fromkeys(everywhere[p] for p in trained))}
-        buckets = build_buckets(
-            base.param_groups, label, self.names, self._covered, labels, signs, sharded=ranks.sharded
-        )
+        buckets = build_buckets(base.param_groups, label, self.names, self._covered, labels, signs)
         if not buckets and not ranks.sharded:
             return None
         for bucket in buckets:
             # Valid as long as the signature matches.
             bucket.values.metadata = metadata_of(bucket.values)
             bucket.gradients.metadata = metadata_of(bucket.gradients)
-        sources = ranks.shard_sources(self.sources, trained, self.names)
+        sources = self._sharded_sources(ranks.layouts(trained, self.names))
         device = trained[0].device
         backends = [ops.select(self._backend, bucket.gradients[0].device) for bucket in buckets]
         fused = ops.is_fused(self._backend, device)
@@ -118,6 +118,12 @@ class StepPlanner:
         # With all trained parameters, so that ranks agree that lack different gradients.
         largest = min(torch.finfo(dtype).max for dtype in set(map(DTYPE, (*tensors, *trained))))
         return StepPlan(buckets, list(labels), sources, device, ranks, backends, fused, error, largest)
+
+    def _sharded_sources(self, layouts: dict[str, Layout]) -> Sequence[Source]:
+        """Return the sources restricted to this rank's shards."""
+        if self._shards[0] != layouts:
+            self._shards = layouts, [source.shards(layouts) for source in self.sources] if layouts else self.sources
+        return self._shards[1]
 
     def check_ranks(self, base: Optimizer) -> list[Tensor]:
         """Read layouts, compare options over ranks, and return the trained parameters.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.distributed.layouts import Layout, all_reduce_sum, unsupported
+from gradguide.distributed.layouts import Layout, all_reduce_sum, local_parts
 from tests.distributed.launch import ranks
 from tests.distributed.mesh_rank import net, train
 
@@ -55,15 +55,24 @@ class _Placed:
     """A stand-in for a DTensor of one process."""
 
     def __init__(self, *placements: object) -> None:
-        self.device_mesh = "mesh"
+        self.device_mesh = _Mesh()
         self.placements = placements
+
+    def to_local(self) -> str:
+        return "part"
 
 
 def test_gradients_that_lie_otherwise_than_their_parameters_are_refused() -> None:
     from torch.distributed.tensor import Partial, Shard
 
-    sharded, partial = _Placed(Shard(0)), _Placed(Partial())
-    assert unsupported(sharded, sharded) is None  # type: ignore[arg-type]
-    assert "its parameter" in str(unsupported(torch.zeros(2), sharded))  # type: ignore[arg-type]
-    assert "has placements" in str(unsupported(sharded, _Placed(Shard(1))))  # type: ignore[arg-type]
-    assert "partial sum" in str(unsupported(partial, partial))  # type: ignore[arg-type]
+    sharded, partial, plain = _Placed(Shard(0)), _Placed(Partial()), torch.zeros(2)
+    assert local_parts(plain, plain) == (plain, plain, ())
+    assert local_parts(sharded, sharded) == ("part", "part", ("replicate",))  # type: ignore[arg-type,comparison-overlap]
+    with pytest.raises(ValueError, match=r"gradient has placements .*, its parameter None"):
+        local_parts(plain, sharded)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gradient of w has placements .*dim=1.*, its parameter .*dim=0"):
+        other = _Placed(Shard(1))
+        other.device_mesh = sharded.device_mesh
+        local_parts(sharded, other, "w")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gradient is a partial sum on each rank"):
+        local_parts(partial, partial)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Copy or refuse gradients that cannot be written in place."""
+"""Reject gradients that cannot be guided, and copy those that cannot be written in place."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["check_numbers", "with_memory"]
+__all__ = ["check_gradient", "with_memory"]
 
 
-def check_numbers(parameter: Tensor, gradient: Tensor, name: str | None) -> None:
-    """Raise if the gradient has no values, or the parameter's values cannot be written.
+def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> None:
+    """Raise if the gradient cannot be guided, or the parameter cannot be written.
 
     Raises:
         RuntimeError: the gradient is a fake tensor.
-        ValueError: the parameter is a lazily negated view.
+        ValueError: the gradient is complex or sparse, or the parameter is a lazily negated view.
     """
+    which = f"of {name} " if name else ""
+    if gradient.is_complex():
+        raise ValueError(f"the gradient {which}is complex ({gradient.dtype}); GradGuide guides real parameters")
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"the gradient {which}is sparse ({gradient.layout}), which has no running direction; use "
+            "nn.Embedding(..., sparse=False), or keep this parameter in an optimizer of its own"
+        )
     if parameter.is_neg():
         raise ValueError(
             f"the parameter {name or f'of shape {tuple(parameter.shape)}'} is a lazily negated view of other numbers; "
@@ -25,7 +33,7 @@ def check_numbers(parameter: Tensor, gradient: Tensor, name: str | None) -> None
     fake = sys.modules.get("torch._subclasses.fake_tensor")  # not imported for this: without it nothing is fake
     if fake is not None and isinstance(gradient, fake.FakeTensor):
         raise RuntimeError(
-            f"the gradient {f'of {name} ' if name else ''}is a fake tensor, which holds no numbers to measure; under "
+            f"the gradient {which}is a fake tensor, which holds no numbers to measure; under "
             "FakeTensorMode, step the base optimizer alone"
         )
 

@@ -1,4 +1,4 @@
-"""Distributed training: compare options over ranks, shard the sources, sum over shards."""
+"""Compare options over ranks, and sum over shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gradguide.distributed.agreement import check_agreement
 from gradguide.distributed.layouts import Layout, all_reduce_sum, check_divided, is_distributed, layout_of, local
-from gradguide.sources.protocol import Source
 
 __all__ = ["Ranks"]
 
@@ -23,7 +22,6 @@ class Ranks:
         self.sharded = False  # whether any parameter is a DTensor
         self._meshes: list[Any] = []
         self._agreed: list[Any] | None = None  # meshes of the last comparison
-        self._shards: tuple[dict[str, Layout], list[Source]] | None = None
 
     @property
     def agreed(self) -> bool:
@@ -67,17 +65,12 @@ class Ranks:
             check_agreement(describe_options(), groups, local(parameters[0]).device)
         self._agreed = self._meshes
 
-    def shard_sources(
-        self, sources: Sequence[Source], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
-    ) -> Sequence[Source]:
-        """Return the sources restricted to this rank's shards of the named parameters."""
-        if not self.sharded or not sources:
-            return sources
+    def layouts(self, parameters: Sequence[Tensor], names: Mapping[Tensor, str]) -> dict[str, Layout]:
+        """Return the layouts of the named parameters that are DTensors."""
+        if not self.sharded:
+            return {}
         known = {names[p]: layout_of(p) for p in parameters if p in names}
-        layouts = {name: layout for name, layout in known.items() if layout is not None}
-        if self._shards is None or self._shards[0] != layouts:
-            self._shards = layouts, [source.shards(layouts) for source in sources]
-        return self._shards[1]
+        return {name: layout for name, layout in known.items() if layout is not None}
 
     def all_reduce_sum(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
         """Sum over ranks and over ``parts``, which has one tensor per entry of ``groups``."""
