@@ -23,6 +23,7 @@ __all__ = [
 BASE = "clip"
 """The method that others are compared with."""
 TARGETS = ("banking77", "goemotions", "subj", "medical_abstracts")
+_PAIR = ("goemotions", "subj")
 CHOOSING = ("banking77", "goemotions", "subj", "medical_abstracts", "hwu64", "clinc_work")
 CONFIRMING = ("mr", "snli", "clinc_home", "clinc_utility")
 SOURCE = "clinc_travel"
@@ -193,15 +194,17 @@ def cpu() -> list[Run]:
 
 
 def variants() -> list[Run]:
-    """Return the part of ``research`` for two CPU cores: one seed, two sets, a low and a high rate."""
+    """Return the part of the research for two CPU cores: one seed, two sets, a low and a high rate."""
     blocks = [
         (BASE, "structured"),
         ("structured floor=0", "structured floor=1", "structured tokens=2k", "structured tokens=8k"),
-        ("structured start=null", "clip base=sgd", "structured base=sgd", "structured text=own"),
-        ("structured direction=off", "structured bound=off", "structured rest=none", "structured rest=mean"),
-        ("clip unit=row", "structured unit=row", "structured rank=16", "structured rank=whole"),
+        ("structured start=null", "structured base=sgd", "structured pull=after", "structured pull=update"),
+        ("clip unit=row", "structured unit=row", "structured direction=off", "structured bound=off", "clip base=sgd"),
+        ("structured text=own", "structured rest=none", "structured rest=mean"),
     ]
-    return _ordered(blocks, ("goemotions", "subj"), seeds=(0,), lrs=(3e-4, 3e-3))
+    low = _ordered([(BASE, "structured", "structured least=0.02")], _PAIR, seeds=(0,), lrs=(1e-4,))
+    first, second = (_ordered(part, _PAIR, seeds=(0,), lrs=(3e-4, 3e-3)) for part in (blocks[:3], blocks[3:]))
+    return [*first, *low, *second]
 
 
 def gpu() -> list[Run]:

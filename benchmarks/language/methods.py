@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from benchmarks.language import memories, rivals, starts
+from benchmarks.language import memories, rivals, starts, variants
 from benchmarks.language.fisher import diagonal_fisher
 from benchmarks.language.model import Language
 from benchmarks.language.olora import freeze, olora
@@ -20,7 +20,8 @@ __all__ = ["METHODS", "Entry", "Method", "family", "needs", "parse", "set_up"]
 _COMMON = {"unit": "token", "base": "adamw"}
 _STRUCTURED = {
     "weight": "100", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
-    "start": "random", "direction": "on", "bound": "on", "sources": "all", "merge": "off",
+    "start": "random", "direction": "on", "bound": "on", "sources": "all", "merge": "off", "pull": "gradient",
+    "least": "0",
 }  # fmt: skip
 
 
@@ -67,7 +68,9 @@ def _structured(setup: Setup) -> Training:
     "mean", "none"), ``text`` ("real", "own") and ``tokens`` of the source; ``start`` of A ("random", or "null": in the
     space that source inputs hardly use, not frozen); ``direction`` ("on", "off", or "shared": the base's momentum) and
     ``bound`` beside it ("on", "off"). After finished tasks: ``sources`` ("all": the base model's and those of the
-    tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off").
+    tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off"). ``pull``: where it acts
+    ("gradient"; "update": also the hard part on the base's update; "after": only after the base's step, see
+    ``variants``). ``least`` length of an update, relative to the parameters.
     """
     options = setup.method.options
     if options["start"] == "null":
@@ -85,9 +88,15 @@ def _structured(setup: Setup) -> Training:
         off["direction"] = Direction(share_momentum=True)
     if options["bound"] == "off":
         off["magnitude"] = Magnitude(max_update=None)
-    alignment = Alignment(used, weight=float(options["weight"])) if used else None
+    weight, hard = float(options["weight"]), True if options["pull"] == "update" else None
+    alignment = Alignment(used, weight=weight, project=hard) if used and options["pull"] != "after" else None
     guide = GradGuide(setup.base(), alignment=alignment, names=setup.model.model, **off)
-    return Training(optimizer=guide, held=used)
+    hooks: dict[str, Any] = {}
+    if options["pull"] == "after":
+        hooks["before"], hooks["after"] = variants.after_step(setup.model, used[-1], guide, weight)
+    elif float(options["least"]) > 0:
+        hooks["before"], hooks["after"] = variants.at_least(setup.model.parameters, float(options["least"]))
+    return Training(optimizer=guide, held=used, **hooks)
 
 
 def _anchored(setup: Setup) -> Training:
