@@ -198,7 +198,7 @@ def variants() -> list[Run]:
     blocks = [
         (BASE, "structured"),
         ("structured floor=0", "structured floor=1", "structured tokens=2k", "structured tokens=8k"),
-        ("structured start=null", "structured base=sgd", "structured pull=after", "structured pull=update"),
+        ("structured start=null", "structured base=sgd", "structured pull=after weight=1", "structured pull=update"),
         ("clip unit=row", "structured unit=row", "structured direction=off", "structured bound=off", "clip base=sgd"),
         ("structured text=own", "structured rest=none", "structured rest=mean"),
     ]
