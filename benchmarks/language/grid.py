@@ -39,6 +39,7 @@ STRENGTHS: dict[str, tuple[str, str, str]] = {
     "ewc{}": (":10", ":100", ":1000"),
     "ewc-lora{}": (":10", ":100", ":1000"),
     "olora{}": (":0.05", ":0.5", ":5"),
+    "osf{}": (":0.25", ":0.5", ":0.9"),
     "early{}": (":0.03", ":0.1", ":0.3"),
     "kl{}": (":0.1", ":1", ":10"),
     "kl{} text=real": (":0.1", ":1", ":10"),
@@ -126,7 +127,9 @@ def fresh(sets: Sequence[str] = CHOOSING, seeds: Sequence[int] = (0, 1)) -> list
         ["structured{}", "kl{}", "l2sp{}", "anchored{}", "ewc-lora{}", "early{}", "replay{}"],
         plain=[BASE, "null", "defaults"],
     )
-    second, others = methods(["ewc{}", "l2sp-ba{}"], plain=["corda", "lora-null", "lora-null train=b", "quarter"])
+    second, others = methods(
+        ["ewc{}", "l2sp-ba{}", "osf{}"], plain=["corda", "lora-null", "lora-null train=b", "quarter"]
+    )
     third, rest = methods(["kl{} text=real", "kl{} every=4", "replay{} text=own", "replay{} every=4"])
     return _untrained(sets, seeds) + _ordered((first, flanks, second, others, third, rest), sets, seeds=seeds)
 
@@ -207,6 +210,16 @@ def variants() -> list[Run]:
     return [*first, *low, *second]
 
 
+def others() -> list[Run]:
+    """Return the part of scenarios (b) and (e) for two CPU cores: one seed, two targets, two methods."""
+    targets = {f"{SOURCE}+goemotions", f"{SOURCE}+snli", "seed_tasks"}
+    return [
+        run
+        for run in (*transfer(), *instructions())
+        if run.seed == 0 and run.target in targets and run.method in (BASE, "structured")
+    ]
+
+
 def gpu() -> list[Run]:
     """Return the part of the full grid for 8 minutes of one GPU: the most informative runs first."""
     sets = ("banking77", "goemotions", "medical_abstracts")
@@ -271,7 +284,7 @@ def smoke() -> list[Run]:
 GRIDS: dict[str, Callable[[], list[Run]]] = {
     "quick": quick, "check": check, "smoke": smoke, "research": research, "fresh": fresh, "confirm": confirm,
     "sequence": sequence, "transfer": transfer, "rows": rows, "instructions": instructions, "few": few, "cpu": cpu,
-    "variants": variants, "gpu": gpu, "full": full,
+    "variants": variants, "others": others, "gpu": gpu, "full": full,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from benchmarks.language import memories, rivals, starts, variants
 from benchmarks.language.fisher import diagonal_fisher
 from benchmarks.language.model import Language
 from benchmarks.language.olora import freeze, olora
+from benchmarks.language.osf import osf
 from benchmarks.language.sources import TOKENS, Corda, File, OwnText, Unused
 from benchmarks.language.training import Method, Setup, Training, clipped
 from gradguide import Alignment, Direction, GradGuide, Magnitude, StructuredSource
@@ -143,6 +144,7 @@ METHODS: dict[str, Entry] = {
     "null": Entry(set_up=starts.null),
     "lora-null": Entry(set_up=starts.lora_null, options={"train": "both"}),
     "corda": Entry(set_up=starts.corda),
+    "osf": Entry(set_up=osf),
     "olora": Entry(set_up=olora, remember=freeze),
     "defaults": Entry(set_up=_defaults),
     "anchored": Entry(set_up=_anchored, remember=_anchored_kept, of_text=True),

@@ -40,6 +40,9 @@ class Language:
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.variant = ""
         """Names what a method has added to the model: part of the key of every loss."""
+        self.kept: dict[object, Any] = {}
+        """What methods make once per model."""
+        self._replaced: list[nn.Parameter] = []
         self._masks: dict[int, Tensor] = {}
         self._undo: list[Callable[[], None]] = []
         base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype).to(device)
@@ -52,8 +55,8 @@ class Language:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The adapter's parameters, A and B of each layer."""
-        return [p for _, p in self.named]
+        """The trained parameters: A and B of each layer, or those of :meth:`replace`."""
+        return self._replaced or [p for _, p in self.named]
 
     @property
     def lora_b(self) -> list[nn.Parameter]:
@@ -91,6 +94,17 @@ class Language:
     def until_reset(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` at the next reset. The calls of several run in reverse order."""
         self._undo.append(undo)
+
+    def replace(self, parameters: list[nn.Parameter], variant: str) -> None:
+        """Train ``parameters`` in place of A and B until the next reset."""
+        self.clear()
+        self._train(parameters, variant)
+        self.until_reset(lambda: self._train([], ""))
+
+    def _train(self, parameters: list[nn.Parameter], variant: str) -> None:
+        self._replaced, self.variant = parameters, variant
+        for _, p in self.named:
+            p.requires_grad_(not parameters)
 
     def clear(self) -> None:
         """Remove the gradients."""

@@ -294,3 +294,32 @@ def test_unused_directions_are_those_of_the_least_inputs_without_padding(
         used = float((x @ u).square().sum())
         assert used == pytest.approx(float(values[: u.shape[1]].sum()), rel=1e-2, abs=1e-3)
         assert u.shape[1] == min(64, len(vectors) - 1)
+
+
+def test_osf_starts_as_the_model_and_trains_the_least_directions(
+    loaded: tuple[Language, Sources, Texts], model: Language
+) -> None:
+    model.reset(0)
+    ids = torch.arange(1, 9)[None]
+    before = model.hidden(ids).detach()
+    layers = [layer for _, layer in model.layers()]
+    weights = [layer.base_layer.weight for layer in layers]
+    for _ in range(2):  # the second start is the first one again
+        training = _trained(model, loaded[1], "osf:0.75")
+        torch.testing.assert_close(model.hidden(ids), before, rtol=1e-5, atol=1e-5)
+        model.hidden(ids).square().sum().backward()
+        for layer, weight in zip(layers, weights, strict=True):
+            u, s, v = torch.linalg.svd(weight.detach(), full_matrices=False)
+            high = round(0.75 * len(s))
+            parts = layer.base_layer.osf_svd_params["default"]
+            assert parts["U_low"].shape == (len(u), len(s) - high)
+            assert float((u[:, :high].T @ parts["U_low"].grad).abs().max()) < 1e-4
+            assert float((v[:high] @ parts["V_low"].grad.T).abs().max()) < 1e-4
+        training.before()
+        training.optimizer.step()
+        assert float((model.hidden(ids) - before).detach().abs().max()) > 1e-4
+        assert all(p.grad is None for _, p in model.named)
+        model.reset(0)
+        assert all(layer.base_layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
+        assert torch.equal(model.hidden(ids), before)
+        assert all(p.requires_grad for p in model.parameters)
