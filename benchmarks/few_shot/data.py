@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.demo import Example, Task, draw, few_shot, read_file
-from gradguide import SourceGradient
+from gradguide import SourceGradient, StructuredSource
 
 __all__ = [
     "CONDITIONS",
@@ -46,6 +46,8 @@ class Problem:
         source_loss: one function per earlier task, for methods that use source data at every step. Each call returns
             the mean loss of that task's next batch, a scalar.
         sources: one stored source gradient per earlier task.
+        structured: returns the structured source of the source task, and the model that it is for; None if the problem
+            has none.
         pool_loss: yields (number of examples, mean loss) for batches of a sample of the whole target training set.
         accuracy: accuracies by name, in [0, 1]; one name is "target".
         probe: accuracy on a small test sample, in [0, 1]; cheap enough to call during training.
@@ -62,6 +64,7 @@ class Problem:
     pool_loss: Callable[[], Iterable[tuple[int, Tensor]]]
     accuracy: Callable[[], dict[str, float]]
     probe: Callable[[], float]
+    structured: Callable[[], tuple[StructuredSource, nn.Module]] | None = None
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,8 @@ The source has the digits 0 to 4, the target 5 to 9. The shared layers take the 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.demo import batches
 from benchmarks.few_shot.data import Problem
-from gradguide import SourceGradient
+from gradguide import SourceGradient, StructuredSource
 
 __all__ = ["Digits"]
 
@@ -50,10 +51,9 @@ class Digits:
 
     def problem(self, shots: int, seed: int) -> Problem:
         """Return a problem of ``shots`` images of each digit from 5 to 9, drawn from the seed."""
-        with torch.no_grad():
-            for parameter, start in zip(self._trunk.parameters(), self._start, strict=True):
-                parameter.copy_(start)
-                parameter.grad = None
+        self._set(self._start)
+        for parameter in self._trunk.parameters():
+            parameter.grad = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             head = nn.Linear(_WIDTH, 10 - _SOURCE_CLASSES)
@@ -97,6 +97,7 @@ class Digits:
             pool_loss=pool_loss,
             accuracy=lambda: {"target": accuracy(test), "source": self._accuracy_on_source()},
             probe=lambda: accuracy(test),
+            structured=lambda: (self._structured, self._trunk),
         )
 
     def _source_loss(self, rows: Tensor) -> Tensor:
@@ -111,19 +112,37 @@ class Digits:
             self._source_loss(self._source_rows[next(stream)]).backward()
             optimizer.step()
 
-    def _capture(self) -> SourceGradient:
+    def _sampled_loss(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        """Return the loss under labels drawn from the network."""
         generator = torch.Generator().manual_seed(0)
 
-        def sampled(_: nn.Module, batch: Tensor) -> Tensor:
-            found = self._head(self._trunk(self._images[batch]))
+        def sampled(trunk: nn.Module, batch: Tensor) -> Tensor:
+            found = self._head(trunk(self._images[batch]))
             drawn = torch.multinomial(found.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
             return cross_entropy(found, drawn)
 
+        return sampled
+
+    @cached_property
+    def _structured(self) -> StructuredSource:
+        """The structured source. It is captured on first use, from the trained network."""
+        now = [p.detach().clone() for p in self._trunk.parameters()]
+        self._set(self._start)
+        batches = list(self._source_rows.split(_BATCH))
+        source = StructuredSource.capture(self._trunk, batches, self._sampled_loss(), rank=None)
+        self._set(now)
+        return source
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(list(self._trunk.parameters()), list(values))
+
+    def _capture(self) -> SourceGradient:
         return SourceGradient.capture(
             self._trunk,
             list(self._source_rows.split(_BATCH)),
             lambda _, batch: self._source_loss(batch),
-            curvature=sampled,
+            curvature=self._sampled_loss(),
         )
 
     @torch.no_grad()

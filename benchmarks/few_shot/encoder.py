@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.demo import (
     HEAD,
@@ -27,7 +28,7 @@ from benchmarks.demo import (
     load_encoder,
 )
 from benchmarks.few_shot.data import HEAD_LR, Episode, Problem, source_task
-from gradguide import SourceGradient
+from gradguide import SourceGradient, StructuredSource
 from gradguide.integrations.peft import lora_parameters
 from gradguide.utils.atomic import atomic_write
 
@@ -85,11 +86,10 @@ class Encoder:
         """Return ``rows`` as tokens and class numbers."""
         return encode(rows, labels, self._tokenizer, self.device, max_tokens=_MAX_TOKENS)
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Restore the adapter to its state after the source task, and remove all heads but the source's."""
-        for name, parameter in lora_parameters(self.model):
-            parameter.copy_(self._start[name])
+        self._set(self._start)
+        for _, parameter in lora_parameters(self.model):
             parameter.grad = None
         for head in set(self.model.heads) - {HEAD}:
             del self.model.heads[head]
@@ -146,7 +146,22 @@ class Encoder:
             pool_loss=pool_loss,
             accuracy=lambda: {"target": accuracy(model, head, test), **earlier.accuracies()},
             probe=lambda: accuracy(model, head, probe),
+            structured=None if earlier is not self.earlier else lambda: (self._structured, self.model.encoder),
         )
+
+    @cached_property
+    def _structured(self) -> StructuredSource:
+        """The structured source of the source task. It is captured on first use, at the adapter's start."""
+        now = {name: p.detach().clone() for name, p in lora_parameters(self.model)}
+        self._set(self._start)
+        source = capture_structured(self.model, self.earlier.live[0].rows, seed=_SEED)
+        self._set(now)
+        return source
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in lora_parameters(self.model):
+            parameter.copy_(values[name])
 
     def _learn(self, encoder: Any, data: Path, source: str, folder: Path) -> None:
         task = source_task(data, source)
@@ -172,6 +187,19 @@ class Encoder:
             accuracies=lambda: {"source": accuracy(self.model, HEAD, test)},
         )
         self.source_accuracy = accuracy(self.model, HEAD, test)
+
+
+def capture_structured(model: Classifier, rows: Encoded, *, seed: int) -> StructuredSource:
+    """Return the structured source of the source task, with labels drawn from the model."""
+    generator = torch.Generator(rows.device).manual_seed(seed)
+
+    def sampled(encoder: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(HEAD, batch)
+        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator).squeeze(1)
+        return nn.functional.cross_entropy(logits, labels)
+
+    # The encoder, not the classifier: its arguments have the attention mask.
+    return StructuredSource.capture(model.encoder, list(rows.by_length(_LIVE_BATCH)), sampled)
 
 
 def _live_loss(model: Classifier, live: LiveRows, seed: int) -> Callable[[], Tensor]:

@@ -122,6 +122,19 @@ def _guided(variant: Variant) -> Method:
     return method
 
 
+def _structured(weight: float | None) -> Method:
+    """GradGuide with a structured source, captured at the end of the source task."""
+
+    def method(problem: Problem, lr: float) -> Learner:
+        base = AdamW(problem.groups(lr))
+        if problem.structured is None:
+            return Learner(optimizer=GradGuide(base))
+        source, model = problem.structured()
+        return Learner(optimizer=GradGuide(base, alignment=Alignment(source, weight=weight), names=model))
+
+    return method
+
+
 def _clip(problem: Problem) -> Change:
     def clip() -> None:
         nn.utils.clip_grad_norm_(problem.parameters, MAX_NORM)
@@ -166,6 +179,8 @@ METHODS: dict[str, Method] = {
     "ZClip": _adamw(lambda problem: ZClip(problem.parameters)),
     "C-AdamW": _cautious,
     **{name: _guided(variant) for name, variant in VARIANTS.items()},
+    "GG structured": _structured(None),
+    "GG structured, weight 10": _structured(10.0),
 }
 """By name, as in the results."""
 
