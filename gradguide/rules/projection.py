@@ -1,4 +1,7 @@
-"""Project onto the vectors that conflict with no source: the dual quadratic program on a K x K matrix."""
+"""Solve the quadratic program of ``alignment.project``, which decides what is projected.
+
+Its unknowns are the K multipliers of the sources: the dual of the projection onto the vectors without a conflict.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Statistics of each scope between steps: a few float64 values on the device."""
+"""Statistics of each scope between steps: a few float64 values on the device.
+
+The running direction itself is not here: ``Engine.directions`` has it, per parameter.
+"""
 
 from __future__ import annotations
 
