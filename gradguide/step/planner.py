@@ -81,6 +81,13 @@ class StepPlanner:
     def plan(self, base: Optimizer) -> StepPlan | None:
         """Return the plan of this step, or None if no parameter has a gradient.
 
+        The last plan is reused with the new gradients. It is discarded in four cases:
+
+        - Its :class:`Signature` no longer matches the groups, the parameters or the gradients.
+        - :meth:`set_sources` is called: by ``GradGuide.set_alignment`` and ``GradGuide.add_param_group``.
+        - :meth:`invalidate` is called: after a checkpoint is loaded.
+        - The optimizer is copied or unpickled: :meth:`__getstate__` leaves it out.
+
         Raises:
             ValueError: a gradient cannot be guided, or the ranks differ in an option.
         """
