@@ -156,7 +156,7 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, added)
-        if not self._progress.should_skip(state, self.base, self._nonfinite, engine):
+        if not self._progress.count_if_skipped(state, self.base, self._nonfinite, engine):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)

@@ -1,4 +1,14 @@
-"""Skip steps with NaN or Inf gradients: on the host, or with ``found_inf`` in bases that support it."""
+"""Skip steps with NaN or Inf gradients.
+
+A step is skipped in one of four ways:
+
+- GradScaler does not call ``step()``. Nothing in this library runs, and nothing is counted.
+- The host: :func:`skip_on_host` reads one flag from the device. ``Progress.count_if_skipped`` counts the step.
+- ``found_inf``: a fused base on CUDA reads this flag on the device, see :func:`step_base`.
+- ``Decision.go``: the kernel that makes the base's step in the combining pass reads this flag.
+
+In the last two cases the host does not wait, there is no warning, and ``rules.decide`` counts the step on the device.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +23,7 @@ from torch.optim import Optimizer
 from gradguide.base_checks import closure_error
 from gradguide.step.engine import StepState
 
-__all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "should_skip", "step_base", "warn_skipped"]
+__all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "skip_on_host", "step_base", "warn_skipped"]
 
 POLICIES = ("skip", "raise")
 
@@ -21,8 +31,8 @@ SKIPS_BEFORE_WARNING = 5
 """Skipped steps in a row that trigger a warning. Fewer also occur in healthy runs."""
 
 
-def should_skip(state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
-    """Return whether to skip this step. This synchronizes with the host, unless the base skips by itself.
+def skip_on_host(state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
+    """Return whether the host skips this step. This synchronizes with the host, unless the base skips by itself.
 
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".

@@ -33,8 +33,10 @@ class Progress:
         self._skipped_in_row = 0
         self._warned: set[str] = set()
 
-    def should_skip(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
-        """Return whether to skip the step. A skipped step is counted; several in a row give a warning.
+    def count_if_skipped(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
+        """Return whether the host skips the step. If so, count it, and warn after several in a row.
+
+        Every other step is counted by ``rules.decide``, also if it is skipped on the device.
 
         Raises:
             FloatingPointError: the gradient is not finite and the policy is "raise".
@@ -45,7 +47,7 @@ class Progress:
         device = state.span.gram.device
         self.totals = self.totals.to(device, wide_dtype(device))
         names = engine.planner.names
-        if not nonfinite.should_skip(state, base, policy, names):
+        if not nonfinite.skip_on_host(state, base, policy, names):
             self._skipped_in_row = 0
             return False
         self.totals[1] += 1
