@@ -148,21 +148,21 @@ class GradGuide(Wrapper):
                 steps in a row were skipped (once for each such sequence).
         """
         engine = self._engine
-        if not engine.active and self._regularizer is None:
+        if not engine.rules.active and self._regularizer is None:
             return self.base.step(closure) if closure is not None else self.base.step()
-        loss, added = self._evaluate(closure)
+        loss, regularizer_gradient = self._evaluate(closure)
         plan = engine.planner.plan(self.base)
         if plan is None:
             self._step_unguided()
             return loss
-        state = engine.measure(plan, self.base, added)
+        state = engine.measure(plan, self.base, regularizer_gradient)
         if not self._progress.count_if_skipped(state, self.base, self._nonfinite, engine):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
-                before = engine.before_update(state, self.base, recorded=self._progress.history is not None)
+                before = engine.snapshot_if_measured(state, self.base, recorded=self._progress.history is not None)
                 nonfinite.step_base(state, self.base, self._nonfinite)
-                engine.correct(state, self.base, before)
+                engine.after_step(state, self.base, before)
         self._progress.finish(engine.record(state), self.metrics)
         return loss
 

@@ -128,7 +128,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
         if DIRECTION in own:
             check_direction(entry[DIRECTION], parameter, which[key])
             directions[parameter] = entry[DIRECTION]
-    if engine.active and rest and not counters:
+    if engine.rules.active and rest and not counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
             "counters start anew",

@@ -58,6 +58,11 @@ class Rules:
                 options.__post_init__()
 
     @property
+    def active(self) -> bool:
+        """Return whether any rule is enabled."""
+        return not (self.direction is None and self.alignment is None and self.magnitude is None)
+
+    @property
     def sources(self) -> int:
         """Return the number of sources."""
         return 0 if self.alignment is None else len(self.alignment.sources)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.tensors import TensorList, metadata_of, wide_dtype
-from gradguide.rules import decide as reference
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decide import DIRECTION, SOURCES, Decision, Limit, Rules
 from gradguide.rules.direction import Direction
@@ -64,7 +62,7 @@ class StepState:
 
     @property
     def decided(self) -> Decision:
-        """The decision. It must exist."""
+        """Return the decision; :meth:`Engine.decide` must have run."""
         assert self.decision is not None
         return self.decision
 
@@ -97,29 +95,28 @@ class Engine:
         self.planner.options["alignment"] = alignment
         self.planner.set_sources(sources)
 
-    @property
-    def active(self) -> bool:
-        """Whether any rule is enabled."""
-        return self.rules != Rules(None, None, None)
-
     @torch.no_grad()
-    def measure(self, plan: StepPlan, base: Optimizer, added: Mapping[Tensor, Tensor] | None = None) -> StepState:
+    def measure(
+        self, plan: StepPlan, base: Optimizer, regularizer_gradient: Mapping[Tensor, Tensor] | None = None
+    ) -> StepState:
         """Compute the Gram matrices of gradient, direction and sources.
 
         Args:
-            added: the regularizer's gradient by parameter. It becomes the last row.
+            regularizer_gradient: by parameter. It becomes the last row.
         """
+        regularized = regularizer_gradient is not None
         sources = plan.sources[: self.rules.sources]
         rows: Rows = []
         for index, bucket in enumerate(plan.buckets):
             own = [Row(offset=bucket.gradients), self.direction_row(plan, base, index)]
-            more = [] if added is None else [Row(offset=[added[p] for p in bucket.parameters])]
-            pulls = plan.source_rows(sources, bucket, bucket.values, "gradient")
-            rows.append(Stack([*own, *pulls, *more], bucket.sizes))
-        span = plan.gram(rows, SOURCES + len(sources) + (added is not None), self.signed_rows(len(sources)))
+            each: list[Row | None] = [*own, *plan.source_rows(sources, bucket, bucket.values, "gradient")]
+            if regularizer_gradient is not None:
+                each.append(Row(offset=[regularizer_gradient[p] for p in bucket.parameters]))
+            rows.append(Stack(each, bucket.sizes))
+        span = plan.gram(rows, SOURCES + len(sources) + regularized, self.signed_rows(len(sources)))
         if plan.cache.positions is None:
             plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
-        return StepState(plan, rows, span, plan.cache.positions, added is not None)
+        return StepState(plan, rows, span, plan.cache.positions, regularized)
 
     def signed_rows(self, sources: int) -> slice:
         """Return the rows of the gradient pass that are multiplied by the sign of their bucket.
@@ -137,7 +134,7 @@ class Engine:
             totals (Tensor): shape [2], steps made and steps skipped, updated in place.
         """
         gram, shared = state.span.gram, self.rules.share_momentum
-        state.decision = _rules_for(state.plan).decide(
+        state.decision = state.plan.rules_backend.decide(
             state.span,
             self.rules,
             self.scopes.statistics,
@@ -177,17 +174,17 @@ class Engine:
         proven = count == 0 and bound.holds(base, plan.buckets, self.rules.magnitude)
         if self.rules.limit_update and not proven:
             products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
-            limit = _rules_for(plan).constrain_preview(state.span, products, self.rules, plan.element_counts())
+            limit = plan.rules_backend.constrain_preview(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
         self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
         bound.made()
         return True
 
     @torch.no_grad()
-    def before_update(self, state: StepState, base: Optimizer, *, recorded: bool) -> list[TensorList] | None:
+    def snapshot_if_measured(self, state: StepState, base: Optimizer, *, recorded: bool) -> list[TensorList] | None:
         """Return a copy of the parameters of each bucket, or None if the base's update need not be measured.
 
-        It must be if a source acts on it, if its norm is recorded, or if it may exceed its bound: see
+        The update is measured if a source acts on it, if its norm is recorded, or if it may exceed its bound: see
         :mod:`gradguide.step.adam_bound`.
         """
         plan, rules = state.plan, self.rules
@@ -199,27 +196,28 @@ class Engine:
         return plan.snapshot() if measured else None
 
     @torch.no_grad()
-    def correct(self, state: StepState, base: Optimizer, before: Sequence[TensorList] | None) -> None:
-        """Measure, decide and combine on the base's update.
+    def after_step(self, state: StepState, base: Optimizer, before: Sequence[TensorList] | None) -> None:
+        """Correct the base's update. Call this after each step of the base.
 
         Args:
-            before: the parameters of each bucket before the base's step; None if nothing is to be measured.
+            before: from :meth:`snapshot_if_measured`.
         """
         if before is not None:
             self._correct(state, before)
         state.plan.cache.adam_bound.made(base, state.plan.buckets)
 
     def _correct(self, state: StepState, before: Sequence[TensorList]) -> None:
+        """Measure, decide and combine on the base's update."""
         plan = state.plan
         sources = plan.sources[: self.rules.update_sources]
         rows: Rows = []
         # The base may have restrided a parameter, so metadata is read again.
-        after_step = [TensorList(bucket.values) for bucket in plan.buckets]
-        for bucket, values, copies in zip(plan.buckets, after_step, before, strict=True):
+        now = [TensorList(bucket.values) for bucket in plan.buckets]
+        for bucket, values, copies in zip(plan.buckets, now, before, strict=True):
             own = [Row(at=values, anchor=copies), Row(offset=copies)]
             rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
-        limit = _rules_for(plan).constrain(span, self.rules, plan.element_counts())
+        limit = plan.rules_backend.constrain(span, self.rules, plan.element_counts())
         state.limit = limit
         self.update_squares = [limit.norm.square()]
         if not self.rules.limit_update:
@@ -227,9 +225,9 @@ class Engine:
         assert limit.coefficients is not None
         after: Rows = [
             Stack([Row(offset=values), *these[1:]], bucket.sizes, these.kept)
-            for bucket, values, these in zip(plan.buckets, after_step, rows, strict=True)
+            for bucket, values, these in zip(plan.buckets, now, rows, strict=True)
         ]
-        plan.combine_(after, [[Write(into=values, coefficients=limit.coefficients)] for values in after_step])
+        plan.combine_(after, [[Write(into=values, coefficients=limit.coefficients)] for values in now])
 
     def record(self, state: StepState) -> Record | None:
         """Return the record that metrics are read from; None before a decision."""
@@ -289,12 +287,3 @@ class Engine:
             return [None] * len(state.rows)
         kept = [rows[DIRECTION] for rows in state.rows]
         return [None if row is None else row.offset for row in kept]
-
-
-def _rules_for(plan: StepPlan) -> ModuleType:
-    """Return the Triton rules if the plan uses Triton, else the PyTorch reference."""
-    if not plan.uses_triton:
-        return reference
-    from gradguide.rules import triton
-
-    return triton

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gradguide.distributed.ranks import Ranks
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_dtype
+from gradguide.rules import decide as reference
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
@@ -98,6 +100,15 @@ class StepPlan:
     def on_cpu(self) -> bool:
         """Whether all parameters are whole and on a CPU, where the host reads values without synchronizing."""
         return not self.sharded and all(bucket.values[0].device.type == "cpu" for bucket in self.buckets)
+
+    @property
+    def rules_backend(self) -> ModuleType:
+        """The Triton rules if the plan uses Triton, else the PyTorch reference."""
+        if not self.uses_triton:
+            return reference
+        from gradguide.rules import triton
+
+        return triton
 
     def signs(self, size: int, signed: slice) -> list[Tensor | None]:
         """Return the signs of each bucket's rows: Tensor [size], -1 at ``signed``; None if all are 1.
