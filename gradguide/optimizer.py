@@ -29,7 +29,7 @@ from gradguide.step.momentum import check_momentum
 from gradguide.step.naming import extend_names, resolve_names
 from gradguide.step.nonfinite import POLICIES
 from gradguide.step.planner import StepPlanner
-from gradguide.step.progress import Progress
+from gradguide.step.progress import NOTHING_RECORDED, Progress
 from gradguide.utils.checks import check_choice, check_kind
 from gradguide.utils.names import NamesLike, names_in_groups
 from gradguide.wrapper import Wrapper
@@ -97,13 +97,7 @@ class GradGuide(Wrapper):
         if isinstance(base, GradGuide):
             raise TypeError("base is a GradGuide already; give it all rules at once")
         check_base(base)
-        options = {
-            "direction": direction,
-            "alignment": alignment,
-            "magnitude": magnitude,
-            "regularizer": regularizer,
-            "nonfinite": nonfinite,
-        }
+        options = {"direction": direction, "alignment": alignment, "magnitude": magnitude, "regularizer": regularizer}
         for name, kind in _KINDS.items():
             check_kind(name, options[name], kind)
         check_choice("nonfinite", nonfinite, POLICIES)
@@ -117,7 +111,7 @@ class GradGuide(Wrapper):
         super().__init__(base)
         self._nonfinite = nonfinite
         self._regularizer = regularizer
-        planner = StepPlanner(scope, known, sources, options, backend)
+        planner = StepPlanner(scope, known, sources, {**options, "nonfinite": nonfinite}, backend)
         planner.track_replaced(base)
         self._engine = Engine(direction, alignment, magnitude, planner)
         self._progress = Progress()
@@ -144,11 +138,13 @@ class GradGuide(Wrapper):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
-            UserWarning: no parameter has a gradient (once; the base then steps alone, and nothing changes), or five
-                steps in a row were skipped (once for each such sequence).
+            UserWarning: no parameter has a gradient (once; the base then steps alone, and nothing changes), five steps
+                in a row were skipped (once for each such sequence), or all rules are off and a history is set (once).
         """
         engine = self._engine
         if not engine.rules.active and self._regularizer is None:
+            if self._progress.history is not None:
+                self._progress.warn_once(NOTHING_RECORDED, stacklevel=6)
             return self.base.step(closure) if closure is not None else self.base.step()
         loss, regularizer_gradient = self._evaluate(closure)
         plan = engine.planner.plan(self.base)
@@ -271,7 +267,10 @@ class GradGuide(Wrapper):
         return read(self._progress.last, engine.update_norm(totals.device), totals, sources)
 
     def record(self, history: History | None) -> None:
-        """Append the metrics of each further step to ``history``; None stops it. It costs a host sync per step."""
+        """Append the metrics of each further step to ``history``; None stops it. It costs a host sync per step.
+
+        With all rules off nothing is measured or appended: :meth:`step` gives a UserWarning.
+        """
         self._progress.history = history
 
     def _own_state_dict(self) -> dict[str, Any]:

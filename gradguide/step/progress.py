@@ -16,7 +16,13 @@ from gradguide.step import nonfinite
 from gradguide.step.engine import Engine, StepState
 from gradguide.step.metrics import Record
 
-__all__ = ["Progress"]
+__all__ = ["NOTHING_RECORDED", "Progress"]
+
+NOTHING_RECORDED = (
+    "record(history) appends no step while all rules are off: step() is then that of the base alone, and measures "
+    "nothing. Turn a rule on: GradGuide(base, direction=Direction(damping=0), magnitude=None) measures, and changes no "
+    "gradient"
+)
 
 
 class Progress:

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
-from gradguide import GradGuide, History
+from gradguide import Alignment, Direction, GradGuide, History, SourceGradient
 from tests.recording.histories import history
 
 NAN = math.nan
@@ -80,6 +80,48 @@ def test_recorded_by_an_optimizer() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert len(kept) == 4
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_history_that_gets_no_rows_gives_one_warning(later: bool) -> None:
+    """With all rules off, whether they are off from the start or after ``set_alignment(None)``."""
+    parameter = nn.Parameter(torch.ones(3))
+    source = Alignment(SourceGradient({"a": torch.ones(3)}), on="gradient") if later else None
+    optimizer = GradGuide(
+        SGD([parameter], lr=0.1), direction=None, magnitude=None, alignment=source, names=[("a", parameter)]
+    )
+    kept = History()
+    optimizer.record(kept)
+    parameter.grad = torch.ones(3)
+    if later:
+        optimizer.step()
+        optimizer.set_alignment(None)
+    with pytest.warns(UserWarning, match="appends no step while all rules are off") as given:
+        optimizer.step()
+    assert given[0].filename == __file__
+    optimizer.step()
+    assert len(kept) == int(later)
+    optimizer.record(None)
+    optimizer.step()
+    assert torch.allclose(parameter, torch.full((3,), 1 - 0.1 * (4 if later else 3)))
+
+
+def test_a_direction_without_damping_records_the_base_alone() -> None:
+    """The way out that the warning names changes no bit of the parameters."""
+    parameters = [nn.Parameter(torch.linspace(-1.0, 1.0, 9)) for _ in range(2)]
+    base = AdamW(parameters[:1], lr=0.01)
+    optimizer = GradGuide(AdamW(parameters[1:], lr=0.01), direction=Direction(damping=0), magnitude=None)
+    kept = History()
+    optimizer.record(kept)
+    for step in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.arange(9.0) - step
+        base.step()
+        optimizer.step()
+    assert torch.equal(*parameters)
+    wanted = [float((torch.arange(9.0) - step).norm()) for step in range(4)]
+    assert [row["grad_norm"] for row in kept] == pytest.approx(wanted)
+    assert all(row["update_norm"] > 0 and row["clip_factor"] == 1 for row in kept)
 
 
 @pytest.mark.parametrize("name", ["h.csv", "h.jsonl", "H.CSV", "folder/h.jsonl"])
