@@ -32,9 +32,9 @@ from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
 from gradguide.ops.triton import adam as fused
 from gradguide.ops.triton import launch
-from gradguide.rules import triton as deciding
 from gradguide.rules.decide import SOURCES, STATISTICS, Rules
 from gradguide.rules.span import Span
+from gradguide.rules.triton import decide as deciding
 from gradguide.step.fused_adam import MAX_SETTINGS, MAX_SOURCES
 
 RESULTS = Path(__file__).parent / "results" / "registers.csv"
@@ -43,7 +43,7 @@ KERNELS = (
     *((launch, name) for name in ("measure", "finish", "total", "combine")),
     *((fused, name) for name in ("probe", "adam", "count")),
 )
-DECISIONS = tuple((deciding, f"{name}_kernel") for name in ("decide", "limit", "limit_unmade"))
+DECISIONS = tuple((deciding, f"{name}_kernel") for name in ("decide", "constrain", "constrain_preview"))
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
 

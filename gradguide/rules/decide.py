@@ -97,19 +97,21 @@ class Rules:
 class Decision:
     """The decision of a step, over S scopes.
 
-    gradient, direction (Tensor): shape [S, R], coordinates of the guided gradient and of the new direction.
     guided (Tensor): shape [S, R], coordinates of the guided gradient before clipping.
-    norm, factor (Tensor): shape [S], norm of ``guided``, and its clipping factor.
+    guided_norm, clip_factor (Tensor): shape [S], norm of ``guided``, and its clipping factor.
+    clipped (Tensor): shape [S, R], coordinates of the gradient that the base receives: the guided gradient after
+        clipping, or the gradient as received if the step is skipped.
+    direction (Tensor): shape [S, R], coordinates of the new direction.
     coherence, damping (Tensor | None): shape [S], None without a direction. ``damping`` is the removed share of the
         part orthogonal to the direction.
     go (Tensor): 0-d float32, 0 if the step is skipped, else 1.
     """
 
-    gradient: Tensor
-    direction: Tensor
     guided: Tensor
-    norm: Tensor
-    factor: Tensor
+    guided_norm: Tensor
+    clip_factor: Tensor
+    clipped: Tensor
+    direction: Tensor
     coherence: Tensor | None
     damping: Tensor | None
     go: Tensor
@@ -124,14 +126,14 @@ class Limit:
         the parameters after the base's step, those before it, and the sources. Of a preview, shape [S, R]: the
         addition to the update, as a combination of the step's rows; None if the rules never add anything.
     factor (Tensor): shape [S], factor of the bound; 1 without a bound.
-    length, norm (Tensor): shape [S], norm of the base's update before and after the constraints.
+    norm_before, norm_after (Tensor): shape [S], norm of the base's update before and after the constraints.
     """
 
     scale: Tensor
     coefficients: Tensor | None
     factor: Tensor
-    length: Tensor
-    norm: Tensor
+    norm_before: Tensor
+    norm_after: Tensor
 
 
 def decide(
@@ -197,11 +199,11 @@ def decide(
     any_moved = (span.gram[:, GRADIENT, GRADIENT] != 0).any()
     totals += torch.stack([any_moved & finite, ~finite])
     return Decision(
-        gradient=torch.where(finite, final, gradient),
-        direction=torch.where(finite, moved, direction),
         guided=guided,
-        norm=norm,
-        factor=factor,
+        guided_norm=norm,
+        clip_factor=factor,
+        clipped=torch.where(finite, final, gradient),
+        direction=torch.where(finite, moved, direction),
         coherence=coherence,
         damping=damping,
         go=finite.to(torch.float32),

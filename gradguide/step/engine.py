@@ -153,7 +153,7 @@ class Engine:
         writes = []
         for bucket, kept in zip(state.plan.buckets, self._written_directions(state), strict=True):
             written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
-            writes.append([*written, Write(into=bucket.gradients, coefficients=decided.gradient)])
+            writes.append([*written, Write(into=bucket.gradients, coefficients=decided.clipped)])
         state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.sources))
 
     @torch.no_grad()
@@ -173,10 +173,10 @@ class Engine:
         scale, pulls, bound = None, None, plan.cache.device_adam_bound
         proven = count == 0 and bound.holds(base, plan.buckets, self.rules.magnitude)
         if self.rules.limit_update and not proven:
-            products = fused_adam.preview_products(launches, decided.gradient, SOURCES, count)
+            products = fused_adam.preview_products(launches, decided.clipped, SOURCES, count)
             limit = plan.rules_backend.constrain_preview(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
-        self.update_squares = fused_adam.step(launches, decided.gradient, decided.direction, scale, pulls, decided.go)
+        self.update_squares = fused_adam.step(launches, decided.clipped, decided.direction, scale, pulls, decided.go)
         bound.made()
         return True
 
@@ -190,7 +190,7 @@ class Engine:
         plan, rules = state.plan, self.rules
         measured = rules.limit_update or recorded
         if rules.max_update is not None and plan.on_cpu:
-            lengths = state.decided.norm * state.decided.factor
+            lengths = state.decided.guided_norm * state.decided.clip_factor
             if plan.cache.adam_bound.holds(base, plan.buckets, lengths, rules.max_update):
                 measured = rules.update_sources > 0 or recorded
         return plan.snapshot() if measured else None
@@ -219,7 +219,7 @@ class Engine:
         span = plan.gram(rows, SOURCES + len(sources))
         limit = plan.rules_backend.constrain(span, self.rules, plan.element_counts())
         state.limit = limit
-        self.update_squares = [limit.norm.square()]
+        self.update_squares = [limit.norm_after.square()]
         if not self.rules.limit_update:
             return  # measured for the history only
         assert limit.coefficients is not None
@@ -236,7 +236,7 @@ class Engine:
             return None
         drifts = [getattr(source, "drift", None) for source in state.plan.sources[: self.rules.sources]]
         return Record(
-            state.span, made.guided, made.norm, made.factor, made.coherence, made.damping, state.limit, bounded, drifts
+            state.span, made.guided_norm, made.clip_factor, made.coherence, made.damping, state.limit, bounded, drifts
         )
 
     def update_norm(self, device: torch.device) -> Tensor:

@@ -21,8 +21,8 @@ class Record:
     """Measurements of the last step on the device, over S scopes.
 
     span: rows of gradient, direction and sources, [S, R, R].
-    guided (Tensor): coordinates [S, R] of the guided gradient before clipping.
-    guided_norm, clip_factor (Tensor): shape [S].
+    guided_norm (Tensor): shape [S], norm of the guided gradient before clipping.
+    clip_factor (Tensor): shape [S].
     coherence, damping (Tensor | None): shape [S], None without a direction.
     limit: the constrained update, None if it was not measured. If it is bounded, it was then within its bound.
     bounded (bool): whether the update is bounded.
@@ -30,7 +30,6 @@ class Record:
     """
 
     span: Span
-    guided: Tensor
     guided_norm: Tensor
     clip_factor: Tensor
     coherence: Tensor | None
@@ -117,6 +116,6 @@ def _update_factor(limit: Limit | None, like: Tensor) -> Tensor:
     """Return the norm of the whole update after the bound over the norm before it: Tensor []; 0 if not finite."""
     if limit is None:
         return torch.ones_like(like)
-    made = limit.length.square().sum().sqrt()
-    left = torch.where(limit.factor > 0, limit.factor * limit.length, 0.0).square().sum().sqrt()
+    made = limit.norm_before.square().sum().sqrt()
+    left = torch.where(limit.factor > 0, limit.factor * limit.norm_before, 0.0).square().sum().sqrt()
     return torch.where(made.isfinite(), torch.where(made > 0, divide(left, made), 1.0), 0.0)

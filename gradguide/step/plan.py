@@ -106,9 +106,9 @@ class StepPlan:
         """The Triton rules if the plan uses Triton, else the PyTorch reference."""
         if not self.uses_triton:
             return reference
-        from gradguide.rules import triton
+        from gradguide.rules.triton import decide
 
-        return triton
+        return decide
 
     def signs(self, size: int, signed: slice) -> list[Tensor | None]:
         """Return the signs of each bucket's rows: Tensor [size], -1 at ``signed``; None if all are 1.

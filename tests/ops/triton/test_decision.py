@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.rules import decide as decision
-from gradguide.rules import triton
 from gradguide.rules.decide import BEFORE, STATISTICS, UPDATE, Limit, Rules
 from gradguide.rules.span import Span
+from gradguide.rules.triton import decide as triton
 from tests.ops.triton.problems import DEVICE
 from tests.strategies import rows, span_of
 
@@ -99,19 +99,19 @@ def test_a_step(data: st.DataObject) -> None:
     assert torch.equal(counts.cpu(), wanted_counts)
     assert torch.equal(found.go.cpu(), wanted.go)
     if not bool(span.gram.isfinite().all()):
-        assert torch.equal(found.gradient.cpu(), wanted.gradient)
+        assert torch.equal(found.clipped.cpu(), wanted.clipped)
         assert torch.equal(found.direction.cpu(), wanted.direction)
         assert torch.equal(mine.cpu(), known)
         return
     # The projection may remove almost all of the gradient, and then only rounding errors remain.
     size = vectors.norm(dim=2).sum(dim=1, keepdim=True)
     close(vectors_of(found.guided, vectors), vectors_of(wanted.guided, vectors), scale=size)
-    close(vectors_of(found.gradient, vectors), vectors_of(wanted.gradient, vectors), scale=size)
+    close(vectors_of(found.clipped, vectors), vectors_of(wanted.clipped, vectors), scale=size)
     close(vectors_of(found.direction, vectors), vectors_of(wanted.direction, vectors), scale=size)
-    close(found.norm, wanted.norm, scale=size.squeeze(1))
-    left = wanted.norm > 1e-6 * size.squeeze(1)
+    close(found.guided_norm, wanted.guided_norm, scale=size.squeeze(1))
+    left = wanted.guided_norm > 1e-6 * size.squeeze(1)
     close(mine.cpu()[positions][left], known[positions][left], scale=1e-6)
-    close(found.factor.cpu()[left], wanted.factor[left], scale=0.0)
+    close(found.clip_factor.cpu()[left], wanted.clip_factor[left], scale=0.0)
     for name in ("coherence", "damping"):
         mine, theirs = getattr(found, name), getattr(wanted, name)
         assert (mine is None) == (theirs is None)
@@ -121,10 +121,10 @@ def test_a_step(data: st.DataObject) -> None:
 
 def assert_limits_agree(found: Limit, wanted: Limit, size: Tensor) -> None:
     assert torch.equal(found.factor.cpu() == 0.0, wanted.factor == 0.0)
-    left = wanted.norm > 1e-2 * size  # larger than rounding errors
+    left = wanted.norm_after > 1e-2 * size  # larger than rounding errors
     close(found.factor.cpu()[left], wanted.factor[left], scale=0.0)
-    close(found.length.cpu(), wanted.length, scale=size)
-    close(found.norm.cpu(), wanted.norm, scale=size, tolerance=1e-5)
+    close(found.norm_before.cpu(), wanted.norm_before, scale=size)
+    close(found.norm_after.cpu(), wanted.norm_after, scale=size, tolerance=1e-5)
 
 
 @SHORT_SEARCH
@@ -209,9 +209,9 @@ def test_what_is_not_finite_leaves_everything_as_it_was() -> None:
     assert torch.equal(there.cpu(), known)
     assert totals.tolist() == [0.0, 1.0]
     assert float(found.go) == 0.0
-    assert found.gradient.tolist() == [[1.0, 0.0, 0.0]] * 2
+    assert found.clipped.tolist() == [[1.0, 0.0, 0.0]] * 2
     assert found.direction.tolist() == [[0.0, 1.0, 0.0]] * 2
-    assert bool(found.norm[1].isnan()), "metrics say so"
+    assert bool(found.guided_norm[1].isnan()), "metrics say so"
 
 
 @pytest.mark.parametrize("largest", [None, 0.05])
@@ -229,8 +229,8 @@ def test_a_scope_whose_update_is_not_finite_goes_back_if_it_is_bounded(largest: 
             left = 1.0 if largest is None else 0.0
             assert limit.scale.tolist() == [1.0, left]
             assert limit.factor.tolist() == [1.0, left]
-            assert limit.norm[0].item() == pytest.approx(1e-4)
-            assert limit.norm[1].isnan() if largest is None else limit.norm[1] == 0.0
+            assert limit.norm_after[0].item() == pytest.approx(1e-4)
+            assert limit.norm_after[1].isnan() if largest is None else limit.norm_after[1] == 0.0
         made = kind.constrain(span, rules, there).coefficients
         assert made is not None
         assert made.tolist() == [[1.0, 0.0, 0.0], [left, 1.0 - left, 0.0]]

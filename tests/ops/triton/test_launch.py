@@ -47,7 +47,7 @@ def test_direction_a_source_and_clipping_are_five_launches(monkeypatch: pytest.M
 def test_a_rule_on_the_update_adds_three(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({}, {"on": "update"}):
         kernels, operations = launches(monkeypatch, **options)
-        assert kernels == ["measure", "finish", "decide", "probe", "total", "limit_unmade", "adam", "count"]
+        assert kernels == ["measure", "finish", "decide", "probe", "total", "constrain_preview", "adam", "count"]
         assert operations == []
 
 

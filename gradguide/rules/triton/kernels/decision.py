@@ -22,7 +22,7 @@ from gradguide.rules.triton.kernels.algebra import (
 from gradguide.rules.triton.kernels.projection import projected
 from gradguide.utils.constants import LEAST_LENGTH
 
-__all__ = ["decide", "limit", "limit_unmade"]
+__all__ = ["constrain", "constrain_preview", "decide"]
 
 GRADIENT: tl.constexpr = tl.constexpr(rules.GRADIENT)
 DIRECTION: tl.constexpr = tl.constexpr(rules.DIRECTION)
@@ -164,7 +164,7 @@ def decide(
 
 
 @triton.jit
-def limited(
+def constrained(
     g, known, counts, settings, numbers, scope, scopes, SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -201,7 +201,7 @@ def scope_is_finite(values):
 
 
 @triton.jit(do_not_specialize=["scopes"])
-def limit(
+def constrain(
     gram, counts, settings, coefficients, numbers, scopes, ROWS: tl.constexpr, SIZE: tl.constexpr,
     SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +221,7 @@ def limit(
     lanes = tl.arange(0, SIZE)
     g = load_gram(gram, scope, ROWS, SIZE)
     known = scope_is_finite(g)
-    wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
+    wanted = constrained(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
     scale = at(wanted, lanes, UPDATE)
     tl.store(numbers + scope, scale)
     wanted = tl.where(lanes == BEFORE, 1.0 - scale, wanted)
@@ -229,7 +229,7 @@ def limit(
 
 
 @triton.jit(do_not_specialize=["scopes"])
-def limit_unmade(
+def constrain_preview(
     step, products, counts, settings, pulls, numbers, scopes, STEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, SOURCE_COUNT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -243,7 +243,7 @@ def limit_unmade(
             are sources.
         ROWS: number of rows of the update's span.
 
-    The other arguments are those of ``limit``.
+    The other arguments are those of ``constrain``.
     """
     scope = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SIZE)
@@ -259,7 +259,7 @@ def limit_unmade(
     g += tl.load(step + scope * STEP_ROWS * STEP_ROWS + i * STEP_ROWS + j, mask=sources, other=0.0)
 
     known = scope_is_finite(g)
-    wanted = limited(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
+    wanted = constrained(g, known, counts, settings, numbers, scope, scopes, SIZE, SOURCE_COUNT, BOUNDED)
     tl.store(numbers + scope, at(wanted, lanes, UPDATE))
     if SOURCE_COUNT > 0:
         row_of = pulls + scope * STEP_ROWS
