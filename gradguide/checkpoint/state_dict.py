@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, PREFIX, make_counters
 from gradguide.checkpoint.validation import (
-    COUNTERS,
-    DIRECTION,
-    FORMAT,
-    HEAD,
-    PREFIX,
     check_base_entry,
+    check_counters,
     check_direction,
     check_groups,
     check_own_keys,
-    checked_counters,
+    read_counters,
 )
 from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.pack import allocate_contiguous
@@ -58,8 +55,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     entries = dict(state["state"])
     labels = engine.planner.labels(base)
     stepped = bool(engine.directions) or bool(totals.any())
-    # State dicts hold counters on the host.
-    head = torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu()])
+    totals = totals.cpu()
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
     for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
@@ -67,7 +63,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
         # no entry, and the base alone can load the result. Such a parameter has no direction either.
         if stateful and key not in stateful and parameter not in engine.directions:
             continue
-        own = {COUNTERS: torch.cat([head, engine.scopes.export(labels[parameter]).cpu()])}
+        own = {COUNTERS: make_counters(totals, engine.scopes.export(labels[parameter]))}
         if parameter in engine.directions:
             own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
@@ -124,14 +120,16 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             continue
         check_base_entry(base, others, parameter, which[key])
         if COUNTERS in own:
-            counters[parameter] = checked_counters(entry[COUNTERS], counters.values(), which[key])
+            read = read_counters(entry[COUNTERS], which[key])
+            check_counters(read, counters.values(), which[key])
+            counters[parameter] = read
         if DIRECTION in own:
             check_direction(entry[DIRECTION], parameter, which[key])
             directions[parameter] = entry[DIRECTION]
     if engine.rules.active and rest and not counters:
         warnings.warn(
-            "this is the state of a plain base optimizer: its own state is taken over, GradGuide's direction and "
-            "counters start anew",
+            "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
+            "counters start from zero",
             UserWarning,
             stacklevel=5,
         )

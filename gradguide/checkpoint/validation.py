@@ -15,31 +15,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.base_checks import check_differentiable
+from gradguide.checkpoint import entries
+from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD
 from gradguide.distributed.layouts import local
-from gradguide.rules.decide import STATISTICS
 
 __all__ = [
-    "COUNTERS",
-    "DIRECTION",
-    "FORMAT",
-    "HEAD",
-    "PREFIX",
     "check_base_entry",
+    "check_counters",
     "check_direction",
     "check_groups",
     "check_own_keys",
-    "checked_counters",
+    "read_counters",
 ]
 
-FORMAT = 2
-PREFIX = "gradguide."
-DIRECTION = "gradguide.direction"
-COUNTERS = "gradguide.counters"
-# A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope].
-HEAD = 3
-# Numbers of a counters tensor by format. Format 1 ends with three that no rule reads any more.
-_LENGTHS = {1: 8, 2: 5}
-# The square of a large gradient can overflow; it then counts as noise.
+# The square of a large gradient can overflow. Infinity then gives an evidence of 0.
 _UNBOUNDED = frozenset({"square"})
 
 # Torch's loader does not check shapes: the error would appear in a later step.
@@ -120,55 +109,59 @@ def check_direction(value: object, parameter: Tensor, which: str) -> None:
         raise ValueError(f"the saved {DIRECTION} of {which} holds NaN or infinite numbers: the state is damaged")
 
 
-def checked_counters(value: object, others: Iterable[Tensor], which: str) -> Tensor:
-    """Return counters as Tensor [HEAD + len(STATISTICS)], float64 on the host. Older formats are converted.
-
-    Args:
-        others: checked counters of other parameters. Their steps must be equal.
+def read_counters(value: object, which: str) -> Tensor:
+    """Return saved counters as Tensor [HEAD + len(STATISTICS)], float64 on the host. Older formats are converted.
 
     Raises:
-        ValueError: the format is newer, or the values cannot result from a step.
+        ValueError: ``value`` is no counters tensor, or its format is newer.
     """
     tensor = _dense(COUNTERS, value, which)
     if tensor.dim() != 1 or tensor.numel() == 0:
+        length = HEAD + len(entries.statistics_of(entries.FORMAT))
         raise ValueError(
-            f"the saved {COUNTERS} of {which} must hold {_LENGTHS[FORMAT]} numbers, found a tensor of shape "
-            f"{tuple(tensor.shape)}"
+            f"the saved {COUNTERS} of {which} must hold {length} numbers, found a tensor of shape {tuple(tensor.shape)}"
         )
     try:
         counters = local(tensor).to("cpu", torch.float64, copy=True)
-        numbers: list[float] = counters.tolist()
+        version = float(counters[0])
     except RuntimeError as error:  # a tensor subclass without data
         raise ValueError(f"the saved {COUNTERS} of {which} cannot be read: {error}") from error
-    version = numbers[0]
     if not version.is_integer() or version < 1:
         raise ValueError(f"the saved {COUNTERS} of {which} must have a format of 1 or above, found {version:g}")
-    if version > FORMAT:
+    if version > entries.FORMAT:
         raise ValueError(
-            f"the state has format {version:g}, this version of gradguide reads up to {FORMAT}: upgrade gradguide"
+            f"the state has format {version:g}, this version of gradguide reads up to {entries.FORMAT}: upgrade "
+            "gradguide"
         )
-    length = _LENGTHS[int(version)]
-    if len(numbers) != length:
-        raise ValueError(f"the saved {COUNTERS} of {which} must hold {length} numbers, found {len(numbers)}")
-    counters = counters[: _LENGTHS[FORMAT]]
-    for name, count in zip(("steps", "skipped"), numbers[1:HEAD], strict=True):
+    length = HEAD + len(entries.statistics_of(int(version)))
+    if len(counters) != length:
+        raise ValueError(f"the saved {COUNTERS} of {which} must hold {length} numbers, found {len(counters)}")
+    return entries.convert_counters(counters)
+
+
+def check_counters(counters: Tensor, others: Iterable[Tensor], which: str) -> None:
+    """Raise ValueError if counters from :func:`read_counters` cannot result from a step.
+
+    Args:
+        others: checked counters of other parameters. Their steps must be equal.
+    """
+    numbers: list[float] = counters.tolist()
+    counts = list(zip(("steps", "skipped"), numbers[1:HEAD], strict=True))
+    for name, count in counts:
         if not count.is_integer() or count < 0:
             raise ValueError(f"the saved {COUNTERS} of {which} must count whole {name} from 0, found {count:g}")
-    for name, number in zip(STATISTICS, counters[HEAD:].tolist(), strict=True):
+    for name, number in zip(entries.statistics_of(entries.FORMAT), numbers[HEAD:], strict=True):
         infinite = math.isinf(number) and name not in _UNBOUNDED
         if math.isnan(number) or infinite or number < 0:
             raise ValueError(
                 f"{name} in the saved {COUNTERS} of {which} must be a number of 0 or above, found {number:g}"
             )
-    for name, number, other in zip(
-        ("steps", "skipped"), numbers[1:HEAD], next(iter(others), counters)[1:HEAD], strict=True
-    ):
-        if number != other:
+    for (name, count), other in zip(counts, next(iter(others), counters)[1:HEAD], strict=True):
+        if count != other:
             raise ValueError(
-                f"the saved {COUNTERS} of {which} count {number:g} {name}, those of another parameter {other:g}: the "
+                f"the saved {COUNTERS} of {which} count {count:g} {name}, those of another parameter {other:g}: the "
                 "state is damaged, or put together from several"
             )
-    return counters
 
 
 def _dense(name: str, value: object, which: str) -> Tensor:

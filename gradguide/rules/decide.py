@@ -160,8 +160,9 @@ def decide(
         rates: decay and gain of the base's momentum per scope, each a Tensor [S], if the momentum is the direction.
     """
     finite = span.gram.isfinite().all() if finite is None else finite
-    known = statistics[positions]
-    average = Average(*known.unbind(1))
+    stored = statistics[positions]
+    known = dict(zip(STATISTICS, stored.unbind(1), strict=True))
+    average = Average(*(known[name] for name in Average._fields))
     gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
     received, length = span.lengths[:, GRADIENT], span.lengths[:, DIRECTION]
 
@@ -195,7 +196,8 @@ def decide(
             ahead, new_average = directing.accumulate(direction, term, unit, average, decay, 1.0 - decay)
             moved = ahead
         coherence = directing.coherence(span.norm(ahead), new_average)
-    statistics[positions] = torch.where(finite, torch.stack(new_average, dim=1), known)
+    known |= new_average._asdict()
+    statistics[positions] = torch.where(finite, torch.stack([known[name] for name in STATISTICS], dim=1), stored)
     any_moved = (span.gram[:, GRADIENT, GRADIENT] != 0).any()
     totals += torch.stack([any_moved & finite, ~finite])
     return Decision(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradguide import Direction, GradGuide, Magnitude
 from gradguide.checkpoint import state_dict as checkpoint
-from gradguide.checkpoint.validation import COUNTERS
+from gradguide.checkpoint.entries import COUNTERS
 from tests.contract import kit
 
 

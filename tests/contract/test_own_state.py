@@ -16,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from gradguide import Direction, GradGuide
-from gradguide.checkpoint.validation import COUNTERS, DIRECTION
+from gradguide.checkpoint import entries
+from gradguide.checkpoint.entries import COUNTERS, DIRECTION
+from gradguide.rules import decide
+from gradguide.step import scope_state
 from tests.conformance.bases import BASES, net_for
 from tests.contract import kit
 from tests.contract.shaped import SHAPED
@@ -218,6 +221,36 @@ def test_i33_a_direction_of_another_precision_or_layout_of_memory_loads(dtype: t
     found = kit.directions_of(other)
     assert {d.dtype for d in found.values()} == {torch.float32}
     kit.assert_same(found, {key: entry[DIRECTION].float() for key, entry in state["state"].items()})
+
+
+def test_i33_a_new_statistic_is_zero_in_an_older_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever its name is in ``STATISTICS``, and without an effect on the other rules."""
+    model, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    twin = kit.net()
+    twin.load_state_dict(model.state_dict())
+    kit.train(model, optimizer, range(3, 6))
+    wanted = optimizer.state_dict()
+
+    for module in (decide, scope_state, entries):
+        monkeypatch.setattr(module, "STATISTICS", ("mass", "new", "square"))
+    monkeypatch.setattr(entries, "_OLDER", {**entries._OLDER, entries.FORMAT: ("mass", "square")})
+    monkeypatch.setattr(entries, "FORMAT", entries.FORMAT + 1)
+    other = guide(twin)
+    other.load_state_dict(state)
+    kit.train(twin, other, range(3, 6))
+    found = other.state_dict()
+    for key, entry in found["state"].items():
+        version, steps, skipped, mass, new, square = entry[COUNTERS].tolist()
+        assert [version - 1, steps, skipped, mass, square] == wanted["state"][key][COUNTERS].tolist()
+        assert new == 0
+    kit.assert_same(twin.state_dict(), model.state_dict())
+    for entry in found["state"].values():
+        entry[COUNTERS][4] = 0.5
+    other.load_state_dict(found)
+    kit.assert_same(other.state_dict(), found)
 
 
 def lose_step(state: State) -> None:

@@ -30,6 +30,8 @@ SOURCES: tl.constexpr = tl.constexpr(rules.SOURCES)
 UPDATE: tl.constexpr = tl.constexpr(rules.UPDATE)
 BEFORE: tl.constexpr = tl.constexpr(rules.BEFORE)
 KEPT: tl.constexpr = tl.constexpr(len(rules.STATISTICS))
+MASS: tl.constexpr = tl.constexpr(rules.STATISTICS.index("mass"))
+SQUARE: tl.constexpr = tl.constexpr(rules.STATISTICS.index("square"))
 
 LEAST: tl.constexpr = tl.constexpr(LEAST_LENGTH)
 FACTOR: tl.constexpr = tl.constexpr(rules.LEAST_FACTOR)
@@ -100,7 +102,7 @@ def decide(
         tl.store(totals, tl.load(totals) + tl.where(moved & (made != 0), 1.0, 0.0))
         tl.store(totals + 1, tl.load(totals + 1) + 1.0 - made)
     known = statistics + KEPT * tl.load(positions + scope)
-    mass, square = tl.load(known), tl.load(known + 1)
+    mass, square = tl.load(known + MASS), tl.load(known + SQUARE)
     one = tl.full([SIZE], 1.0, tl.float64)
     gradient = tl.where(lanes == GRADIENT, one, 0.0)
     direction = tl.where(lanes == DIRECTION, one, 0.0)
@@ -159,8 +161,8 @@ def decide(
     tl.store(numbers + scopes + scope, factor)
     tl.store(numbers + 2 * scopes + scope, coherence)
     tl.store(numbers + 3 * scopes + scope, strength)
-    tl.store(known, tl.where(keep, new_mass, mass))
-    tl.store(known + 1, tl.where(keep, new_square, square))
+    tl.store(known + MASS, tl.where(keep, new_mass, mass))
+    tl.store(known + SQUARE, tl.where(keep, new_square, square))
 
 
 @triton.jit

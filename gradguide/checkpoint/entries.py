@@ -1,0 +1,39 @@
+"""The entries that GradGuide adds to a parameter's state: their keys, and the numbers of a counters tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradguide.rules.decide import STATISTICS
+
+__all__ = ["COUNTERS", "DIRECTION", "FORMAT", "HEAD", "PREFIX", "convert_counters", "make_counters", "statistics_of"]
+
+PREFIX = "gradguide."
+DIRECTION = "gradguide.direction"
+COUNTERS = "gradguide.counters"
+
+FORMAT = 2
+"""Increase this with each change of ``STATISTICS``, and add the names of the format before to ``_OLDER``."""
+
+HEAD = 3
+"""A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope]."""
+
+_OLDER: dict[int, tuple[str, ...]] = {1: ("mass", "square", "unused", "unused", "unused")}
+"""The names of the statistics in older formats. Those that are not in ``STATISTICS`` are not read any more."""
+
+
+def statistics_of(version: int) -> tuple[str, ...]:
+    """Return the names of the statistics in a counters tensor of a format."""
+    return _OLDER.get(version, STATISTICS)
+
+
+def make_counters(totals: Tensor, statistics: Tensor) -> Tensor:
+    """Return a counters tensor on the host from totals [2] and the statistics of a scope [len(STATISTICS)]."""
+    return torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu(), statistics.cpu()])
+
+
+def convert_counters(counters: Tensor) -> Tensor:
+    """Return a counters tensor [HEAD + len(STATISTICS)] from one of any format. A statistic that it lacks is 0."""
+    saved = dict(zip(statistics_of(int(counters[0])), counters[HEAD:], strict=True))
+    return torch.stack([*counters[:HEAD], *(saved.get(name, torch.zeros_like(counters[0])) for name in STATISTICS)])
