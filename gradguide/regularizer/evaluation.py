@@ -1,4 +1,4 @@
-"""Evaluation of the exact objective: the gradient of the loss, and the gradient of the regularizer."""
+"""Evaluate the exact objective: the gradient of the loss, and the gradient of the regularizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
-from gradguide.regularizer.options import Regularizer, slope
+from gradguide.regularizer.options import Regularizer, derivative
 from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.span import Span, divide
 from gradguide.sources.side_effects import RandomState, preserve_buffers, preserve_gradients
@@ -31,8 +31,8 @@ NEEDS_CLOSURE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Slope:
-    """The derivative dR/dg of a regularizer, for the parameters of a step.
+class Perturbation:
+    """The derivative v = dR/dg of a regularizer, along which the parameters of a step are perturbed.
 
     rows: per bucket the gradient, the direction, the regularizer's sources, and the parameters.
     span: Gram matrices of the rows, [S, R, R].
@@ -77,50 +77,50 @@ def evaluate(
     start = RandomState(parameters)
     with torch.enable_grad():
         loss = closure()
-    slope = _slope(base, engine, regularizer, warmup_factor)
-    if slope is None:
+    perturbation = _measure(base, engine, regularizer, warmup_factor)
+    if perturbation is None:
         return loss, {}
     end = RandomState(parameters)
-    copies = slope.plan.snapshot()
+    copies = perturbation.plan.snapshot()
     try:
-        inverse = _perturb(slope)
+        inverse_step = _perturb(perturbation)
         with preserve_gradients(parameters) as first, preserve_buffers(), torch.enable_grad():
             start.restore()
             closure()
-            products = _difference_quotients(slope, first, inverse)
+            products = _difference_quotients(perturbation.plan, first, inverse_step)
     finally:
         with torch.no_grad():
-            for bucket, copy in zip(slope.plan.buckets, copies, strict=True):
+            for bucket, copy in zip(perturbation.plan.buckets, copies, strict=True):
                 torch._foreach_copy_(bucket.values, copy)
         end.restore()
     return loss, products
 
 
 @torch.no_grad()
-def _difference_quotients(slope: Slope, first: Mapping[Tensor, Tensor], inverse: Tensor) -> dict[Tensor, Tensor]:
+def _difference_quotients(plan: StepPlan, first: Mapping[Tensor, Tensor], inverse_step: Tensor) -> dict[Tensor, Tensor]:
     """Return the difference quotients. Subtract before dividing: the common part cancels without rounding."""
-    parameters = [p for bucket in slope.plan.buckets for p in bucket.parameters]
+    parameters = [p for bucket in plan.buckets for p in bucket.parameters]
     if parameters and all(p.grad is None for p in parameters):
         raise RuntimeError(
             "the closure gave no gradient when it was evaluated a second time; it must clear the gradients, compute "
             "the loss, call backward and return the loss each time"
         )
     found: dict[Tensor, Tensor] = {}
-    for bucket in slope.plan.buckets:
+    for bucket in plan.buckets:
         before = [first[p] for p in bucket.parameters]
         # If the second evaluation did not use a parameter, its difference is zero.
         pairs = zip(bucket.parameters, before, strict=True)
         changed = allocate_contiguous(before)
         torch._foreach_copy_(changed, [old if p.grad is None else local(p.grad) for p, old in pairs])
         torch._foreach_sub_(changed, before)
-        torch._foreach_mul_(changed, inverse * bucket.sign)
+        torch._foreach_mul_(changed, inverse_step * bucket.sign)
         found.update(zip(bucket.parameters, changed, strict=True))
     return found
 
 
 @torch.no_grad()
-def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor) -> Slope | None:
-    """Return dR/dg at the current gradients. ``warmup_factor`` (Tensor []) scales the regularizer's weights."""
+def _measure(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_factor: Tensor) -> Perturbation | None:
+    """Return dR/dg at the present gradients. ``warmup_factor`` (Tensor []) scales the regularizer's weights."""
     plan = engine.planner.plan(base)
     if plan is None:
         return None
@@ -139,12 +139,12 @@ def _slope(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_fac
     ]
     signed = engine.signed_rows(len(sources))
     span = plan.gram(rows, SOURCES + len(sources) + 1, signed)
-    v = slope(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
-    return Slope(plan, rows, span, v * warmup_factor.to(v), signed)
+    v = derivative(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
+    return Perturbation(plan, rows, span, v * warmup_factor.to(v), signed)
 
 
 @torch.no_grad()
-def _perturb(slope: Slope) -> Tensor:
+def _perturb(perturbation: Perturbation) -> Tensor:
     """Move the parameters to ``theta + e v``. Return 1 / e, Tensor [], or 0 if v is zero.
 
     All scopes share one e, since ``H v`` includes the curvature between scopes.
@@ -153,10 +153,10 @@ def _perturb(slope: Slope) -> Tensor:
     truncation error, which grows with e, and rounding error, which grows with 1 / e. The norm of the parameters has the
     same lower limit as in the bound on the update, so that LoRA's B moves when it starts at zero.
     """
-    plan = slope.plan
-    length = torch.maximum(slope.span.norm(slope.span.row(-1)), LEAST_LENGTH * plan.element_counts().sqrt())
-    epsilon = max((torch.finfo(v.dtype).eps for bucket in plan.buckets for v in bucket.values), default=0.0) ** 0.5
-    step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(slope.span.norm(slope.v)))
-    moves = [[Write(into=bucket.values, coefficients=step * slope.v, accumulate=True)] for bucket in plan.buckets]
-    plan.combine_(slope.rows, moves, slope.signed)
+    plan, span, v = perturbation.plan, perturbation.span, perturbation.v
+    length = torch.maximum(span.norm(span.row(-1)), LEAST_LENGTH * plan.element_counts().sqrt())
+    epsilon = max((torch.finfo(p.dtype).eps for bucket in plan.buckets for p in bucket.values), default=0.0) ** 0.5
+    step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(span.norm(v)))
+    moves = [[Write(into=bucket.values, coefficients=step * v, accumulate=True)] for bucket in plan.buckets]
+    plan.combine_(perturbation.rows, moves, perturbation.signed)
     return divide(torch.ones_like(step), step)

@@ -12,7 +12,7 @@ from gradguide.rules.span import Span, divide
 from gradguide.sources.protocol import Source, sources_of
 from gradguide.utils.checks import check_range, check_steps
 
-__all__ = ["Regularizer", "slope"]
+__all__ = ["Regularizer", "derivative"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Regularizer:
         for name in ("direction", "magnitude", "alignment"):
             check_range(name, getattr(self, name), 0, float("inf"), open_high=True)
         if not (self.direction or self.magnitude or self.alignment):
-            raise ValueError("Regularizer needs a weight above 0, found none; leave regularizer=None to do without")
+            raise ValueError("Regularizer needs a weight above 0, found none; leave regularizer=None to disable it")
         object.__setattr__(self, "sources", () if self.source is None else sources_of(self.source))
         if self.alignment > 0 and not self.sources:
             raise ValueError(f"Regularizer(alignment={self.alignment}) needs a source, found none")
@@ -65,7 +65,7 @@ class Regularizer:
         check_range("warmup", self.warmup, 0, float("inf"), open_high=True)
 
 
-def slope(span: Span, regularizer: Regularizer, gradient: int, direction: int, sources: Sequence[int]) -> Tensor:
+def derivative(span: Span, regularizer: Regularizer, gradient: int, direction: int, sources: Sequence[int]) -> Tensor:
     """Return ``v = dR/dg`` for each scope.
 
     Args:
