@@ -13,6 +13,16 @@
     3.0
 
 The method is built from the abstract of arXiv 2506.00726.
+
+Where to read on: ``optimizer.py``, whose ``step`` is about twenty lines, then ``step/engine.py``. From top to bottom,
+each folder imports only from those below:
+
+- ``cli``, ``demo``, ``integrations``: the command line, an example run, and other libraries.
+- ``factory.py``, ``optim.py``: classes made from an optimizer class. ``wrapper.py``: what forwards to the base.
+- ``checkpoint``: state dicts. ``regularizer``: terms on the gradient, added to the loss.
+- ``step``: one guided step. ``rules``: its decisions, on Gram matrices only.
+- ``sources``: gradients of source tasks. ``ops``: passes over the tensors, for each backend.
+- ``base_checks.py``, ``distributed``, ``recording``, ``utils``: checks, ranks, metrics of a run, and helpers.
 """
 
 import importlib as _importlib
