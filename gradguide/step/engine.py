@@ -171,13 +171,13 @@ class Engine:
         if launches is None:
             return False
         scale, pulls, bound = None, None, plan.cache.device_adam_bound
-        proven = count == 0 and bound.holds(base, plan.buckets, self.rules.magnitude)
+        proven = count == 0 and bound.update_is_bounded(base, plan.buckets, self.rules.magnitude)
         if self.rules.limit_update and not proven:
             products = fused_adam.preview_products(launches, decided.clipped, SOURCES, count)
             limit = plan.rules_backend.constrain_preview(state.span, products, self.rules, plan.element_counts())
             state.limit, scale, pulls = limit, limit.scale, limit.coefficients
         self.update_squares = fused_adam.step(launches, decided.clipped, decided.direction, scale, pulls, decided.go)
-        bound.made()
+        bound.after_step()
         return True
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class Engine:
         measured = rules.limit_update or recorded
         if rules.max_update is not None and plan.on_cpu:
             lengths = state.decided.guided_norm * state.decided.clip_factor
-            if plan.cache.adam_bound.holds(base, plan.buckets, lengths, rules.max_update):
+            if plan.cache.adam_bound.update_is_bounded(base, plan.buckets, lengths, rules.max_update):
                 measured = rules.update_sources > 0 or recorded
         return plan.snapshot() if measured else None
 
@@ -204,7 +204,7 @@ class Engine:
         """
         if before is not None:
             self._correct(state, before)
-        state.plan.cache.adam_bound.made(base, state.plan.buckets)
+        state.plan.cache.adam_bound.after_step(base, state.plan.buckets)
 
     def _correct(self, state: StepState, before: Sequence[TensorList]) -> None:
         """Measure, decide and combine on the base's update."""

@@ -19,8 +19,8 @@ from gradguide.rules import decide as reference
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
-from gradguide.step.adam_bound import AdamBound
-from gradguide.step.adam_bound_device import DeviceAdamBound
+from gradguide.step.adam_bound.device import DeviceAdamBound
+from gradguide.step.adam_bound.host import AdamBound
 from gradguide.step.buckets import Bucket, Label
 
 __all__ = ["UNSIGNED", "Rows", "StepPlan"]

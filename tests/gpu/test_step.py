@@ -10,7 +10,8 @@ import torch
 
 from gradguide.ops import Row, Write, foreach
 from gradguide.ops import triton as ops
-from gradguide.step import adam_bound_device, fused_adam
+from gradguide.step import fused_adam
+from gradguide.step.adam_bound import device as adam_bound_device
 from tests.contract import kit
 from tests.gpu.training import KINDS, WITHOUT_WAITING, Training, no_waiting, train
 

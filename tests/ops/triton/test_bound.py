@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
-from gradguide.step import adam_bound_device, fused_adam
+from gradguide.step import fused_adam
+from gradguide.step.adam_bound import device as adam_bound_device
 from tests.ops.triton.problems import DEVICE
 
 # The interpreter uses numpy, which warns about values that are not finite.

@@ -27,7 +27,7 @@ Rounding in float32 is covered by slack. Where v underflows, ``(1 - b2) e^2`` is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -41,27 +41,39 @@ from gradguide.base_checks import is_plain_adam
 from gradguide.step.buckets import Bucket
 from gradguide.utils.constants import LEAST_LENGTH
 
-__all__ = ["LARGEST", "ROUNDED", "Settings", "Watch", "largest_ratio", "moments_of", "settings_of", "within"]
+__all__ = [
+    "LARGEST",
+    "ROUNDED",
+    "Settings",
+    "Watch",
+    "largest_ratio",
+    "moments_of",
+    "scales_of",
+    "settings_of",
+    "states_of",
+    "values_of",
+    "within",
+]
 
 ROUNDED = 1 + 2**-17
 """Factor on r^2 at each step for rounding, far above that of float32."""
 
-MARGIN = 1 - 1e-3
+_MARGIN = 1 - 1e-3
 """Share of the bound that the proof uses. The rest is for the rounding of measured lengths."""
 
-WRITTEN = 4 * torch.finfo(torch.float32).eps
+_WRITTEN = 4 * torch.finfo(torch.float32).eps
 """Rounding of the new parameters, relative to them."""
 
-LEAST_LOST = 1e-35
-"""Smallest ``(1 - b2) e^2`` beside which nothing is lost to underflow, with denormals flushed to zero."""
+_LEAST_LOST = 1e-35
+"""Smallest ``(1 - b2) e^2`` that is far above underflow, with denormals flushed to zero."""
 
 LARGEST = 1e15
 """Largest gradient and parameter for which no sum overflows."""
 
-PIECE = 1 << 20
+_PIECE = 1 << 20
 """Number of elements that are measured together."""
 
-WIDE = {torch.float32, torch.float64}
+_WIDE = {torch.float32, torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,7 @@ class Settings:
 
 
 class Watch:
-    """Detects other tensors in a list, and writes to its tensors. It does not keep the tensors alive.
+    """Detect whether a list has other tensors, or whether they were written. The tensors are not kept alive.
 
     Inference tensors have no version, so they count as changed.
     """
@@ -110,7 +122,7 @@ class Watch:
         return self._same(tensors) and [tensor._version for tensor in tensors] == self._versions
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
-        """Remember these tensors and their versions."""
+        """Store weak references to these tensors, and their versions."""
         try:
             self._versions = [tensor._version for tensor in tensors]
         except RuntimeError:  # of inference tensors
@@ -119,7 +131,7 @@ class Watch:
             self._refs = list(map(ref, tensors))
 
     def _same(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._refs) and all(map(is_, tensors, (kept() for kept in self._refs)))
+        return len(tensors) == len(self._refs) and all(map(is_, tensors, (each() for each in self._refs)))
 
 
 def within(
@@ -127,7 +139,7 @@ def within(
 ) -> bool:
     """Return whether ``A / f + B`` of all groups is within the bound. False for NaN."""
     each = list(zip(settings, squares, corrections, strict=True))
-    room = max_update * MARGIN - WRITTEN - max(found.lr * found.decay for found, _, _ in each)
+    room = max_update * _MARGIN - _WRITTEN - max(found.lr * found.decay for found, _, _ in each)
     # Not max(): it may drop NaN.
     return all(found.limit(square, correction) <= room for found, square, correction in each)
 
@@ -136,7 +148,7 @@ def settings_of(base: Optimizer, buckets: Sequence[Bucket]) -> dict[int, Setting
     """Return the settings of each group that steps; None if the proof does not cover the base, a group or a tensor."""
     if not is_plain_adam(base):
         return None
-    if any(bucket.values[0].dtype not in WIDE for bucket in buckets):
+    if any(bucket.values[0].dtype not in _WIDE for bucket in buckets):
         return None
     found = {}
     for index in dict.fromkeys(group for bucket in buckets for group in bucket.groups):
@@ -150,13 +162,29 @@ def settings_of(base: Optimizer, buckets: Sequence[Bucket]) -> dict[int, Setting
         )
         if not (0 <= first < 1 and 0 < second < 1 and each.lr >= 0 and each.decay >= 0 and each.eps > 0):
             return None  # also where one is NaN
-        if not ((1 - second) * each.eps) ** 2 > LEAST_LOST:
+        if not ((1 - second) * each.eps) ** 2 > _LEAST_LOST:
             return None
         found[index] = each
     return found
 
 
+def scales_of(settings: Mapping[int, Settings]) -> dict[int, tuple[float, float]]:
+    """Return the settings of each group that the definition of r depends on: beta2 and eps."""
+    return {group: (each.second, each.eps) for group, each in settings.items()}
+
+
+def values_of(buckets: Sequence[Bucket]) -> list[Tensor]:
+    """Return all parameters."""
+    return [value for bucket in buckets for value in bucket.values]
+
+
+def states_of(base: Optimizer, buckets: Sequence[Bucket]) -> list[dict[str, Any]]:
+    """Return the base's state of each parameter, empty before its first step."""
+    return [base.state.get(p, {}) for bucket in buckets for p in bucket.parameters]
+
+
 def moments_of(states: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Return all moments in these states."""
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     return [state[name] for state in states if state for name in names if name in state]
 
@@ -165,11 +193,11 @@ def largest_ratio(state: dict[str, Any], settings: Settings) -> Tensor:
     """Return the largest ratio r of a parameter with state, 0-d: NaN if a moment is NaN, imprecise or negative."""
     moments = moments_of([state])
     device = moments[0].device
-    if not {moment.dtype for moment in moments} <= WIDE:
+    if not {moment.dtype for moment in moments} <= _WIDE:
         return torch.full((), math.nan, dtype=torch.float64, device=device)
     least = torch.full((), settings.eps * math.sqrt(1 - settings.second), dtype=moments[0].dtype, device=device)
     largest = torch.zeros((), dtype=torch.float64, device=device)
-    for first, second, *greatest in zip(*(moment.reshape(-1).split(PIECE) for moment in moments), strict=True):
+    for first, second, *greatest in zip(*(moment.reshape(-1).split(_PIECE) for moment in moments), strict=True):
         if len(first):
             # The root of a negative moment is NaN, and so is the maximum.
             ratios = first.abs() / torch.hypot(second.sqrt(), least)

@@ -1,26 +1,26 @@
-"""Prove before a step of Adam on a CPU that its update is within the bound, so that no pass has to measure it.
-
-The proof is in :mod:`gradguide.step.adam_ratio`.
-"""
+"""Prove before a step of Adam on a CPU that its update is within the bound, from the state that the host reads."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.step.adam_ratio import (
+from gradguide.step.adam_bound.ratio import (
     LARGEST,
     ROUNDED,
     Settings,
     Watch,
     largest_ratio,
     moments_of,
+    scales_of,
     settings_of,
+    states_of,
+    values_of,
     within,
 )
 from gradguide.step.buckets import Bucket
@@ -29,64 +29,65 @@ __all__ = ["AdamBound"]
 
 
 class AdamBound:
-    """The ratios r of the groups, from step to step, for the parameters of one plan.
+    """The largest ratio r of each group, from step to step, for the parameters of one plan.
 
-    They are measured anew if a moment is another tensor, or was written by anything but the base's step. Writes through
-    ``Tensor.data`` are not noticed.
+    The ratios are in one of three states:
+
+    - "unknown": the next :meth:`update_is_bounded` measures them.
+    - "ahead": :meth:`update_is_bounded` has advanced them by the step that follows.
+    - "current": :meth:`after_step` has recorded that this step was made. They are valid until a moment is another
+      tensor, or is written by anything but the base's step. Writes through ``Tensor.data`` are not detected.
     """
 
     def __init__(self) -> None:
-        self._squares: dict[int, float] = {}
+        self._ratios: Literal["unknown", "ahead", "current"] = "unknown"
+        self._squares: dict[int, float] = {}  # r^2 by group
         self._scales: dict[int, tuple[float, float]] = {}
         self._moments, self._parameters = Watch(), Watch()
-        # Whether the ratios are those of a step that follows, and those of the state that the last step left.
-        self._pending = self._tracked = False
-        self._finite = False
+        self._parameters_finite = False
 
     @torch.no_grad()
-    def holds(self, base: Optimizer, buckets: Sequence[Bucket], lengths: Tensor, max_update: float) -> bool:
-        """Return whether the bound cannot act in the step that the base makes next.
+    def update_is_bounded(self, base: Optimizer, buckets: Sequence[Bucket], lengths: Tensor, max_update: float) -> bool:
+        """Return whether the next step of the base is proven to stay within the bound.
 
         Args:
-            base: its step must follow this call, and :meth:`made` that step.
+            base: its step must follow this call, and :meth:`after_step` must follow that step.
             buckets: parameters on a CPU, with the gradients that the base reads.
             lengths (Tensor): shape [S], norms of these gradients.
             max_update (float): see :class:`gradguide.Magnitude`.
         """
         settings = settings_of(base, buckets)
-        tracked, self._tracked, self._pending = self._tracked, False, False
+        current, self._ratios = self._ratios == "current", "unknown"
         if settings is None or not float(lengths.max()) < LARGEST:
             return False
-        states: list[dict[str, Any]] = [base.state.get(p, {}) for bucket in buckets for p in bucket.parameters]
+        states = states_of(base, buckets)
         groups = [group for bucket in buckets for group in bucket.groups]
-        moments = moments_of(states)
-        scales = {group: (each.second, each.eps) for group, each in settings.items()}
-        if scales != self._scales or not tracked or not self._moments.unchanged(moments):
-            # If r^2 is too large in the long run, measuring does not pay.
+        moments, scales = moments_of(states), scales_of(settings)
+        if scales != self._scales or not current or not self._moments.unchanged(moments):
+            # If r^2 grows too large over many steps, measuring does not pay.
             steady = [each.steady for each in settings.values()]
             if moments and not within(settings.values(), steady, [1.0] * len(steady), max_update):
                 return False
             self._scales, self._squares = scales, _measured_squares(states, groups, settings)
         for group, each in settings.items():
             self._squares[group] = (each.kept * self._squares[group] + each.gained) * ROUNDED
-        self._pending = True
-        values = [value for bucket in buckets for value in bucket.values]
-        self._finite = self._finite and self._parameters.unchanged(values)
+        self._ratios = "ahead"
+        values = values_of(buckets)
+        self._parameters_finite = self._parameters_finite and self._parameters.unchanged(values)
         corrections = _corrections(states, groups, settings)
         if not within(settings.values(), [self._squares[group] for group in settings], corrections, max_update):
             return False
-        if not self._finite:
-            # A scope with an element that is not finite has no length, and is not stepped.
-            self._finite = all(float(value.abs().max()) < LARGEST for value in values if value.numel())
-        return self._finite
+        if not self._parameters_finite:
+            # A scope with a parameter that is not finite has no length: it must return to its values before the step.
+            self._parameters_finite = all(float(value.abs().max()) < LARGEST for value in values if value.numel())
+        return self._parameters_finite
 
-    def made(self, base: Optimizer, buckets: Sequence[Bucket]) -> None:
-        """Take note of the state that the base's step left, if :meth:`holds` follows the ratios."""
-        if not self._pending:
-            return
-        self._tracked, self._pending = True, False
-        self._moments.mark(moments_of([base.state.get(p, {}) for bucket in buckets for p in bucket.parameters]))
-        self._parameters.mark([value for bucket in buckets for value in bucket.values])
+    def after_step(self, base: Optimizer, buckets: Sequence[Bucket]) -> None:
+        """Record the state after the base's step, so that later writes by anything else are detected."""
+        if self._ratios == "ahead":
+            self._ratios = "current"
+            self._moments.mark(moments_of(states_of(base, buckets)))
+            self._parameters.mark(values_of(buckets))
 
 
 def _measured_squares(

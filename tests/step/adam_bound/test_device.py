@@ -16,10 +16,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gradguide import Magnitude
 from gradguide.ops.tensors import TensorList
-from gradguide.step import adam_bound_device
-from gradguide.step.adam_bound_device import DeviceAdamBound, largest_correction
+from gradguide.step.adam_bound import device as adam_bound_device
+from gradguide.step.adam_bound.device import DeviceAdamBound, largest_correction
 from gradguide.step.buckets import Bucket
-from tests.step.test_adam_bound import KINDS, step
+from tests.step.adam_bound.test_host import KINDS, step
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +80,15 @@ def test_no_gradients_exceed_what_is_proven(
     step(base, [torch.zeros(len(p)) for p in held])
     smallest = math.inf  # bound at which the proof succeeds at every step
     for candidate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1):
-        if DeviceAdamBound().holds(base, buckets, Magnitude(max_update=candidate)):
+        if DeviceAdamBound().update_is_bounded(base, buckets, Magnitude(max_update=candidate)):
             smallest = candidate
             break
     for t in range(15):
         if t == known:  # after a resume
             bound = DeviceAdamBound()
-        proven = smallest < math.inf and bound.holds(base, buckets, Magnitude(max_update=smallest))
+        proven = smallest < math.inf and bound.update_is_bounded(base, buckets, Magnitude(max_update=smallest))
         made = step(base, [sign * KINDS[kind](t, *betas) for sign in signs])
-        bound.made()
+        bound.after_step()
         assert not proven or made <= smallest
 
 
@@ -104,15 +104,15 @@ def test_the_proof_outlives_steps_and_ends_with_other_writes(measured: Mock) -> 
     base, buckets, bound = stepped()
     held = buckets[0].parameters
     for _ in range(3):
-        assert bound.holds(base, buckets, BOUND)
+        assert bound.update_is_bounded(base, buckets, BOUND)
         step(base, [torch.ones_like(p) for p in held])
-        bound.made()
+        bound.after_step()
     assert measured.call_count == 1
     base.state[held[0]]["exp_avg"].fill_(1e6)  # against a second moment of about 0.004
     for _ in range(2):
-        assert not bound.holds(base, buckets, BOUND)
+        assert not bound.update_is_bounded(base, buckets, BOUND)
         step(base, [torch.ones_like(p) for p in held])
-        bound.made()
+        bound.after_step()
     assert measured.call_count == 2
 
 
@@ -121,9 +121,9 @@ def test_tensors_that_are_written_at_every_step_are_not_measured_at_every_step(m
     held = buckets[0].parameters
     found = []
     for t in range(12):
-        found.append(bound.holds(base, buckets, BOUND))
+        found.append(bound.update_is_bounded(base, buckets, BOUND))
         step(base, [torch.ones_like(p) for p in held])
-        bound.made()
+        bound.after_step()
         if 2 <= t < 8:
             with torch.no_grad():
                 held[0].clamp_(-1.0, 1.0)
@@ -175,17 +175,17 @@ CHANGES = [reset, replace, write_nan, slow, raise_rate, lose_rate, hook, turn]
 def test_a_change_that_may_break_the_bound_is_noticed(change: Callable[[Optimizer, list[Tensor]], None]) -> None:
     base, buckets, bound = stepped()
     held = buckets[0].parameters
-    assert bound.holds(base, buckets, BOUND)
+    assert bound.update_is_bounded(base, buckets, BOUND)
     step(base, [torch.ones_like(p) for p in held])
-    bound.made()
+    bound.after_step()
     change(base, held)
-    assert not bound.holds(base, buckets, BOUND)
+    assert not bound.update_is_bounded(base, buckets, BOUND)
 
 
 def test_a_negative_step_number_is_not_proven() -> None:
     base, buckets, bound = stepped()
     count_down(base, buckets[0].parameters)
-    assert not bound.holds(base, buckets, BOUND)
+    assert not bound.update_is_bounded(base, buckets, BOUND)
 
 
 def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
@@ -196,15 +196,15 @@ def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
     for state in base.state.values():
         state["step"].fill_(10_000.0)
     buckets, bound = bucket_of(held), DeviceAdamBound()
-    assert bound.holds(base, buckets, BOUND)
+    assert bound.update_is_bounded(base, buckets, BOUND)
     step(base, [torch.ones_like(p) for p in held])
-    bound.made()
+    bound.after_step()
     base.param_groups[0].update(betas=(0.9, 0.999), lr=6e-5)
-    assert not bound.holds(base, buckets, BOUND)
+    assert not bound.update_is_bounded(base, buckets, BOUND)
     assert step(base, [torch.zeros_like(p) for p in held]) > 1e-3
-    bound.made()
+    bound.after_step()
     # A large bound holds for both.
-    assert bound.holds(base, buckets, Magnitude(max_update=1.0))
+    assert bound.update_is_bounded(base, buckets, Magnitude(max_update=1.0))
 
 
 @pytest.mark.parametrize(
@@ -223,30 +223,30 @@ def test_what_the_proof_does_not_cover(
     make: Callable[..., Optimizer], options: dict[str, Any], magnitude: Magnitude | None
 ) -> None:
     base, buckets, bound = stepped(make, **options)
-    assert not bound.holds(base, buckets, magnitude)
+    assert not bound.update_is_bounded(base, buckets, magnitude)
 
 
 def test_a_step_in_between_that_was_not_noted_is_measured_again() -> None:
     base, buckets, bound = stepped()
-    assert bound.holds(base, buckets, BOUND)
-    bound.made()
+    assert bound.update_is_bounded(base, buckets, BOUND)
+    bound.after_step()
     base.param_groups[0]["lr"] = 1e-2
-    assert not bound.holds(base, buckets, BOUND)
+    assert not bound.update_is_bounded(base, buckets, BOUND)
     step(base, [torch.ones_like(p) * math.inf for p in buckets[0].parameters])
-    bound.made()
+    bound.after_step()
     base.param_groups[0]["lr"] = 1e-6
-    assert not bound.holds(base, buckets, BOUND)
+    assert not bound.update_is_bounded(base, buckets, BOUND)
 
 
 def test_small_tensors_are_measured_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adam_bound_device, "PAYS", 1 << 18)
     base, buckets, bound = stepped()
-    assert not bound.holds(base, buckets, BOUND)
+    assert not bound.update_is_bounded(base, buckets, BOUND)
 
 
 def test_a_bucket_of_empty_tensors_is_proven_too() -> None:
     held = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))]
     base = AdamW(held, lr=1e-6)
     step(base, [torch.ones_like(p) for p in held])
-    assert DeviceAdamBound().holds(base, [*bucket_of(held[:1]), *bucket_of(held[1:])], BOUND)
-    assert DeviceAdamBound().holds(base, bucket_of(held[1:]), BOUND)
+    assert DeviceAdamBound().update_is_bounded(base, [*bucket_of(held[:1]), *bucket_of(held[1:])], BOUND)
+    assert DeviceAdamBound().update_is_bounded(base, bucket_of(held[1:]), BOUND)

@@ -1,9 +1,9 @@
 """Prove before a fused step of Adam on a device that its update is within the bound, without a host synchronization.
 
-The proof is in :mod:`gradguide.step.adam_ratio`. The host does not know the number of steps that the device has made,
-so the proof is for every number of them. It needs the state once: the moments' ratio, the smallest step number, and
-that the parameters are finite. They are measured on the device and copied in the background. Until the copy has
-arrived, and while a CUDA graph is captured, nothing is proven.
+The host does not know the number of steps that the device has made, so the proof is for every number of them. It needs
+three numbers of the state once: the ratio of the moments, the largest parameter and the smallest step number. They are
+measured on the device and copied in the background. Until the copy arrives, and during the capture of a CUDA graph,
+nothing is proven.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.rules.magnitude import Magnitude
-from gradguide.step.adam_ratio import (
+from gradguide.step.adam_bound.ratio import (
     LARGEST,
     ROUNDED,
     Settings,
     Watch,
     largest_ratio,
     moments_of,
+    scales_of,
     settings_of,
+    states_of,
+    values_of,
     within,
 )
 from gradguide.step.buckets import Bucket
@@ -37,32 +40,34 @@ PAYS = 1 << 18
 checks take about a microsecond per tensor. The pass moves 20 bytes per element."""
 
 SLOWEST = 0.999
-"""Largest beta1 for which the correction of the bias is computed."""
+"""Largest beta1 for which the bias correction is computed."""
 
 
 class DeviceAdamBound:
     """Prove the bound for the parameters of one plan, from numbers of Adam's state.
 
-    The state is measured once. If a moment or a parameter is another tensor, or was written by anything but the step,
-    it is measured anew after a step without such writes: where every step has some, measuring never pays. Writes
-    through ``Tensor.data`` are not noticed.
+    - The first call measures the numbers. They are valid until a moment or a parameter is another tensor, or is
+      written by anything but the step. Writes through ``Tensor.data`` are not detected.
+    - After such a write the numbers are dropped. They are measured again once a step was made without one: if every
+      step has such writes, measuring does not pay.
     """
 
     def __init__(self) -> None:
         self._watch = Watch()
         self._scales: dict[int, tuple[float, float]] = {}
-        self._copy: _Copy | None = None
-        # The largest steady r^2 of each group since the copy: r^2 stays below it and the measured one.
+        self._numbers: _HostCopy | None = None  # None if dropped
+        # The largest steady r^2 of each group since the numbers were measured. r^2 is at most this or the measured one.
         self._steady: dict[int, float] = {}
-        # The tensors whose state the copy has; empty if it is not followed.
+        # The tensors to watch from the next step on; empty if the call before it returned early.
         self._tensors: list[Tensor] = []
 
     @torch.no_grad()
-    def holds(self, base: Optimizer, buckets: Sequence[Bucket], magnitude: Magnitude | None) -> bool:
-        """Return whether the bound cannot act in the step that is made next, whatever the gradients.
+    def update_is_bounded(self, base: Optimizer, buckets: Sequence[Bucket], magnitude: Magnitude | None) -> bool:
+        """Return whether the next step is proven to stay within the bound, for all gradients.
 
         Args:
-            base: its state must exist, without amsgrad. The step must follow this call, and :meth:`made` that step.
+            base: its state must exist, without amsgrad. The step must follow this call, and :meth:`after_step` must
+                follow that step.
             buckets: the parameters, on one device.
             magnitude: the bound of the update, and that of the gradient.
         """
@@ -81,34 +86,32 @@ class DeviceAdamBound:
         device = buckets[0].values[0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        tensors = _tensors_of(base, buckets)
-        scales = {group: (each.second, each.eps) for group, each in settings.items()}
+        tensors, scales = [*moments_of(states_of(base, buckets)), *values_of(buckets)], scales_of(settings)
         unchanged = scales == self._scales and self._watch.unchanged(tensors)
-        if not self._scales or (unchanged and self._copy is None):
-            self._copy, self._steady = _Copy(_measured(base, buckets, settings)), {}
+        if not self._scales or (unchanged and self._numbers is None):
+            self._numbers, self._steady = _HostCopy(_measured(base, buckets, settings)), {}
         elif not unchanged:
-            self._copy = None
-        self._scales = scales
+            self._numbers = None
+        self._scales, self._tensors = scales, tensors
         for group, each in settings.items():
             self._steady[group] = max(self._steady.get(group, 0.0), each.steady)
-        self._tensors = tensors
-        found = None if self._copy is None else self._copy.numbers()
-        if found is None:
+        numbers = None if self._numbers is None else self._numbers.read()
+        if numbers is None:
             return False
-        ratio, parameters, step = found
+        ratio, parameters, step = numbers
         squares = [max(self._steady[group], ratio * ratio * ROUNDED) for group in settings]
         if not (ratio < math.inf and parameters < LARGEST and step >= 0):  # also where one is NaN
             return False
         return within(groups, squares, corrections, magnitude.max_update)
 
-    def made(self) -> None:
-        """Take note that the step was made, if :meth:`holds` follows the state."""
+    def after_step(self) -> None:
+        """Record the state after the step, so that later writes by anything else are detected."""
         if self._tensors:
             self._watch.mark(self._tensors)
             self._tensors = []
 
 
-class _Copy:
+class _HostCopy:
     """Numbers on a device, copied to the host in the background."""
 
     def __init__(self, numbers: Tensor) -> None:
@@ -120,7 +123,7 @@ class _Copy:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(numbers.device))
 
-    def numbers(self) -> list[float] | None:
+    def read(self) -> list[float] | None:
         """Return the numbers; None if they have not arrived."""
         if self._copied is not None and not self._copied.query():
             return None
@@ -140,12 +143,6 @@ def largest_correction(first: float, second: float) -> float:
         if power < 2**-30:
             return max(largest, 1 / (1 - power))  # for all larger t
     raise AssertionError
-
-
-def _tensors_of(base: Optimizer, buckets: Sequence[Bucket]) -> list[Tensor]:
-    """Return all moments and parameters."""
-    states = [base.state[p] for bucket in buckets for p in bucket.parameters]
-    return [*moments_of(states), *(value for bucket in buckets for value in bucket.values)]
 
 
 def _measured(base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, Settings]) -> Tensor:

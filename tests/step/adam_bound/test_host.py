@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
 from gradguide.ops.tensors import TensorList
 from gradguide.recording.history import History
-from gradguide.step.adam_bound import AdamBound
+from gradguide.step.adam_bound.host import AdamBound
 from gradguide.step.buckets import Bucket
 from gradguide.step.engine import Engine
 from gradguide.step.plan import StepPlan
@@ -80,9 +80,9 @@ def test_no_gradients_exceed_what_is_proven(
         gradients = [sign * KINDS[kind](t, *betas) for sign in signs]
         # The base itself says how long the update is. Anything shorter must not be proven.
         needed = step(copy.deepcopy(base), gradients)
-        assert not bound.holds(base, buckets, ONE, needed * (1 - 1e-6))
+        assert not bound.update_is_bounded(base, buckets, ONE, needed * (1 - 1e-6))
         step(base, gradients)
-        bound.made(base, buckets)
+        bound.after_step(base, buckets)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.0, 0.999)])
@@ -94,9 +94,9 @@ def test_the_worst_gradients_come_close_to_it(betas: tuple[float, float]) -> Non
         gradient = [torch.tensor([(betas[1] / betas[0]) ** t if betas[0] else float(t == 59)])]
         needed = step(copy.deepcopy(base), gradient)
         largest = needed + 1e-6 if t == 59 else 1.0
-        assert bound.holds(base, buckets, ONE, largest * 1.002)
+        assert bound.update_is_bounded(base, buckets, ONE, largest * 1.002)
         step(base, gradient)
-        bound.made(base, buckets)
+        bound.after_step(base, buckets)
     assert needed > 1e-4
 
 
@@ -106,13 +106,13 @@ def test_the_ratio_is_the_closed_form() -> None:
     base = AdamW(held, lr=1e-4, betas=(b1, b2), weight_decay=0.0)
     found, buckets = AdamBound(), bucket_of(held)
     for _ in range(steps - 1):
-        found.holds(base, buckets, ONE, 1.0)
+        found.update_is_bounded(base, buckets, ONE, 1.0)
         step(base, [torch.ones(1)])
-        found.made(base, buckets)
+        found.after_step(base, buckets)
     squares, products, sums = (sum(x**j for j in range(steps)) for x in (b2, b1**2 / b2, b1))
     exact = 1e-4 * math.sqrt(squares * products) / sums / LEAST
-    assert not copy_of(found).holds(base, buckets, ONE, exact * 1.0001)
-    assert found.holds(base, buckets, ONE, exact * 1.01 + 1e-6)
+    assert not copy_of(found).update_is_bounded(base, buckets, ONE, exact * 1.0001)
+    assert found.update_is_bounded(base, buckets, ONE, exact * 1.01 + 1e-6)
 
 
 def copy_of(bound: AdamBound) -> AdamBound:
@@ -145,7 +145,7 @@ def run(
     states, factors, count = [], [], 0
     with monkeypatch.context() as patched:
         if measured:
-            patched.setattr(AdamBound, "holds", never)
+            patched.setattr(AdamBound, "update_is_bounded", never)
         correct = Engine._correct
 
         def counted(self: Engine, *args: Any) -> None:
@@ -347,7 +347,7 @@ def test_of_two_tensors_of_a_group_the_first_counts_too() -> None:
     base, buckets = AdamW(held, lr=1e-6), bucket_of(held)
     step(base, [torch.ones(3), torch.ones(3)])
     base.state[held[0]]["exp_avg"][1] = math.nan
-    assert not AdamBound().holds(base, buckets, ONE, 0.1)
+    assert not AdamBound().update_is_bounded(base, buckets, ONE, 0.1)
 
 
 def test_a_huge_ratio_in_float64_is_unbounded() -> None:
@@ -355,7 +355,7 @@ def test_a_huge_ratio_in_float64_is_unbounded() -> None:
     base, buckets = AdamW(held, lr=1e-6), bucket_of(held)
     step(base, [torch.ones(3)])
     base.state[held[0]]["exp_avg"][1] = 1e200
-    assert not AdamBound().holds(base, buckets, ONE, 0.1)
+    assert not AdamBound().update_is_bounded(base, buckets, ONE, 0.1)
 
 
 def test_a_step_that_failed_does_not_lower_the_ratio() -> None:
@@ -363,11 +363,11 @@ def test_a_step_that_failed_does_not_lower_the_ratio() -> None:
     base, buckets, bound = AdamW(held, lr=1e-6), bucket_of(held), AdamBound()
     step(base, [torch.ones(3)])
     base.state[held[0]]["exp_avg"].fill_(1e3)
-    assert not bound.holds(base, buckets, ONE, 0.1)
+    assert not bound.update_is_bounded(base, buckets, ONE, 0.1)
     step(base, [torch.ones(3)])
-    bound.made(base, buckets)
-    # Now the base raises before it writes, so made() is not called.
-    assert not any(bound.holds(base, buckets, ONE, 0.1) for _ in range(100))
+    bound.after_step(base, buckets)
+    # Now the base raises before it writes, so after_step() is not called.
+    assert not any(bound.update_is_bounded(base, buckets, ONE, 0.1) for _ in range(100))
 
 
 def test_nan_that_was_written_before_a_measured_step_is_found_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,9 +384,9 @@ def test_nan_that_was_written_before_a_measured_step_is_found_after_it(monkeypat
 def test_settings_that_the_base_refuses_are_not_proven(option: dict[str, Any]) -> None:
     held = [nn.Parameter(torch.ones(3))]
     base, buckets = AdamW(held, lr=1e-6), bucket_of(held)
-    assert AdamBound().holds(base, buckets, ONE, 0.1)
+    assert AdamBound().update_is_bounded(base, buckets, ONE, 0.1)
     base.param_groups[0].update(option)
-    assert not AdamBound().holds(base, buckets, ONE, 0.1)
+    assert not AdamBound().update_is_bounded(base, buckets, ONE, 0.1)
 
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-2])
