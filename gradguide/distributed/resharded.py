@@ -37,23 +37,12 @@ def find_sharded(old: Iterable[Tensor], groups: Iterable[dict[str, Any]]) -> dic
     shapes = {p.shape for p in left}
     new = [[p for p in group if p.shape in shapes and p not in previous and layout_of(p) is not None] for group in held]
     everything = list(chain.from_iterable(new))
-    choices = _choices(everything, left)
+    candidates = _candidates(everything, left)
     # Param groups may have another order than the model, such as those with and without weight decay.
     for sequence in (everything, *new):
-        named = [p for p in sequence if choices[p]]
-        choices.update(zip(named, _in_order([choices[p] for p in named]), strict=True))
-    taken = Counter(chain.from_iterable(choices.values()))
-    unmatched = {p.shape for place, p in enumerate(left) if place not in taken}
-    for p, places in choices.items():
-        # A DTensor without candidates has no name. It is ambiguous if a named parameter of its shape is unmatched.
-        certain = len(places) == 1 and taken[places[0]] == 1 if places else p.shape not in unmatched
-        if not certain:
-            raise ValueError(
-                "names or scopes hold parameters from before fully_shard, and it is not certain which of them the "
-                f"DTensor of shape {tuple(p.shape)} in the optimizer replaces: give names=model, the sharded model, "
-                "or scopes of its parameters"
-            )
-    return {left[place]: p for p, places in choices.items() for place in places}
+        _resolve_by_order(candidates, sequence)
+    _check_unique(candidates, left)
+    return {left[index]: p for p, indices in candidates.items() for index in indices}
 
 
 class _Kind(NamedTuple):
@@ -62,21 +51,52 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
-def _choices(new: Sequence[Tensor], old: Sequence[Tensor]) -> dict[Tensor, list[int]]:
+def _candidates(new: Sequence[Tensor], old: Sequence[Tensor]) -> dict[Tensor, list[int]]:
     """Return for each of ``new`` the indices in ``old`` of tensors with the same values in this rank's shard."""
     kinds = {p: _Kind(p.shape, layout_of(p), p.dtype) for p in new}
-    places: dict[tuple[_Kind, tuple[float, ...] | None], list[int]] = {}
+    by_sample: dict[tuple[_Kind, tuple[float, ...] | None], list[int]] = {}
     for kind in dict.fromkeys(kinds.values()):
-        for place, q in enumerate(old):
+        for index, q in enumerate(old):
             if q.shape == kind.shape:
-                places.setdefault((kind, _sample(_part(q, kind))), []).append(place)
-    found = {}
+                by_sample.setdefault((kind, _sample(_part(q, kind))), []).append(index)
+    candidates = {}
     for p, kind in kinds.items():
         mine = local(p).detach()
         # Parameters on the meta device have no values to compare.
-        alike = [*places.get((kind, _sample(mine)), []), *places.get((kind, None), [])]
-        found[p] = [place for place in dict.fromkeys(alike) if _equal(mine, _part(old[place], kind))]
-    return found
+        alike = [*by_sample.get((kind, _sample(mine)), []), *by_sample.get((kind, None), [])]
+        candidates[p] = [index for index in dict.fromkeys(alike) if _equal(mine, _part(old[index], kind))]
+    return candidates
+
+
+def _resolve_by_order(candidates: dict[Tensor, list[int]], sequence: Iterable[Tensor]) -> None:
+    """Replace the candidates of a sequence by the assignment with increasing indices, if there is exactly one."""
+    named = [p for p in sequence if candidates[p]]
+    first: list[int] = []
+    for p in named:
+        later = [index for index in candidates[p] if not first or index > first[-1]]
+        if not later:
+            return
+        first.append(min(later))
+    last: list[int] = []
+    for p in reversed(named):
+        last.append(max(index for index in candidates[p] if not last or index < last[-1]))
+    if first == last[::-1]:
+        candidates.update((p, [index]) for p, index in zip(named, first, strict=True))
+
+
+def _check_unique(candidates: dict[Tensor, list[int]], left: Sequence[Tensor]) -> None:
+    """Raise ValueError unless each DTensor has one candidate that no other has, or none and needs none."""
+    taken = Counter(chain.from_iterable(candidates.values()))
+    unmatched = {p.shape for index, p in enumerate(left) if index not in taken}
+    for p, indices in candidates.items():
+        # A DTensor without candidates has no name. It is ambiguous if a named parameter of its shape is unmatched.
+        unique = len(indices) == 1 and taken[indices[0]] == 1 if indices else p.shape not in unmatched
+        if not unique:
+            raise ValueError(
+                "names or scopes hold parameters from before fully_shard, and it is not certain which of them the "
+                f"DTensor of shape {tuple(p.shape)} in the optimizer replaces: give names=model, the sharded model, "
+                "or scopes of its parameters"
+            )
 
 
 def _part(whole: Tensor, kind: _Kind) -> Tensor:
@@ -95,17 +115,3 @@ def _sample(part: Tensor) -> tuple[float, ...] | None:
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:
     return theirs.is_meta or torch.equal(mine, theirs.to(mine.device))
-
-
-def _in_order(choices: Sequence[list[int]]) -> list[list[int]]:
-    """Return the increasing assignment as the only choices if it is unique, else the given choices."""
-    first: list[int] = []
-    for places in choices:
-        later = [place for place in places if not first or place > first[-1]]
-        if not later:
-            return list(choices)
-        first.append(min(later))
-    last: list[int] = []
-    for places in reversed(choices):
-        last.append(max(place for place in places if not last or place < last[-1]))
-    return [[place] for place in first] if first == last[::-1] else list(choices)
