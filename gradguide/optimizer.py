@@ -281,8 +281,8 @@ class GradGuide(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # Like torch: without hooks, which may not be picklable, and without the step method that schedulers patch in.
-        kept = ("base", "_nonfinite", "_engine", "_regularizer", "_progress")
-        return {name: self.__dict__[name] for name in kept}
+        names = ("base", "_nonfinite", "_engine", "_regularizer", "_progress")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

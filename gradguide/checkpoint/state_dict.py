@@ -27,10 +27,10 @@ from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.pack import allocate_contiguous
 from gradguide.step.engine import Engine
 
-__all__ = ["Own", "load", "merge"]
+__all__ = ["load", "merge"]
 
 
-class Own(NamedTuple):
+class _Own(NamedTuple):
     """GradGuide's part of a state dict after validation.
 
     directions: by parameter; float32, in the shape of the parameter's local part.
@@ -95,7 +95,7 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
     return _restore(own, base, engine)
 
 
-def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict[str, Any], Own]:
+def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict[str, Any], _Own]:
     """Split a state dict into the base's part and GradGuide's, and check both. Nothing is changed."""
     check_groups(state, base)
     parameters = _parameters(base)
@@ -133,7 +133,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             UserWarning,
             stacklevel=5,
         )
-    return {**state, "state": rest}, Own(_allocate_directions(directions, engine), counters)
+    return {**state, "state": rest}, _Own(_allocate_directions(directions, engine), counters)
 
 
 def _allocate_directions(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def _allocate_directions(directions: dict[Tensor, Tensor], engine: Engine) -> di
     return copies
 
 
-def _restore(own: Own, base: Optimizer, engine: Engine) -> Tensor:
+def _restore(own: _Own, base: Optimizer, engine: Engine) -> Tensor:
     engine.directions = own.directions
     engine.planner.invalidate()
     labels = engine.planner.labels(base)

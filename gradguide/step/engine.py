@@ -151,9 +151,9 @@ class Engine:
         decided = state.decided
         self.update_squares = []
         writes = []
-        for bucket, kept in zip(state.plan.buckets, self._written_directions(state), strict=True):
-            written = [] if kept is None else [Write(into=kept, coefficients=decided.direction)]
-            writes.append([*written, Write(into=bucket.gradients, coefficients=decided.clipped)])
+        for bucket, direction in zip(state.plan.buckets, self._written_directions(state), strict=True):
+            own = [] if direction is None else [Write(into=direction, coefficients=decided.direction)]
+            writes.append([*own, Write(into=bucket.gradients, coefficients=decided.clipped)])
         state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.sources))
 
     @torch.no_grad()
@@ -285,5 +285,5 @@ class Engine:
         """Return the running direction of each bucket, or None if the step does not write it."""
         if self.rules.direction is None or self.rules.direction.share_momentum:
             return [None] * len(state.rows)
-        kept = [rows[DIRECTION] for rows in state.rows]
-        return [None if row is None else row.offset for row in kept]
+        directions = [rows[DIRECTION] for rows in state.rows]
+        return [None if row is None else row.offset for row in directions]

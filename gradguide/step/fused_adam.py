@@ -31,13 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "plan_launches", "preview_products", "step"]
 
-
 MAX_SOURCES = 4
-"""Most sources that one pass can project the update against. With 16 the kernel spills registers."""
-
+"""Maximum number of sources per pass. With 16 the kernel spills registers."""
 
 MAX_SETTINGS = 16
-"""Most param groups with different settings in one launch. Each adds several kernel arguments."""
+"""Maximum number of different group settings per launch. Each adds several kernel arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +133,8 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
     from gradguide.ops.triton.adam import Groups, Settings
 
     kinds: set[tuple[bool, bool]] = set()
-    places: dict[Settings, int] = {}
-    place_of: dict[int, int] = {}
+    distinct: dict[Settings, int] = {}
+    number_of: dict[int, int] = {}
     for index in dict.fromkeys(bucket.groups):
         group = base.param_groups[index]
         lr = group["lr"]
@@ -148,16 +146,16 @@ def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        place_of[index] = places.setdefault(settings, len(places))
+        number_of[index] = distinct.setdefault(settings, len(distinct))
         decoupled = isinstance(base, AdamW) or group.get("decoupled_weight_decay", False)
         kinds.add((on_device, decoupled))
-    if len(kinds) > 1 or len(places) > MAX_SETTINGS:
+    if len(kinds) > 1 or len(distinct) > MAX_SETTINGS:
         return None
     on_device, decoupled = kinds.pop()
-    one = len(places) == 1
-    which = array("q", [0]) * len(bucket.groups) if one else array("q", map(place_of.__getitem__, bucket.groups))
+    one = len(distinct) == 1
+    which = array("q", [0]) * len(bucket.groups) if one else array("q", map(number_of.__getitem__, bucket.groups))
     return Groups(
-        settings=list(places), which=which, on_device=on_device, decoupled=decoupled, maximize=bucket.sign < 0
+        settings=list(distinct), which=which, on_device=on_device, decoupled=decoupled, maximize=bucket.sign < 0
     )
 
 

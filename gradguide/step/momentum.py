@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
 from gradguide.ops.row import Row, scopes_of
 from gradguide.step.buckets import Bucket
 
-__all__ = ["check_momentum", "ema_coefficients", "ema_coefficients_by_scope", "momentum_buffers"]
+__all__ = ["check_momentum", "ema_coefficients_by_scope", "momentum_buffers"]
 
 # AdamW is a subclass of Adam in recent versions of torch.
 _AVERAGING = (Adam, NAdam, RAdam, Adamax)
@@ -38,7 +38,7 @@ def momentum_buffers(base: Optimizer, parameters: Iterable[Tensor]) -> list[Tens
     return [momentum if isinstance(momentum, Tensor) else None for momentum in found]
 
 
-def ema_coefficients(base: Optimizer, group: dict[str, Any], parameters: Iterable[Tensor]) -> tuple[float, float]:
+def _ema_coefficients(base: Optimizer, group: dict[str, Any], parameters: Iterable[Tensor]) -> tuple[float, float]:
     """Return decay and gain of the momentum of these parameters of a group: ``m <- decay * m + gain * g``.
 
     In SGD's first step the gain is 1.
@@ -68,7 +68,7 @@ def ema_coefficients_by_scope(
                 first = bucket.positions[tensors.start], bucket.groups[tensors.start]
                 firsts[scope] = min(first, firsts.get(scope, first))
                 members.setdefault(scope, []).extend(bucket.parameters[tensors.start : tensors.stop])
-    found = {s: ema_coefficients(base, base.param_groups[firsts[s][1]], own) for s, own in members.items()}
+    found = {s: _ema_coefficients(base, base.param_groups[firsts[s][1]], own) for s, own in members.items()}
     # Without a gradient on this rank nothing is added to the average, so the coefficients do not matter.
     decays, gains = zip(*(found.get(scope, (1.0, 0.0)) for scope in range(gram.shape[0])), strict=True)
     # Filled on the device: a copy from the host would synchronize.

@@ -23,9 +23,9 @@ from gradguide.step.adam_bound.device import DeviceAdamBound
 from gradguide.step.adam_bound.host import AdamBound
 from gradguide.step.buckets import Bucket, Label
 
-__all__ = ["UNSIGNED", "Rows", "StepPlan"]
+__all__ = ["Rows", "StepPlan"]
 
-UNSIGNED = slice(0, 0)
+_UNSIGNED = slice(0, 0)
 """No row has a sign. For the update pass: the base's update already has its sign."""
 
 Rows = list[Stack]
@@ -123,7 +123,7 @@ class StepPlan:
         signs[signed] = -1.0
         return [None if bucket.sign > 0 else signs for bucket in self.buckets]
 
-    def gram(self, rows: Rows, size: int, signed: slice = UNSIGNED) -> Span:
+    def gram(self, rows: Rows, size: int, signed: slice = _UNSIGNED) -> Span:
         """Return the Gram matrices [S, size, size] of the scopes, summed over buckets and over shards on all ranks.
 
         Args:
@@ -142,7 +142,7 @@ class StepPlan:
         }
         return Span(self.ranks.all_reduce_sum(whole), self.rounding, self.largest)
 
-    def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = UNSIGNED) -> None:
+    def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = _UNSIGNED) -> None:
         """Write combinations of the rows of each bucket. ``signed`` as in :meth:`gram`."""
         size = max((write.coefficients.shape[1] for each in writes for write in each), default=0)
         signs_of = self.signs(size, signed)
@@ -192,12 +192,12 @@ class StepPlan:
         found: list[Row | None] = []
         for source in sources:
             # Alignment and regularizer pass different sources, so an index would not identify one.
-            place = id(source), bucket.positions[0]
-            row = self.cache.stored.get(place)
+            key = id(source), bucket.positions[0]
+            row = self.cache.stored.get(key)
             if row is None:
-                row = self._with_metadata(source.row(bucket.names, at), (stage, *place), at)
+                row = self._with_metadata(source.row(bucket.names, at), (stage, *key), at)
                 if _is_stored(type(source)):
-                    self.cache.stored[place] = row
+                    self.cache.stored[key] = row
             elif row.at is not None:
                 row = replace(row, at=at)
             found.append(row)

@@ -45,7 +45,7 @@ class StepPlanner:
         self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
         self.options = dict(options)
         self._backend = backend
-        self._places: dict[tuple[int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], Tensor] = {}  # parameter by index of its group, and index in the group
         self._plan: tuple[Signature, StepPlan] | None = None
         self.set_sources(sources)
 

@@ -70,7 +70,7 @@ class AdamBound:
                 return False
             self._scales, self._squares = scales, _measured_squares(states, groups, settings)
         for group, each in settings.items():
-            self._squares[group] = (each.kept * self._squares[group] + each.gained) * ROUNDED
+            self._squares[group] = (each.growth * self._squares[group] + each.gained) * ROUNDED
         self._ratios = "ahead"
         values = values_of(buckets)
         self._parameters_finite = self._parameters_finite and self._parameters.unchanged(values)

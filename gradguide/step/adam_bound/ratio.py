@@ -87,7 +87,7 @@ class Settings:
     decay: float
 
     @property
-    def kept(self) -> float:
+    def growth(self) -> float:
         """The factor of r^2 in a step."""
         return self.first**2 / self.second if self.first else 0.0
 
@@ -99,8 +99,8 @@ class Settings:
     @property
     def steady(self) -> float:
         """An upper bound of r^2 after any number of steps from 0: infinity if there is none."""
-        kept = self.kept * ROUNDED
-        return self.gained * ROUNDED / (1 - kept) if kept < 1 else math.inf
+        growth = self.growth * ROUNDED
+        return self.gained * ROUNDED / (1 - growth) if growth < 1 else math.inf
 
     def limit(self, square: float, correction: float) -> float:
         """Return ``A / f`` for a squared ratio and the correction of both averages' bias."""

@@ -51,8 +51,8 @@ def is_finite(values, count, BLOCK: tl.constexpr):
     """Return whether all of the first ``count`` values are finite."""
     wrong = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        value = tl.load(values + places, mask=places < count, other=0.0)
+        offsets = start + tl.arange(0, BLOCK)
+        value = tl.load(values + offsets, mask=offsets < count, other=0.0)
         wrong += tl.where((value == value) & (tl.abs(value) != float("inf")), 0, 1)
     return tl.sum(wrong) == 0
 
@@ -62,8 +62,8 @@ def any_moved(gram, scopes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the number of scopes whose gradient is not zero."""
     found = tl.zeros([BLOCK], tl.int32)
     for start in range(0, scopes, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        found += tl.where(tl.load(gram + places * ROWS * ROWS, mask=places < scopes, other=0.0) != 0.0, 1, 0)
+        offsets = start + tl.arange(0, BLOCK)
+        found += tl.where(tl.load(gram + offsets * ROWS * ROWS, mask=offsets < scopes, other=0.0) != 0.0, 1, 0)
     return tl.sum(found)
 
 
