@@ -71,7 +71,7 @@ def evidence(length: Tensor, average: Average) -> Tensor:
     """
     r2 = coherence(length, average).square()
     chance = divide(average.square, average.mass.square()).clamp(0.0, 1.0)
-    # A single gradient has chance 1. A denominator of rounding errors would give arbitrary evidence, so it counts as 0.
+    # After a single gradient the chance is 1, and the denominator is only rounding error. The evidence is then 0.
     room = torch.where(1.0 - chance > 1e-6, 1.0 - chance, 0.0)
     return divide((r2 - chance).clamp(min=0.0), room).clamp(0.0, 1.0).sqrt()
 

@@ -15,7 +15,7 @@ from gradguide.utils.constants import LEAST_LENGTH
 __all__ = ["Magnitude", "clip", "fit", "shrink"]
 
 FITTING = 1.0 - 1e-6
-"""Share of the largest number of a dtype that a result may reach. The rest is for rounding."""
+"""Largest allowed result, relative to the largest number of its dtype. The rest is a margin for rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Magnitude:
     """Clip the guided gradient, and bound the update of the base optimizer.
 
     Clipping bounds the gradient, and with it the step of SGD. The step of Adam and related optimizers does not depend
-    on the gradient's length: each element moves by about the learning rate, whatever was clipped. So the update itself
+    on the gradient's length: each element moves by about the learning rate, clipped or not. So the update itself
     is bounded too, by ``max_update`` times the length of the parameters. This limits the harm of a learning rate that
     is too high. A suitable learning rate never reaches the bound.
 
@@ -31,10 +31,10 @@ class Magnitude:
     ratio of LARS and LAMB (arXiv 1708.03888; arXiv 1904.00962, section 3), used as an upper bound only.
 
     Args:
-        max_norm (float): largest norm of the guided gradient per scope, above 0. ``math.inf`` is no bound.
+        max_norm (float): largest norm of the guided gradient per scope, above 0. ``math.inf`` turns clipping off.
         max_update (float | None): largest length of an update, per scope, relative to that of the scope's parameters,
-            above 0. Parameters with a root mean square below 0.01 count as 0.01. None is no bound. A bound keeps one
-            copy of the parameters during the step, except where no copy is needed: see
+            above 0. Parameters with a root mean square below 0.01 count as 0.01. None turns the bound off. The bound
+            needs a copy of the parameters during the step, unless the update is provably within it: see
             :mod:`gradguide.step.adam_bound`. A scope whose update cannot be measured (Inf or NaN, for instance
             after float16 overflow) returns to its parameters before the step.
 
@@ -47,7 +47,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         if self.max_norm is None:
-            raise TypeError("max_norm must be a number, found None: math.inf is no bound")
+            raise TypeError("max_norm must be a number, found None: math.inf turns clipping off")
         check_range("max_norm", self.max_norm, 0, math.inf, open_low=True)
         if self.max_update is not None:
             check_range("max_update", self.max_update, 0, math.inf, open_low=True, open_high=True)

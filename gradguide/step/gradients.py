@@ -23,18 +23,18 @@ def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> Non
     if gradient.layout != torch.strided:
         raise ValueError(
             f"the gradient {which}is sparse ({gradient.layout}), which has no running direction; use "
-            "nn.Embedding(..., sparse=False), or keep this parameter in an optimizer of its own"
+            "nn.Embedding(..., sparse=False), or give this parameter to a separate optimizer"
         )
     if parameter.is_neg():
         raise ValueError(
-            f"the parameter {name or f'of shape {tuple(parameter.shape)}'} is a lazily negated view of other numbers; "
-            "make it one of its own: parameter.data = parameter.data.resolve_neg()"
+            f"the parameter {name or f'of shape {tuple(parameter.shape)}'} is a lazily negated view of another tensor; "
+            "give it memory of its own: parameter.data = parameter.data.resolve_neg()"
         )
-    fake = sys.modules.get("torch._subclasses.fake_tensor")  # not imported for this: without it nothing is fake
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # if nothing imported this module, no tensor is fake
     if fake is not None and isinstance(gradient, fake.FakeTensor):
         raise RuntimeError(
-            f"the gradient {which}is a fake tensor, which holds no numbers to measure; under "
-            "FakeTensorMode, step the base optimizer alone"
+            f"the gradient {which}is a fake tensor, which has no values; under FakeTensorMode, step the base optimizer "
+            "alone"
         )
 
 

@@ -24,7 +24,7 @@ class Record:
     guided_norm (Tensor): shape [S], norm of the guided gradient before clipping.
     clip_factor (Tensor): shape [S].
     coherence, damping (Tensor | None): shape [S], None without a direction.
-    limit: the constrained update, None if it was not measured. If it is bounded, it was then within its bound.
+    limit: the constrained update, None if it was not measured: then no bound was set, or it was within its bound.
     bounded (bool): whether the update is bounded.
     drifts: per source the modelled KL in nats per token, Tensor []; None if the source has no such model.
     """
@@ -82,7 +82,7 @@ def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Se
 
 def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
     gram = record.span.gram
-    # A scope without a gradient adds zeros. A gradient that is not finite makes the sums NaN, as intended.
+    # A scope without a gradient adds zeros. A gradient that is not finite makes the sums NaN.
     squares = gram.diagonal(dim1=1, dim2=2).clamp(min=0.0)
     lengths = squares.sum(dim=0).sqrt()
     cosines = divide(gram[:, GRADIENT, :].sum(dim=0), lengths[GRADIENT] * lengths).clamp(-1.0, 1.0)

@@ -59,7 +59,7 @@ def test_options_out_of_range(options: dict[str, float], message: str) -> None:
 
 
 def test_none_is_not_a_bound_of_the_gradient() -> None:
-    with pytest.raises(TypeError, match=r"max_norm must be a number, found None: math\.inf is no bound"):
+    with pytest.raises(TypeError, match=r"max_norm must be a number, found None: math\.inf turns clipping off"):
         Magnitude(max_norm=None)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ zeros at ``b1 = 0``, and in general gradients that grow by ``b2 / b1`` at each s
 bound is ``max_update * L`` with ``L = max(|p|, f sqrt(n))``, and ``A sqrt(n) + B |p| <= (A / f + B) * L``. So the bound
 cannot act if ``A / f + B <= max_update``: neither parameters nor gradients are read.
 
-Rounding in float32 is covered by slack. Where v underflows, ``(1 - b2) e^2`` is far larger than what is lost.
+Margins cover rounding in float32. Where v underflows, ``(1 - b2) e^2`` is far larger than the lost part of v.
 """
 
 from __future__ import annotations
