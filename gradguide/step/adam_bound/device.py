@@ -18,19 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.rules.magnitude import Magnitude
-from gradguide.step.adam_bound.ratio import (
-    LARGEST,
-    ROUNDED,
-    Settings,
-    Watch,
-    largest_ratio,
-    moments_of,
-    scales_of,
-    settings_of,
-    states_of,
-    values_of,
-    within,
-)
+from gradguide.step.adam_bound import ratio
 from gradguide.step.buckets import Bucket
 
 __all__ = ["DeviceAdamBound", "largest_correction"]
@@ -53,7 +41,7 @@ class DeviceAdamBound:
     """
 
     def __init__(self) -> None:
-        self._watch = Watch()
+        self._watch = ratio.Watch()
         self._scales: dict[int, tuple[float, float]] = {}
         self._numbers: _HostCopy | None = None  # None if dropped
         # The largest steady r^2 of each group since the numbers were measured. r^2 is at most this or the measured one.
@@ -72,21 +60,22 @@ class DeviceAdamBound:
             magnitude: the bound of the update, and that of the gradient.
         """
         self._tensors = []
-        if magnitude is None or magnitude.max_update is None or not magnitude.max_norm < LARGEST:
+        if magnitude is None or magnitude.max_update is None or not magnitude.max_norm < ratio.LARGEST:
             return False
         if sum(sum(bucket.elements) for bucket in buckets) < PAYS * sum(len(bucket.values) for bucket in buckets):
             return False
-        settings = settings_of(base, buckets)
+        settings = ratio.settings_of(base, buckets)
         if settings is None:
             return False
         groups = list(settings.values())
         corrections = [largest_correction(each.first, each.second) for each in groups]
-        if not within(groups, [each.steady for each in groups], corrections, magnitude.max_update):
+        if not ratio.within(groups, [each.steady for each in groups], corrections, magnitude.max_update):
             return False
         device = buckets[0].values[0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        tensors, scales = [*moments_of(states_of(base, buckets)), *values_of(buckets)], scales_of(settings)
+        scales = ratio.scales_of(settings)
+        tensors = [*ratio.moments_of(ratio.states_of(base, buckets)), *ratio.values_of(buckets)]
         unchanged = scales == self._scales and self._watch.unchanged(tensors)
         if not self._scales or (unchanged and self._numbers is None):
             self._numbers, self._steady = _HostCopy(_measured(base, buckets, settings)), {}
@@ -98,11 +87,11 @@ class DeviceAdamBound:
         numbers = None if self._numbers is None else self._numbers.read()
         if numbers is None:
             return False
-        ratio, parameters, step = numbers
-        squares = [max(self._steady[group], ratio * ratio * ROUNDED) for group in settings]
-        if not (ratio < math.inf and parameters < LARGEST and step >= 0):  # also where one is NaN
+        largest, parameters, step = numbers
+        squares = [max(self._steady[group], largest * largest * ratio.ROUNDED) for group in settings]
+        if not (largest < math.inf and parameters < ratio.LARGEST and step >= 0):  # also where one is NaN
             return False
-        return within(groups, squares, corrections, magnitude.max_update)
+        return ratio.within(groups, squares, corrections, magnitude.max_update)
 
     def after_step(self) -> None:
         """Record the state after the step, so that later writes by anything else are detected."""
@@ -145,14 +134,14 @@ def largest_correction(first: float, second: float) -> float:
     raise AssertionError
 
 
-def _measured(base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, Settings]) -> Tensor:
+def _measured(base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, ratio.Settings]) -> Tensor:
     """Return the largest ratio r, the largest absolute parameter and the smallest step number: Tensor [3], float64."""
     ratios, steps = [], []
     largest: list[Tensor] = []
     for bucket in buckets:
         for parameter, group in zip(bucket.parameters, bucket.groups, strict=True):
             state = base.state[parameter]
-            ratios.append(largest_ratio(state, settings[group]))
+            ratios.append(ratio.largest_ratio(state, settings[group]))
             steps.append(state["step"].double())
         filled = [value for value in bucket.values if value.numel()]
         if filled:

@@ -10,19 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.step.adam_bound.ratio import (
-    LARGEST,
-    ROUNDED,
-    Settings,
-    Watch,
-    largest_ratio,
-    moments_of,
-    scales_of,
-    settings_of,
-    states_of,
-    values_of,
-    within,
-)
+from gradguide.step.adam_bound import ratio
 from gradguide.step.buckets import Bucket
 
 __all__ = ["AdamBound"]
@@ -43,7 +31,7 @@ class AdamBound:
         self._ratios: Literal["unknown", "ahead", "current"] = "unknown"
         self._squares: dict[int, float] = {}  # r^2 by group
         self._scales: dict[int, tuple[float, float]] = {}
-        self._moments, self._parameters = Watch(), Watch()
+        self._moments, self._parameters = ratio.Watch(), ratio.Watch()
         self._parameters_finite = False
 
     @torch.no_grad()
@@ -56,52 +44,54 @@ class AdamBound:
             lengths (Tensor): shape [S], norms of these gradients.
             max_update (float): see :class:`gradguide.Magnitude`.
         """
-        settings = settings_of(base, buckets)
+        settings = ratio.settings_of(base, buckets)
         current, self._ratios = self._ratios == "current", "unknown"
-        if settings is None or not float(lengths.max()) < LARGEST:
+        if settings is None or not float(lengths.max()) < ratio.LARGEST:
             return False
-        states = states_of(base, buckets)
+        states = ratio.states_of(base, buckets)
         groups = [group for bucket in buckets for group in bucket.groups]
-        moments, scales = moments_of(states), scales_of(settings)
+        moments, scales = ratio.moments_of(states), ratio.scales_of(settings)
         if scales != self._scales or not current or not self._moments.unchanged(moments):
             # If r^2 grows too large over many steps, measuring does not pay.
             steady = [each.steady for each in settings.values()]
-            if moments and not within(settings.values(), steady, [1.0] * len(steady), max_update):
+            if moments and not ratio.within(settings.values(), steady, [1.0] * len(steady), max_update):
                 return False
             self._scales, self._squares = scales, _measured_squares(states, groups, settings)
         for group, each in settings.items():
-            self._squares[group] = (each.growth * self._squares[group] + each.gained) * ROUNDED
+            self._squares[group] = (each.growth * self._squares[group] + each.gained) * ratio.ROUNDED
         self._ratios = "ahead"
-        values = values_of(buckets)
+        values = ratio.values_of(buckets)
         self._parameters_finite = self._parameters_finite and self._parameters.unchanged(values)
         corrections = _corrections(states, groups, settings)
-        if not within(settings.values(), [self._squares[group] for group in settings], corrections, max_update):
+        if not ratio.within(settings.values(), [self._squares[group] for group in settings], corrections, max_update):
             return False
         if not self._parameters_finite:
             # A scope with a parameter that is not finite has no length: it must return to its values before the step.
-            self._parameters_finite = all(float(value.abs().max()) < LARGEST for value in values if value.numel())
+            self._parameters_finite = all(float(value.abs().max()) < ratio.LARGEST for value in values if value.numel())
         return self._parameters_finite
 
     def after_step(self, base: Optimizer, buckets: Sequence[Bucket]) -> None:
         """Record the state after the base's step, so that later writes by anything else are detected."""
         if self._ratios == "ahead":
             self._ratios = "current"
-            self._moments.mark(moments_of(states_of(base, buckets)))
-            self._parameters.mark(values_of(buckets))
+            self._moments.mark(ratio.moments_of(ratio.states_of(base, buckets)))
+            self._parameters.mark(ratio.values_of(buckets))
 
 
 def _measured_squares(
-    states: Sequence[dict[str, Any]], groups: Sequence[int], settings: dict[int, Settings]
+    states: Sequence[dict[str, Any]], groups: Sequence[int], settings: dict[int, ratio.Settings]
 ) -> dict[int, float]:
     """Return the largest r^2 of each group; infinity if a moment is NaN or a second moment is negative."""
     squares = dict.fromkeys(settings, 0.0)
     for state, group in zip(states, groups, strict=True):
-        ratio = float(largest_ratio(state, settings[group])) if moments_of([state]) else 0.0
-        squares[group] = max(squares[group], math.inf if math.isnan(ratio) else ratio * ratio * ROUNDED)
+        largest = float(ratio.largest_ratio(state, settings[group])) if ratio.moments_of([state]) else 0.0
+        squares[group] = max(squares[group], math.inf if math.isnan(largest) else largest * largest * ratio.ROUNDED)
     return squares
 
 
-def _corrections(states: Sequence[dict[str, Any]], groups: Sequence[int], settings: dict[int, Settings]) -> list[float]:
+def _corrections(
+    states: Sequence[dict[str, Any]], groups: Sequence[int], settings: dict[int, ratio.Settings]
+) -> list[float]:
     """Return the largest ``sqrt(1 - b2^t) / (1 - b1^t)`` of each group in its next step t; infinity if t is below 1."""
     steps: dict[int, set[float]] = {group: set() for group in settings}
     for state, group in zip(states, groups, strict=True):
