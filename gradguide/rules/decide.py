@@ -162,7 +162,7 @@ def decide(
     finite = span.gram.isfinite().all() if finite is None else finite
     stored = statistics[positions]
     known = dict(zip(STATISTICS, stored.unbind(1), strict=True))
-    average = Average(*(known[name] for name in Average._fields))
+    average = Average(known["mass"], known["square"])
     gradient, direction = span.row(GRADIENT), span.row(DIRECTION)
     received, length = span.lengths[:, GRADIENT], span.lengths[:, DIRECTION]
 
