@@ -7,6 +7,7 @@ all-reduce of a few numbers per scope, for any number of parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -152,21 +153,19 @@ def to_layout(value: Tensor, like: Tensor) -> Tensor:
     return full(value) if wanted is None else shard(full(value), wanted)
 
 
-def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
-    """All-reduce each tensor over its process groups, and return the sum of all; None if there is no tensor.
+def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
+    """All-reduce each tensor over its process groups, and return the sum of all.
 
     A value that is not finite on one rank makes the sum not finite on all ranks, so that all of them skip the step.
 
     Args:
-        parts: tensors of one shape, by the process groups to reduce over. The keys and their order must be the same on
-            all ranks: each group is one all-reduce. The tensors are modified.
+        parts: at least one tensor, all of one shape, by the process groups to reduce over. The keys and their order
+            must be the same on all ranks: each group is one all-reduce. The tensors are modified.
     """
-    total: Tensor | None = None
     whole = parts.get(())
     for groups, part in parts.items():
         if groups and whole is not None:
             part += 0.0 * whole  # 0, or NaN if the replicated tensor is not finite
         for group in groups:
             dist.all_reduce(part, group=group)
-        total = part if total is None else total + part
-    return total
+    return reduce(torch.add, parts.values())

@@ -1,4 +1,4 @@
-"""Compare options over ranks, and sum over shards."""
+"""Find the process groups of an optimizer's parameters, and compare its options over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gradguide.distributed.agreement import check_agreement
-from gradguide.distributed.layouts import Layout, all_reduce_sum, check_divided, is_distributed, layout_of, local
+from gradguide.distributed.layouts import Layout, check_divided, is_distributed, layout_of, local
 
 __all__ = ["Ranks"]
 
@@ -71,12 +71,6 @@ class Ranks:
             return {}
         known = {names[p]: layout_of(p) for p in parameters if p in names}
         return {name: layout for name, layout in known.items() if layout is not None}
-
-    def all_reduce_sum(self, parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
-        """Sum over ranks and over ``parts``, which has one tensor per entry of ``groups``."""
-        total = all_reduce_sum(parts)
-        assert total is not None
-        return total
 
 
 def _ddp_groups(parameters: Sequence[Tensor]) -> list[Any]:

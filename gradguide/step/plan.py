@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradguide import ops
+from gradguide.distributed.layouts import all_reduce_sum
 from gradguide.distributed.ranks import Ranks
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.pack import allocate_contiguous
@@ -140,7 +141,7 @@ class StepPlan:
             groups: parts[groups] if groups in parts else torch.zeros(shape, dtype=wide, device=self.device)
             for groups in self.ranks.groups  # the same order on all ranks, even if some lack gradients
         }
-        return Span(self.ranks.all_reduce_sum(whole), self.rounding, self.largest)
+        return Span(all_reduce_sum(whole), self.rounding, self.largest)
 
     def combine_(self, rows: Rows, writes: Sequence[Sequence[Write]], signed: slice = _UNSIGNED) -> None:
         """Write combinations of the rows of each bucket. ``signed`` as in :meth:`gram`."""
