@@ -1,4 +1,4 @@
-"""Measure how far a Hugging Face model has moved from the model that it was adapted from."""
+"""Measure the drift of a model on texts: the KL from its base. (``metrics()["source_drift"]`` is modelled instead.)"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradguide.distributed.layouts import local
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 
 __all__ = ["RandomState", "check_hooks", "leaves", "preserve_buffers", "preserve_gradients"]
 

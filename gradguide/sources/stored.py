@@ -17,7 +17,7 @@ from gradguide.sources.anchor_weights import anchor_weights
 from gradguide.sources.capture import Batch, Loss, capture_tables
 from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
-from gradguide.sources.tables import checked_tables, digest, read_tables
+from gradguide.sources.stored_tables import checked_tables, digest, read_tables
 from gradguide.utils.names import NamesLike
 
 __all__ = ["SourceGradient"]

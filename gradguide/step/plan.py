@@ -12,7 +12,7 @@ from torch import Tensor
 from gradguide import ops
 from gradguide.distributed.ranks import Ranks
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_dtype
 from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from gradguide import SourceGradient
-from gradguide.cli.inspect import compare, describe, drift
+from gradguide.cli.inspect_stored import compare, describe, modelled_drift
 from gradguide.cli.main import main
 
 NAMES = [
@@ -86,7 +86,7 @@ def test_drift_of_an_adapter_as_peft_names_it(file: Path, tmp_path: Path, kind: 
     folder = tmp_path / "adapter"
     folder.mkdir()
     save_file({keys[name]: t for name, t in moved.items()}, folder / "adapter_model.safetensors")
-    found = drift(file, folder if kind == "folder" else folder / "adapter_model.safetensors")
+    found = modelled_drift(file, folder if kind == "folder" else folder / "adapter_model.safetensors")
     move = flat(moved) - flat(table(2))
     rise = float(flat(table(0)) @ move + 0.5 * (flat(table(1)).abs() * move.square()).sum())
     assert found["matched"] == 3
