@@ -39,7 +39,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a structured source, is damaged, or has a newer format.
+        ValueError: the file holds no structured source, is damaged, or has an older or newer layout.
     """
     layers, metadata = _read(path)
     rows = [

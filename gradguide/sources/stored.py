@@ -259,7 +259,8 @@ class SourceGradient:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file is truncated, not safetensors, not a source file, damaged, or of a newer format.
+            ValueError: the file is truncated, not safetensors, not a source file, damaged, of a structured source, in 8
+                bits (gradguide 0.1.0), or of a newer format.
         """
         tables, metadata = read_tables(path)
         try:

@@ -134,7 +134,7 @@ def test_bad_files(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no source file" in refused(capsys, "inspect", str(tmp_path / "none"))
     other = tmp_path / "weights.safetensors"
     save_file({"w": torch.zeros(2)}, other)
-    assert "no source gradient" in refused(capsys, "inspect", str(other))
+    assert "no source of gradguide" in refused(capsys, "inspect", str(other))
     assert "no tensor" in refused(capsys, "inspect", str(file), "--adapter", str(other))
     assert "no adapter file" in refused(capsys, "inspect", str(file), "--adapter", str(tmp_path / "none"))
     source(0, curvature=False).save(tmp_path / "fixed")

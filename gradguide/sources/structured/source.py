@@ -278,7 +278,7 @@ class StructuredSource:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file is damaged, not a structured source, or of a newer format.
+            ValueError: the file is damaged, holds no structured source, or has an older or newer layout.
         """
         layers, metadata = storage.read(path)
         try:
