@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "capture",
         help="make the source file of a language model, once per base model",
         description="Captures a structured source of a causal language model, on text or on text that the model writes "
-        "itself. One file serves every adapter of the model.",
+        "itself. One file serves every plain LoRA or rsLoRA adapter of the model.",
         argument_default=argparse.SUPPRESS,
     )
     add = capture.add_argument

@@ -41,7 +41,7 @@ class StructuredSource:
     outputs (Kronecker-factored curvature, arXiv 1503.05671; for continual learning, arXiv 1805.07810). The first pair
     is of tokens, the second of whole sequences (arXiv 2311.00636), because a change of a layer acts on all tokens of a
     sequence at once. The source returns the gradient of that KL with respect to A and B, or W. It depends on D alone,
-    so one file serves every adapter of a base model.
+    so one file serves every plain LoRA or rsLoRA adapter of a base model.
 
     Create it with :meth:`capture` or :meth:`load`. Pass it to :class:`gradguide.Alignment`, and the model to ``names``.
     """
