@@ -93,7 +93,7 @@ def _paragraphs(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error})") from error
+        raise ValueError(f"{str(path)!r} is not a text in UTF-8 ({error})") from error
     found = [line for line in lines if line.strip()]
     if not found:
         raise ValueError(f"{str(path)!r} has no text")

@@ -85,7 +85,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         patterns = config.get("alpha_pattern") or {}
         readable = math.isfinite(number) and all(math.isfinite(float(value)) for value in patterns.values())
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is no configuration of an adapter ({error!r})") from error
+        raise ValueError(f"{os.fspath(path)!r} is not the configuration of an adapter ({error!r})") from error
     if kind != "LORA" or config.get("use_dora"):
         which = "DoRA" if kind == "LORA" else kind
         raise ValueError(f"{os.fspath(path)!r} is of kind {which}: the drift is modelled for LoRA adapters")

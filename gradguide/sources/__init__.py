@@ -1,7 +1,7 @@
 """Provide the source-task gradient at the current parameters.
 
 - ``protocol``: the interface of a source. Start here.
-- ``structured``: :class:`gradguide.StructuredSource`, a folder of its own.
+- ``structured``: :class:`gradguide.StructuredSource`.
 - ``stored``: :class:`gradguide.SourceGradient`. ``capture`` computes its tables, ``stored_tables`` checks and hashes
   them, ``merge`` and ``anchor_weights`` derive others from them.
 - ``replay``: :class:`gradguide.ReplaySource`.

@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "of kind DoRA"),
         ({"peft_type": "LOHA"}, "of kind LOHA"),
-        ({"lora_alpha": None}, "no configuration"),
+        ({"lora_alpha": None}, "not the configuration"),
     ]
     for change, message in changes:
         config.write_text(json.dumps({**content, **change}))
@@ -190,7 +190,7 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     config.write_text(json.dumps(content))
     assert "adapts none of the 7 layers" in refused(capsys, tmp_path / "second", "--adapter", model)
     config.write_text("{")
-    assert "is no configuration of an adapter" in refused(capsys, base, "--adapter", model)
+    assert "is not the configuration of an adapter" in refused(capsys, base, "--adapter", model)
 
 
 def test_inspect_refuses_what_load_refuses_after_any_flipped_bit_of_the_header(

@@ -86,8 +86,8 @@ class StructuredSource:
         (of any number without FSDP), and all ranks get the same source.
         Each sum of a layer is one all-reduce, after the last batch. If one rank fails, all raise, except under FSDP.
 
-        The first dimension of a layer's input is that of the sequences, or the input has the tokens of the model's
-        ``input_ids``, flattened. Rows of other 2-d inputs, as those of an expert, count as sequences of one token.
+        The first dimension of a layer's input counts the sequences, or the input has the tokens of the model's
+        ``input_ids``, flattened. Rows of other 2-d inputs, such as those of an expert, count as sequences of one token.
 
         Args:
             model: a base model or a PEFT model, trained or not.
