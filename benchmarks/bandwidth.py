@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Result, save, summarise, time_side_by_side, versions
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
-from gradguide.ops.triton.adam import Groups, Moments, Settings, launch_adam, launch_preview_update, plan_adam
+from gradguide.ops.triton.launch_adam import Groups, Moments, Settings, launch_adam, launch_preview_update, plan_adam
 
 ELEMENTS = 1 << 28
 """In 64 tensors. A row in float32 has 1 GiB, which no cache holds."""

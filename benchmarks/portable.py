@@ -22,7 +22,7 @@ from benchmarks.sets import SETS
 from benchmarks.step import Option, Problem, Provider, base
 from gradguide import Alignment, GradGuide
 from gradguide.ops import Row, Stack, Write, foreach
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 
 SET = SETS["LoRA r16 of a 1.1B Llama"]
 PORTABLE, PLAIN = "portable backend", "plain torch code"

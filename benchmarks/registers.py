@@ -30,8 +30,8 @@ from benchmarks.harness import save, versions
 from gradguide import Alignment, Direction, Magnitude, SourceGradient
 from gradguide.ops import Row, Write
 from gradguide.ops import triton as ops
-from gradguide.ops.triton import adam as fused
 from gradguide.ops.triton import launch
+from gradguide.ops.triton import launch_adam as fused
 from gradguide.rules.decide import SOURCES, STATISTICS, Rules
 from gradguide.rules.span import Span
 from gradguide.rules.triton import decide as deciding

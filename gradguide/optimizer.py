@@ -19,8 +19,8 @@ from gradguide.regularizer.options import Regularizer
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.direction import Direction
 from gradguide.rules.magnitude import Magnitude
+from gradguide.sources.matching import match_sources
 from gradguide.sources.protocol import Source
-from gradguide.sources.validation import match_sources
 from gradguide.step import nonfinite
 from gradguide.step.buckets import Scope
 from gradguide.step.engine import Engine

@@ -84,8 +84,8 @@ def compact(path: Path) -> str:
             line.append("" if name == OURS else shown(Difference(mean, low, high), 1))
         lines.append(line)
     heads = [
-        "method", "target %: mean over rates", "minus clip", "minus clip at its best rate", "worst rate", "target loss",
-        "drift: mean", "worst rate",
+        "method", "target %: mean over rates", "minus clip", "minus clip at clip's best rate", "target %: lowest",
+        "target loss", "drift: mean", "drift: highest",
     ]  # fmt: skip
     area = ""
     if best is not None:

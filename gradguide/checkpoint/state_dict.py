@@ -24,7 +24,7 @@ from gradguide.checkpoint.validation import (
     read_counters,
 )
 from gradguide.distributed.layouts import as_dtensor, local, to_layout
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.step.engine import Engine
 
 __all__ = ["load", "merge"]

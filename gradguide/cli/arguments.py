@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         help="adapt a pretrained model with few examples, with and without GradGuide, and compare",
         description="Trains a LoRA adapter on source domains, then adapts it to a target domain with few examples, "
         "once with AdamW and once with AdamW inside GradGuide. Reports target accuracy and source accuracy. With a "
-        "causal language model, a fresh adapter learns the target, and the drift from the model is reported.",
+        "causal language model, a new adapter learns the target, and the drift from the model is reported.",
         # Options that are not given are left out, so that DemoConfig is the only place with defaults.
         argument_default=argparse.SUPPRESS,
     )
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "capture",
         help="make the source file of a language model, once per base model",
         description="Captures a structured source of a causal language model, on text or on text that the model writes "
-        "itself. One file serves every adapter of the model.",
+        "itself. One file serves every plain LoRA or rsLoRA adapter of the model.",
         argument_default=argparse.SUPPRESS,
     )
     add = capture.add_argument

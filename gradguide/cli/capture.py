@@ -11,11 +11,11 @@ from gradguide.utils.atomic import scratch_beside
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OWN_TEXT", "capture"]
+__all__ = ["capture"]
 
-OWN_TEXT = 16384
+_OWN_TEXT = 16384
 """Tokens that the model writes if no text is given."""
-SEED = 0
+_SEED = 0
 
 
 def capture(
@@ -71,15 +71,15 @@ def capture(
         pass  # raises before the work if the folder cannot be written
     batches: list[dict[str, Tensor]]
     if paragraphs is None:
-        count = OWN_TEXT if own_text is None else own_text
-        batches = write_text(network, tokenizer, tokens=count, seed=SEED, length=length, batch_size=batch_size)
+        count = _OWN_TEXT if own_text is None else own_text
+        batches = write_text(network, tokenizer, tokens=count, seed=_SEED, length=length, batch_size=batch_size)
     else:
         windows = [window for paragraph in paragraphs for window in _windows(tokenizer, paragraph, length)]
         if not windows:
             raise ValueError(f"{str(text)!r} has no paragraph of at least 2 tokens")
         starts = range(0, len(windows), batch_size)
         batches = [_batch(windows[start : start + batch_size], network.device) for start in starts]
-    torch.manual_seed(SEED)
+    torch.manual_seed(_SEED)
     source = StructuredSource.capture(
         network, batches, sampled_loss, modules=modules, rank=rank, dtype=getattr(torch, dtype)
     )
@@ -93,7 +93,7 @@ def _paragraphs(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error})") from error
+        raise ValueError(f"{str(path)!r} is not a text in UTF-8 ({error})") from error
     found = [line for line in lines if line.strip()]
     if not found:
         raise ValueError(f"{str(path)!r} has no text")

@@ -133,14 +133,14 @@ def _capture(options: dict[str, Any]) -> None:
 def _inspect(options: dict[str, Any]) -> None:
     if options["plot"] is not None and options["adapter"] is None:
         raise UsageError("--plot draws the drift of an adapter: give one with --adapter")
-    from gradguide.cli import inspect, structured
+    from gradguide.cli import inspect_stored, inspect_structured
 
-    contents: Any = structured if structured.is_structured(options["file"]) else inspect
+    contents: Any = inspect_structured if inspect_structured.is_structured(options["file"]) else inspect_stored
     found = {"source": contents.describe(options["file"])}
     if options["against"] is not None:
         found["against"] = contents.compare(options["file"], options["against"])
     if options["adapter"] is not None:
-        found["drift"] = contents.drift(options["file"], options["adapter"])
+        found["drift"] = contents.modelled_drift(options["file"], options["adapter"])
     if options["plot"] is not None:
         from gradguide.cli.picture import draw_drift
 
@@ -148,9 +148,9 @@ def _inspect(options: dict[str, Any]) -> None:
     if options["json"]:
         print(json.dumps(found, indent=2))
     else:
-        from gradguide.cli import tables
+        from gradguide.cli import text_tables
 
-        tables.show(found)
+        text_tables.show(found)
 
 
 def _plot(options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ def draw_drift(drift: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw the drift of an adapter into an image file: one line per kind of layer, such as ``q_proj``, over the blocks.
 
     Args:
-        drift: the result of ``drift`` in ``gradguide.cli.inspect`` or ``gradguide.cli.structured``.
+        drift: the result of ``modelled_drift`` in ``inspect_stored`` or ``inspect_structured``.
         path: image file; its suffix sets the format.
 
     Raises:

@@ -15,7 +15,6 @@ __all__ = [
     "DemoError",
     "LanguageConfig",
     "OptionError",
-    "RunOptions",
     "check_extras",
     "make_out",
 ]
@@ -45,7 +44,7 @@ class OptionError(DemoError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class _RunOptions:
     """Options that both demos have.
 
     Args:
@@ -81,7 +80,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(RunOptions):
+class DemoConfig(_RunOptions):
     """Options of the demo on an encoder.
 
     Args:
@@ -94,7 +93,7 @@ class DemoConfig(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageConfig(RunOptions):
+class LanguageConfig(_RunOptions):
     """Options of the demo on a language model.
 
     Args:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gradguide.demo.config import DemoError, OptionError
 
-__all__ = ["Example", "Task", "Transfer", "batches", "draw", "few_shot", "read_file", "read_transfer", "split_tasks"]
+__all__ = ["Example", "Task", "Transfer", "batches", "draw", "few_shot", "read_file", "read_transfer"]
 
 _MAX_DEFAULT_SOURCES = 5  # more source domains make source training too slow for a demo
 
@@ -53,11 +53,11 @@ def read_transfer(folder: Path, *, target: str | None = None, sources: Sequence[
     """Return the tasks in ``folder/train.tsv`` and ``folder/test.tsv``.
 
     Raises:
-        DemoError: see ``read_file`` and ``split_tasks``; or ``folder`` is not a folder.
+        DemoError: see ``read_file`` and ``_split_tasks``; or ``folder`` is not a folder.
     """
     if not folder.is_dir():
         raise OptionError("data", f"must be a folder with train.tsv and test.tsv, found {str(folder)!r}")
-    return split_tasks(read_file(folder / "train.tsv"), read_file(folder / "test.tsv"), target=target, sources=sources)
+    return _split_tasks(read_file(folder / "train.tsv"), read_file(folder / "test.tsv"), target=target, sources=sources)
 
 
 def read_file(path: Path) -> list[Example]:
@@ -93,7 +93,7 @@ def read_file(path: Path) -> list[Example]:
     return examples
 
 
-def split_tasks(
+def _split_tasks(
     train: Sequence[Example], test: Sequence[Example], *, target: str | None = None, sources: Sequence[str] = ()
 ) -> Transfer:
     """Split rows into a source and a target task, by domain if the rows have one, else by halves of the sorted labels.

@@ -1,4 +1,4 @@
-"""The demo from start to end, and its parts for scripts that compare methods of their own.
+"""The demo from start to end, and its parts for scripts that compare other methods.
 
     prepared = prepare(DemoConfig(seeds=3))
     outcomes = compare(prepared, {"AdamW": default_methods(2e-3)["AdamW"], "mine": make_mine})

@@ -22,6 +22,6 @@ def load_causal(name: str) -> Any:
     if missing:
         raise ValueError(
             f"{name!r} has no weights for {len(missing)} parameters of {type(network).__name__}, such as {missing[0]}: "
-            "it is no causal language model, or it is damaged"
+            "it is not a causal language model, or it is damaged"
         )
     return network

@@ -1,4 +1,4 @@
-"""Measure how far a Hugging Face model has moved from the model that it was adapted from."""
+"""Measure the drift of a model on texts: the KL from its base. (``metrics()["source_drift"]`` is modelled instead.)"""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
     0 means that the model predicts what the base model predicts. ``metrics()["source_drift"]`` is modelled; this is
     measured, by two forward passes of each batch. Use texts that no source was captured from. Positions that the
     attention mask excludes are left out, or the decoder's attention mask if the batch has ``decoder_input_ids``. The
-    predictions are the softmax of the last dimension. Both models are in eval mode meanwhile; modes, gradients and
-    adapters stay as they were. Under DDP each process has the value of its own batches.
+    predictions are the softmax of the last dimension. Both models run in eval mode. Modes, gradients and adapters are
+    restored. Under DDP each process returns the value of its own batches.
 
     Args:
         model: a Hugging Face model, with PEFT adapters if ``base`` is None. It may be in a wrapper.
@@ -73,7 +73,7 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
                     f"{tuple(start.shape)} and {tuple(now.shape)}"
                 )
             if now.shape[-1] < 2:
-                raise ValueError(f"the logits must have 2 classes or more, found {now.shape[-1]}: a regression?")
+                raise ValueError(f"the logits must have 2 classes or more, found {now.shape[-1]}: is it a regression?")
             mask = "decoder_attention_mask" if DECODER_INPUTS & inputs.keys() else "attention_mask"
             used = _used(now, mask, inputs.get(mask))
             total += _kl(start.flatten(0, -2), now.flatten(0, -2), used)
@@ -81,7 +81,7 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
     if count == 0:
         raise ValueError("batches must hold at least one position, found none; a generator can be read only once")
     if math.isnan(total):
-        raise ValueError("the logits of the base or of the model hold NaN or inf, so they are no predictions")
+        raise ValueError("the logits of the base or of the model hold NaN or inf, so they are not predictions")
     return total / count
 
 

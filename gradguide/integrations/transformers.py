@@ -77,8 +77,8 @@ def guide(
     Clipping is left to GradGuide. Without ``magnitude``, the bound is the trainer's ``max_grad_norm`` (0: no bound on
     the gradient). The trainer's own clipping is switched off in a copy of its arguments, and one log line says so.
 
-    A structured source is bound to the model now. So training of whole weights resumes, although the trainer loads the
-    weights before it creates the optimizer.
+    A structured source is bound to the model in this call, so that its pull is relative to the captured weights even if
+    training of whole weights is resumed: the trainer then loads trained weights before it creates the optimizer.
 
     Args:
         trainer: a trainer that has no optimizer yet.
@@ -136,7 +136,7 @@ def _check_trainer(trainer: Trainer, options: Mapping[str, Any]) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "the trainer uses DeepSpeed, which makes and clips gradients in pieces of its own: use DDP, or FSDP with "
+            "the trainer uses DeepSpeed, which computes and clips gradients in partitions: use DDP, or FSDP with "
             "fsdp_config={'version': 2}"
         )
     if options.get("regularizer") is not None:

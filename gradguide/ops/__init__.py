@@ -1,4 +1,13 @@
-"""Passes over the rows: ``gram`` measures them, ``combine_`` writes linear combinations. Independent of the rules."""
+"""Passes over the rows of a step: ``gram`` measures them, ``combine_`` writes linear combinations. No rules.
+
+- ``row``: a vector over the tensors of a bucket, and what is written. Start here.
+- ``reference``: plain loops in float64, which define the result of every backend.
+- ``foreach``: the portable backend, with the passes for accelerators. It leaves those on a CPU to ``cpu``. Both split
+  tensors with ``blocks``.
+- ``triton``: the fused kernels for CUDA. ``available`` checks whether they can run.
+- ``rounding``: error bounds of each backend's products. They decide what counts as zero.
+- ``tensors`` (metadata of lists of tensors) and ``allocate`` (contiguous memory) are helpers.
+"""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class Block(NamedTuple):
 def blocks(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> Iterator[Block]:
     """Yield the blocks of all scopes, in order. A tensor that is not contiguous in every list is not split.
 
-    On a CPU, tensors of at least an eighth of the largest block are blocks of their own: one tensor takes fewer
-    operations. On other devices fewer blocks take fewer launches.
+    On a CPU, a tensor of at least an eighth of the largest block is one block: one tensor takes fewer operations. On
+    other devices fewer blocks take fewer launches.
     """
     lists = lists_of(rows, writes)
     if not lists[0]:

@@ -32,7 +32,7 @@ def rounding(fused: bool, device: torch.device, tensors: Iterable[Tensor], *, sh
     """Return the maximum error of a product of two rows, relative to the product of their lengths.
 
     Args:
-        fused: whether the kernels compute the products.
+        fused: whether the kernels compute the products, else the portable backend. Another backend needs its own bound.
         device: device of the tensors.
         tensors: gradients and parameters.
         sharded: whether parts of the tensors are on other ranks, with other sizes. All ranks return the same value.

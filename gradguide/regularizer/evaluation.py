@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.regularizer.options import Regularizer, derivative
 from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.span import Span, divide

@@ -1,10 +1,14 @@
 """Provide the source-task gradient at the current parameters.
 
 - ``protocol``: the interface of a source. Start here.
-- ``stored``: :class:`gradguide.SourceGradient`, with ``capture``, ``tables``, ``files``, ``merge``, ``anchor_weights``.
-- ``replay``: :class:`gradguide.ReplaySource`.
 - ``structured``: :class:`gradguide.StructuredSource`.
-- ``validation``: matches sources with an optimizer's parameters; ``mismatch`` explains failures.
+- ``stored``: :class:`gradguide.SourceGradient`. ``capture`` computes its tables, ``stored_tables`` checks and hashes
+  them, ``merge`` and ``anchor_weights`` derive others from them.
+- ``replay``: :class:`gradguide.ReplaySource`.
+- ``files``, ``metadata``: source files, and the facts about a capture in them.
+- ``matching``: matches sources with an optimizer's parameters; ``mismatch`` explains failures.
 - ``base_model``: identifies the model that a source was captured from.
-- ``side_effects``, ``undisturbed``: extra passes that leave a model unchanged.
+- ``batch_gradient``: the gradient of one batch. ``examples`` counts the examples in it.
+- ``undisturbed``, ``side_effects``: extra passes that leave a model, or parameters alone, unchanged. ``checkpointing``
+  keeps gradient checkpointing on in them.
 """

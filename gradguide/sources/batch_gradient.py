@@ -81,7 +81,10 @@ def batch_gradient(
 
 @contextmanager
 def _without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Set ``grad`` to None inside, and restore the same gradient tensors afterwards."""
+    """Set ``grad`` to None inside, and restore the same tensors, without the copies of ``preserve_gradients``.
+
+    Captures run in ``undisturbed``, where no backward pass overwrites them.
+    """
     held = {tensor: tensor.grad for tensor in tensors if tensor.requires_grad}
     try:
         for tensor in held:

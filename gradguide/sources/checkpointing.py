@@ -1,4 +1,4 @@
-"""Keep the gradient checkpointing of transformers in eval mode, which it switches off."""
+"""Keep gradient checkpointing on in eval mode, in which models of transformers turn it off."""
 
 from __future__ import annotations
 

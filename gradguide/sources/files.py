@@ -99,8 +99,8 @@ def _metadata(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str,
             raise ValueError(f"format {version!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{os.fspath(path)!r} holds tensors but no source gradient (found metadata {sorted(header)}); "
-            "source files are written by SourceGradient.save"
+            f"{os.fspath(path)!r} holds tensors but no source of gradguide (found metadata {sorted(header)}); source "
+            "files are written by SourceGradient.save and StructuredSource.save"
         ) from error
     if version > FORMAT:
         raise ValueError(

@@ -37,7 +37,7 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
     first = sources[0]
     for index, tables in enumerate(sources[1:], 1):
         if tables.keys() != first.keys():
-            raise ValueError(f"source {index} holds {sorted(tables)}, source 0 {sorted(first)}; merge like with like")
+            raise ValueError(f"source {index} holds {sorted(tables)}, source 0 {sorted(first)}; they must be equal")
         for label, table in tables.items():
             if {name: t.shape for name, t in table.items()} != {name: t.shape for name, t in first[label].items()}:
                 raise ValueError(f"source {index} differs from source 0 in names or shapes")

@@ -13,9 +13,9 @@ from torch import nn
 from gradguide.sources.base_model import base_of
 from gradguide.utils.versions import installed_version
 
-__all__ = ["MAX_DEPTH", "check_depth", "check_metadata", "metadata_of"]
+__all__ = ["check_depth", "check_metadata", "metadata_of"]
 
-MAX_DEPTH = 64
+_MAX_DEPTH = 64
 
 
 def metadata_of(model: nn.Module, *, examples: int, loss: float, curvature: str | None) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     """Raise unless the entries that the library reads have the types that it writes. Other entries may be anything.
 
     Raises:
-        ValueError: an entry has another type, or is nested deeper than ``MAX_DEPTH``.
+        ValueError: an entry has another type, or is nested deeper than ``_MAX_DEPTH``.
     """
     check_depth(metadata)
     _check(metadata)
@@ -82,10 +82,10 @@ def check_depth(metadata: object) -> None:
     """Raise if a value of JSON types is nested too deep for recursive code.
 
     Raises:
-        ValueError: it is nested deeper than ``MAX_DEPTH``.
+        ValueError: it is nested deeper than ``_MAX_DEPTH``.
     """
     level: list[Any] = [metadata]
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_DEPTH):
         level = [
             inner
             for value in level
@@ -94,7 +94,7 @@ def check_depth(metadata: object) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"metadata must be nested at most {MAX_DEPTH} deep")
+    raise ValueError(f"metadata must be nested at most {_MAX_DEPTH} deep")
 
 
 def _is_number(value: object) -> bool:

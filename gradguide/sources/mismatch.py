@@ -69,16 +69,16 @@ def _cause(
         )
     if missing:
         return (
-            "`names` holds parameters that were not captured (a new head, an adapter added since?): leave those out of "
-            f"`names`, and they are guided without the source: names={_names_without(missing, lora)}"
+            "`names` holds parameters that were not captured (a new head, an adapter added later?). To guide them "
+            f"without the source, leave them out of `names`: names={_names_without(missing, lora)}"
         )
     inside = [name for name in unexpected if name in reachable]
     why = "`names` or the optimizer leaves them out" if inside else "this model has no such parameters"
     same = "lora_parameters(model)" if lora and not _is_lora(unexpected) else "..."
     also = "; or guide them too, with names=model" if inside else ""
     return (
-        f"They were captured, and {why} (an old head?): capture only what is to be guided, with "
-        f"SourceGradient.capture(model, batches, loss, names={same}), with the same names here{also}"
+        f"They were captured, and {why} (an old head?): capture only the parameters to guide, with "
+        f"SourceGradient.capture(model, batches, loss, names={same}), and pass the same names here{also}"
     )
 
 

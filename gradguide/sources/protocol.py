@@ -16,11 +16,19 @@ __all__ = ["Source", "row_or_zeros", "sources_of"]
 
 @runtime_checkable
 class Source(Protocol):
-    """A source-task gradient over named parameters."""
+    """A source-task gradient over named parameters.
+
+    A source may also have an attribute ``drift`` (Tensor [] or None): the modelled KL at the last step, in nats per
+    token. It is read for ``metrics()["source_drift"]`` only.
+    """
 
     @property
     def weight(self) -> float:
-        """Default weight of the pull."""
+        """Default weight of the pull.
+
+        A source with another weight than 0 is not projected, unless ``Alignment(project=True)`` says so: it pulls back
+        to an anchor, and any step away from an anchor conflicts with it.
+        """
         ...
 
     def shapes(self) -> dict[str, torch.Size] | None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.row import Row
 from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients

@@ -1,4 +1,8 @@
-"""Run extra passes without side effects on gradients, buffers and random state."""
+"""Keep gradients, buffers and random state during an extra pass in a step, where only parameters are given.
+
+The model is not given, so a hook finds the modules whose buffers may change. The step needs the gradients, which a
+backward pass under DDP overwrites in place, so they are copied. Captures have the model: see ``undisturbed``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradguide.distributed.layouts import local
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 
 __all__ = ["RandomState", "check_hooks", "leaves", "preserve_buffers", "preserve_gradients"]
 
@@ -35,8 +39,8 @@ class RandomState:
 def preserve_buffers() -> Iterator[None]:
     """Restore the buffers of every module that runs inside, such as BatchNorm's statistics.
 
-    An optimizer has no reference to the model, so a global hook registers modules when they are called. Modules inside
-    a graph of torch.compile or a scripted module do not call the hook.
+    A global hook registers modules when they are called. Modules inside a graph of torch.compile or a scripted module
+    do not call it.
     """
     kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 

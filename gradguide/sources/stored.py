@@ -17,7 +17,7 @@ from gradguide.sources.anchor_weights import anchor_weights
 from gradguide.sources.capture import Batch, Loss, capture_tables
 from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
-from gradguide.sources.tables import checked_tables, digest, read_tables
+from gradguide.sources.stored_tables import checked_tables, digest, read_tables
 from gradguide.utils.names import NamesLike
 
 __all__ = ["SourceGradient"]
@@ -83,9 +83,9 @@ class SourceGradient:
 
         The source stores an id and a few frozen weights of its base model. An optimizer raises ValueError if frozen
         weights reachable through its ``names`` have other values. Differences between float32 and 16-bit storage are
-        tolerated. Without frozen weights (full fine-tuning), the id is stored and nothing is compared: training starts
-        at the anchor, and a large distance from it is normal later. To use a source with another base model on purpose,
-        remove the entry "base" from its ``metadata``.
+        tolerated. Without frozen weights (full fine-tuning), the id is stored and nothing is compared, because trained
+        weights move away from the captured ones. To use a source with another base model on purpose, remove the entry
+        "base" from its ``metadata``.
 
         If no batch reaches a parameter (a layer that the loss does not use, an expert without tokens), it is stored as
         zero with a warning. The source then does not act on it.
@@ -165,8 +165,8 @@ class SourceGradient:
         ``|theta0|`` are therefore pulled back with a norm of about 1, the default bound of gradient clipping, for any
         model size.
 
-        s0 is dropped: the gradient that remains after source training is no reason to move or to stop. At a useful
-        weight, its stale direction would dominate everything else. F is normalized, because it vanishes as the model
+        s0 is dropped. It is the gradient that remains after source training, and it goes stale. At a useful weight it
+        would dominate all other terms. F is normalized, because it vanishes as the model
         becomes confident on its source (1e-9 or less when fitted to a few rows), while the possible loss does not.
         sqrt(F) is proportional to the size of gradient elements, like the square root of Adam's second moments. So each
         element is held in proportion to its gradients. A source without s0 is returned unchanged.
@@ -259,7 +259,8 @@ class SourceGradient:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file is truncated, not safetensors, not a source file, damaged, or of a newer format.
+            ValueError: the file is truncated, not safetensors, not a source file, damaged, of a structured source, in 8
+                bits (gradguide 0.1.0), or of a newer format.
         """
         tables, metadata = read_tables(path)
         try:

@@ -1,4 +1,8 @@
-"""Run passes of a model and restore its state afterwards."""
+"""Run passes of a whole model outside of a step, and restore its modes, buffers, gradients and random state.
+
+The model is given, so its buffers are listed, and DDP does not synchronize. So gradients are not overwritten, and need
+no copies. For an extra pass in a step, without the model, see ``side_effects``.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.tensors import TensorList, metadata_of, wide_dtype
 from gradguide.rules.alignment import Alignment
 from gradguide.rules.decide import DIRECTION, SOURCES, Decision, Limit, Rules

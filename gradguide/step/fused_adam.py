@@ -27,7 +27,7 @@ from gradguide.step.buckets import Bucket
 from gradguide.step.plan import StepPlan
 
 if TYPE_CHECKING:
-    from gradguide.ops.triton.adam import Groups, Moments
+    from gradguide.ops.triton.launch_adam import Groups, Moments
 
 __all__ = ["MAX_SETTINGS", "MAX_SOURCES", "AdamLaunch", "plan_launches", "preview_products", "step"]
 
@@ -44,7 +44,7 @@ class AdamLaunch:
 
     rows: R rows over these parameters.
     direction: the running direction; None if the step does not write it.
-    moments, groups, columns: see ``gradguide.ops.triton.adam``.
+    moments, groups, columns: see ``gradguide.ops.triton.launch_adam``.
     signs: signs of the rows in the gradient pass, from ``StepPlan.signs``.
     """
 
@@ -90,7 +90,7 @@ def plan_launches(
     # Kernels read the decision on its device.
     if not plan.uses_triton or any(bucket.gradients[0].device != plan.device for bucket in plan.buckets):
         return None
-    from gradguide.ops.triton.adam import plan_adam
+    from gradguide.ops.triton.launch_adam import plan_adam
 
     launches = []
     for bucket, these, into, sign in zip(plan.buckets, rows, directions, signs, strict=True):
@@ -110,7 +110,7 @@ def plan_launches(
 
 
 def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache) -> Moments:
-    from gradguide.ops.triton.adam import Moments
+    from gradguide.ops.triton.launch_adam import Moments
 
     states: list[dict[str, Tensor]] = list(map(base.state.__getitem__, parameters))
     if not all(states):
@@ -130,7 +130,7 @@ def _moments(base: Optimizer, parameters: Sequence[Tensor], cache: MetadataCache
 
 def _groups(base: Optimizer, bucket: Bucket) -> Groups | None:
     """Return the param groups of a bucket, equal settings merged; None if one launch cannot step all of them."""
-    from gradguide.ops.triton.adam import Groups, Settings
+    from gradguide.ops.triton.launch_adam import Groups, Settings
 
     kinds: set[tuple[bool, bool]] = set()
     distinct: dict[Settings, int] = {}
@@ -171,7 +171,7 @@ def preview_products(launches: Sequence[AdamLaunch], gradient: Tensor, first: in
         Tensor [S, 2 + sources], float64: per scope the squared norm of the update, the squared norm of the parameters,
         and the dot product of the update with each source.
     """
-    from gradguide.ops.triton.adam import launch_preview_update
+    from gradguide.ops.triton.launch_adam import launch_preview_update
 
     sums = (
         launch_preview_update(
@@ -202,8 +202,8 @@ def step(
     Returns:
         Partial sums of the update's squared norm, each a Tensor [chunks].
     """
-    from gradguide.ops.triton.adam import launch_adam, launch_count
     from gradguide.ops.triton.launch import numbers_of
+    from gradguide.ops.triton.launch_adam import launch_adam, launch_count
 
     scale = numbers_of(gradient.device, [1.0] * len(gradient)) if scale is None else scale
     squares = []

@@ -14,7 +14,7 @@ from gradguide import ops
 from gradguide.distributed.layouts import all_reduce_sum
 from gradguide.distributed.ranks import Ranks
 from gradguide.ops import Row, Stack, Write
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.tensors import MetadataCache, TensorList, metadata_of, wide_dtype
 from gradguide.rules import decide as reference
 from gradguide.rules.span import Span

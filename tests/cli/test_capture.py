@@ -108,7 +108,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--out", "s", "--text", "a", "--own-text", "9"], "not allowed with argument"),
         (["--out", "s", "--text", "none.txt"], "none.txt"),
         (["--out", "s", "--text", "empty.txt"], "'empty.txt' has no text"),
-        (["--out", "s", "--text", "binary.txt"], "'binary.txt' is no text in UTF-8"),
+        (["--out", "s", "--text", "binary.txt"], "'binary.txt' is not a text in UTF-8"),
         (["--out", "s", "--text", "word.txt", "--length", "16"], "has no paragraph of at least 2 tokens"),
         (["--out", "s"], "length must be at most 64, the positions of"),
         (["--out", "s", "--length", "16", "--own-text", "5"], "tokens must be at least length=16, found 5"),

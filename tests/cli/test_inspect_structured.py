@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gradguide import SourceGradient, StructuredSource
+from gradguide.cli.inspect_structured import compare, describe, modelled_drift
 from gradguide.cli.main import main
-from gradguide.cli.structured import compare, describe, drift
 from gradguide.integrations.sampling import sampled_loss
 from tests.cli.damage import flip_header_bits, loads
 from tests.integrations.lora import QUIET
@@ -113,11 +113,11 @@ def test_drift_of_an_adapter_is_that_of_the_bound_source(
 ) -> None:
     model = adapted(llama(1), **options)
     spread(model, 0.05, seed=4)
-    found = drift(sources[name], saved(model, tmp_path))
+    found = modelled_drift(sources[name], saved(model, tmp_path))
     assert found["matched"] == 7
     assert found["modelled_kl"] == pytest.approx(modelled(sources[name], model), rel=1e-4)
     assert math.fsum(layer["modelled_kl"] for layer in found["layers"]) == pytest.approx(found["modelled_kl"])
-    assert drift(sources[name], tmp_path / "adapter_model.safetensors")["layers"] == found["layers"]
+    assert modelled_drift(sources[name], tmp_path / "adapter_model.safetensors")["layers"] == found["layers"]
 
 
 def test_layers_outside_the_source_are_listed_and_not_counted(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_layers_outside_the_source_are_listed_and_not_counted(sources: dict[str,
     spread(model, 0.05)
     part = StructuredSource.capture(llama(1), text(4), sampled_loss, rank=4, modules=["q_proj", "down_proj"])
     part.save(tmp_path / "part")
-    found = drift(tmp_path / "part", saved(model, tmp_path / "adapter"))
+    found = modelled_drift(tmp_path / "part", saved(model, tmp_path / "adapter"))
     assert found["matched"] == len(found["layers"]) == 2
     assert len(found["outside"]) == 5
 
@@ -149,7 +149,7 @@ def test_tables_json_and_picture(
     assert json.loads(capsys.readouterr().out) == {
         "source": describe(sources["base"]),
         "against": compare(sources["base"], sources["other"]),
-        "drift": drift(sources["base"], adapter),
+        "drift": modelled_drift(sources["base"], adapter),
     }
 
 
@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "of kind DoRA"),
         ({"peft_type": "LOHA"}, "of kind LOHA"),
-        ({"lora_alpha": None}, "no configuration"),
+        ({"lora_alpha": None}, "not the configuration"),
     ]
     for change, message in changes:
         config.write_text(json.dumps({**content, **change}))
@@ -190,7 +190,7 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     config.write_text(json.dumps(content))
     assert "adapts none of the 7 layers" in refused(capsys, tmp_path / "second", "--adapter", model)
     config.write_text("{")
-    assert "is no configuration of an adapter" in refused(capsys, base, "--adapter", model)
+    assert "is not the configuration of an adapter" in refused(capsys, base, "--adapter", model)
 
 
 def test_inspect_refuses_what_load_refuses_after_any_flipped_bit_of_the_header(

@@ -162,7 +162,7 @@ def test_an_unforeseen_error_says_its_kind_and_place(
     def broken(path: Path) -> None:
         raise KeyError("names\nand more")
 
-    monkeypatch.setattr("gradguide.cli.inspect.describe", broken)
+    monkeypatch.setattr("gradguide.cli.inspect_stored.describe", broken)
     assert "KeyError: 'names\\nand more' (test_main.py, line " in refused(capsys, "inspect", str(file))
 
 

@@ -187,7 +187,7 @@ def test_head_outside_names_gets_no_pull() -> None:
 def test_head_in_names_is_refused_with_the_way_out() -> None:
     model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match=r"2 missing from the source \(head\.weight, head\.bias\).*leave those out"):
+    with pytest.raises(ValueError, match=r"2 missing from the source \(head\.weight, head\.bias\).*leave them out"):
         GradGuide(AdamW(trained), alignment=Alignment(capture(model)), names=model.named_parameters())
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gradguide.ops import Row, Stack
 from gradguide.ops import blocks as module
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.blocks import blocks, tensors_of
-from gradguide.ops.pack import allocate_contiguous
 
 LARGE = 10
 

@@ -178,14 +178,14 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_safetensors_of_other_origin(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"gradient/w": torch.ones(2)}, path, metadata=metadata)
-    with pytest.raises(ValueError, match=r"model\.safetensors.*no source gradient.*written by SourceGradient\.save"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*no source of gradguide.*StructuredSource\.save"):
         SourceGradient.load(path)
 
 
 @pytest.mark.parametrize("version", [0, -3, True, 1.9, "1", float("inf"), None])
 def test_a_format_that_is_no_whole_number(tmp_path: Path, version: object) -> None:
     path = damaged(tmp_path / "s.safetensors", {"gradient/w": torch.ones(2)}, {"format": version, "names": ["w"]})
-    with pytest.raises(ValueError, match="holds tensors but no source gradient"):
+    with pytest.raises(ValueError, match="holds tensors but no source of gradguide"):
         SourceGradient.load(path)
 
 

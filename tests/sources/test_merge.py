@@ -68,7 +68,7 @@ def test_merging_without_curvature() -> None:
         (lambda: [fixed(1)], [1.0, 2.0], "one for each of 1 sources, found 2"),
         (lambda: [fixed(1)], [-1.0], r"weight must be in \[0, inf\), found -1.0"),
         (lambda: [fixed(1)], [0.0], "must not all be 0"),
-        (lambda: [fixed(1), kit.source_of(kit.net())], None, "merge like with like"),
+        (lambda: [fixed(1), kit.source_of(kit.net())], None, "they must be equal"),
         (lambda: [fixed(1), SourceGradient({"w": torch.ones(2)})], None, "differs from source 0 in names or shapes"),
     ],
 )

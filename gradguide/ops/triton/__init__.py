@@ -1,6 +1,12 @@
-"""The CUDA backend: kernels over a table of addresses. They read every row once, in place, without gathering.
+"""The CUDA backend: kernels over a table of addresses. They read rows in place, without gathering.
 
-With more than six rows, measuring reads each row once per six rows.
+- ``launch``: launches the kernels that measure and combine. Start here.
+- ``launch_adam``: launches the fused step of Adam and AdamW.
+- ``operands``: the distinct lists of tensors that rows are computed from.
+- ``device_arrays``: integer arrays on the device.
+- ``kernels``: the device code.
+
+Measuring reads each row once, or with more than six rows once per six. Combining reads each row once.
 
 Rows are float32, bfloat16 or float16, in any mixture. Sums are float32 within a chunk and float64 across chunks. So
 elements whose squares leave the range of float32 count as infinite (above 1e16) or as zero (below 1e-19), as in

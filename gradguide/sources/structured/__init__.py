@@ -5,7 +5,7 @@
 - ``capture``, ``recorder``, ``statistics``: accumulate moments of the layers over source text.
 - ``factors``: S and G in low rank.
 - ``captured_weight``: recognises the weight that a layer had at capture.
-- ``binding``, ``bound_layer``, ``pull``, ``rows``: the gradient with respect to a model's parameters.
+- ``binding``, ``bound_layer``, ``pull``, ``pull_rows``: the gradient with respect to a model's parameters.
 - ``storage``: files.
 """
 

@@ -15,7 +15,7 @@ from gradguide.sources.structured.bound_layer import BoundLayer, bind_layer, nam
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
-from gradguide.sources.structured.rows import Pull, PullRows
+from gradguide.sources.structured.pull_rows import Pull, PullRows
 from gradguide.utils.names import model_names
 
 __all__ = ["Binding"]

@@ -128,7 +128,7 @@ def _check_base_weight(layer: Layer, stored: Tensor | None) -> None:
 
 
 def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) -> Tensor:
-    """Return the captured weight: the start of an earlier binding, or the present one, whichever fits the sample.
+    """Return the captured weight: the start of an earlier binding, or the present one, the first that fits the sample.
 
     Raises:
         ValueError: none of them fits.

@@ -197,7 +197,7 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
 
 
 def _check_nested(name: str, module: nn.Module) -> None:
-    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has an active adapter of its own."""
+    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter."""
     if _active(module):
         raise ValueError(
             f"{name} has adapters of several kinds ({_kind(module)}, {_kind(module.base_layer)}), whose change of the "

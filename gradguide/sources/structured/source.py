@@ -41,7 +41,7 @@ class StructuredSource:
     outputs (Kronecker-factored curvature, arXiv 1503.05671; for continual learning, arXiv 1805.07810). The first pair
     is of tokens, the second of whole sequences (arXiv 2311.00636), because a change of a layer acts on all tokens of a
     sequence at once. The source returns the gradient of that KL with respect to A and B, or W. It depends on D alone,
-    so one file serves every adapter of a base model.
+    so one file serves every plain LoRA or rsLoRA adapter of a base model.
 
     Create it with :meth:`capture` or :meth:`load`. Pass it to :class:`gradguide.Alignment`, and the model to ``names``.
     """
@@ -86,8 +86,8 @@ class StructuredSource:
         (of any number without FSDP), and all ranks get the same source.
         Each sum of a layer is one all-reduce, after the last batch. If one rank fails, all raise, except under FSDP.
 
-        The first dimension of a layer's input is that of the sequences, or the input has the tokens of the model's
-        ``input_ids``, flattened. Rows of other 2-d inputs, as those of an expert, count as sequences of one token.
+        The first dimension of a layer's input counts the sequences, or the input has the tokens of the model's
+        ``input_ids``, flattened. Rows of other 2-d inputs, such as those of an expert, count as sequences of one token.
 
         Args:
             model: a base model or a PEFT model, trained or not.
@@ -278,7 +278,7 @@ class StructuredSource:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file is damaged, not a structured source, or of a newer format.
+            ValueError: the file is damaged, holds no structured source, or has an older or newer layout.
         """
         layers, metadata = storage.read(path)
         try:

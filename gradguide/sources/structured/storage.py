@@ -1,4 +1,8 @@
-"""Read and write files of structured sources: safetensors with JSON metadata."""
+"""Read and write files of structured sources: safetensors with JSON metadata.
+
+Files of an older layout have the same ``format`` number. Their factors are matrices of single tokens, without the
+leading dimension of the two pairs (tokens, sequences). They are recognised by that, and refused.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, not a structured source, or of another version.
+        ValueError: the file is damaged, not a structured source, or of an older or newer layout. The message says what
+            to do: capture it again, upgrade gradguide, or use SourceGradient.load.
     """
     tables, metadata = file.read(path)
     if metadata.pop("kind", None) != KIND:
@@ -53,7 +58,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerFactors], dict[st
     listed = metadata.pop("layers", None)
     if any(table.dim() == 2 for table in tables.get("s_basis", {}).values()):
         raise ValueError(
-            f"{os.fspath(path)!r} is of an earlier version, whose factors are of single tokens: capture it again"
+            f"{os.fspath(path)!r} has an older layout (before gradguide 0.2.0), with factors of tokens alone: "
+            "capture it again"
         )
     try:
         anchors = {n: (t, tables["anchor_right"][n]) for n, t in tables.get("anchor_left", {}).items()}

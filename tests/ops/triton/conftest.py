@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use short chunks, so that tests of several chunks are fast in the interpreter."""
-    from gradguide.ops.triton import adam, launch
+    from gradguide.ops.triton import launch, launch_adam
     from tests.ops.triton.problems import CHUNK
 
     monkeypatch.setattr(launch, "CHUNK", CHUNK)
-    monkeypatch.setattr(adam, "CHUNK", CHUNK)
+    monkeypatch.setattr(launch_adam, "CHUNK", CHUNK)

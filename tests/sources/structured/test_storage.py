@@ -35,7 +35,7 @@ def test_a_file_with_factors_of_tokens_alone_is_of_an_earlier_version(tmp_path: 
         parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = file.metadata()
     save_file({k: t[0].clone() if k[:2] in ("s_", "g_") else t for k, t in parts.items()}, path, header)
-    with pytest.raises(ValueError, match=r"is of an earlier version.*capture it again"):
+    with pytest.raises(ValueError, match=r"older layout.*capture it again"):
         StructuredSource.load(path)
 
 

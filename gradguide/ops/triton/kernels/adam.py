@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
-from gradguide.ops.triton.kernels.measure import dot
-from gradguide.ops.triton.kernels.memory import (
+from gradguide.ops.triton.kernels.columns import (
     addresses_of,
     chunk_of,
     form_rows,
@@ -17,6 +15,8 @@ from gradguide.ops.triton.kernels.memory import (
     uses,
     vector_end,
 )
+from gradguide.ops.triton.kernels.combine import is_read, lanes_if, load_coefficients, weighted
+from gradguide.ops.triton.kernels.measure import dot
 
 __all__ = ["adam", "correction", "count", "load_columns", "settings_of", "stepped"]
 

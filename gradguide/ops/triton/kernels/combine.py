@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.memory import (
+from gradguide.ops.triton.kernels.columns import (
     addresses_of,
     chunk_of,
     form_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradguide.ops.triton.kernels.memory import addresses_of, chunk_of, form_rows, load_column, uses, vector_end
+from gradguide.ops.triton.kernels.columns import addresses_of, chunk_of, form_rows, load_column, uses, vector_end
 
 __all__ = ["finish", "measure", "total"]
 

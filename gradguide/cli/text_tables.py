@@ -1,4 +1,4 @@
-"""Tables of ``gradguide inspect``, as plain text."""
+"""Print the tables of ``gradguide inspect`` as plain text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DRIFT = {
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the results of ``gradguide.cli.inspect`` or ``gradguide.cli.structured``."""
+    """Print the results of ``inspect_stored`` or ``inspect_structured``."""
     source = found["source"]
     print("\n".join(_grid([[name, _text(value)] for name, value in _summary(source) if value is not None], "<<")))
     _show_layers("by layer", source["layers"], _SOURCE)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from gradguide.ops.triton.kernels.adam import correction, load_columns, settings_of, stepped
+from gradguide.ops.triton.kernels.columns import addresses_of, chunk_of, form_rows, item, scope_of, uses, vector_end
 from gradguide.ops.triton.kernels.combine import is_read, load_coefficients, weighted
 from gradguide.ops.triton.kernels.measure import dot
-from gradguide.ops.triton.kernels.memory import addresses_of, chunk_of, form_rows, item, scope_of, uses, vector_end
 
 __all__ = ["probe"]
 

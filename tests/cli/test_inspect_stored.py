@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from gradguide import SourceGradient
-from gradguide.cli.inspect import compare, describe, drift
+from gradguide.cli.inspect_stored import compare, describe, modelled_drift
 from gradguide.cli.main import main
 
 NAMES = [
@@ -86,7 +86,7 @@ def test_drift_of_an_adapter_as_peft_names_it(file: Path, tmp_path: Path, kind: 
     folder = tmp_path / "adapter"
     folder.mkdir()
     save_file({keys[name]: t for name, t in moved.items()}, folder / "adapter_model.safetensors")
-    found = drift(file, folder if kind == "folder" else folder / "adapter_model.safetensors")
+    found = modelled_drift(file, folder if kind == "folder" else folder / "adapter_model.safetensors")
     move = flat(moved) - flat(table(2))
     rise = float(flat(table(0)) @ move + 0.5 * (flat(table(1)).abs() * move.square()).sum())
     assert found["matched"] == 3
@@ -134,7 +134,7 @@ def test_bad_files(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no source file" in refused(capsys, "inspect", str(tmp_path / "none"))
     other = tmp_path / "weights.safetensors"
     save_file({"w": torch.zeros(2)}, other)
-    assert "no source gradient" in refused(capsys, "inspect", str(other))
+    assert "no source of gradguide" in refused(capsys, "inspect", str(other))
     assert "no tensor" in refused(capsys, "inspect", str(file), "--adapter", str(other))
     assert "no adapter file" in refused(capsys, "inspect", str(file), "--adapter", str(tmp_path / "none"))
     source(0, curvature=False).save(tmp_path / "fixed")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradguide.ops.pack import allocate_contiguous
+from gradguide.ops.allocate import allocate_contiguous
 from gradguide.sources import files
 
 __all__ = ["Tables", "checked_tables", "digest", "read_tables"]
@@ -54,7 +54,8 @@ def read_tables(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is truncated, not safetensors, not a source file, damaged, of 8 bits, or of a newer format.
+        ValueError: the file is truncated, not safetensors, not a source file, damaged, of a structured source, in 8
+            bits, or of a newer format.
     """
     tables, metadata = files.read(path)
     if metadata.get("kind") == "structured":

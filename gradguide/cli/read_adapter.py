@@ -17,10 +17,10 @@ from torch import Tensor
 from gradguide.sources.structured.factors import Product
 from gradguide.sources.structured.layers import base_name
 
-__all__ = ["adapter_file", "read_changes", "read_tensors"]
+__all__ = ["read_changes", "read_tensors"]
 
 
-def adapter_file(path: str | os.PathLike[str]) -> Path:
+def _adapter_file(path: str | os.PathLike[str]) -> Path:
     """Return the safetensors file of an adapter, given the file or the folder of PEFT's ``save_pretrained``.
 
     Raises:
@@ -41,7 +41,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a readable safetensors file.
     """
-    place = adapter_file(path)
+    place = _adapter_file(path)
     try:
         tensors: dict[str, Tensor] = load_file(place)
     except safetensors.SafetensorError as error:
@@ -59,7 +59,7 @@ def read_changes(path: str | os.PathLike[str]) -> dict[str, Product]:
         ValueError: a file is damaged, or the adapter is not plain LoRA.
     """
     tensors = read_tensors(path)
-    config = _read_config(adapter_file(path).with_name("adapter_config.json"))
+    config = _read_config(_adapter_file(path).with_name("adapter_config.json"))
     changes = {}
     for key, a in tensors.items():
         name, found, rest = key.partition(".lora_A.")
@@ -85,7 +85,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         patterns = config.get("alpha_pattern") or {}
         readable = math.isfinite(number) and all(math.isfinite(float(value)) for value in patterns.values())
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is no configuration of an adapter ({error!r})") from error
+        raise ValueError(f"{os.fspath(path)!r} is not the configuration of an adapter ({error!r})") from error
     if kind != "LORA" or config.get("use_dora"):
         which = "DoRA" if kind == "LORA" else kind
         raise ValueError(f"{os.fspath(path)!r} is of kind {which}: the drift is modelled for LoRA adapters")

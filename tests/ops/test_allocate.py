@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradguide.ops.pack import ALIGNMENT, allocate_contiguous
+from gradguide.ops.allocate import ALIGNMENT, allocate_contiguous
 
 SHAPES = [(3, 5), (), (0,), (64, 33), (1,)]
 

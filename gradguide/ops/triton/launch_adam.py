@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradguide.ops.row import Row, Write
 from gradguide.ops.triton.kernels.adam import adam, count
-from gradguide.ops.triton.kernels.probe import probe
+from gradguide.ops.triton.kernels.adam_preview import probe
 from gradguide.ops.triton.launch import (
     CHUNK,
     FUSION,

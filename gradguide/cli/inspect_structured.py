@@ -1,4 +1,4 @@
-"""Contents of a structured source's file as JSON types, for ``gradguide inspect`` and for scripts."""
+"""Read the file of a structured source into JSON types, for ``gradguide inspect`` and for scripts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from gradguide.cli.adapter import read_changes
+from gradguide.cli.read_adapter import read_changes
 from gradguide.sources import files
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product
 from gradguide.sources.structured.pull import adapter_pull
 from gradguide.sources.structured.source import StructuredSource
 from gradguide.sources.structured.storage import KIND
 
-__all__ = ["compare", "describe", "drift", "is_structured"]
+__all__ = ["compare", "describe", "is_structured", "modelled_drift"]
 
 Layers = dict[str, LayerFactors]
 
@@ -39,7 +39,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a structured source, is damaged, or has a newer format.
+        ValueError: the file holds no structured source, is damaged, or has an older or newer layout.
     """
     layers, metadata = _read(path)
     rows = [
@@ -97,7 +97,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
     return {"path": os.fspath(other), "shared": len(shared), **cosines(shared), "layers": layers}
 
 
-def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
+def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the modelled drift of a LoRA adapter from the captured model: ``1/2 sum tr(D^T G D S)``.
 
     Args:
@@ -109,8 +109,7 @@ def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict
         the source does not have, which are not counted), ``modelled_kl`` in nats per token, and ``layers``.
 
     Raises:
-        FileNotFoundError, ValueError: see ``describe`` and ``gradguide.cli.adapter.read_changes``; or the adapter has
-            other layers than the source.
+        FileNotFoundError, ValueError: see ``describe`` and ``read_changes``; or the adapter has no layer of the source.
     """
     layers, _ = _read(path)
     changes = read_changes(adapter)

@@ -1,4 +1,4 @@
-"""Contents of a source file as JSON types, for ``gradguide inspect`` and for scripts."""
+"""Read the file of a stored source (``SourceGradient``) into JSON types, for ``gradguide inspect`` and for scripts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradguide.cli.adapter import read_tensors
+from gradguide.cli.read_adapter import read_tensors
 from gradguide.sources import files as file
 from gradguide.sources.stored import SourceGradient
 from gradguide.utils.names import module_of
 
-__all__ = ["compare", "describe", "drift"]
+__all__ = ["compare", "describe", "modelled_drift"]
 
 Tables = dict[str, dict[str, Tensor]]
 
@@ -69,7 +69,7 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
     return {"path": os.fspath(other), "shared": len(shared), **_in_total_and_by_layer(cosines, shared)}
 
 
-def drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
+def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the distance of an adapter from the parameters at capture, and the rise of the source loss it implies.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from gradguide import Alignment, GradGuide, SourceGradient
-from gradguide.sources.validation import match_sources
+from gradguide.sources.matching import match_sources
 from gradguide.utils.names import Names
 
 from .problems import mean_square
