@@ -78,10 +78,14 @@ def one_rate(results: Path) -> str:
 
 def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame) -> str:
     main = standard[standard["method"].isin(MAIN)]
+    every = standard[standard["target"].isin(EVERY_METHOD)]
+    late = _late(every)
+    seeds = set[int]().union(*(set(every[every["method"] == method]["seed"]) for method in late))
     sections = (
         ("confirming sets", confirming(rows)),
         ("developing sets", _complete(main[main["target"].isin(DEVELOPING)], "target")),
-        ("every method on two sets", _complete(standard[standard["target"].isin(EVERY_METHOD)], "target")),
+        ("every method on two sets", _complete(every[~every["method"].isin(late)], "target")),
+        ("methods with fewer seeds beside the others", every[every["seed"].isin(seeds)]),
     )
     made = f"{(~rows['copied']).sum()} of {len(full())} runs, {rows['seed'].nunique()} seeds where goals are judged"
     parts = [
@@ -133,6 +137,12 @@ def _seeds(rows: pd.DataFrame) -> str:
     counts = rows.groupby(["target", "shots", "method"])["seed"].nunique()
     fewest, most = counts.min(), counts.max()
     return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def _late(rows: pd.DataFrame) -> list[str]:
+    """Return the methods with fewer seeds than the base."""
+    seeds = rows.groupby("method")["seed"].nunique()
+    return [str(method) for method in seeds.index[seeds < seeds.get(BASE, 0)]]
 
 
 def _complete(rows: pd.DataFrame, over: str) -> pd.DataFrame:
