@@ -143,7 +143,7 @@ def decisions() -> dict[str, Rules]:
 
 def decision_calls(rules: Rules) -> list[Call]:
     """Return the launches of a step's two decisions."""
-    step, update = SOURCES + rules.sources, SOURCES + rules.update_sources
+    step, update = SOURCES + rules.source_count, SOURCES + rules.update_source_count
     spans = [Span(torch.ones(1, size, size, dtype=torch.float64)) for size in (step, update)]
     one = torch.ones(1, dtype=torch.float64)
     with recorded() as calls:

@@ -152,13 +152,13 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, regularizer_gradient)
-        if not self._progress.count_if_skipped(state, self.base, self._nonfinite, engine):
+        if not self._progress.skipped_on_host(state, self.base, self._nonfinite, engine):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
-                before = engine.snapshot_if_measured(state, self.base, recorded=self._progress.history is not None)
+                before = engine.snapshot_if_needed(state, self.base, recorded=self._progress.history is not None)
                 nonfinite.step_base(state, self.base, self._nonfinite)
-                engine.after_step(state, self.base, before)
+                engine.correct_update(state, self.base, before)
         self._progress.finish(engine.record(state), self.metrics)
         return loss
 

@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", default=False, help="print the result as JSON")
     inspect = commands.add_parser(
         "inspect",
-        help="print the contents of a source file, cosines with another, and the drift of an adapter",
+        help="print the contents of a source file, cosines with another, and the modelled drift of an adapter",
         description="Prints metadata, sizes and contents of a file written by SourceGradient.save or "
         "StructuredSource.save, by layer.",
     )
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
         "--adapter",
         type=Path,
         metavar="PATH",
-        help="adapter saved by PEFT; prints its drift",
+        help="adapter saved by PEFT; prints its modelled drift",
     )
     inspect.add_argument("--plot", type=Path, metavar="FILE", help="image file for the drift of the adapter by layer")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -1,4 +1,4 @@
-"""Find the process groups of an optimizer's parameters, and compare its options over ranks."""
+"""Read layouts, and compare options over ranks. ``gradguide.distributed`` lists what a step communicates."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Rules:
         return not (self.direction is None and self.alignment is None and self.magnitude is None)
 
     @property
-    def sources(self) -> int:
+    def source_count(self) -> int:
         """Return the number of sources."""
         return 0 if self.alignment is None else len(self.alignment.sources)
 
@@ -78,19 +78,19 @@ class Rules:
         return None if self.magnitude is None else self.magnitude.max_update
 
     @property
-    def gradient_sources(self) -> int:
+    def gradient_source_count(self) -> int:
         """Return the number of sources that the gradient is projected on: the first ones."""
         return self.alignment.projected if self.alignment is not None and self.alignment.on == "gradient" else 0
 
     @property
-    def update_sources(self) -> int:
+    def update_source_count(self) -> int:
         """Return the number of sources that the update is projected on: the first ones, the last rows of its span."""
         return self.alignment.projected if self.alignment is not None and self.alignment.on == "update" else 0
 
     @property
     def limit_update(self) -> bool:
         """Return whether a rule acts on the update. Then the update has to be measured."""
-        return self.update_sources > 0 or self.max_update is not None
+        return self.update_source_count > 0 or self.max_update is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +174,8 @@ def decide(
     if rules.alignment is not None:
         if any(rules.alignment.weights):
             guided = aligning.pull(guided, received, SOURCES, rules.alignment.weights)
-        if rules.gradient_sources:
-            guided = aligning.project(span, guided, SOURCES, SOURCES + rules.gradient_sources)
+        if rules.gradient_source_count:
+            guided = aligning.project(span, guided, SOURCES, SOURCES + rules.gradient_source_count)
 
     guided, norm, ceiling = span.extent(guided)
     factor = torch.ones_like(norm)
@@ -228,7 +228,7 @@ def constrain(span: Span, rules: Rules, numbers: Tensor) -> Limit:
     update = span.row(UPDATE)
     length, before = span.lengths[:, UPDATE], span.lengths[:, BEFORE]
     # An update along the source gradient raises the source loss, so the negative update is projected.
-    wanted = -aligning.project(span, -update, first=SOURCES) if rules.update_sources else update
+    wanted = -aligning.project(span, -update, first=SOURCES) if rules.update_source_count else update
     wanted, norm, ceiling = span.extent(wanted)
     lost = ~span.gram.isfinite().flatten(1).all(dim=1)
     if rules.max_update is None:
@@ -254,7 +254,7 @@ def constrain_preview(step: Span, products: Tensor, rules: Rules, numbers: Tenso
             the update with each of the K sources that it is projected on.
         numbers (Tensor): as in :func:`constrain`.
     """
-    count = rules.update_sources
+    count = rules.update_source_count
     sources = slice(SOURCES, SOURCES + count)
     gram = products.new_zeros(len(products), SOURCES + count, SOURCES + count)
     gram[:, UPDATE, UPDATE] = products[:, 0]

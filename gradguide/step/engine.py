@@ -105,7 +105,7 @@ class Engine:
             regularizer_gradient: by parameter. It becomes the last row.
         """
         regularized = regularizer_gradient is not None
-        sources = plan.sources[: self.rules.sources]
+        sources = plan.sources[: self.rules.source_count]
         rows: Rows = []
         for index, bucket in enumerate(plan.buckets):
             own = [Row(offset=bucket.gradients), self.direction_row(plan, base, index)]
@@ -154,7 +154,7 @@ class Engine:
         for bucket, direction in zip(state.plan.buckets, self._written_directions(state), strict=True):
             own = [] if direction is None else [Write(into=direction, coefficients=decided.direction)]
             writes.append([*own, Write(into=bucket.gradients, coefficients=decided.clipped)])
-        state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.sources))
+        state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.source_count))
 
     @torch.no_grad()
     def step_fused(self, state: StepState, base: Optimizer) -> bool:
@@ -163,10 +163,10 @@ class Engine:
         Return False if that is not possible. Then nothing was changed.
         """
         plan, decided = state.plan, state.decided
-        count = self.rules.update_sources
+        count = self.rules.update_source_count
         if count > fused_adam.MAX_SOURCES or plan.sharded:
             return False
-        signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.sources))
+        signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.source_count))
         launches = fused_adam.plan_launches(base, plan, state.rows, self._written_directions(state), signs)
         if launches is None:
             return False
@@ -181,7 +181,7 @@ class Engine:
         return True
 
     @torch.no_grad()
-    def snapshot_if_measured(self, state: StepState, base: Optimizer, *, recorded: bool) -> list[TensorList] | None:
+    def snapshot_if_needed(self, state: StepState, base: Optimizer, *, recorded: bool) -> list[TensorList] | None:
         """Return a copy of the parameters of each bucket, or None if the base's update need not be measured.
 
         The update is measured if a source acts on it, if its norm is recorded, or if it may exceed its bound: see
@@ -192,15 +192,15 @@ class Engine:
         if rules.max_update is not None and plan.on_cpu:
             lengths = state.decided.guided_norm * state.decided.clip_factor
             if plan.cache.adam_bound.update_is_bounded(base, plan.buckets, lengths, rules.max_update):
-                measured = rules.update_sources > 0 or recorded
+                measured = rules.update_source_count > 0 or recorded
         return plan.snapshot() if measured else None
 
     @torch.no_grad()
-    def after_step(self, state: StepState, base: Optimizer, before: Sequence[TensorList] | None) -> None:
+    def correct_update(self, state: StepState, base: Optimizer, before: Sequence[TensorList] | None) -> None:
         """Correct the base's update. Call this after each step of the base.
 
         Args:
-            before: from :meth:`snapshot_if_measured`.
+            before: from :meth:`snapshot_if_needed`.
         """
         if before is not None:
             self._correct(state, before)
@@ -209,7 +209,7 @@ class Engine:
     def _correct(self, state: StepState, before: Sequence[TensorList]) -> None:
         """Measure, decide and combine on the base's update."""
         plan = state.plan
-        sources = plan.sources[: self.rules.update_sources]
+        sources = plan.sources[: self.rules.update_source_count]
         rows: Rows = []
         # The base may have restrided a parameter, so metadata is read again.
         now = [TensorList(bucket.values) for bucket in plan.buckets]
@@ -234,7 +234,7 @@ class Engine:
         made, bounded = state.decision, self.rules.max_update is not None
         if made is None:
             return None
-        drifts = [getattr(source, "drift", None) for source in state.plan.sources[: self.rules.sources]]
+        drifts = [getattr(source, "drift", None) for source in state.plan.sources[: self.rules.source_count]]
         return Record(
             state.span, made.guided_norm, made.clip_factor, made.coherence, made.damping, state.limit, bounded, drifts
         )

@@ -3,7 +3,7 @@
 A step is skipped in one of four ways:
 
 - GradScaler does not call ``step()``. Nothing in this library runs, and nothing is counted.
-- The host: :func:`skip_on_host` reads one flag from the device. ``Progress.count_if_skipped`` counts the step.
+- The host: :func:`skip_on_host` reads one flag from the device. ``Progress.skipped_on_host`` counts the step.
 - ``found_inf``: a fused base on CUDA reads this flag on the device, see :func:`step_base`.
 - ``Decision.go``: the kernel that makes the base's step in the combining pass reads this flag.
 

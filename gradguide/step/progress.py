@@ -39,7 +39,7 @@ class Progress:
         self._skipped_in_row = 0
         self._warned: set[str] = set()
 
-    def count_if_skipped(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
+    def skipped_on_host(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
         """Return whether the host skips the step. If so, count it, and warn after several in a row.
 
         Every other step is counted by ``rules.decide``, also if it is skipped on the device.

@@ -56,10 +56,10 @@ def decide(
         decide_kernel[(scopes,)](
             gram, statistics, positions, totals, settings, decays, gains, clipped, turned, guided, numbers, go, scopes,
             BLOCK=BLOCK, ROWS=rows, SIZE=size,
-            SOURCE_COUNT=rules.sources, REGULARIZED=regularized,
+            SOURCE_COUNT=rules.source_count, REGULARIZED=regularized,
             DIRECTED=direction is not None, DAMPED=direction is not None and direction.damping > 0,
             SHARED=rates is not None, PULLED=any(weights),
-            PROJECTED=rules.gradient_sources,
+            PROJECTED=rules.gradient_source_count,
             CLIPPED=magnitude is not None,
             num_warps=WARPS, maxnreg=REGISTERS, **FUSION,
         )  # fmt: skip
@@ -98,7 +98,7 @@ def constrain_preview(step: Span, products: Tensor, rules: Rules, numbers: Tenso
             **_layout(rules),
         )  # fmt: skip
     scale, factor, norm_before, norm_after = found
-    return Limit(scale, pulls if rules.update_sources else None, factor, norm_before, norm_after)
+    return Limit(scale, pulls if rules.update_source_count else None, factor, norm_before, norm_after)
 
 
 def _numbers(gram: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ def _bound(gram: Tensor, rules: Rules) -> Tensor:
 
 def _layout(rules: Rules) -> dict[str, Any]:
     """Return the compile-time arguments and launch options of the kernels that constrain an update."""
-    rows = SOURCES + rules.update_sources
+    rows = SOURCES + rules.update_source_count
     size = triton.next_power_of_2(rows)
     return {
-        "ROWS": rows, "SIZE": size, "SOURCE_COUNT": rules.update_sources, "BOUNDED": rules.max_update is not None,
+        "ROWS": rows, "SIZE": size, "SOURCE_COUNT": rules.update_source_count, "BOUNDED": rules.max_update is not None,
         "num_warps": WARPS, "maxnreg": REGISTERS, **FUSION,
     }  # fmt: skip
