@@ -15,7 +15,7 @@ def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> Non
 
     Raises:
         RuntimeError: the gradient is a fake tensor.
-        ValueError: the gradient is complex or sparse, or the parameter is a lazily negated view.
+        ValueError: the gradient is complex, sparse or of integers, or the parameter is a lazily negated view.
     """
     which = f"of {name} " if name else ""
     if gradient.is_complex():
@@ -25,6 +25,8 @@ def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> Non
             f"the gradient {which}is sparse ({gradient.layout}), which has no running direction; use "
             "nn.Embedding(..., sparse=False), or give this parameter to a separate optimizer"
         )
+    if not gradient.is_floating_point():
+        raise ValueError(f"the gradient {which}is of {gradient.dtype}; GradGuide guides floating-point gradients")
     if parameter.is_neg():
         raise ValueError(
             f"the parameter {name or f'of shape {tuple(parameter.shape)}'} is a lazily negated view of another tensor; "
