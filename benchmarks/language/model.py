@@ -99,7 +99,11 @@ class Language:
         """Train ``parameters`` in place of A and B until the next reset."""
         self.clear()
         self._train(parameters, variant)
-        self.until_reset(lambda: self._train([], ""))
+        self.until_reset(self._restore)
+
+    def _restore(self) -> None:
+        self.clear()
+        self._train([], "")
 
     def _train(self, parameters: list[nn.Parameter], variant: str) -> None:
         self._replaced, self.variant = parameters, variant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,14 @@ def _attach(model: Language, share: float) -> list[Any]:
     """Put PEFT's layer of OSF in the place of each base layer until the next reset, and return the layers.
 
     They are made once, because CUDA graphs refer to their storage, and start anew each time.
+
+    Raises:
+        ValueError: they are there already, with what an earlier task of the run taught them.
     """
+    if model.variant.startswith("osf"):
+        raise ValueError(
+            "osf starts from the base model, so it learns one task per run: use scenario fresh or transfer"
+        )
     made = model.kept.setdefault(("osf", share), {})
     for name, layer in model.layers():
         base = layer.base_layer
@@ -50,4 +58,7 @@ def _make(base: nn.Linear, share: float) -> Any:
     from peft.tuners.osf.layer import Linear
 
     rank = max(1, round(share * min(base.weight.shape)))
-    return Linear(base, _NAME, OSFConfig(), effective_rank=rank).float().eval()
+    # From a copy in float32: the base layer itself keeps its dtype.
+    made = Linear(deepcopy(base).float(), _NAME, OSFConfig(), effective_rank=rank).eval()
+    made.base_layer = base
+    return made

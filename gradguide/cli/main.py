@@ -135,9 +135,17 @@ def _inspect(options: dict[str, Any]) -> None:
         raise UsageError("--plot draws the drift of an adapter: give one with --adapter")
     from gradguide.cli import inspect_stored, inspect_structured
 
-    contents: Any = inspect_structured if inspect_structured.is_structured(options["file"]) else inspect_stored
+    structured = inspect_structured.is_structured(options["file"])
+    contents: Any = inspect_structured if structured else inspect_stored
     found = {"source": contents.describe(options["file"])}
     if options["against"] is not None:
+        if inspect_structured.is_structured(options["against"]) != structured:
+            kinds = ("a structured source", "another source")
+            first, second = kinds if structured else reversed(kinds)
+            raise ValueError(
+                f"{options['file']!r} holds {first}, {options['against']!r} {second}: give --against a file of the same "
+                "kind"
+            )
         found["against"] = contents.compare(options["file"], options["against"])
     if options["adapter"] is not None:
         found["drift"] = contents.modelled_drift(options["file"], options["adapter"])

@@ -136,8 +136,17 @@ def as_dtensor(part: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        part, layout.mesh, layout.placements, run_check=False, shape=like.shape, stride=like.stride()
+        _at_start(part), layout.mesh, layout.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def _at_start(tensor: Tensor) -> Tensor:
+    """Return a tensor at the start of a storage, in the same memory: torch copies and saves only such DTensors."""
+    if tensor.storage_offset() == 0 or not tensor.is_contiguous():
+        return tensor
+    start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
+    memory = tensor.untyped_storage()[start : start + size]
+    return tensor.new_empty(0).set_(memory, 0, tensor.shape, tensor.stride())
 
 
 def to_layout(value: Tensor, like: Tensor) -> Tensor:

@@ -118,8 +118,8 @@ def build_buckets(
             check_gradient(parameter, gradient, name)
             value, part, reduce_groups = local_parts(parameter, gradient, name)
             plain = _is_plain(value) and _is_plain(part)
-            if not plain and part is gradient:
-                part = with_memory(parameter, gradient)
+            if not plain:
+                part = with_memory(parameter, gradient, part)
             scope = label(parameter, index, place)
             name = name if name in covered else None
             # One tensor that no kernel reads would take its whole bucket to the portable backend.

@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import Tensor
 
+from gradguide.distributed.layouts import local
+
 __all__ = ["check_gradient", "with_memory"]
 
 
@@ -15,7 +17,7 @@ def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> Non
 
     Raises:
         RuntimeError: the gradient is a fake tensor.
-        ValueError: the gradient is complex or sparse, or the parameter is a lazily negated view.
+        ValueError: the gradient is complex, sparse or of integers, or the parameter is a lazily negated view.
     """
     which = f"of {name} " if name else ""
     if gradient.is_complex():
@@ -25,6 +27,8 @@ def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> Non
             f"the gradient {which}is sparse ({gradient.layout}), which has no running direction; use "
             "nn.Embedding(..., sparse=False), or give this parameter to a separate optimizer"
         )
+    if not gradient.is_floating_point():
+        raise ValueError(f"the gradient {which}is of {gradient.dtype}; GradGuide guides floating-point gradients")
     if parameter.is_neg():
         raise ValueError(
             f"the parameter {name or f'of shape {tuple(parameter.shape)}'} is a lazily negated view of another tensor; "
@@ -38,16 +42,16 @@ def check_gradient(parameter: Tensor, gradient: Tensor, name: str | None) -> Non
         )
 
 
-def with_memory(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient that can be written in place, and store it in ``parameter.grad``.
+def with_memory(parameter: Tensor, gradient: Tensor, part: Tensor) -> Tensor:
+    """Return this rank's part of a gradient so that it can be written in place. A copy is stored in ``parameter.grad``.
 
     It is a copy if the gradient is a lazily zero tensor, which has no memory; a lazily negated one, whose memory has
     the opposite values; or an expanded one, whose elements share memory.
     """
-    if torch._is_zerotensor(gradient) or gradient.is_neg() or _overlaps(gradient):
-        gradient = gradient.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
-        parameter.grad = gradient
-    return gradient
+    if not (torch._is_zerotensor(part) or part.is_neg() or _overlaps(part)):
+        return part
+    parameter.grad = gradient.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return local(parameter.grad)
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -165,8 +165,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = sources["base"]
     SourceGradient({"w": torch.ones(3)}).save(tmp_path / "plain")
-    assert "no structured source" in refused(capsys, base, "--against", tmp_path / "plain")
-    assert "holds a structured source" in refused(capsys, tmp_path / "plain", "--against", base)
+    for pair in ((base, tmp_path / "plain"), (tmp_path / "plain", base)):
+        assert "give --against a file of the same kind" in refused(capsys, pair[0], "--against", pair[1])
     assert "--plot draws the drift of an adapter" in refused(capsys, base, "--plot", tmp_path / "a.png")
     assert "no adapter file" in refused(capsys, base, "--adapter", tmp_path / "none")
     model = saved(adapted(llama(1)), tmp_path / "adapter")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.language import fisher, starts
+from benchmarks.language import fisher, osf, starts
 from benchmarks.language.data import Texts
 from benchmarks.language.fisher import DiagonalFisher, ProductPull, diagonal_fisher, groups
 from benchmarks.language.memories import rows_of
@@ -319,7 +319,36 @@ def test_osf_starts_as_the_model_and_trains_the_least_directions(
         training.optimizer.step()
         assert float((model.hidden(ids) - before).detach().abs().max()) > 1e-4
         assert all(p.grad is None for _, p in model.named)
+        trained = list(model.parameters)
+        assert all(p.grad is not None for p in trained)
         model.reset(0)
+        assert all(p.grad is None for p in trained)
         assert all(layer.base_layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
         assert torch.equal(model.hidden(ids), before)
         assert all(p.requires_grad for p in model.parameters)
+
+
+def test_osf_refuses_a_second_task_which_would_undo_the_first(
+    loaded: tuple[Language, Sources, Texts], model: Language
+) -> None:
+    model.reset(0)
+    _trained(model, loaded[1], "osf:0.75")
+    for method in ("osf:0.75", "osf:0.5"):
+        with pytest.raises(ValueError, match="one task per run"):
+            _trained(model, loaded[1], method)
+    model.reset(0)
+    _trained(model, loaded[1], "osf:0.5")
+
+
+def test_osf_in_float32_leaves_a_bfloat16_layer_as_it_is() -> None:
+    pytest.importorskip("peft")
+    base = nn.Linear(12, 8, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    made = osf._make(base, 0.5)
+    assert made.base_layer is base
+    assert base.weight.dtype == torch.bfloat16
+    parts = made.osf_svd_params["default"]
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in parts.values())
+    identity = torch.eye(parts["U_low"].shape[1])
+    torch.testing.assert_close(parts["U_low"].T @ parts["U_low"], identity, rtol=0, atol=1e-5)
+    x = torch.randn(3, 12, dtype=torch.bfloat16)
+    assert torch.equal(made(x), base(x))

@@ -59,8 +59,9 @@ def test_a_run_repeats_whatever_ran_before(suite: Suite) -> None:
     def measured(run: Run) -> dict[str, float]:
         return {name: value for name, value in suite(run).items() if "seconds" not in name}
 
-    first = {method: measured(replace(_RUN, method=method)) for method in ("clip", "structured")}
-    suite(replace(_RUN, method="null", seed=3))
+    first = {method: measured(replace(_RUN, method=method)) for method in ("clip", "structured", "osf:0.5")}
+    for other in ("null", "osf:0.5", "osf:0.9"):
+        suite(replace(_RUN, method=other, seed=3))
     assert {method: measured(replace(_RUN, method=method)) for method in first} == first
     assert measured(replace(_RUN, seed=1)) != first["clip"]
 

@@ -145,6 +145,20 @@ def test_a_plan_is_stale_after_a_group_maximizes() -> None:
     assert signature.gradients(groups, [1, -1]) is None
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has gradients of the parameter's dtype only"
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_gradient_of_integers_is_refused_by_its_dtype(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = GradGuide(SGD([parameter], lr=0.1))
+    parameter.grad_dtype = None  # any dtype
+    parameter.grad = torch.ones(3, dtype=dtype)
+    with pytest.raises(ValueError, match=f"the gradient is of {dtype}"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+
+
 def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_refused() -> None:
     held = parameters()
     optimizer = GradGuide(SGD(held, lr=0.1))
