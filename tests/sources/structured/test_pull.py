@@ -132,15 +132,15 @@ def test_the_value_is_the_same_for_every_factorisation(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in [n for n in parameters if ".lora_A." in n]:
-            mix = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=generator)
+            rotation, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
+            mix = rotation * (0.5 + 1.5 * torch.rand(4, generator=generator))  # far from a singular matrix
             parameters[name].copy_(mix @ parameters[name])
             other = parameters[name.replace(".lora_A.", ".lora_B.")]
             other.copy_(other @ torch.linalg.inv(mix))
     source.refresh(parameters, [])
     assert before is not None
     assert source.drift is not None
-    # The mixing matrix may be near a singular one.
-    torch.testing.assert_close(source.drift, before, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(source.drift, before, rtol=1e-3, atol=1e-6)
 
 
 def test_it_is_zero_for_a_fresh_adapter_and_grows_along_its_own_direction(source: StructuredSource) -> None:
