@@ -6,7 +6,7 @@ from gradguide.demo.compare import Coherence, unit_gradient
 from gradguide.demo.config import DEFAULT_MODEL
 from gradguide.demo.data import Example, Task, batches, draw, few_shot, read_file
 from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, encode, load_encoder
-from gradguide.demo.source import HEAD, capture_source, learn_source
+from gradguide.demo.source import HEAD, capture_source, learn_source, sampled_label_loss
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -26,5 +26,6 @@ __all__ = [
     "learn_source",
     "load_encoder",
     "read_file",
+    "sampled_label_loss",
     "unit_gradient",
 ]

@@ -26,6 +26,7 @@ from benchmarks.demo import (
     encode,
     learn_source,
     load_encoder,
+    sampled_label_loss,
 )
 from benchmarks.few_shot.data import HEAD_LR, Episode, Problem, source_task
 from gradguide import SourceGradient, StructuredSource
@@ -193,10 +194,8 @@ def capture_structured(model: Classifier, rows: Encoded, *, seed: int) -> Struct
     """Return the structured source of the source task, with labels drawn from the model."""
     generator = torch.Generator(rows.device).manual_seed(seed)
 
-    def sampled(encoder: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        logits = model(HEAD, batch)
-        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator).squeeze(1)
-        return nn.functional.cross_entropy(logits, labels)
+    def sampled(_: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return sampled_label_loss(model, HEAD, batch, generator)
 
     # The encoder, not the classifier: its arguments have the attention mask.
     return StructuredSource.capture(model.encoder, list(rows.by_length(_LIVE_BATCH)), sampled)

@@ -126,11 +126,11 @@ def _structured(weight: float | None) -> Method:
     """GradGuide with a structured source, captured at the end of the source task."""
 
     def method(problem: Problem, lr: float) -> Learner:
-        base = AdamW(problem.groups(lr))
         if problem.structured is None:
-            return Learner(optimizer=GradGuide(base))
+            raise ValueError("GG structured needs a problem with a structured source, found one without")
         source, model = problem.structured()
-        return Learner(optimizer=GradGuide(base, alignment=Alignment(source, weight=weight), names=model))
+        alignment = Alignment(source, weight=weight)
+        return Learner(optimizer=GradGuide(AdamW(problem.groups(lr)), alignment=alignment, names=model))
 
     return method
 

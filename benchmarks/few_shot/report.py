@@ -80,7 +80,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
     main = standard[standard["method"].isin(MAIN)]
     every = standard[standard["target"].isin(EVERY_METHOD)]
     late = _late(every)
-    seeds = set[int]().union(*(set(every[every["method"] == method]["seed"]) for method in late))
+    seeds = every[every["method"].isin(late)]["seed"]
     sections = (
         ("confirming sets", confirming(rows)),
         ("developing sets", _complete(main[main["target"].isin(DEVELOPING)], "target")),

@@ -41,7 +41,7 @@ class Language:
         self.variant = ""
         """Names what a method has added to the model: part of the key of every loss."""
         self.kept: dict[object, Any] = {}
-        """What methods make once per model."""
+        """Objects that methods create once per model, by key."""
         self._replaced: list[nn.Parameter] = []
         self._masks: dict[int, Tensor] = {}
         self._undo: list[Callable[[], None]] = []

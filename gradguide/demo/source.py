@@ -15,7 +15,7 @@ from gradguide.demo.data import batches
 from gradguide.demo.model import Batch, Classifier, Encoded, add_lora
 from gradguide.integrations.peft import lora_parameters
 
-__all__ = ["HEAD", "capture_source", "learn_source"]
+__all__ = ["HEAD", "capture_source", "learn_source", "sampled_label_loss"]
 
 HEAD = "source"
 
@@ -64,6 +64,14 @@ def _train(model: Classifier, rows: Encoded, *, seed: int) -> None:
             bar.update()
 
 
+def sampled_label_loss(model: Classifier, head: str, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Return the mean cross-entropy of a batch with labels drawn from the model, a scalar."""
+    logits: Tensor = model(head, batch)
+    probabilities = logits.detach().softmax(dim=-1)
+    sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return nn.functional.cross_entropy(logits, sampled)
+
+
 def capture_source(model: Classifier, rows: Encoded, *, seed: int, head: str = HEAD) -> SourceGradient:
     """Return the gradient and the true Fisher information of a task's loss with respect to the adapter.
 
@@ -81,11 +89,8 @@ def capture_source(model: Classifier, rows: Encoded, *, seed: int, head: str = H
     def loss(_: nn.Module, batch: Batch) -> Tensor:
         return model.loss(head, batch)
 
-    def sampled_loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(head, batch)
-        probabilities = logits.detach().softmax(dim=-1)
-        sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        return nn.functional.cross_entropy(logits, sampled)
+    def sampled_loss(_: nn.Module, batch: Batch) -> Tensor:
+        return sampled_label_loss(model, head, batch, generator)
 
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     extra = trainable - {name for name, _ in lora_parameters(model)}

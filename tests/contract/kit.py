@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -161,3 +162,12 @@ def differ(a: Any, b: Any) -> bool:
     except AssertionError:
         return True
     return False
+
+
+def through_file(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state after saving it and loading it without unpickling objects."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +16,6 @@ from gradguide import Direction, GradGuide, Magnitude
 from gradguide.checkpoint import state_dict as checkpoint
 from gradguide.checkpoint.entries import COUNTERS
 from tests.contract import kit
-
-
-def through_file(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state after saving it and loading it without unpickling objects."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -46,7 +36,7 @@ def test_i03_save_load_continue_equals_uninterrupted_bitwise(kind: str, scope: s
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw, kind, scope)
     kit.train(model, optimizer, range(4))
-    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    saved = kit.through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     resumed_model = kit.net(seed=1)
     resumed_model.load_state_dict(saved["model"])
@@ -91,7 +81,7 @@ def test_i03_a_state_of_format_1_goes_on_like_the_one_it_came_from() -> None:
         _, *numbers = entry[COUNTERS].tolist()
         entry[COUNTERS] = torch.tensor([1.0, *numbers, 3.8, float("nan"), -0.2], dtype=torch.float64)
     twin.load_state_dict(model.state_dict())
-    resumed.load_state_dict(through_file(state))
+    resumed.load_state_dict(kit.through_file(state))
     kit.assert_same(resumed.state_dict(), optimizer.state_dict())
     kit.train(model, optimizer, range(4, 7))
     kit.train(twin, resumed, range(4, 7))
@@ -105,7 +95,7 @@ def test_i03_skipped_steps_are_counted_on_across_a_load() -> None:
     kit.give_gradients(model, 0, scale=float("nan"))
     optimizer.step()
     resumed = kit.guide(kit.net(), kit.adamw)
-    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    resumed.load_state_dict(kit.through_file(optimizer.state_dict()))
     assert {k: resumed.metrics()[k] for k in ("steps", "skipped")} == {"steps": 2, "skipped": 1}
 
 
@@ -135,7 +125,7 @@ def test_i21_state_is_tensors_and_primitives(kind: str) -> None:
     assert odd == []
     assert all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves(state) if isinstance(leaf, Tensor))
     assert set(state) == {"state", "param_groups"}
-    kit.assert_same(through_file(state), state)
+    kit.assert_same(kit.through_file(state), state)
 
 
 def test_i21_before_the_first_step_the_state_is_the_bases() -> None:
@@ -220,7 +210,7 @@ def test_i14_direction_of_low_precision_parameters_is_float32_after_loading(dtyp
     assert {d.dtype for d in before.values()} == {torch.float32}
     twin = kit.net(dtype=dtype)
     other = GradGuide(kit.adamw(twin.parameters(), lr=1e-3))
-    other.load_state_dict(through_file(optimizer.state_dict()))
+    other.load_state_dict(kit.through_file(optimizer.state_dict()))
     kit.assert_same(kit.directions_of(other), before)
     assert any(not torch.equal(d, d.to(dtype).float()) for d in before.values()), "the values fit the lower precision"
 

@@ -1,9 +1,8 @@
-"""What DTensors need that plain tensors do not, on one rank."""
+"""Copy, save and step DTensors on one rank."""
 
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from gradguide import GradGuide
+from tests.contract import kit
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -33,16 +33,7 @@ def placed(tmp_path: Path) -> Iterator[Place]:
     dist.destroy_process_group()
 
 
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """Save a state dict and load it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("copied", [copy.deepcopy, kit.through_file])
 def test_a_state_dict_of_dtensors_can_be_copied_and_saved(placed: Place, copied: Callable[[Any], Any]) -> None:
     parameters = [nn.Parameter(placed(torch.ones(3, 2))) for _ in range(3)]
     optimizer = GradGuide(SGD(parameters, lr=0.1))
