@@ -77,7 +77,7 @@ def growth(name: str, model: Llama) -> list[Growth]:
     found = []
     for provider, per_parameter in PROVIDERS.items():
         structured = "structured" in provider
-        held = 0 if provider == BASELINE else 4 * trained + (source + 4 * trained if structured else 0)
+        held = source + 4 * trained if structured else 0
         launches = torch_launches(len(shapes)) if provider == BASELINE else KERNELS + (PULL_CALLS if structured else 0)
         found.append(
             Growth(

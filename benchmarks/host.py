@@ -70,7 +70,9 @@ def guided(named: Named, *, on: str | None = None, anchored: bool = False, **opt
 _CLIPPING = Magnitude(max_update=None)
 PROVIDERS: dict[str, Make] = {
     BASELINE: base,
-    "direction + source + clipping": lambda named: guided(named, on="gradient", magnitude=_CLIPPING),
+    "direction + source + clipping": lambda named: guided(
+        named, on="gradient", magnitude=_CLIPPING, direction=Direction()
+    ),
     "direction (shared momentum) + source + clipping": lambda named: guided(
         named, on="gradient", magnitude=_CLIPPING, direction=Direction(share_momentum=True)
     ),

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from benchmarks.capture import batches, model_of
 from benchmarks.demo import Classifier
 from benchmarks.harness import Case, save, summarise, time_side_by_side, versions
-from gradguide import GradGuide, Regularizer
+from gradguide import Direction, GradGuide, Regularizer
 from gradguide.integrations.peft import lora_parameters
 
 RESULTS = Path(__file__).parent / "results" / "objective.csv"
@@ -28,7 +28,7 @@ REGULARIZERS = {"no regularizer": None, "finite differences": Regularizer(direct
 def case_of(name: str, regularizer: Regularizer | None, model: Classifier, batch: dict[str, Tensor]) -> Case:
     """Return a training step to time."""
     base = AdamW([p for _, p in lora_parameters(model)], lr=0.0)
-    optimizer = GradGuide(base, regularizer=regularizer)
+    optimizer = GradGuide(base, direction=Direction(damping=0.0), regularizer=regularizer)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

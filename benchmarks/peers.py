@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Result, compared, save, time_side_by_side, versions
 from benchmarks.sets import SETS, Set
 from benchmarks.zclip import ZClip
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 
@@ -75,7 +75,9 @@ def gradguide(vectors: Vectors) -> Run:
     source = SourceGradient({name: s for (name, _), s in zip(named, vectors.source, strict=True)})
     base = torch.optim.SGD(vectors.parameters, lr=0.0, fused=True)
     alignment = Alignment(source, on="gradient", weight=0.0)
-    optimizer = GradGuide(base, alignment=alignment, magnitude=Magnitude(max_update=None), names=named)
+    optimizer = GradGuide(
+        base, direction=Direction(), alignment=alignment, magnitude=Magnitude(max_update=None), names=named
+    )
     return lambda: void(optimizer.step())
 
 

@@ -113,15 +113,15 @@ def options(problem: Problem) -> dict[str, Option]:
         "AdamW(fused)": Option(base, 28),
         BASELINE: Option(base, 40),
         "clipping": Option(lambda n: GradGuide(base(n), direction=None, magnitude=plain), 40),
-        "magnitude": Option(lambda n: GradGuide(base(n), direction=None), 56),
-        "direction": Option(lambda n: GradGuide(base(n), magnitude=None), 52),
-        "direction + clipping": Option(lambda n: GradGuide(base(n), magnitude=plain), 52),
+        "direction": Option(lambda n: GradGuide(base(n), direction=Direction(), magnitude=None), 52),
+        "direction + clipping": Option(lambda n: GradGuide(base(n), direction=Direction(), magnitude=plain), 52),
         "direction (shared momentum) + clipping": Option(
             lambda n: GradGuide(base(n), direction=Direction(share_momentum=True), magnitude=plain), 48
         ),
         "direction + source + clipping": Option(
             lambda n: GradGuide(
                 base(n),
+                direction=Direction(),
                 alignment=Alignment(problem.source(n, moving=False), on="gradient", weight=1.0),
                 magnitude=plain,
                 names=n,
@@ -131,15 +131,26 @@ def options(problem: Problem) -> dict[str, Option]:
         "direction + moving source + clipping": Option(
             lambda n: GradGuide(
                 base(n),
+                direction=Direction(),
                 alignment=Alignment(problem.source(n, moving=True), on="gradient", weight=1.0),
                 magnitude=plain,
                 names=n,
             ),
             84,
         ),
-        "defaults, no source": Option(lambda n: GradGuide(base(n)), 68),
+        "defaults, no source": Option(lambda n: GradGuide(base(n)), 56),
         "defaults, anchored source": Option(
-            lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 92
+            lambda n: GradGuide(base(n), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n), 80
+        ),
+        "direction + defaults, no source": Option(lambda n: GradGuide(base(n), direction=Direction()), 68),
+        "direction + defaults, anchored source": Option(
+            lambda n: GradGuide(
+                base(n),
+                direction=Direction(),
+                alignment=Alignment(problem.source(n, moving=True).anchored()),
+                names=n,
+            ),
+            92,
         ),
     }
     return found | low_rate(problem) | (kernels(problem) if problem.device.type == "cuda" else {})
@@ -148,12 +159,12 @@ def options(problem: Problem) -> dict[str, Option]:
 def low_rate(problem: Problem) -> dict[str, Option]:
     """Return the defaults at a rate at which the update is within its bound for sure, so that it is not measured."""
     return {
-        "defaults at a rate of 5e-5, no source": Option(lambda n: GradGuide(base(n, lr=5e-5)), 52),
+        "defaults at a rate of 5e-5, no source": Option(lambda n: GradGuide(base(n, lr=5e-5)), 40),
         "defaults at a rate of 5e-5, anchored source": Option(
             lambda n: GradGuide(
                 base(n, lr=5e-5), alignment=Alignment(problem.source(n, moving=True).anchored()), names=n
             ),
-            76,
+            64,
         ),
     }
 
@@ -172,7 +183,7 @@ def graphs() -> dict[str, Option]:
 
     return {
         f"CUDA graph of {BASELINE}": Option(plain, 40),
-        "CUDA graph of the defaults, no source": Option(lambda n: Graph(GradGuide(base(n, capturable=True)).step), 64),
+        "CUDA graph of the defaults, no source": Option(lambda n: Graph(GradGuide(base(n, capturable=True)).step), 48),
     }
 
 
@@ -186,7 +197,9 @@ def kernels(problem: Problem) -> dict[str, Option]:
         optimizer = base(n)
         if not fused:
             optimizer.register_step_post_hook(lambda *_: None)
-        return GradGuide(optimizer, alignment=alignment, magnitude=plain, names=n, backend=backend)
+        return GradGuide(
+            optimizer, direction=Direction(), alignment=alignment, magnitude=plain, names=n, backend=backend
+        )
 
     def shared(n: list[tuple[str, Tensor]]) -> GradGuide:
         source = problem.source(n, moving=False, dtype=torch.bfloat16)
@@ -210,11 +223,12 @@ def kernels(problem: Problem) -> dict[str, Option]:
 # The fused step neither writes g nor reads it again, and changes the update without a copy of the parameters.
 # If a rule acts on the update, everything that the step reads is read once more to measure the update.
 FUSED_FLOORS = {
-    "magnitude": 48,
-    "defaults, no source": 64,
-    "defaults, anchored source": 92,
-    "defaults at a rate of 5e-5, no source": 44,
-    "defaults at a rate of 5e-5, anchored source": 64,
+    "defaults, no source": 48,
+    "defaults, anchored source": 72,
+    "direction + defaults, no source": 64,
+    "direction + defaults, anchored source": 92,
+    "defaults at a rate of 5e-5, no source": 32,
+    "defaults at a rate of 5e-5, anchored source": 52,
     "clipping": 32,
     "direction": 44,
     "direction + clipping": 44,

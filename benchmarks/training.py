@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.harness import BASELINE, Result, summarise, synchronise
 from benchmarks.sets import LLAMAS
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient, StructuredSource
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient, StructuredSource
 from gradguide.sources.structured.capture import Loss
 
 __all__ = ["llama_step", "minilm_step"]
@@ -34,6 +34,7 @@ def guided(trained: list[nn.Parameter], named: list[tuple[str, nn.Parameter]]) -
         BASELINE: adamw(),
         "direction + source + clipping": GradGuide(
             adamw(),
+            direction=Direction(),
             alignment=Alignment(SourceGradient(fisher), on="gradient", weight=1.0),
             magnitude=Magnitude(max_update=None),
             names=named,

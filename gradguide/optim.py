@@ -78,7 +78,7 @@ class Guided(GradGuide):
         *args: Any,
         base: str = "torch.optim.AdamW",
         base_args: Mapping[str, Any] = _DEFAULTS,
-        direction: Direction | Mapping[str, Any] | None = _DEFAULTS,
+        direction: Direction | Mapping[str, Any] | None = None,
         alignment: Alignment | None = None,
         magnitude: Magnitude | Mapping[str, Any] | None = _DEFAULTS,
         scope: Scope = "global",

@@ -61,7 +61,8 @@ class GradGuide(Wrapper):
 
     Args:
         base: any first-order ``torch.optim.Optimizer``.
-        direction, alignment, magnitude: options of each rule. None turns the rule off.
+        direction, alignment, magnitude: options of each rule. None turns the rule off. The direction is off by default:
+            it changed no result in the evaluation, and costs a row and a quarter of the step's time.
         scope: the parameters of one Gram matrix: "global", "group" (param group), "module" (needs names; one scope per
             layer's LoRA adapter), "tensor", or a mapping from parameters to labels.
         regularizer: terms on the gradient, added to the loss exactly; needs ``step(closure)``. None turns it off.
@@ -85,7 +86,7 @@ class GradGuide(Wrapper):
         self,
         base: Optimizer,
         *,
-        direction: Direction | None = Direction(),  # noqa: B008 (frozen)
+        direction: Direction | None = None,
         alignment: Alignment | None = None,
         magnitude: Magnitude | None = Magnitude(),  # noqa: B008 (frozen)
         scope: Scope = "global",
@@ -103,7 +104,10 @@ class GradGuide(Wrapper):
         check_choice("nonfinite", nonfinite, POLICIES)
         check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
         if regularizer is not None and regularizer.direction > 0 and direction is None:
-            raise ValueError(f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None")
+            raise ValueError(
+                f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None: pass "
+                "direction=Direction(), or Direction(damping=0), which only measures"
+            )
         if direction is not None and direction.share_momentum:
             check_momentum(base, base.param_groups)
         known, scope = resolve_names(base.param_groups, names, scope)

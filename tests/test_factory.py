@@ -22,7 +22,7 @@ from gradguide import Direction, GradGuide, History, Magnitude, guided, unwrap
 
 
 def guide() -> GradGuide:
-    return GradGuide(SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+    return GradGuide(SGD(nn.Linear(2, 1).parameters(), lr=0.1), direction=Direction())
 
 
 class Wrapper:
@@ -227,7 +227,7 @@ def test_unwrap_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
     model = nn.Linear(2, 1)
-    optimizer = GradGuide(SGD(model.parameters(), lr=0.1))
+    optimizer = GradGuide(SGD(model.parameters(), lr=0.1), direction=Direction())
     prepared_model, prepared = accelerator.prepare(model, optimizer)
     assert type(prepared).__name__ == "AcceleratedOptimizer"
     assert unwrap(prepared) is optimizer

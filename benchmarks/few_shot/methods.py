@@ -111,7 +111,7 @@ VARIANTS: dict[str, Variant] = {
     "GG projected": Variant(alignment=_projected),
     "exact objective": Variant(direction=Direction(damping=0.0), magnitude=_CLIP, regularizer=_terms),
 }
-"""GradGuide with its defaults, and with parts of them."""
+"""GradGuide with all mechanisms, and with parts of them. "GG alignment+magnitude" has the defaults of the library."""
 
 
 def _guided(variant: Variant) -> Method:
@@ -123,14 +123,16 @@ def _guided(variant: Variant) -> Method:
 
 
 def _structured(weight: float | None) -> Method:
-    """GradGuide with a structured source, captured at the end of the source task."""
+    """GradGuide with a direction and a structured source, captured at the end of the source task."""
 
     def method(problem: Problem, lr: float) -> Learner:
         if problem.structured is None:
             raise ValueError("GG structured needs a problem with a structured source, found one without")
         source, model = problem.structured()
         alignment = Alignment(source, weight=weight)
-        return Learner(optimizer=GradGuide(AdamW(problem.groups(lr)), alignment=alignment, names=model))
+        return Learner(
+            optimizer=GradGuide(AdamW(problem.groups(lr)), direction=Direction(), alignment=alignment, names=model)
+        )
 
     return method
 

@@ -57,7 +57,7 @@ _RESEARCH = (
     ("l2sp:1", "kl:1", "null"),
     ("structured rank=whole", "structured rank=16", "structured text=own"),
     ("structured rest=none", "structured rest=mean", "structured floor=0", "structured floor=1"),
-    ("structured start=null", "structured direction=off", "structured direction=shared", "structured bound=off"),
+    ("structured start=null", "structured direction=on", "structured direction=shared", "structured bound=off"),
     ("clip unit=row", "structured unit=row", "replay:1", "quarter"),
     ("structured tokens=2k", "structured tokens=8k", "clip base=sgd", "structured base=sgd"),
 )
@@ -202,7 +202,7 @@ def variants() -> list[Run]:
         (BASE, "structured"),
         ("structured floor=0", "structured floor=1", "structured tokens=2k", "structured tokens=8k"),
         ("structured start=null", "structured base=sgd", "structured pull=after weight=1", "structured pull=update"),
-        ("clip unit=row", "structured unit=row", "structured direction=off", "structured bound=off", "clip base=sgd"),
+        ("clip unit=row", "structured unit=row", "structured direction=on", "structured bound=off", "clip base=sgd"),
         ("structured text=own", "structured rest=none", "structured rest=mean"),
     ]
     low = _ordered([(BASE, "structured", "structured least=0.02")], _PAIR, seeds=(0,), lrs=(1e-4,))
@@ -226,7 +226,7 @@ def gpu() -> list[Run]:
     blocks = [
         (BASE, "structured", "structured weight=300", "structured weight=30", "kl:1", "null"),
         ("structured text=own", "structured rank=16", "l2sp:1", "ewc-lora:100", "lora-null", "structured weight=1000"),
-        ("structured start=null", "structured direction=off", "structured bound=off", "structured floor=0"),
+        ("structured start=null", "structured direction=on", "structured bound=off", "structured floor=0"),
         ("structured rank=whole", "structured floor=1", "structured weight=10", "structured rest=none"),
         ("kl:10", "kl:0.1", "l2sp:10", "ewc-lora:1000", "anchored:1", "early:0.1", "corda", "replay:1"),
     ]

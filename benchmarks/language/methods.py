@@ -21,10 +21,10 @@ __all__ = ["METHODS", "Entry", "Method", "family", "needs", "parse", "set_up"]
 _COMMON = {"unit": "token", "base": "adamw"}
 _STRUCTURED = {
     "weight": "100", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
-    "start": "random", "direction": "on", "bound": "on", "sources": "all", "merge": "off", "pull": "gradient",
+    "start": "random", "direction": "off", "bound": "on", "sources": "all", "merge": "off", "pull": "gradient",
     "least": "0",
 }  # fmt: skip
-
+_DIRECTIONS = {"off": None, "on": Direction(), "shared": Direction(share_momentum=True)}
 
 Remember: TypeAlias = Callable[[Language, memories.Batches, Method, Sequence[Any]], list[Any]]
 
@@ -58,8 +58,8 @@ def _quarter(setup: Setup) -> Training:
 
 
 def _defaults(setup: Setup) -> Training:
-    """GradGuide without a source."""
-    return Training(optimizer=GradGuide(setup.base()))
+    """GradGuide without a source. Option: ``direction`` ("off", "on", or "shared": the base's momentum)."""
+    return Training(optimizer=GradGuide(setup.base(), direction=_DIRECTIONS[setup.method.options["direction"]]))
 
 
 def _structured(setup: Setup) -> Training:
@@ -67,8 +67,8 @@ def _structured(setup: Setup) -> Training:
 
     Options: ``weight`` and ``floor`` of the pull; ``rank`` (a number or "whole"), ``rest`` of the spectrum ("diag",
     "mean", "none"), ``text`` ("real", "own") and ``tokens`` of the source; ``start`` of A ("random", or "null": in the
-    space that source inputs hardly use, not frozen); ``direction`` ("on", "off", or "shared": the base's momentum) and
-    ``bound`` beside it ("on", "off"). After finished tasks: ``sources`` ("all": the base model's and those of the
+    space that source inputs hardly use, not frozen); ``direction`` (see ``_defaults``) and ``bound`` beside it ("on",
+    "off"). After finished tasks: ``sources`` ("all": the base model's and those of the
     tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off"). ``pull``: where it acts
     ("gradient"; "update": also the hard part on the base's update; "after": only after the base's step, see
     ``variants``). ``least`` length of an update, relative to the parameters.
@@ -84,14 +84,12 @@ def _structured(setup: Setup) -> Training:
         used[0].floor = float(options["floor"])
     if options["sources"] != "tasks":
         used.append(setup.sources.source(setup.method.spec, options["rest"], float(options["floor"])))
-    off: dict[str, Any] = {"direction": None} if options["direction"] == "off" else {}
-    if options["direction"] == "shared":
-        off["direction"] = Direction(share_momentum=True)
+    rules: dict[str, Any] = {"direction": _DIRECTIONS[options["direction"]]}
     if options["bound"] == "off":
-        off["magnitude"] = Magnitude(max_update=None)
+        rules["magnitude"] = Magnitude(max_update=None)
     weight, hard = float(options["weight"]), True if options["pull"] == "update" else None
     alignment = Alignment(used, weight=weight, project=hard) if used and options["pull"] != "after" else None
-    guide = GradGuide(setup.base(), alignment=alignment, names=setup.model.model, **off)
+    guide = GradGuide(setup.base(), alignment=alignment, names=setup.model.model, **rules)
     hooks: dict[str, Any] = {}
     if options["pull"] == "after":
         hooks["before"], hooks["after"] = variants.after_step(setup.model, used[-1], guide, weight)
@@ -103,7 +101,7 @@ def _structured(setup: Setup) -> Training:
 def _anchored(setup: Setup) -> Training:
     """GradGuide with one anchored source of each finished task, or of source text; the strength is their weight."""
     if not setup.kept:
-        return _defaults(setup)
+        return Training(optimizer=GradGuide(setup.base()))
     alignment = Alignment(list(setup.kept), weight=setup.method.strength)
     guide = GradGuide(setup.base(), alignment=alignment, names=lora_parameters(setup.model.model))
     return Training(optimizer=guide, held=setup.kept)
@@ -146,7 +144,7 @@ METHODS: dict[str, Entry] = {
     "corda": Entry(set_up=starts.corda),
     "osf": Entry(set_up=osf),
     "olora": Entry(set_up=olora, remember=freeze),
-    "defaults": Entry(set_up=_defaults),
+    "defaults": Entry(set_up=_defaults, options={"direction": "off"}),
     "anchored": Entry(set_up=_anchored, remember=_anchored_kept, of_text=True),
     "structured": Entry(set_up=_structured, options=_STRUCTURED, remember=_structured_kept),
 }

@@ -81,7 +81,8 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
         Exception: any other error that the base raises if its own part is damaged.
 
     Warns:
-        UserWarning: the state is from a plain base optimizer that has stepped.
+        UserWarning: the state is from a plain base optimizer that has stepped, or has a running direction where the
+            engine has no such rule.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
@@ -130,6 +131,13 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
             "counters start from zero",
+            UserWarning,
+            stacklevel=5,
+        )
+    if directions and engine.rules.direction is None:
+        warnings.warn(
+            "the state has a running direction, which is dropped: this optimizer has direction=None, the default since "
+            "version 0.3. Pass direction=Direction() to continue with it",
             UserWarning,
             stacklevel=5,
         )

@@ -31,6 +31,6 @@ Run it with ``torchrun --nproc-per-node 2 fsdp.py``::
         cross_entropy(model(torch.randn(8, 5, device=device)), torch.randint(3, (8,), device=device)).backward()
         optimizer.step()
     if dist.get_rank() == 0:
-        print(optimizer.metrics()["coherence"])  # no collective: one rank may read it alone
+        print(optimizer.metrics()["guided_norm"])  # no collective: one rank may read it alone
     dist.destroy_process_group()
 """

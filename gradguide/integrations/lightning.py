@@ -34,7 +34,7 @@ GradGuide::
         callbacks=[GradGuideCallback()],
     )
     trainer.fit(Module(), batches)
-    print(trainer.callback_metrics["gradguide/coherence"])
+    print(trainer.callback_metrics["gradguide/grad_norm"])
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ __all__ = ["GradGuideCallback"]
 class GradGuideCallback(Callback):
     """Log the metrics of the optimizer's last step with the module's own loggers.
 
-    Pass it as ``lightning.Trainer(callbacks=[GradGuideCallback()])``. Metrics are logged as ``gradguide/coherence`` and
+    Pass it as ``lightning.Trainer(callbacks=[GradGuideCallback()])``. Metrics are logged as ``gradguide/grad_norm`` and
     so on, at the steps at which Lightning logs (``log_every_n_steps``), as by ``self.log`` in the module. With several
-    guided optimizers, their number follows: ``gradguide/1/coherence``. Metrics that are not finite are omitted. The
+    guided optimizers, their number follows: ``gradguide/1/grad_norm``. Metrics that are not finite are omitted. The
     cost is one transfer from the device per logging step.
 
     Raises:

@@ -28,7 +28,7 @@ TRL's DPOTrainer with ``peft_config``, guided by one added line::
     )
     guide(trainer)
     trainer.train()
-    print(trainer.state.log_history[0]["gradguide/coherence"])
+    print(trainer.state.log_history[0]["gradguide/grad_norm"])
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class GradGuideCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
     """Add the metrics of the optimizer's last step to Trainer's training logs.
 
     :func:`guide` adds it. Alone, pass it as ``Trainer(..., callbacks=[GradGuideCallback()])``. Metrics appear as
-    ``gradguide/coherence`` and so on in the state's ``log_history``, on the console, and in all reporters, such as
+    ``gradguide/grad_norm`` and so on in the state's ``log_history``, on the console, and in all reporters, such as
     TensorBoard. Metrics that are not finite are omitted. The cost is one transfer from the device per logging step.
 
     Raises:

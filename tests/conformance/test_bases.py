@@ -96,7 +96,7 @@ def test_only_measuring_is_bitwise_the_base(name: str) -> None:
     assert 0.0 < other.metrics()["coherence"] < 1.0
 
 
-@pytest.mark.parametrize("kind", ["default", "on update", "two sources"])
+@pytest.mark.parametrize("kind", ["no source", "on update", "two sources"])
 @over_bases
 def test_rules_stay_finite_and_within_bounds(name: str, kind: str) -> None:
     model = net_for(name)
@@ -165,7 +165,7 @@ def test_copies_continue_bitwise(name: str, kind: str, way: Callable[[Any], Any]
     kit.assert_same(kit.snapshot(twin, other), kit.snapshot(model, optimizer))
 
 
-@pytest.mark.parametrize("kind", ["default", "on update"])
+@pytest.mark.parametrize("kind", ["no source", "on update"])
 @over_bases
 def test_bfloat16_parameters_keep_a_float32_direction(name: str, kind: str) -> None:
     model = net_for(name, torch.bfloat16)

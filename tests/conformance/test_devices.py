@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.ops import Row, Write
 
 
@@ -36,7 +36,10 @@ def test_coefficients_go_to_the_device_of_what_they_write(on: str, monkeypatch: 
     held = {"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(3, device="meta"))}
     source = SourceGradient({name: torch.ones(3) for name in held})
     optimizer = GradGuide(
-        SGD(held.values(), lr=0.1), names=held.items(), alignment=Alignment(source, on=on, weight=0.5)
+        SGD(held.values(), lr=0.1),
+        names=held.items(),
+        alignment=Alignment(source, on=on, weight=0.5),
+        direction=Direction(),
     )
     for parameter in held.values():
         parameter.grad = torch.ones_like(parameter)

@@ -16,7 +16,7 @@ from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 MakeBase = Callable[..., Optimizer]
 
-KINDS = ("default", "on update", "on gradient", "two sources")
+KINDS = ("no source", "on update", "on gradient", "two sources")
 SCOPES = ("global", "group", "module", "tensor", "mapping")
 
 
@@ -77,8 +77,8 @@ def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> Source
 
 def options(kind: str, model: nn.Module) -> dict[str, Any]:
     """Return keyword arguments of GradGuide. All kinds except the first have sources."""
-    named: dict[str, Any] = {"names": list(model.named_parameters())}
-    if kind == "default":
+    named: dict[str, Any] = {"names": list(model.named_parameters()), "direction": Direction()}
+    if kind == "no source":
         return named
     if kind == "two sources":
         sources = [source_of(model, seed=7), source_of(model, seed=8, moving=False)]
@@ -99,7 +99,7 @@ def scope_of(scope: str, model: nn.Module) -> Any:
     return {p: name.rpartition(".")[2] for name, p in pairs}
 
 
-def guide(model: nn.Module, make: MakeBase, kind: str = "default", scope: str = "global", **extra: Any) -> GradGuide:
+def guide(model: nn.Module, make: MakeBase, kind: str = "no source", scope: str = "global", **extra: Any) -> GradGuide:
     """Return a GradGuide over two param groups, so that scopes by group differ from the global one."""
     parameters = list(model.parameters())
     base = make([{"params": parameters[:1]}, {"params": parameters[1:]}])

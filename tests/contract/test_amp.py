@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.contract import kit
 
 Unscale = Callable[[GradScaler, Optimizer], None]
@@ -112,7 +112,7 @@ def test_i02_overflow_in_the_first_step() -> None:
 
 
 def test_i12_amp_scaling_of_a_fused_base_is_not_exposed() -> None:
-    optimizer = GradGuide(fused(kit.net().parameters()))
+    optimizer = GradGuide(fused(kit.net().parameters()), direction=Direction())
     assert hasattr(optimizer.base, "_step_supports_amp_scaling")
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
 

@@ -72,7 +72,7 @@ def test_wrapper_options_echo_name_and_value(case: str) -> None:
 def test_names_that_are_not_unique_are_refused() -> None:
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=r"unique.*'w'"):
-        GradGuide(kit.sgd([a, b]), names=[("w", a), ("w", b)])
+        GradGuide(kit.sgd([a, b]), names=[("w", a), ("w", b)], direction=Direction())
 
 
 class Empty(Optimizer):
@@ -94,7 +94,11 @@ BASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a class": (lambda: torch.optim.SGD, TypeError, "must be a torch.optim.Optimizer, found type"),
     "a model": (kit.net, TypeError, "found Sequential"),
     "None": (lambda: None, TypeError, "found NoneType"),
-    "GradGuide": (lambda: GradGuide(kit.sgd(kit.net().parameters())), TypeError, "GradGuide already"),
+    "GradGuide": (
+        lambda: GradGuide(kit.sgd(kit.net().parameters()), direction=Direction()),
+        TypeError,
+        "GradGuide already",
+    ),
     "scheduler": (
         lambda: torch.optim.lr_scheduler.StepLR(kit.sgd(kit.net().parameters()), 1),
         TypeError,
@@ -107,28 +111,28 @@ BASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_bases_that_cannot_be_guided(case: str) -> None:
     make, error, message = BASES[case]
     with pytest.raises(error, match=message):
-        GradGuide(make())
+        GradGuide(make(), direction=Direction())
 
 
 @pytest.mark.parametrize("name", ["OptimizerInBackwardWrapper", "LOMO", "AdaLomo", "CPUOffloadOptimizer"])
 def test_i25_optimizers_that_run_in_backward_are_refused_with_the_reason(name: str) -> None:
     eater = type(name, (torch.optim.SGD,), {})
     with pytest.raises(TypeError, match=f"{name}.*backward.*no gradient is left"):
-        GradGuide(eater(kit.net().parameters(), lr=0.1))
+        GradGuide(eater(kit.net().parameters(), lr=0.1), direction=Direction())
 
 
 def test_source_without_names_is_refused() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="pass names=model"):
-        GradGuide(kit.sgd(model.parameters()), alignment=Alignment(kit.source_of(model)))
-    GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(kit.source_of(model)))
+        GradGuide(kit.sgd(model.parameters()), alignment=Alignment(kit.source_of(model)), direction=Direction())
+    GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(kit.source_of(model)), direction=Direction())
 
 
 def test_source_mismatch_lists_missing_unexpected_and_other_shape() -> None:
     model = kit.net()
     found = {"0.weight": torch.ones(6, 4), "0.bias": torch.ones(7), "2.weight": torch.ones(3, 6), "head": torch.ones(1)}
     with pytest.raises(ValueError) as caught:
-        GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(SourceGradient(found)))
+        GradGuide(kit.sgd(model.named_parameters()), alignment=Alignment(SourceGradient(found)), direction=Direction())
     message = str(caught.value)
     assert "1 missing from the source (2.bias)" in message
     assert "1 unexpected in the source (head)" in message
@@ -149,7 +153,7 @@ def spoil_sparse(model: Sparse) -> None:
 
 def test_sparse_gradient_is_refused_at_the_step_and_nothing_changes() -> None:
     model = Sparse()
-    optimizer = GradGuide(kit.adamw(model.named_parameters()))
+    optimizer = GradGuide(kit.adamw(model.named_parameters()), direction=Direction())
     kit.give_gradients(model, 0)
     optimizer.step()
     optimizer.zero_grad()
@@ -164,7 +168,7 @@ def test_sparse_gradient_is_refused_at_the_step_and_nothing_changes() -> None:
 
 def test_complex_gradient_is_refused_at_the_step_and_nothing_changes() -> None:
     pair = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3, dtype=torch.complex64))])
-    optimizer = GradGuide(kit.adamw(pair.named_parameters()))
+    optimizer = GradGuide(kit.adamw(pair.named_parameters()), direction=Direction())
     for parameter in pair:
         parameter.grad = torch.ones_like(parameter)
     before = kit.snapshot(pair, optimizer)
@@ -189,7 +193,9 @@ def test_bad_group_is_refused_and_changes_nothing() -> None:
 
 def test_added_group_that_the_source_does_not_know_is_refused_by_name() -> None:
     model = kit.net()
-    optimizer = GradGuide(kit.adamw(model.named_parameters()), alignment=Alignment(kit.source_of(model)))
+    optimizer = GradGuide(
+        kit.adamw(model.named_parameters()), alignment=Alignment(kit.source_of(model)), direction=Direction()
+    )
     kit.train(model, optimizer, range(2))
     before = kit.snapshot(model, optimizer)
     with pytest.raises(ValueError, match=r"missing from the source \(late\)"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.contract import kit
 
 
-@pytest.mark.parametrize("kind", ["default", "on gradient"])
+@pytest.mark.parametrize("kind", ["no source", "on gradient"])
 @pytest.mark.parametrize("what", ["model", "step", "whole"])
 def test_compiled_is_bitwise_the_same(what: str, kind: str) -> None:
     plain, model = kit.net(), kit.net()

@@ -36,7 +36,7 @@ def test_i24_the_counter_counts() -> None:
 
 
 @pytest.mark.parametrize("scope", kit.SCOPES)
-@pytest.mark.parametrize("kind", ["default", "on update", "on gradient"])
+@pytest.mark.parametrize("kind", ["no source", "on update", "on gradient"])
 def test_i24_no_host_read_in_a_step_of_the_portable_backend(
     kind: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

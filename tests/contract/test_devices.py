@@ -61,7 +61,7 @@ def test_a_step_and_its_metrics_need_no_float64(narrow: None, options: dict[str,
         model = nn.Linear(4, 3, device=META)
         alignment = None if on is None else Alignment(source, on=on, weight=0.5, project=True)
         base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        optimizer = GradGuide(base, alignment=alignment, names=model, **options)
+        optimizer = GradGuide(base, alignment=alignment, names=model, **({"direction": Direction()} | options))
         for _ in range(3):
             for p in model.parameters():
                 p.grad = torch.randn_like(p)

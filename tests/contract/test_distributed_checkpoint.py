@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.contract import kit
 
 
@@ -113,7 +113,10 @@ def test_i07_state_goes_through_distributed_checkpoint(base: kit.MakeBase, kind:
 
 def test_i14_direction_stays_float32_through_distributed_checkpoint() -> None:
     model, twin = kit.net(dtype=torch.bfloat16), kit.net(dtype=torch.bfloat16)
-    optimizer, other = GradGuide(kit.adamw(model.parameters())), GradGuide(kit.adamw(twin.parameters()))
+    optimizer, other = (
+        GradGuide(kit.adamw(model.parameters()), direction=Direction()),
+        GradGuide(kit.adamw(twin.parameters()), direction=Direction()),
+    )
     kit.train(model, optimizer, range(3))
     set_optimizer_state_dict(twin, other, saved_by_dcp(model, optimizer))
     found, wanted = kit.directions_of(other), kit.directions_of(optimizer)

@@ -134,7 +134,7 @@ class Adapter(nn.Module):
 def test_i13_first_step_of_lora_has_a_zero_gradient_in_a(scope: str) -> None:
     model = Adapter()
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizer = GradGuide(kit.adamw(trainable), scope=scope)
+    optimizer = GradGuide(kit.adamw(trainable), scope=scope, direction=Direction())
     a, b = model.lora_A.weight, model.lora_B.weight
     kit.train(model, optimizer, [0])
     assert a.grad is not None

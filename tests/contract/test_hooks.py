@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.contract import kit
 
 
@@ -18,7 +18,7 @@ from tests.contract import kit
 def test_i23_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(kind: str) -> None:
     model, twin = kit.net(), kit.net()
     off: dict[str, Any] = {"direction": None, "magnitude": None} if kind == "off" else {}
-    optimizer, other = (kit.guide(m, kit.adamw, "default" if off else kind, **off) for m in (model, twin))
+    optimizer, other = (kit.guide(m, kit.adamw, "no source" if off else kind, **off) for m in (model, twin))
     for step in range(4):
         calls: list[Tensor] = []
 
@@ -70,14 +70,14 @@ def test_i23_an_error_in_the_closure_changes_nothing() -> None:
 
 def test_i23_lbfgs_is_refused_with_the_reason() -> None:
     with pytest.raises(TypeError, match=r"LBFGS.*closure.*first-order"):
-        GradGuide(LBFGS(kit.net().parameters()))
+        GradGuide(LBFGS(kit.net().parameters()), direction=Direction())
 
 
 @pytest.mark.parametrize("kind", [*kit.KINDS, "off"])
 def test_i27_hooks_of_gradguide_and_of_the_base_run_once_each(kind: str) -> None:
     model = kit.net()
     off: dict[str, Any] = {"direction": None, "magnitude": None} if kind == "off" else {}
-    optimizer = kit.guide(model, kit.sgd, "default" if off else kind, **off)
+    optimizer = kit.guide(model, kit.sgd, "no source" if off else kind, **off)
     seen: list[tuple[str, bool, float]] = []
 
     def note(label: str, owner: Optimizer) -> Any:

@@ -183,7 +183,9 @@ def test_i28_a_base_that_maximizes_as_a_whole() -> None:
         parameter = nn.Parameter(torch.ones(4))
         base = Climbing([parameter]) if climbs else SGD([parameter], lr=0.1)
         pull = SourceGradient(None, fisher={"p": torch.ones(4)}, anchor={"p": torch.zeros(4)}).anchored()
-        optimizer = GradGuide(base, alignment=Alignment(pull), magnitude=None, names={"p": parameter})
+        optimizer = GradGuide(
+            base, alignment=Alignment(pull), magnitude=None, names={"p": parameter}, direction=Direction()
+        )
         for _ in range(5):
             parameter.grad = torch.full((4,), -0.3 if climbs else 0.3)
             optimizer.step()

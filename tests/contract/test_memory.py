@@ -43,7 +43,7 @@ class Wrapped(Tensor):
 def bounded(value: Tensor, gradient: Tensor, backend: str, lr: float = 10.0) -> nn.Parameter:
     """A parameter after a step whose update may be at most 0.05 of its length."""
     parameter = nn.Parameter(value)
-    optimizer = GradGuide(SGD([parameter], lr=lr, foreach=False), backend=backend)
+    optimizer = GradGuide(SGD([parameter], lr=lr, foreach=False), backend=backend, direction=Direction())
     parameter.grad = gradient
     optimizer.step()
     return parameter
@@ -86,14 +86,14 @@ def test_i29_fake_and_meta_tensors_are_refused_with_a_reason() -> None:
         model(torch.randn(2, 3)).sum().backward()
         base.step()
         with pytest.raises(RuntimeError, match="is a fake tensor"):
-            GradGuide(base).step()
+            GradGuide(base, direction=Direction()).step()
     with pytest.raises(RuntimeError, match="meta device"):
         bounded(torch.ones(3, device="meta"), torch.ones(3, device="meta"), "foreach")
 
 
 def test_i29_a_gradient_that_two_parameters_share_is_refused_and_nothing_changes() -> None:
     held = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
-    optimizer = GradGuide(SGD(held, lr=0.1), names=[("a", held[0]), ("b", held[1])])
+    optimizer = GradGuide(SGD(held, lr=0.1), names=[("a", held[0]), ("b", held[1])], direction=Direction())
     for p in held:
         p.grad = torch.ones(3)
     optimizer.step()
@@ -171,7 +171,7 @@ def test_i30_weights_swapped_for_their_average_and_back_train_on(backend: str) -
     for swaps in (False, True):
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(5, 3))
-        optimizer = GradGuide(AdamW([p], lr=0.1), backend=backend)
+        optimizer = GradGuide(AdamW([p], lr=0.1), backend=backend, direction=Direction())
         for _ in range(4):
             p.grad = torch.randn_like(p)
             optimizer.step()
@@ -212,8 +212,8 @@ def test_i34_autograd_notices_a_gradient_with_a_graph_that_was_changed(backend: 
 def test_i34_a_differentiable_base_is_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="differentiable=True"):
-        GradGuide(SGD([p], lr=0.1, differentiable=True))
-    optimizer = GradGuide(SGD([p], lr=0.1))
+        GradGuide(SGD([p], lr=0.1, differentiable=True), direction=Direction())
+    optimizer = GradGuide(SGD([p], lr=0.1), direction=Direction())
     with pytest.raises(ValueError, match="differentiable=True"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "differentiable": True})
     assert len(optimizer.param_groups) == 1

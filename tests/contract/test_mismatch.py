@@ -18,7 +18,7 @@ State = dict[str, Any]
 
 
 def trained(model: nn.Module, **extra: Any) -> GradGuide:
-    optimizer = GradGuide(kit.adamw(model.named_parameters()), **extra)
+    optimizer = GradGuide(kit.adamw(model.named_parameters()), **({"direction": Direction()} | extra))
     kit.train(model, optimizer, range(2))
     return optimizer
 
@@ -26,7 +26,7 @@ def trained(model: nn.Module, **extra: Any) -> GradGuide:
 def state_over(parameters: list[nn.Parameter], groups: int = 1) -> State:
     """Return the state of a GradGuide over these parameters after a step."""
     split = [{"params": parameters}] if groups == 1 else [{"params": [p]} for p in parameters]
-    optimizer = GradGuide(kit.adamw(split))
+    optimizer = GradGuide(kit.adamw(split), direction=Direction())
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

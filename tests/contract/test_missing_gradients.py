@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradguide import GradGuide, History, Regularizer
+from gradguide import Direction, GradGuide, History, Regularizer
 from tests.contract import kit
 
 WARNING = r"no parameter has a gradient.*loss\.backward\(\)"
@@ -63,7 +63,7 @@ def test_i15_the_base_steps_as_it_does_alone() -> None:
     parameter = nn.Parameter(torch.ones(3))
     base = Counting([parameter], lr=0.1)
     with pytest.warns(UserWarning, match=WARNING):
-        GradGuide(base).step()
+        GradGuide(base, direction=Direction()).step()
     assert base.count == 1
     assert torch.equal(parameter, torch.ones(3))
 
@@ -78,7 +78,7 @@ def test_i15_the_loss_of_a_closure_is_returned() -> None:
 
 def test_i15_nothing_measured_is_nan_in_metrics_and_history() -> None:
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1))
+    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1), direction=Direction())
     history = History()
     optimizer.record(history)
     parameter.grad = torch.ones(3)
@@ -95,7 +95,7 @@ def test_i15_nothing_measured_is_nan_in_metrics_and_history() -> None:
 
 def test_i15_a_copy_does_not_warn_again() -> None:
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1))
+    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1), direction=Direction())
     with pytest.warns(UserWarning, match=WARNING):
         optimizer.step()
     copied = copy.deepcopy(optimizer)
@@ -109,7 +109,7 @@ def test_i15_a_head_without_a_batch_is_as_if_its_optimizer_had_not_stepped() -> 
     def train(both: bool) -> list[Tensor]:
         torch.manual_seed(0)
         heads = [nn.Linear(3, 1), nn.Linear(3, 2)]
-        optimizers = [GradGuide(torch.optim.AdamW(head.parameters(), lr=0.1)) for head in heads]
+        optimizers = [GradGuide(torch.optim.AdamW(head.parameters(), lr=0.1), direction=Direction()) for head in heads]
         for step, turn in enumerate([0, 0, 1, 0, 1]):
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -131,7 +131,7 @@ def test_i15_a_gan_trains_each_side_on_its_own_steps() -> None:
     def train(both: bool) -> list[Tensor]:
         torch.manual_seed(0)
         makers = [nn.Linear(2, 3), nn.Linear(3, 1)]
-        optimizers = [GradGuide(torch.optim.Adam(m.parameters(), lr=0.05)) for m in makers]
+        optimizers = [GradGuide(torch.optim.Adam(m.parameters(), lr=0.05), direction=Direction()) for m in makers]
         for step in range(6):
             turn = step % 2
             z = torch.randn(4, 2, generator=torch.Generator().manual_seed(step))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from tests.contract import kit
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -32,7 +32,7 @@ def trained(kind: str, scope: str = "global", **extra: object) -> tuple[torch.nn
     ("value", "scope"), [(value, "global") for value in BAD] + [(BAD[0], scope) for scope in kit.SCOPES[1:]]
 )
 def test_i19_skip_leaves_everything_and_counts(value: float, scope: str) -> None:
-    for kind in kit.KINDS if scope == "global" else ("default", "on update"):
+    for kind in kit.KINDS if scope == "global" else ("no source", "on update"):
         model, optimizer = trained(kind, scope)
         twin, other = trained(kind, scope)
         spoil(model, value)
@@ -87,7 +87,7 @@ def test_i19_a_source_that_overflows_when_it_is_written_skips_the_step(size: int
     source = SourceGradient(None, fisher={"p": torch.full((size,), 3e38)}, anchor=far)
     optimizer = GradGuide(
         torch.optim.SGD([parameter], lr=0.1), alignment=Alignment(source, weight=1.0), names={"p": parameter},
-        magnitude=Magnitude(max_update=None),
+        magnitude=Magnitude(max_update=None), direction=Direction()
     )  # fmt: skip
     parameter.grad = torch.ones(size)
     optimizer.step()
@@ -105,7 +105,7 @@ def test_i19_nothing_is_checked_with_every_rule_off() -> None:
 
 
 def test_i19_skipped_step_returns_the_loss_of_its_closure() -> None:
-    model, optimizer = trained("default")
+    model, optimizer = trained("no source")
 
     def closure() -> float:
         spoil(model, float("nan"))

@@ -52,7 +52,7 @@ def test_i33_a_base_whose_state_dict_has_another_form_is_named_when_it_is_saved(
         def state_dict(self) -> State:
             return {"inner": super().state_dict(), "alpha": 0.5}
 
-    optimizer = GradGuide(Outer(kit.net().parameters()))
+    optimizer = GradGuide(Outer(kit.net().parameters()), direction=Direction())
     with pytest.raises(TypeError, match=r"Outer\.state_dict.*found \['alpha', 'inner'\].*wrap the GradGuide"):
         optimizer.state_dict()
 
@@ -60,7 +60,7 @@ def test_i33_a_base_whose_state_dict_has_another_form_is_named_when_it_is_saved(
 @pytest.mark.parametrize("base", [name for name in BASES if name not in ("Lion", "SGD", "Adafactor")])
 def test_i21_of_torchs_own_optimizers_every_tensor_shaped_as_the_parameter_is_checked(base: str) -> None:
     model = net_for(base)
-    optimizer = GradGuide(BASES[base](list(model.parameters())))
+    optimizer = GradGuide(BASES[base](list(model.parameters())), direction=Direction())
     kit.train(model, optimizer, range(2))
     parameter = next(model.parameters())
     state = optimizer.state_dict()
@@ -76,7 +76,7 @@ def test_i21_of_torchs_own_optimizers_every_tensor_shaped_as_the_parameter_is_ch
 
 
 def guide(model: nn.Module) -> GradGuide:
-    return GradGuide(kit.adamw(list(model.named_parameters())))
+    return GradGuide(kit.adamw(list(model.named_parameters())), direction=Direction())
 
 
 def trained() -> tuple[nn.Sequential, GradGuide]:
@@ -269,7 +269,7 @@ class Late(torch.optim.SGD):
 def test_i21_a_base_that_fails_to_load_leaves_everything_as_it_was(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kit.net()
     base = kit.adamw(model.parameters()) if case.startswith("torch") else Late(model.parameters(), momentum=0.9)
-    optimizer = GradGuide(base)
+    optimizer = GradGuide(base, direction=Direction())
     kit.train(model, optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
     kit.train(model, optimizer, range(2, 4))
@@ -376,7 +376,7 @@ def test_i21_any_damage_is_refused_with_nothing_changed_or_does_what_it_does_to_
     chance = random.Random(0)
     refused = loaded = 0
     model, plain = kit.net(), kit.net()
-    optimizer = GradGuide(make(list(model.parameters())))
+    optimizer = GradGuide(make(list(model.parameters())), direction=Direction())
     kit.train(model, optimizer, range(3))
     saved = copy.deepcopy(optimizer.state_dict())
     weights = copy.deepcopy(model.state_dict())

@@ -39,7 +39,7 @@ def test_i08_a_name_follows_a_place_only_when_its_parameter_is_gone() -> None:
 
 def test_a_parameter_of_another_size_starts_a_direction_of_its_own() -> None:
     p = nn.Parameter(torch.ones(4))
-    optimizer = GradGuide(SGD([p], lr=0.1))
+    optimizer = GradGuide(SGD([p], lr=0.1), direction=Direction())
     for size in (4, 1000, 2):
         p.grad = None
         p.data = torch.ones(size)
@@ -51,7 +51,7 @@ def test_a_parameter_of_another_size_starts_a_direction_of_its_own() -> None:
 
 def test_i03_the_base_alone_loads_a_state_in_which_a_parameter_never_had_a_gradient() -> None:
     model = kit.net()
-    optimizer = GradGuide(AdamW(model.parameters()))
+    optimizer = GradGuide(AdamW(model.parameters()), direction=Direction())
     kit.give_gradients(model, 0)
     next(model.parameters()).grad = None
     optimizer.step()
@@ -60,7 +60,7 @@ def test_i03_the_base_alone_loads_a_state_in_which_a_parameter_never_had_a_gradi
     plain.load_state_dict(state)
     kit.give_gradients(model, 1)
     plain.step()
-    again = GradGuide(AdamW(model.parameters()))
+    again = GradGuide(AdamW(model.parameters()), direction=Direction())
     again.load_state_dict(state)
     assert again.metrics()["steps"] == 1
 
@@ -76,7 +76,7 @@ def test_a_group_without_momentum_cannot_join_where_momentum_is_the_direction() 
 
 
 def test_a_group_that_the_base_refuses_is_refused() -> None:
-    optimizer = GradGuide(SGD([nn.Parameter(torch.zeros(3))], lr=0.1))
+    optimizer = GradGuide(SGD([nn.Parameter(torch.zeros(3))], lr=0.1), direction=Direction())
     for bad in ([nn.Parameter(torch.zeros(1))], {"params": {nn.Parameter(torch.zeros(1))}}):
         with pytest.raises(TypeError):
             optimizer.add_param_group(bad)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from gradguide import GradGuide, Magnitude
+from gradguide import Direction, GradGuide, Magnitude
 from tests.contract.backends import BACKENDS, BACKENDS_AT_LENGTH
 from tests.contract.test_memory import Wrapped
 
@@ -84,7 +84,7 @@ def fresh_of(optimizer: GradGuide, parameters: list[nn.Parameter], base: Base) -
         entry = state["state"].get(index, {})
         if entry["gradguide.direction"].shape != parameter.shape:
             del entry["gradguide.direction"]
-    other = GradGuide(base(copies), magnitude=MAGNITUDE, backend="foreach")
+    other = GradGuide(base(copies), magnitude=MAGNITUDE, backend="foreach", direction=Direction())
     other.load_state_dict(state)
     return copies, other
 
@@ -106,7 +106,7 @@ def check(
 
 def started(parameters: list[nn.Parameter], base: Base, backend: str) -> GradGuide:
     """Return a GradGuide after two steps, the second of which reused the plan of the first."""
-    optimizer = GradGuide(base(parameters), magnitude=MAGNITUDE, backend=backend)
+    optimizer = GradGuide(base(parameters), magnitude=MAGNITUDE, backend=backend, direction=Direction())
     for seed in (0, 1):
         give(parameters, seed)
         optimizer.step()
@@ -149,7 +149,7 @@ def test_i30_data_of_another_shape_or_precision(change: str, backend: str) -> No
 def test_i30_a_square_parameter_transposed_in_place(backend: str) -> None:
     """Of the same address, shape and dtype. The bound holds for what it is now."""
     parameter = nn.Parameter(torch.arange(9.0).view(3, 3))
-    optimizer = GradGuide(SGD([parameter], lr=0.1), backend=backend)
+    optimizer = GradGuide(SGD([parameter], lr=0.1), backend=backend, direction=Direction())
     for _ in range(2):
         parameter.grad = torch.ones(3, 3)
         optimizer.step()
@@ -165,7 +165,7 @@ def test_i30_a_square_parameter_transposed_in_place(backend: str) -> None:
 def test_i30_a_parameter_that_shrinks_at_its_address(backend: str) -> None:
     whole = torch.ones(4, 3)
     parameter = nn.Parameter(whole)
-    optimizer = GradGuide(SGD([parameter], lr=0.1), backend=backend)
+    optimizer = GradGuide(SGD([parameter], lr=0.1), backend=backend, direction=Direction())
     for rows in (4, 4, 2):
         parameter.grad = None
         parameter.data = whole[:rows]
@@ -225,7 +225,7 @@ def test_i30_gradients_that_are_laid_out_otherwise(layout: str, base: str, backe
 
 def test_i30_from_the_meta_device_to_memory() -> None:
     parameter = nn.Parameter(torch.empty(3, 3, device="meta"))
-    optimizer = GradGuide(SGD([parameter], lr=0.1), magnitude=MAGNITUDE)
+    optimizer = GradGuide(SGD([parameter], lr=0.1), magnitude=MAGNITUDE, direction=Direction())
     parameter.grad = torch.empty(3, 3, device="meta")
     with pytest.raises(RuntimeError, match="meta device, which holds no numbers"):
         optimizer.step()
@@ -242,7 +242,7 @@ def test_gradients_at_a_wrapper_subclass_and_a_plain_parameter_are_measured_toge
     for wrapped in (False, True):
         inner = torch.ones(6)
         first, second = nn.Parameter(Wrapped(inner) if wrapped else inner), nn.Parameter(torch.full((5,), 2.0))
-        optimizer = GradGuide(SGD([first, second], lr=0.5, foreach=False), magnitude=MAGNITUDE)
+        optimizer = GradGuide(SGD([first, second], lr=0.5, foreach=False), magnitude=MAGNITUDE, direction=Direction())
         for step in range(3):
             first.grad, second.grad = torch.arange(6.0) + step, torch.arange(5.0) - step
             optimizer.step()

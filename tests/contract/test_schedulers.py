@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim import Optimizer, lr_scheduler
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.contract import kit
 
 Make = Callable[[Optimizer], Any]
@@ -71,7 +71,7 @@ def test_i01_no_scheduler_of_torch_is_left_out() -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_i01_scheduler_makes_the_schedule_of_the_bare_base(name: str) -> None:
     plain, wrapped = kit.net(), kit.net()
-    bare, optimizer = base_of(plain), GradGuide(base_of(wrapped))
+    bare, optimizer = base_of(plain), GradGuide(base_of(wrapped), direction=Direction())
     expected = schedule(SCHEDULERS[name](bare), plain, bare, range(7))
     assert any(groups != expected[0] for groups in expected), "the schedule never moves"
     assert schedule(SCHEDULERS[name](optimizer), wrapped, optimizer, range(7)) == expected
@@ -89,7 +89,7 @@ def test_i26_scheduler_and_step_warn_no_more_than_with_the_base(name: str) -> No
             warnings.simplefilter("always")
             schedule(SCHEDULERS[name](bare), plain, bare, range(3))
         model = kit.net()
-        optimizer = GradGuide(base_of(model))
+        optimizer = GradGuide(base_of(model), direction=Direction())
         SCHEDULERS[name](optimizer)
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
@@ -115,7 +115,7 @@ def test_i26_scheduler_made_on_the_base_before_it_was_wrapped(active: bool) -> N
     model = kit.net()
     base = base_of(model)
     scheduler = lr_scheduler.StepLR(base, 1, gamma=0.5)
-    optimizer = GradGuide(base) if active else GradGuide(base, direction=None, magnitude=None)
+    optimizer = GradGuide(base, direction=Direction()) if active else GradGuide(base, direction=None, magnitude=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedule(scheduler, model, optimizer, range(2))
@@ -126,7 +126,7 @@ def test_i26_scheduler_made_on_the_base_before_it_was_wrapped(active: bool) -> N
 def test_i26_the_warning_of_the_wrong_order_still_comes(active: bool) -> None:
     model = kit.net()
     base = base_of(model)
-    optimizer = GradGuide(base) if active else GradGuide(base, direction=None, magnitude=None)
+    optimizer = GradGuide(base, direction=Direction()) if active else GradGuide(base, direction=None, magnitude=None)
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
         scheduler.step()
@@ -137,7 +137,7 @@ def test_i01_a_guided_update_scales_with_the_scheduled_rate() -> None:
     lengths = []
     for factor in (1.0, 0.1):
         model = kit.net()
-        optimizer = GradGuide(kit.sgd(model.parameters()))
+        optimizer = GradGuide(kit.sgd(model.parameters()), direction=Direction())
         lr_scheduler.LambdaLR(optimizer, lambda epoch, factor=factor: factor)  # type: ignore[misc]
         before = kit.parameters_of(model)
         kit.train(model, optimizer, [0])

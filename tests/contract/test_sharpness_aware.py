@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from gradguide import GradGuide, Magnitude, guided
+from gradguide import Direction, GradGuide, Magnitude, guided
 from tests.contract import kit
 
 
@@ -71,12 +71,12 @@ def test_i23_bases_that_need_the_closure_are_refused_with_the_way_out() -> None:
     model = kit.net()
     for base in (Sharp(model.parameters(), SGD, lr=0.1), Required(model.parameters())):
         with pytest.raises(TypeError, match=rf"{type(base).__name__} evaluates the closure.*guided\(AdamW\)"):
-            GradGuide(base)
+            GradGuide(base, direction=Direction())
 
 
 def test_i23_a_base_whose_step_alone_says_so_is_explained_when_it_fails() -> None:
     model = kit.net()
-    optimizer = GradGuide(Late(model.parameters(), lr=0.1))
+    optimizer = GradGuide(Late(model.parameters(), lr=0.1), direction=Direction())
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradguide import GradGuide, guided, unwrap
+from gradguide import Direction, GradGuide, guided, unwrap
 from tests.contract import kit
 
 Held = tuple[nn.Sequential, GradGuide]
@@ -91,7 +91,7 @@ def test_i04_scheduler_drives_the_groups_that_are_stepped_after_a_load() -> None
 
 def test_i04_groups_swapped_after_construction_are_the_ones_stepped() -> None:
     model, twin = kit.net(), kit.net()
-    optimizer = GradGuide(kit.sgd(model.parameters()))
+    optimizer = GradGuide(kit.sgd(model.parameters()), direction=Direction())
     optimizer.param_groups[0]["params"] = list(twin.parameters())  # what FSDP2 does (row 8)
     before = kit.parameters_of(twin)
     kit.train(twin, optimizer, range(2))
@@ -198,7 +198,7 @@ def test_i22_unwrap_finds_gradguide_at_any_depth() -> None:
 
 def test_i05_guided_builds_what_gradguide_over_the_base_is() -> None:
     direct, built = kit.net(), kit.net()
-    one = GradGuide(kit.adamw(direct.parameters(), weight_decay=0.1), nonfinite="raise")
+    one = GradGuide(kit.adamw(direct.parameters(), weight_decay=0.1), nonfinite="raise", direction=Direction())
     other = guided(torch.optim.AdamW, nonfinite="raise")(built.parameters(), lr=1e-2, weight_decay=0.1)
     assert isinstance(other, GradGuide)
     assert unwrap(other) is other

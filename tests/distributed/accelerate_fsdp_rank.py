@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from gradguide import Alignment, GradGuide, StructuredSource, unwrap
+from gradguide import Alignment, Direction, GradGuide, StructuredSource, unwrap
 from gradguide.integrations.transformers import guide, sampled_loss
 from gradguide.utils.names import model_names
 from tests.distributed.fsdp_rank import whole
@@ -58,7 +58,7 @@ def with_accelerate(rank: int, world: int, folder: Path) -> dict[str, Any]:
     accelerator = accelerator_of(world, 2)
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    optimizer: Any = GradGuide(torch.optim.AdamW(model.parameters(), lr=1e-2), names=model)
+    optimizer: Any = GradGuide(torch.optim.AdamW(model.parameters(), lr=1e-2), names=model, direction=Direction())
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def train(steps: range) -> None:
@@ -121,7 +121,7 @@ def refusals(world: int, folder: Path, source: StructuredSource) -> dict[str, st
     model: Any = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     try:
         model = accelerator.prepare(model)
-        accelerator.prepare(GradGuide(torch.optim.AdamW(model.parameters())))
+        accelerator.prepare(GradGuide(torch.optim.AdamW(model.parameters()), direction=Direction()))
     except ValueError as error:
         found["accelerate"] = str(error)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from gradguide import GradGuide, guided
+from gradguide import Direction, GradGuide, guided
 from tests.distributed import problem
 from tests.distributed.counting import counted
 from tests.distributed.launch import join
@@ -49,7 +49,7 @@ def zero(rank: int, world: int) -> dict[str, Any]:
         base: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
         if kind == "divided":
             base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.02)
-        optimizer = GradGuide(base)
+        optimizer = GradGuide(base, direction=Direction())
         problem.train(wrapped, optimizer, rank=rank, world=world)
         found[kind] = {name: p.detach().clone() for name, p in model.named_parameters()}
         if isinstance(base, ZeroRedundancyOptimizer):

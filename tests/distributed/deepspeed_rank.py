@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.distributed import problem
 from tests.distributed.launch import join
 
@@ -61,7 +61,7 @@ def run(stage: int, precision: str, rank: int, world: int) -> dict[str, Any]:
         if at_step is not None:
             break
     # A GradGuide around the partitioned parameters raises at once.
-    late = refusal(lambda: GradGuide(torch.optim.SGD(optimizer.param_groups, lr=0.1)))
+    late = refusal(lambda: GradGuide(torch.optim.SGD(optimizer.param_groups, lr=0.1), direction=Direction()))
     return {
         "at step": at_step,
         "late": late,

@@ -32,7 +32,7 @@ def names(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def guide(model: nn.Module, base: Any = None, **options: Any) -> GradGuide:
     base = AdamW(model.parameters(), lr=0.02) if base is None else base
-    usual: Options = {"names": names(model), "alignment": Alignment(problem.source(1))}
+    usual: Options = {"direction": Direction(), "names": names(model), "alignment": Alignment(problem.source(1))}
     return GradGuide(base, **(usual | options))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from gradguide import GradGuide, SourceGradient
+from gradguide import Direction, GradGuide, SourceGradient
 from tests.distributed import problem
 from tests.distributed.launch import join
 
@@ -24,12 +24,12 @@ def refusal(work: Callable[[], object]) -> str | None:
 def refusals(kind: str) -> dict[str, str | None]:
     """Return the errors for a wrapped model, with ``use_orig_params`` ("original") or without ("flat")."""
     model = problem.net()
-    early = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1))
+    early = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1), direction=Direction())
     wrapped = FullyShardedDataParallel(model, use_orig_params=kind == "original", device_id=torch.device("cpu"))
     base = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     batches = [problem.batch(step) for step in range(2)]
     messages = {
-        f"{kind}, new": refusal(lambda: GradGuide(base)),
+        f"{kind}, new": refusal(lambda: GradGuide(base, direction=Direction())),
         f"{kind}, capture": refusal(
             lambda: SourceGradient.capture(wrapped, batches, lambda m, b: problem.loss_of(m, *b))
         ),

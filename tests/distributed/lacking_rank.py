@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.distributed import problem
 from tests.distributed.counting import all_reduce, counted
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import join
 
-KINDS = ("default", "gradient", "update", "tensor", "two sources", "regularizer")
+KINDS = ("no source", "gradient", "update", "tensor", "two sources", "regularizer")
 NOT_FINITE = ("ddp", "fsdp", "fsdp, whole parameter")
 POLICIES = ("skip", "raise")
 
@@ -67,7 +67,7 @@ def not_finite(how: str, policy: str, rank: int, world: int) -> dict[str, Any]:
     model = problem.net() if how == "ddp" else sharded(world)
     trained: nn.Module = DistributedDataParallel(model, find_unused_parameters=True) if how == "ddp" else model
     base = torch.optim.AdamW(model.parameters(), lr=0.02)
-    optimizer = GradGuide(base, nonfinite=policy, names=model.named_parameters())
+    optimizer = GradGuide(base, nonfinite=policy, names=model.named_parameters(), direction=Direction())
     error, unchanged = None, True
     for step in range(3):
         optimizer.zero_grad()

@@ -25,7 +25,7 @@ def net() -> nn.Sequential:
 
 def train(model: nn.Module, share: slice) -> dict[str, Any]:
     """Train with every mechanism except a source, whose tables belong to another model."""
-    optimizer = problem.guide(model, "default")
+    optimizer = problem.guide(model, "no source")
     for step in range(STEPS):
         x, y = problem.batch(step)
         optimizer.zero_grad()

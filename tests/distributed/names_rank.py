@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import join
@@ -83,10 +83,10 @@ def sourced(form: str | None, world: int) -> dict[str, Tensor]:
         names = model.named_parameters()
     alignment, base = Alignment(source, weight=0.5), AdamW(model.parameters(), lr=0.02)
     if form == "given later":
-        optimizer = GradGuide(base)
+        optimizer = GradGuide(base, direction=Direction())
         optimizer.set_alignment(alignment, names=names)
     else:
-        optimizer = GradGuide(base, alignment=alignment, names=names)
+        optimizer = GradGuide(base, alignment=alignment, names=names, direction=Direction())
     problem.train(model, optimizer, range(STEPS))
     return {name: whole(p) for name, p in model.named_parameters()}
 
@@ -110,7 +110,7 @@ def found_names(
     if after is not None:
         after(model)
     try:
-        optimizer = GradGuide(AdamW(groups(model)), names=names)
+        optimizer = GradGuide(AdamW(groups(model)), names=names, direction=Direction())
     except ValueError as error:
         return str(error)
     wanted = {p: name for name, p in model.named_parameters() if name in names}
@@ -124,7 +124,7 @@ def added(world: int) -> bool:
     names = list(model.named_parameters())
     shard(model, world)
     parameters = list(model.parameters())
-    optimizer = GradGuide(AdamW(parameters[:3]), names=names)
+    optimizer = GradGuide(AdamW(parameters[:3]), names=names, direction=Direction())
     optimizer.add_param_group({"params": parameters[3:]})
     wanted = {p: name for name, p in model.named_parameters()}
     return optimizer._engine.planner.names == wanted
@@ -141,11 +141,11 @@ def scoped(early: bool, swapped: bool, world: int) -> dict[str, Tensor]:
 
     model = problem.net()
     scope = scope_of(model)
-    optimizer = GradGuide(AdamW(model.parameters(), lr=0.02), scope=scope) if swapped else None
+    optimizer = GradGuide(AdamW(model.parameters(), lr=0.02), scope=scope, direction=Direction()) if swapped else None
     shard(model, world)
     if optimizer is None:
         scope = scope if early else scope_of(model)
-        optimizer = GradGuide(AdamW(model.parameters(), lr=0.02), scope=scope)
+        optimizer = GradGuide(AdamW(model.parameters(), lr=0.02), scope=scope, direction=Direction())
     else:
         optimizer.param_groups[0]["params"] = list(model.parameters())
     problem.train(model, optimizer, range(STEPS))

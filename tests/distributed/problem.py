@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from gradguide import Alignment, Direction, GradGuide, Magnitude, Regularizer, ReplaySource, SourceGradient
 
 STEPS = 20
-KINDS = ("default", "gradient", "update", "shared", "module", "tensor", "two sources", "regularizer")
+KINDS = ("no source", "gradient", "update", "shared", "module", "tensor", "two sources", "regularizer")
 REPLAYS = (("ddp", 1), ("ddp", 3), ("ddp, bare loss", 1), ("fsdp", 1), ("fsdp", 3))
 """The wrapper of the ranks, and the interval of a live source in steps."""
 
@@ -83,19 +83,26 @@ def guide(model: nn.Module, kind: str) -> GradGuide:
                 alignment=Alignment(source(1), on="gradient", weight=0.5),
                 magnitude=Magnitude(max_norm=0.1, max_update=None),
                 names=names,
+                direction=Direction(),
             )
         case "update":
-            return GradGuide(base, alignment=Alignment(source(1).anchored(), project=True), names=names)
+            return GradGuide(
+                base, alignment=Alignment(source(1).anchored(), project=True), names=names, direction=Direction()
+            )
         case "two sources":
-            return GradGuide(base, alignment=Alignment([source(1), source(2)], weight=1.0), names=names)
+            return GradGuide(
+                base, alignment=Alignment([source(1), source(2)], weight=1.0), names=names, direction=Direction()
+            )
         case "shared":
             return GradGuide(base, direction=Direction(share_momentum=True), magnitude=Magnitude(max_update=None))
         case "regularizer":
             terms = Regularizer(direction=0.3, magnitude=0.1, alignment=0.2, source=source(2), warmup=3)
-            return GradGuide(base, alignment=Alignment(source(1), weight=0.1), regularizer=terms, names=names)
+            return GradGuide(
+                base, alignment=Alignment(source(1), weight=0.1), regularizer=terms, names=names, direction=Direction()
+            )
         case "module" | "tensor":
-            return GradGuide(base, scope=kind, names=model.named_parameters())
-    return GradGuide(base)
+            return GradGuide(base, scope=kind, names=model.named_parameters(), direction=Direction())
+    return GradGuide(base, direction=Direction())
 
 
 def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int, world: int) -> GradGuide:
@@ -104,7 +111,10 @@ def guide_by_replay(model: nn.Module, replayed: nn.Module, every: int, rank: int
     live = ReplaySource(batches, lambda b: loss_of(replayed, *b), every)
     base = AdamW(model.parameters(), lr=0.02)
     return GradGuide(
-        base, alignment=Alignment([live, source(1, without=())], weight=[0.5, 0.1]), names=model.named_parameters()
+        base,
+        alignment=Alignment([live, source(1, without=())], weight=[0.5, 0.1]),
+        names=model.named_parameters(),
+        direction=Direction(),
     )
 
 
@@ -114,7 +124,7 @@ def guide_for_deepspeed(model: Net) -> GradGuide:
     base = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     unknown = ("gain", "unused.weight", "unused.bias")
     names = [(name, p) for name, p in model.named_parameters() if name not in unknown]
-    return GradGuide(base, alignment=Alignment(source(1, unknown)), names=names)
+    return GradGuide(base, alignment=Alignment(source(1, unknown)), names=names, direction=Direction())
 
 
 def alone(kind: str) -> dict[str, Any]:

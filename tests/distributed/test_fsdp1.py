@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.distributed.launch import answers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -25,7 +25,7 @@ def test_i11_fsdp1_is_refused_on_every_rank_with_a_way_out(tmp_path: Path) -> No
 def test_what_fsdp1_holds_in_one_process_is_whole() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter._fsdp_flattened = True  # type: ignore[attr-defined]
-    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1))
+    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1), direction=Direction())
     parameter.grad = torch.ones(3)
     optimizer.step()
     assert optimizer.metrics()["grad_norm"] == pytest.approx(3**0.5)

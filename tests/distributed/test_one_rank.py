@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.contract import kit
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -36,7 +36,7 @@ def placed(tmp_path: Path) -> Iterator[Place]:
 @pytest.mark.parametrize("copied", [copy.deepcopy, kit.through_file])
 def test_a_state_dict_of_dtensors_can_be_copied_and_saved(placed: Place, copied: Callable[[Any], Any]) -> None:
     parameters = [nn.Parameter(placed(torch.ones(3, 2))) for _ in range(3)]
-    optimizer = GradGuide(SGD(parameters, lr=0.1))
+    optimizer = GradGuide(SGD(parameters, lr=0.1), direction=Direction())
     for number, p in enumerate(parameters):
         p.grad = placed(torch.full((3, 2), 1.0 + number))
     optimizer.step()
@@ -61,7 +61,7 @@ def test_a_dtensor_gradient_without_memory_of_its_own_is_copied(placed: Place, m
     parameters = [nn.Parameter(placed(torch.ones(3, 2))) for _ in range(2)]
     for p, gradient in zip(parameters, (make(), make().resolve_neg().contiguous()), strict=True):
         p.grad = placed(gradient)
-        GradGuide(SGD([p], lr=0.1)).step()
+        GradGuide(SGD([p], lr=0.1), direction=Direction()).step()
     first, second = (p.to_local() for p in parameters)  # type: ignore[attr-defined]
     assert torch.equal(first, second)
     assert bool((first > 1).all())

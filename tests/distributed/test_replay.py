@@ -42,5 +42,5 @@ def test_the_replayed_source_changes_the_result() -> None:
     """Training without the source ends at other parameters, so the comparison above covers guided steps."""
     guided, plain = problem.net(), problem.net()
     problem.train(guided, problem.guide_by_replay(guided, guided, 1, 0, 1))
-    problem.train(plain, problem.guide(plain, "default"))
+    problem.train(plain, problem.guide(plain, "no source"))
     assert not torch.allclose(guided.first.weight, plain.first.weight, atol=1e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from tests.distributed import problem
 from tests.distributed.launch import answers
 from tests.distributed.names_rank import FORMS, STEPS
@@ -36,7 +36,9 @@ def test_i35_a_source_captured_before_fully_shard_guides_as_in_one_process(found
     batches = [problem.batch(step) for step in range(3)]
     source = SourceGradient.capture(model, batches, lambda m, b: problem.loss_of(m, *b), curvature=False)
     base = torch.optim.AdamW(model.parameters(), lr=0.02)
-    optimizer = GradGuide(base, alignment=Alignment(source, weight=0.5), names=model.named_parameters())
+    optimizer = GradGuide(
+        base, alignment=Alignment(source, weight=0.5), names=model.named_parameters(), direction=Direction()
+    )
     problem.train(model, optimizer, range(STEPS))
     for rank in found:
         for name, p in model.named_parameters():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradguide import Alignment, GradGuide, StructuredSource
+from gradguide import Alignment, Direction, GradGuide, StructuredSource
 from tests.sources.structured.gloo_rank import drawn
 from tests.sources.structured.problems import adapted, llama, spread, text, trained
 
@@ -58,7 +58,7 @@ def test_a_step_of_layers_on_two_devices() -> None:
     for split in (False, True):
         model = moved("cuda", split=True) if split else moved("cpu")
         base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
-        optimizer = GradGuide(base, alignment=Alignment(source), names=model)
+        optimizer = GradGuide(base, alignment=Alignment(source), names=model, direction=Direction())
         for step in range(3):
             for index, p in enumerate(trained(model).values()):
                 generator = torch.Generator().manual_seed(100 * step + index)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from gradguide import Alignment, GradGuide, SourceGradient, guided, unwrap
+from gradguide import Alignment, Direction, GradGuide, SourceGradient, guided, unwrap
 from gradguide.integrations.peft import lora_parameters
 from tests.contract import kit
 from tests.integrations import lora
@@ -43,7 +43,7 @@ def source_of(model: nn.Module) -> SourceGradient:
 
 def guide(model: nn.Module, source: SourceGradient) -> GradGuide:
     base = torch.optim.AdamW([p for _, p in lora_parameters(model)], lr=1e-2)
-    return GradGuide(base, alignment=Alignment(source, weight=0.5), names=lora_parameters(model))
+    return GradGuide(base, alignment=Alignment(source, weight=0.5), names=lora_parameters(model), direction=Direction())
 
 
 def trainer_of(model: nn.Module, folder: Path, steps: int = 4, **extra: Any) -> Any:

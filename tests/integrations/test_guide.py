@@ -147,7 +147,7 @@ def test_metrics_are_in_the_logs_once_and_no_warning_is_given(tmp_path: Path) ->
 def test_the_callback_alone_warns_if_the_trainer_clips_too(tmp_path: Path) -> None:
     for limit, count in ((1.0, 1), (0.0, 0), (math.inf, 0)):
         trainer = made(tmp_path, {"max_grad_norm": limit, "max_steps": 1}, callbacks=[GradGuideCallback()])
-        trainer.optimizer = GradGuide(trainer.create_optimizer())
+        trainer.optimizer = GradGuide(trainer.create_optimizer(), direction=Direction())
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             trainer.train()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from tests.contract import kit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,13 +61,13 @@ def test_rules_off_is_bitwise_the_8_bit_base(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_guided_8_bit_learns_and_resumes(kind: str, tmp_path: Path) -> None:
     model = net()
-    optimizer = GradGuide(made(kind, model))
+    optimizer = GradGuide(made(kind, model), direction=Direction())
     losses = train(model, optimizer, range(20))
     assert losses[-1] < 0.7 * losses[0]
     assert in_8_bits(optimizer.base.state[next(model.parameters())])
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     other_model = copy.deepcopy(model)
-    other = GradGuide(made(kind, other_model))
+    other = GradGuide(made(kind, other_model), direction=Direction())
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert other.metrics()["steps"] == 20
     train(model, optimizer, range(20, 24))

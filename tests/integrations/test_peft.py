@@ -157,6 +157,7 @@ def test_adapter_added_under_a_name_that_the_source_lacks() -> None:
         SGD([p for _, p in lora_parameters(model)], lr=0.01),
         alignment=Alignment(capture(model)),
         names=lora_parameters(model),
+        direction=Direction(),
     )
     model.encoder.add_adapter("second", LoraConfig(r=3, target_modules=["query"]))
     model.encoder.set_adapter("second")
@@ -177,6 +178,7 @@ def test_adapter_frozen_later_stays_untouched() -> None:
         AdamW([p for _, p in lora_parameters(model)], lr=1e-2, weight_decay=0.1),
         alignment=Alignment(capture(model)),
         names=lora_parameters(model),
+        direction=Direction(),
     )
 
     def step(seed: int) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters, lora_scopes
 from gradguide.utils.names import adapter_of
 
@@ -85,7 +85,10 @@ def test_the_example_of_the_readme_works(kind: str) -> None:
     assert source.names() == [name for name, _ in lora_parameters(model)]
     assert source.metadata["adapter"] is not None
     optimizer = GradGuide(
-        AdamW(model.parameters(), lr=1e-3), alignment=Alignment(source.anchored()), names=lora_parameters(model)
+        AdamW(model.parameters(), lr=1e-3),
+        alignment=Alignment(source.anchored()),
+        names=lora_parameters(model),
+        direction=Direction(),
     )
     for batch in batches(model, seed=1):
         model(**batch).loss.backward()
@@ -101,13 +104,13 @@ def test_everything_captured_and_a_model_as_names(kind: str) -> None:
     model = MODELS[kind]()
     source = capture(model, names=None)
     assert set(source.names()) == {name for name, p in model.named_parameters() if p.requires_grad}
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model)
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model, direction=Direction())
 
 
 def refused(model: PeftModel, source: SourceGradient, names: Any) -> str:
     base = AdamW(model.parameters())
     with pytest.raises(ValueError) as caught:
-        GradGuide(base, alignment=Alignment(source), names=names)
+        GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())
     assert base.state == {}
     return str(caught.value)
 
@@ -135,18 +138,18 @@ def test_i35_a_classifier_that_the_source_lacks_says_how_to_leave_it_out() -> No
     found = re.search(r"names=(.*\))$", message)
     assert found is not None
     assert found[1] == "lora_parameters(model)"
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model))
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model), direction=Direction())
 
 
 def test_i35_a_head_beside_plain_layers_says_how_to_leave_it_out() -> None:
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
     source = SourceGradient({name: torch.ones_like(p) for name, p in model.named_parameters() if "body" in name})
     with pytest.raises(ValueError, match="2 missing from the source") as caught:
-        GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model)
+        GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model, direction=Direction())
     found = re.search(r"names=(\[.*\])$", str(caught.value))
     assert found is not None
     names = eval(found[1], {"model": model})
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=names)
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=names, direction=Direction())
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -230,7 +233,7 @@ def test_i35_the_adapter_that_was_captured_keeps_its_source() -> None:
     assert "The source is of adapter 'default', which the optimizer trains together with 'b'" in message
     found = re.search(r"names=(.*\))$", message)
     assert found is not None
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model))
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model), direction=Direction())
 
 
 def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
@@ -239,7 +242,7 @@ def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
     both = capture(model)
     assert len(both.names()) == 2 * len(capture(causal()).names())
     first = {name: t for name, t in both.anchor.items() if ".default." in name}
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(both), names=lora_parameters(model))
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(both), names=lora_parameters(model), direction=Direction())
     # Names of one adapter only: the other one has no source.
     source = capture(causal())
     message = refused(model, source, lora_parameters(model))
@@ -251,12 +254,12 @@ def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
     assert "The source has adapter 'c', the optimizer 'b' and 'default'" in message
     found = re.search(r"names=(.*\))$", message)
     assert found is not None
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(third), names=run(found[1], model))
+    GradGuide(AdamW(model.parameters()), alignment=Alignment(third), names=run(found[1], model), direction=Direction())
 
 
 def test_i35_an_adapter_added_after_the_optimizer_has_names() -> None:
     model = causal()
-    optimizer = GradGuide(SGD([p for _, p in lora_parameters(model)], lr=0.1), names=model)
+    optimizer = GradGuide(SGD([p for _, p in lora_parameters(model)], lr=0.1), names=model, direction=Direction())
     source = capture(model)
     model.add_adapter("b", copy.copy(model.peft_config["default"]))
     model.base_model.set_adapter(["default", "b"])

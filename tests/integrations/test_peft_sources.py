@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters
 
 from .lora import QUIET, Classifier, bert, capture, cross_entropy, examples, llama, move
@@ -99,7 +99,7 @@ class Learned:
         model.head.reset_parameters()
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = GradGuide(AdamW(trained, lr=1e-2), names=lora_parameters(model), **options)
+        optimizer = GradGuide(AdamW(trained, lr=1e-2), names=lora_parameters(model), **({"direction": Direction()} | options))
         losses = []
         for _ in range(5):
             for batch in examples(2):
@@ -188,7 +188,9 @@ def test_head_in_names_is_refused_with_the_way_out() -> None:
     model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
     with pytest.raises(ValueError, match=r"2 missing from the source \(head\.weight, head\.bias\).*leave them out"):
-        GradGuide(AdamW(trained), alignment=Alignment(capture(model)), names=model.named_parameters())
+        GradGuide(
+            AdamW(trained), alignment=Alignment(capture(model)), names=model.named_parameters(), direction=Direction()
+        )
 
 
 def tensors(source: SourceGradient) -> list[Tensor]:
@@ -208,7 +210,12 @@ def test_file_round_trip_into_another_model(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors(loaded), tensors(source), strict=True))
     other = Classifier(bert())
     move(other, 1.0)
-    GradGuide(AdamW([p for _, p in lora_parameters(other)]), alignment=Alignment(loaded), names=lora_parameters(other))
+    GradGuide(
+        AdamW([p for _, p in lora_parameters(other)]),
+        alignment=Alignment(loaded),
+        names=lora_parameters(other),
+        direction=Direction(),
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -218,7 +225,10 @@ def test_source_of_another_rank_is_refused(tmp_path: Path, rank: int) -> None:
     model = adapted(2)
     with pytest.raises(ValueError) as caught:
         GradGuide(
-            AdamW([p for _, p in lora_parameters(model)]), alignment=Alignment(source), names=lora_parameters(model)
+            AdamW([p for _, p in lora_parameters(model)]),
+            alignment=Alignment(source),
+            names=lora_parameters(model),
+            direction=Direction(),
         )
     message = str(caught.value)
     assert "26 of another shape" in message
@@ -235,7 +245,10 @@ def test_source_of_other_layers_is_refused() -> None:
     other = Classifier(bert(target_modules=["query", "value"]))
     with pytest.raises(ValueError, match=r"4 missing from the source \(.*value.*4 unexpected in the source \(.*key"):
         GradGuide(
-            AdamW([p for _, p in lora_parameters(other)]), alignment=Alignment(source), names=lora_parameters(other)
+            AdamW([p for _, p in lora_parameters(other)]),
+            alignment=Alignment(source),
+            names=lora_parameters(other),
+            direction=Direction(),
         )
 
 
@@ -278,6 +291,7 @@ def test_causal_language_model() -> None:
         AdamW([p for _, p in lora_parameters(model)], lr=1e-3),
         alignment=Alignment(source),
         names=lora_parameters(model),
+        direction=Direction(),
     )
     for batch in batches:
         loss(model, batch).backward()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradguide import GradGuide, guided
+from gradguide import Direction, GradGuide, guided
 from tests.contract import kit
 from tests.contract.test_trainer import bert, trainer_of
 
@@ -40,13 +40,13 @@ def test_i22_rules_off_is_bitwise_the_schedule_free_base() -> None:
 
 def test_i22_guided_it_learns_and_resumes_from_where_it_is_evaluated(tmp_path: Path) -> None:
     model = kit.net()
-    optimizer = GradGuide(base_of(model))
+    optimizer = GradGuide(base_of(model), direction=Direction())
     before = float(kit.loss_of(model, kit.batch(0)))
     train(model, optimizer, [0] * 40)
     assert float(kit.loss_of(model, kit.batch(0))) < 0.7 * before
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     other_model = copy.deepcopy(model)
-    other = GradGuide(base_of(other_model))
+    other = GradGuide(base_of(other_model), direction=Direction())
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     train(model, optimizer, range(40, 44))
     train(other_model, other, range(40, 44))
@@ -57,7 +57,7 @@ def test_i22_guided_it_learns_and_resumes_from_where_it_is_evaluated(tmp_path: P
 def test_i22_accelerate_switches_the_base_through_gradguide() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = kit.net()
-    optimizer = GradGuide(base_of(model))
+    optimizer = GradGuide(base_of(model), direction=Direction())
     prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
     prepared.train()
     assert optimizer.param_groups[0]["train_mode"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from gradguide.ops import Row, Stack, Write, blocks, cpu, foreach, reference
 from gradguide.ops.rounding import DOTS, EXACT, WRITTEN
 
@@ -248,7 +248,7 @@ def moved(row: Row | None) -> Row | None:
 def test_finite_float64_rows_whose_squares_overflow_are_an_error_with_the_way_out(size: float) -> None:
     """They are finite, so the step is not skipped as if they were not."""
     parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1))
+    optimizer = GradGuide(torch.optim.SGD([parameter], lr=0.1), direction=Direction())
     parameter.grad = torch.full((3,), size, dtype=torch.float64)
     with pytest.raises(OverflowError, match="whose squares overflow; scale the loss down"):
         optimizer.step()
@@ -261,7 +261,7 @@ def test_finite_float64_rows_whose_squares_overflow_are_an_error_with_the_way_ou
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_skipped_beside_a_parameter_without_numbers(bad: float) -> None:
     full, empty = (torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (2, 0))
-    optimizer = GradGuide(torch.optim.SGD([full, empty], lr=0.1))
+    optimizer = GradGuide(torch.optim.SGD([full, empty], lr=0.1), direction=Direction())
     full.grad, empty.grad = torch.full_like(full, bad), torch.zeros_like(empty)
     optimizer.step()
     assert torch.equal(full.detach(), torch.ones(2, dtype=torch.float64))

@@ -32,7 +32,7 @@ def same(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> bool:
 def trained(steps: int) -> tuple[GradGuide, History]:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    optimizer = GradGuide(AdamW(model.parameters(), lr=1e-2))
+    optimizer = GradGuide(AdamW(model.parameters(), lr=1e-2), direction=Direction())
     kept = History()
     optimizer.record(kept)
     for step in range(steps):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from gradguide import Alignment, GradGuide, Regularizer, guided_loss
+from gradguide import Alignment, Direction, GradGuide, Regularizer, guided_loss
 from tests.contract import kit
 
 
@@ -33,7 +33,7 @@ class Noisy(nn.Module):
 def guide(model: nn.Module, lr: float = 0.1, **options: Any) -> GradGuide:
     options = {"magnitude": 0.3, "warmup": 0} | options
     base = torch.optim.SGD(model.parameters(), lr=lr)
-    return GradGuide(base, magnitude=None, regularizer=Regularizer(**options))
+    return GradGuide(base, magnitude=None, regularizer=Regularizer(**options), direction=Direction())
 
 
 def closure_of(model: nn.Module, optimizer: GradGuide, step: int = 0) -> Any:
@@ -228,7 +228,10 @@ def test_attention_without_a_second_derivative_works() -> None:
 def test_a_linear_loss_has_no_curvature() -> None:
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = GradGuide(
-        torch.optim.SGD([parameter], lr=0.1), magnitude=None, regularizer=Regularizer(magnitude=0.3, warmup=0)
+        torch.optim.SGD([parameter], lr=0.1),
+        magnitude=None,
+        regularizer=Regularizer(magnitude=0.3, warmup=0),
+        direction=Direction(),
     )
 
     def evaluate() -> Tensor:
@@ -284,9 +287,11 @@ def test_what_a_regularizer_needs_of_gradguide() -> None:
     with pytest.raises(ValueError, match=r"Regularizer\(direction=0.1\) needs a direction"):
         GradGuide(kit.sgd(model.parameters()), direction=None, regularizer=Regularizer(direction=0.1))
     with pytest.raises(ValueError, match="keyed by parameter names, found none"):
-        GradGuide(kit.sgd(model.parameters()), regularizer=Regularizer(alignment=0.1, source=source))
+        GradGuide(
+            kit.sgd(model.parameters()), regularizer=Regularizer(alignment=0.1, source=source), direction=Direction()
+        )
     with pytest.raises(TypeError, match="regularizer must be a Regularizer or None"):
-        GradGuide(kit.sgd(model.parameters()), regularizer=0.1)  # type: ignore[arg-type]
+        GradGuide(kit.sgd(model.parameters()), regularizer=0.1, direction=Direction())  # type: ignore[arg-type]
 
 
 def test_it_works_beside_every_rule_and_survives_copies() -> None:
@@ -298,6 +303,7 @@ def test_it_works_beside_every_rule_and_survives_copies() -> None:
         alignment=Alignment(source, weight=0.5),
         regularizer=Regularizer(direction=0.2, magnitude=0.1, alignment=0.3, source=other, warmup=2),
         names=model.named_parameters(),
+        direction=Direction(),
     )
     for step in range(4):
         optimizer.step(closure_of(model, optimizer, step))

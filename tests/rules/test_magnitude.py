@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gradguide import GradGuide, Magnitude
+from gradguide import Direction, GradGuide, Magnitude
 from gradguide.rules.magnitude import clip, shrink
 
 NORMS = st.floats(1e-30, 1e30)
@@ -68,4 +68,4 @@ def test_options_that_an_earlier_version_pickled_are_not_read_as_others() -> Non
     earlier: Any = Magnitude()
     earlier.__setstate__([1.0, False, 0.05])
     with pytest.raises(TypeError, match="max_update must be a number, found False"):
-        GradGuide(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), magnitude=earlier)
+        GradGuide(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), magnitude=earlier, direction=Direction())

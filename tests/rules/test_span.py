@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.ops.rounding import KERNELS
 from gradguide.rules.alignment import project
 from gradguide.rules.projection import TOLERANCE
@@ -101,7 +101,7 @@ def test_where_nothing_is_left_adam_does_not_move(n: int, on: str) -> None:
         before = parameter.detach().clone()
         optimizer = GradGuide(
             AdamW([parameter], lr=1e-3, weight_decay=0.0), alignment=Alignment(SourceGradient({"p": source}), on=on),
-            names={"p": parameter},
+            names={"p": parameter}, direction=Direction()
         )  # fmt: skip
         for _ in range(2):
             parameter.grad = -source * torch.rand(()) * 1e4

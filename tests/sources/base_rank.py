@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.utils.names import NamedParameters
 from tests.distributed.launch import join
 from tests.sources.problems import frozen_body, mean_square
@@ -21,7 +21,7 @@ from tests.sources.problems import frozen_body, mean_square
 
 def guide(model: nn.Module, names: object, source: SourceGradient) -> None:
     base = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    GradGuide(base, alignment=Alignment(source), names=names)  # type: ignore[arg-type]
+    GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())  # type: ignore[arg-type]
 
 
 def main(rank: int, world: int, folder: Path) -> None:

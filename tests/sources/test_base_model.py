@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters
 from gradguide.sources.base_model import base_of
 from tests.integrations.lora import QUIET, SIZES, Classifier, bert, cross_entropy, examples, llama, move
@@ -55,7 +55,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SourceGradient:
 
 def guide(model: nn.Module, source: Any, names: Any = None) -> GradGuide:
     base = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    return GradGuide(base, alignment=Alignment(source), names=lora_parameters(model) if names is None else names)
+    return GradGuide(
+        base,
+        alignment=Alignment(source),
+        names=lora_parameters(model) if names is None else names,
+        direction=Direction(),
+    )
 
 
 FORMS: dict[str, Callable[[nn.Module], Any]] = {
@@ -78,7 +83,7 @@ def test_i36_another_base_model_is_refused(source: SourceGradient, form: str, ma
     message = str(caught.value)
     assert "8 of 8 frozen weights that were compared differ (" in message
     assert "Load the base model that the source was captured from" in message
-    optimizer = GradGuide(SGD(other.parameters(), lr=0.1), names=FORMS[form](other))
+    optimizer = GradGuide(SGD(other.parameters(), lr=0.1), names=FORMS[form](other), direction=Direction())
     with pytest.raises(ValueError, match="found another one"):
         optimizer.set_alignment(Alignment(made))
     optimizer.set_alignment(None)
@@ -173,7 +178,12 @@ def test_i36_quantised_weights_are_left_out(source: SourceGradient) -> None:
 def test_i36_what_cannot_be_compared_warns(source: SourceGradient) -> None:
     model = adapted(seed=1)
     with pytest.warns(UserWarning, match=r"could not be compared.*names=lora_parameters\(model\)") as caught:
-        GradGuide(SGD(model.parameters(), lr=0.1), alignment=Alignment(source), names=dict(lora_parameters(model)))
+        GradGuide(
+            SGD(model.parameters(), lr=0.1),
+            alignment=Alignment(source),
+            names=dict(lora_parameters(model)),
+            direction=Direction(),
+        )
     assert caught[0].filename == __file__
     meta = adapted(seed=1)
     for module in meta.modules():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradguide import Alignment, GradGuide, Regularizer, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Regularizer, SourceGradient
 from tests.contract import kit
 
 
@@ -17,6 +17,7 @@ def source(seed: int, *, moving: bool = True) -> SourceGradient:
 
 
 def guide(model: Any, alignment: Alignment | None, **options: Any) -> GradGuide:
+    options = {"direction": Direction()} | options
     return GradGuide(kit.adamw(model.parameters()), alignment=alignment, names=model.named_parameters(), **options)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.sources.matching import match_sources
 from gradguide.utils.names import Names
 
@@ -136,7 +136,9 @@ def test_names_match_through_wrappers(there: str) -> None:
     source = SourceGradient.capture(tower(), [torch.ones(2, 3)], mean_square, curvature=False)
     model = WRAPPINGS[there]
     assert [name for name, _ in model.named_parameters()] != source.names() or there == "plain"
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model.named_parameters())
+    GradGuide(
+        AdamW(model.parameters()), alignment=Alignment(source), names=model.named_parameters(), direction=Direction()
+    )
     back = SourceGradient.capture(model, [torch.ones(2, 3)], mean_square, curvature=False)
     assert back.names() == source.names() == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
@@ -145,7 +147,12 @@ def test_a_child_called_module_matches_under_ddp() -> None:
     inner = Wrapped(nn.Linear(3, 1), "module")
     source = SourceGradient.capture(inner, [torch.ones(2, 3)], mean_square, curvature=False)
     wrapped = Wrapped(inner, "module")
-    GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=wrapped.named_parameters())
+    GradGuide(
+        AdamW(wrapped.parameters()),
+        alignment=Alignment(source),
+        names=wrapped.named_parameters(),
+        direction=Direction(),
+    )
 
 
 class WithModule(nn.Module):
@@ -167,29 +174,40 @@ def test_a_submodule_called_module_keeps_its_name_also_under_ddp() -> None:
         source = SourceGradient.capture(wrapped, [torch.ones(2, 3)], mean_square, curvature=False)
         assert source.names() == ["weight", "module.weight"]
         for names in (wrapped, wrapped.named_parameters()):
-            GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=names)
+            GradGuide(AdamW(wrapped.parameters()), alignment=Alignment(source), names=names, direction=Direction())
     part = SourceGradient({"module.weight": torch.ones(1, 3)})
     inner = list(model.module.parameters())
-    GradGuide(AdamW(inner), alignment=Alignment(part), names=model)
+    GradGuide(AdamW(inner), alignment=Alignment(part), names=model, direction=Direction())
     # Pairs of this submodule alone look like those of DDP, and still match.
-    GradGuide(AdamW(inner), alignment=Alignment(part), names={"module.weight": inner[0]})
+    GradGuide(AdamW(inner), alignment=Alignment(part), names={"module.weight": inner[0]}, direction=Direction())
 
 
 def test_constructor_refuses_before_anything_changes() -> None:
     model = nn.Linear(2, 1)
     base = SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"1 missing from the source \(bias\)"):
-        GradGuide(base, alignment=Alignment(source_of("weight", shape=(1, 2))), names=model.named_parameters())
+        GradGuide(
+            base,
+            alignment=Alignment(source_of("weight", shape=(1, 2))),
+            names=model.named_parameters(),
+            direction=Direction(),
+        )
     with pytest.raises(ValueError, match="found none: pass names"):
-        GradGuide(base, alignment=Alignment(source_of("weight")))
+        GradGuide(base, alignment=Alignment(source_of("weight")), direction=Direction())
     assert base.state == {}
 
 
 def test_optimizer_given_named_parameters_needs_no_names() -> None:
     model = nn.Linear(2, 1, bias=False)
-    GradGuide(SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight", shape=(1, 2))))
+    GradGuide(
+        SGD(model.named_parameters(), lr=0.1),
+        alignment=Alignment(source_of("weight", shape=(1, 2))),
+        direction=Direction(),
+    )
     with pytest.raises(ValueError, match=r"weight \(2,\) for \(1, 2\)"):
-        GradGuide(SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight")))
+        GradGuide(
+            SGD(model.named_parameters(), lr=0.1), alignment=Alignment(source_of("weight")), direction=Direction()
+        )
 
 
 def test_frozen_parameters_need_not_be_in_the_source() -> None:

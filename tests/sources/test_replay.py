@@ -230,7 +230,7 @@ def test_a_group_that_is_added_is_asked_about_too() -> None:
 
     source = ReplaySource([old(0)], loss)
     first = [(f"first.{name}", p) for name, p in model["first"].named_parameters()]
-    optimizer = GradGuide(kit.sgd(first), alignment=Alignment(source))
+    optimizer = GradGuide(kit.sgd(first), alignment=Alignment(source), direction=Direction())
     loss(kit.batch(0)).backward()
     optimizer.step()
     optimizer.add_param_group({"params": [("late.weight", model["late"].weight), ("late.bias", model["late"].bias)]})
@@ -241,7 +241,7 @@ def test_a_group_that_is_added_is_asked_about_too() -> None:
 def test_it_needs_names() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="keyed by parameter names, found none"):
-        GradGuide(kit.sgd(model.parameters()), alignment=Alignment(replay_of(model)))
+        GradGuide(kit.sgd(model.parameters()), alignment=Alignment(replay_of(model)), direction=Direction())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -256,7 +256,10 @@ def test_parameters_of_another_optimizer_keep_their_gradients(reentrant: bool) -
 
     batch = torch.randn(3, 4, requires_grad=True)
     optimizer = GradGuide(
-        torch.optim.SGD(body.parameters(), lr=0.1), alignment=Alignment(ReplaySource([batch], loss)), names=body
+        torch.optim.SGD(body.parameters(), lr=0.1),
+        alignment=Alignment(ReplaySource([batch], loss)),
+        names=body,
+        direction=Direction(),
     )
     loss(torch.ones(2, 4, requires_grad=True)).backward()
     held = {p: (p.grad, p.grad.clone()) for p in head.parameters() if p.grad is not None}

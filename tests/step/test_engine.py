@@ -142,6 +142,7 @@ def test_no_update_conflicts_with_a_source_whatever_the_base_makes_of_the_gradie
         getattr(torch.optim, base)(trained, lr=0.01),
         alignment=Alignment(sources, weight=0.0),
         names=[(f"p{i}", p) for i, p in enumerate(trained)],
+        direction=Direction(),
     )
     conflicts = 0.0
     for _ in range(5):
@@ -172,6 +173,7 @@ def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, sco
             magnitude=Magnitude(max_norm=2.0 * factor),
             scope=scope,
             names=[(f"p{i}", p) for i, p in enumerate(trained)],
+            direction=Direction(),
         )
         rows = []
         for gradient in gradients:
@@ -190,7 +192,7 @@ def test_decisions_do_not_depend_on_the_scale_of_all_gradients(scale: float, sco
 
 def test_opposite_and_zero_gradients_stay_finite() -> None:
     trained = parameters(torch.ones(SIZE))
-    optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1))
+    optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1), direction=Direction())
     gradient = torch.randn(SIZE)
     for factor in (0.0, 1.0, -1.0, 0.0, 1e30, -1e-30):
         fill(trained, gradient * factor)
@@ -204,7 +206,7 @@ def test_a_step_inside_autocast_is_the_same() -> None:
     for enabled in (False, True):
         generator = torch.Generator().manual_seed(0)
         trained = parameters(torch.ones(SIZE))
-        optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1))
+        optimizer = GradGuide(torch.optim.AdamW(trained, lr=0.1), direction=Direction())
         for _ in range(4):
             fill(trained, torch.randn(SIZE, generator=generator))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

@@ -76,7 +76,7 @@ def same(found: dict[str, float], wanted: dict[str, float], rel: float = 1e-5) -
 
 
 def test_before_the_first_step() -> None:
-    found = GradGuide(SGD(parameters().values(), lr=0.1)).metrics()
+    found = GradGuide(SGD(parameters().values(), lr=0.1), direction=Direction()).metrics()
     assert found.keys() == KEYS
     assert found["steps"] == found["skipped"] == 0
     assert all(math.isnan(value) for key, value in found.items() if key not in ("steps", "skipped"))
@@ -194,6 +194,7 @@ def test_several_sources() -> None:
         SGD(known.values(), lr=0.1),
         alignment=Alignment([fixed(v) for v in (along, against, across)], weight=0.0, project=False),
         names=known.items(),
+        direction=Direction(),
     )
     assert optimizer.metrics().keys() == KEYS | {
         f"{key}/{k}" for key in ("source_cosine", "conflict", "source_drift") for k in range(3)
@@ -223,7 +224,12 @@ def test_update_norm_is_what_the_parameters_moved_under_adam() -> None:
     known = parameters()
     gradients = vectors(6, seed=9, drift=0.5)
     source = fixed(-vectors(1, seed=10)[0] - 1.0)
-    optimizer = GradGuide(Adam(known.values(), lr=0.05), alignment=Alignment(source, weight=0.0), names=known.items())
+    optimizer = GradGuide(
+        Adam(known.values(), lr=0.05),
+        alignment=Alignment(source, weight=0.0),
+        names=known.items(),
+        direction=Direction(),
+    )
     s = flat(list(source.row(list(SHAPES), list(known.values())).tensors))
     touching = 0
     for g in gradients:
@@ -278,7 +284,7 @@ def test_scopes_are_reported_together() -> None:
 
 def test_skipped_steps_are_counted_and_not_measured() -> None:
     known = parameters()
-    optimizer = GradGuide(SGD(known.values(), lr=0.1))
+    optimizer = GradGuide(SGD(known.values(), lr=0.1), direction=Direction())
     good, bad = vectors(2, seed=13)
     bad[3] = math.inf
     for step, g in enumerate((good, bad, bad, good)):
@@ -294,7 +300,7 @@ def test_skipped_steps_are_counted_and_not_measured() -> None:
 
 def test_zero_gradient() -> None:
     known = parameters()
-    optimizer = GradGuide(SGD(known.values(), lr=0.1))
+    optimizer = GradGuide(SGD(known.values(), lr=0.1), direction=Direction())
     set_gradient(known, torch.zeros(10, dtype=torch.float64))
     optimizer.step()
     names = ("grad_norm", "guided_norm", "direction_cosine", "coherence", "damping", "update_norm")

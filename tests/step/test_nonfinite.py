@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from gradguide import Alignment, GradGuide, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.step import nonfinite
 from tests.contract import kit
 
@@ -23,7 +23,7 @@ def test_a_fused_base_leaves_the_step_out_itself(kind: type[AdamW], monkeypatch:
     for skipped in (False, True):
         torch.manual_seed(0)
         model = nn.Linear(4, 3)
-        optimizer = GradGuide(kind(model.parameters(), lr=0.1, fused=True))
+        optimizer = GradGuide(kind(model.parameters(), lr=0.1, fused=True), direction=Direction())
         for step in range(4):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
@@ -79,7 +79,10 @@ def test_a_source_that_is_not_finite_is_named_as_such() -> None:
     parameter = nn.Parameter(torch.ones(2))
     source = SourceGradient(None, fisher={"p": torch.full((2,), 3e38)}, anchor={"p": torch.full((2,), -1e5)})
     optimizer = GradGuide(
-        torch.optim.SGD([parameter], lr=0.1), alignment=Alignment(source, weight=1.0), names={"p": parameter}
+        torch.optim.SGD([parameter], lr=0.1),
+        alignment=Alignment(source, weight=1.0),
+        names={"p": parameter},
+        direction=Direction(),
     )
     with pytest.warns(UserWarning, match="skipped: the source gradient at the present parameters has NaN or Inf"):
         for _ in range(5):

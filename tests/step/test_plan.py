@@ -151,7 +151,7 @@ def test_a_plan_is_stale_after_a_group_maximizes() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_a_gradient_of_integers_is_refused_by_its_dtype(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = GradGuide(SGD([parameter], lr=0.1))
+    optimizer = GradGuide(SGD([parameter], lr=0.1), direction=Direction())
     parameter.grad_dtype = None  # any dtype
     parameter.grad = torch.ones(3, dtype=dtype)
     with pytest.raises(ValueError, match=f"the gradient is of {dtype}"):
@@ -161,7 +161,7 @@ def test_a_gradient_of_integers_is_refused_by_its_dtype(dtype: torch.dtype) -> N
 
 def test_a_gradient_that_becomes_sparse_beside_one_that_is_not_contiguous_is_refused() -> None:
     held = parameters()
-    optimizer = GradGuide(SGD(held, lr=0.1))
+    optimizer = GradGuide(SGD(held, lr=0.1), direction=Direction())
     for step in range(3):
         give_gradients(held, step)
         held[0].grad = torch.ones(4, 3).t()
@@ -188,7 +188,12 @@ def test_no_plan_is_kept_where_a_parameter_is_a_dtensor(monkeypatch: pytest.Monk
 def test_between_steps_no_gradient_is_kept_alive() -> None:
     held = parameters()
     source = SourceGradient({f"p{i}": torch.ones_like(p) for i, p in enumerate(held)})
-    optimizer = GradGuide(AdamW(held), alignment=Alignment(source), names=[(f"p{i}", p) for i, p in enumerate(held)])
+    optimizer = GradGuide(
+        AdamW(held),
+        alignment=Alignment(source),
+        names=[(f"p{i}", p) for i, p in enumerate(held)],
+        direction=Direction(),
+    )
     for step in range(3):
         give_gradients(held, step)
         alive = [weakref.ref(p.grad) for p in held if p.grad is not None]
@@ -220,7 +225,7 @@ def test_parameters_whose_data_change_between_steps_are_guided_on(share: bool) -
 
 def test_a_parameter_that_grows_gets_a_direction_of_its_size() -> None:
     held = parameters()
-    optimizer = GradGuide(SGD(held, lr=0.1))
+    optimizer = GradGuide(SGD(held, lr=0.1), direction=Direction())
     give_gradients(held, 0)
     optimizer.step()
     held[0].data = torch.ones(6, 4)
@@ -243,7 +248,7 @@ def test_momentum_that_is_forgotten_is_not_read_again() -> None:
 
 def test_a_copy_goes_on_by_itself() -> None:
     held = parameters()
-    optimizer = GradGuide(AdamW(held, lr=0.1))
+    optimizer = GradGuide(AdamW(held, lr=0.1), direction=Direction())
     give_gradients(held, 0)
     optimizer.step()
     other = copy.deepcopy(optimizer)
@@ -313,7 +318,7 @@ def test_no_state_of_the_base_is_kept_alive(share: bool) -> None:
 
 def test_a_parameter_that_is_transposed_gets_a_direction_of_its_shape() -> None:
     held = parameters()
-    optimizer = GradGuide(SGD(held, lr=0.1))
+    optimizer = GradGuide(SGD(held, lr=0.1), direction=Direction())
     give_gradients(held, 0)
     optimizer.step()
     held[0].data = held[0].data.t().contiguous()
@@ -355,7 +360,7 @@ def test_names_follow_parameters_that_are_replaced_after_they_changed_groups() -
     names = [(f"p{i}", p) for i, p in enumerate(held)]
     source = SourceGradient({name: torch.ones_like(p) for name, p in names})
     base = SGD([{"params": held[:2]}, {"params": held[2:]}], lr=0.1)
-    optimizer = GradGuide(base, alignment=Alignment(source), names=names)
+    optimizer = GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())
     give_gradients(held, 0)
     optimizer.step()
     base.param_groups[0]["params"], base.param_groups[1]["params"] = held[:1], held[1:]
@@ -378,7 +383,10 @@ def test_a_source_of_ones_own_kind_is_refreshed() -> None:
     held = parameters()
     source = Counting({f"p{i}": torch.ones_like(p) for i, p in enumerate(held)})
     optimizer = GradGuide(
-        SGD(held, lr=0.1), alignment=Alignment(source), names=[(f"p{i}", p) for i, p in enumerate(held)]
+        SGD(held, lr=0.1),
+        alignment=Alignment(source),
+        names=[(f"p{i}", p) for i, p in enumerate(held)],
+        direction=Direction(),
     )
     for step in range(2):
         give_gradients(held, step)
@@ -427,7 +435,7 @@ def test_a_stored_source_that_its_subclass_refreshes_is_read_at_each_step() -> N
 def test_no_graph_grows_with_the_steps() -> None:
     """Outside of ``no_grad``, copying parameters would record each copy."""
     held = parameters()
-    optimizer = GradGuide(SGD(held, lr=0.1))
+    optimizer = GradGuide(SGD(held, lr=0.1), direction=Direction())
     for step in range(3):
         give_gradients(held, step)
         optimizer.step()

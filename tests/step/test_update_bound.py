@@ -34,7 +34,7 @@ def guided(
         given = [SourceGradient(dict(zip(named, draw(9 + k, 1.0, torch.float32), strict=True))) for k in range(sources)]
         options |= {"alignment": Alignment(given), "names": named}
     magnitude = Magnitude(max_norm=math.inf, max_update=largest)
-    return GradGuide(base, magnitude=magnitude, scope=scope, **options)
+    return GradGuide(base, magnitude=magnitude, scope=scope, **({"direction": Direction()} | options))
 
 
 def excess(before: Sequence[Tensor], after: Sequence[Tensor], scope: str, largest: float) -> float:
@@ -101,7 +101,7 @@ def test_an_update_within_the_bound_keeps_every_bit(scope: str, dtype: torch.dty
 @pytest.mark.parametrize("gradient", [1e4, 1e9, 1e20, 1e30])
 def test_what_was_before_is_not_lost_in_a_huge_update(gradient: float) -> None:
     parameter = nn.Parameter(torch.full((4,), 0.5))
-    optimizer = GradGuide(SGD([parameter], lr=0.1), magnitude=Magnitude(max_norm=math.inf))
+    optimizer = GradGuide(SGD([parameter], lr=0.1), magnitude=Magnitude(max_norm=math.inf), direction=Direction())
     parameter.grad = torch.full((4,), gradient)
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.475), rtol=1e-6, atol=0)
@@ -143,7 +143,13 @@ def test_a_bounded_update_is_the_bases_and_its_factor_is_reported(scope: str) ->
 def test_without_a_bound_there_is_no_factor(magnitude: Magnitude | None) -> None:
     parameter = nn.Parameter(torch.ones(2))
     alignment = Alignment(SourceGradient({"p": torch.ones(2)}))
-    optimizer = GradGuide(SGD([parameter], lr=0.1), alignment=alignment, magnitude=magnitude, names={"p": parameter})
+    optimizer = GradGuide(
+        SGD([parameter], lr=0.1),
+        alignment=alignment,
+        magnitude=magnitude,
+        names={"p": parameter},
+        direction=Direction(),
+    )
     parameter.grad = torch.ones(2)
     optimizer.step()
     assert math.isnan(optimizer.metrics()["update_factor"])

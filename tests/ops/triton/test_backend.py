@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradguide import GradGuide
+from gradguide import Direction, GradGuide
 from gradguide.ops import available, foreach, select
 from gradguide.ops import triton as ops
 from tests.conformance.bases import BASES, net_for
@@ -44,7 +44,7 @@ def test_auto_takes_what_there_is(compiled: pytest.MonkeyPatch) -> None:
 
 def test_parameters_on_the_cpu_are_an_error(compiled: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"'triton' is not available: it runs on CUDA devices, found .*'cpu'"):
-        GradGuide(base(), backend="triton")
+        GradGuide(base(), backend="triton", direction=Direction())
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def run(backend: str, name: str, kind: str, scope: str, dtype: torch.dtype) -> t
 
 @pytest.mark.parametrize(
     ("kind", "scope"),
-    [("default", "global"), ("on update", "group"), ("on gradient", "tensor"), ("two sources", "global")],
+    [("no source", "global"), ("on update", "group"), ("on gradient", "tensor"), ("two sources", "global")],
 )
 def test_steps_agree_with_the_portable_backend(kind: str, scope: str) -> None:
     mine, other = (run(backend, "AdamW foreach", kind, scope, torch.float32) for backend in ("triton", "foreach"))

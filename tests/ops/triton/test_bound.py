@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.step import fused_adam
 from gradguide.step.adam_bound import device as adam_bound_device
 from tests.ops.triton.problems import DEVICE
@@ -88,7 +88,7 @@ def test_a_proven_bound_saves_the_measuring_pass_and_changes_no_bit(
         if lost:
             with torch.no_grad():
                 held[1][3] = math.nan
-        optimizer = GradGuide(AdamW(held, lr=5e-5, fused=True), scope="tensor", backend="triton")
+        optimizer = GradGuide(AdamW(held, lr=5e-5, fused=True), scope="tensor", backend="triton", direction=Direction())
         for t in range(5):
             for parameter in held:
                 drawn = torch.randn(parameter.shape, generator=generator) * 10.0 ** (t % 3)

@@ -76,6 +76,7 @@ def guided(
         given = [source_of(held, source, seed) for seed in range(7, 7 + sources)]
         options["alignment"] = Alignment(given, on=on, weight=0.1)
         options["names"] = [(f"p{i}", p) for i, p in enumerate(held)]
+    options.setdefault("direction", Direction())
     options.setdefault("magnitude", Magnitude(max_update=None))
     base = make([{"params": held[:2]}, {"params": held[2:], "lr": 0.03, "weight_decay": 0.1}])
     return held, GradGuide(base, backend=backend, **options)
@@ -222,7 +223,7 @@ def test_the_learning_rate_may_be_a_tensor_that_changes(groups: int, fused_steps
         rates = [torch.tensor(0.01 * (1 + group), device=DEVICE) for group in range(groups)]
         held = parameters()
         base = AdamW([{"params": held[group::groups], "lr": rate} for group, rate in enumerate(rates)], fused=True)
-        optimizer = GradGuide(base, magnitude=None, backend=backend)
+        optimizer = GradGuide(base, magnitude=None, backend=backend, direction=Direction())
         run(held, optimizer, range(1))
         torch._foreach_mul_(rates, 3.0)
         run(held, optimizer, range(1, 3))
@@ -239,7 +240,7 @@ def test_param_groups_are_stepped_together(groups: int, launches: list[int], fus
         held = [nn.Parameter(torch.linspace(-1.0, 1.0, 3 + i % 5, device=DEVICE)) for i in range(2 * groups)]
         # The second half repeats the settings of the first, so they count once.
         base = AdamW([{"params": [p], "lr": 0.01 * (1 + i % groups)} for i, p in enumerate(held)], fused=True)
-        results.append((held, GradGuide(base, magnitude=None, backend=backend)))
+        results.append((held, GradGuide(base, magnitude=None, backend=backend, direction=Direction())))
         run(*results[-1], range(1))
     assert fused_steps == launches
     assert_close(results[0], results[1])
@@ -280,7 +281,7 @@ def test_groups_that_differ_in_kind_are_the_bases(fused_steps: list[int]) -> Non
         rate = torch.tensor(0.01, device=DEVICE)
         groups: list[dict[str, Any]] = [{"params": held[:2]}, {"params": held[2:], "lr": rate}]
         base = AdamW(groups, lr=0.01, fused=True)
-        results.append((held, GradGuide(base, magnitude=None, backend=backend)))
+        results.append((held, GradGuide(base, magnitude=None, backend=backend, direction=Direction())))
         run(*results[-1], range(2))
     assert fused_steps == []
     assert_close(results[0], results[1])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from benchmarks.registers import recorded
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.step import nonfinite as finite
 from tests.operations import Operations
 from tests.ops.triton.problems import DEVICE
@@ -28,7 +28,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str]
         options["alignment"] = Alignment(source, on=options.pop("on"), weight=1.0)
     decayed: list[Any] = [{"params": held[:2]}, {"params": held[2:], "weight_decay": 0.0}]
     base = AdamW(decayed if options.pop("groups", False) else held, fused=True)
-    optimizer = GradGuide(base, names=names, backend="triton", **options)
+    optimizer = GradGuide(base, names=names, backend="triton", **({"direction": Direction()} | options))
     for parameter in held:
         parameter.grad = torch.ones_like(parameter)
     # From the second step on, the device arrays are cached, as on CUDA, where the allocator reuses addresses.

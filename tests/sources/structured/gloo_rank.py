@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from gradguide import Alignment, GradGuide
+from gradguide import Alignment, Direction, GradGuide
 from gradguide.sources.structured import StructuredSource
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import join
@@ -95,7 +95,7 @@ def drawn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
 def guide(model: nn.Module, folder: Path, name: str) -> GradGuide:
     source = StructuredSource.load(folder / f"{name}.safetensors")
     base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, weight_decay=0.0)
-    return GradGuide(base, alignment=Alignment(source), names=model)
+    return GradGuide(base, alignment=Alignment(source), names=model, direction=Direction())
 
 
 def train(

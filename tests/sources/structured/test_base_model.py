@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradguide import Alignment, GradGuide
+from gradguide import Alignment, Direction, GradGuide
 from gradguide.integrations.peft import lora_parameters
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
@@ -70,7 +70,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def guide(model: nn.Module, source: StructuredSource, names: Any) -> GradGuide:
     base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    return GradGuide(base, alignment=Alignment(source), names=names)
+    return GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -86,7 +86,7 @@ def test_another_base_model_is_refused_with_a_reason(source: StructuredSource, k
         with pytest.raises(ValueError, match=r"is of base model llama \(.*, found another one.* capture a source with"):
             guide(other, source, form(other))
         assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
-        unguided = GradGuide(torch.optim.SGD(other.parameters(), lr=0.1), names=form(other))
+        unguided = GradGuide(torch.optim.SGD(other.parameters(), lr=0.1), names=form(other), direction=Direction())
         with pytest.raises(ValueError, match="found another one"):
             unguided.set_alignment(Alignment(source))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradguide import Alignment, GradGuide
+from gradguide import Alignment, Direction, GradGuide
 from gradguide.integrations.peft import lora_parameters
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
@@ -81,14 +81,19 @@ def test_the_model_is_needed(source: StructuredSource) -> None:
     model = adapted(llama())
     with pytest.raises(ValueError, match="pass names=model"):
         GradGuide(
-            torch.optim.AdamW(model.parameters()), alignment=Alignment(source), names=list(model.named_parameters())
+            torch.optim.AdamW(model.parameters()),
+            alignment=Alignment(source),
+            names=list(model.named_parameters()),
+            direction=Direction(),
         )
 
 
 def test_another_base_model_is_refused(source: StructuredSource) -> None:
     model = adapted(llama(seed=1))
     with pytest.raises(ValueError, match="found another one"):
-        GradGuide(torch.optim.AdamW(model.parameters()), alignment=Alignment(source), names=model)
+        GradGuide(
+            torch.optim.AdamW(model.parameters()), alignment=Alignment(source), names=model, direction=Direction()
+        )
 
 
 def test_copies_and_pickles_go_on_alike(source: StructuredSource) -> None:
@@ -109,7 +114,10 @@ def test_a_state_dict_resumes_bitwise(source: StructuredSource) -> None:
     again = adapted(llama())
     again.load_state_dict(model.state_dict())
     resumed = GradGuide(
-        torch.optim.AdamW(again.parameters(), lr=1e-3, weight_decay=0.0), alignment=Alignment(source), names=again
+        torch.optim.AdamW(again.parameters(), lr=1e-3, weight_decay=0.0),
+        alignment=Alignment(source),
+        names=again,
+        direction=Direction(),
     )
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for net, guide in ((model, optimizer), (again, resumed)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradguide import Alignment, GradGuide
+from gradguide import Alignment, Direction, GradGuide
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from gradguide.sources.structured.captured_weight import count_differences
@@ -28,7 +28,7 @@ def source() -> StructuredSource:
 
 def guide(model: nn.Module, source: StructuredSource | list[StructuredSource]) -> GradGuide:
     base = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    return GradGuide(base, alignment=Alignment(source), names=model)
+    return GradGuide(base, alignment=Alignment(source), names=model, direction=Direction())
 
 
 def train(model: nn.Module, optimizer: GradGuide, steps: int = 3) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
-from gradguide import Alignment, GradGuide, Magnitude, SourceGradient
+from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.ops.tensors import TensorList
 from gradguide.recording.history import History
 from gradguide.step.adam_bound.host import AdamBound
@@ -139,7 +139,7 @@ def run(
     generator = torch.Generator().manual_seed(0)
     held = [nn.Parameter((torch.randn(s, generator=generator) * 0.02).to(dtype)) for s in ((40, 8), (8,))]
     base = make(held)
-    optimizer = GradGuide(base, names=[("a", held[0]), ("b", held[1])], **options)
+    optimizer = GradGuide(base, names=[("a", held[0]), ("b", held[1])], **({"direction": Direction()} | options))
     if recorded:
         optimizer.record(History())
     states, factors, count = [], [], 0
@@ -394,7 +394,7 @@ def test_steps_in_inference_mode_are_the_same(lr: float) -> None:
     runs = []
     for inference in (False, True):
         held = [nn.Parameter(torch.linspace(-1.0, 1.0, 9))]
-        optimizer = GradGuide(AdamW(held, lr=lr))
+        optimizer = GradGuide(AdamW(held, lr=lr), direction=Direction())
         for t in range(4):
             held[0].grad = torch.arange(9.0) - t
             with torch.inference_mode(inference):
