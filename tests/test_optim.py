@@ -87,11 +87,12 @@ def test_the_arguments_of_adamw_have_torch_s_defaults() -> None:
 def test_every_option_of_gradguide_is_an_option() -> None:
     wanted = {n: p.default for n, p in inspect.signature(GradGuide).parameters.items() if p.kind is p.KEYWORD_ONLY}
     found = {name: p.default for name, p in inspect.signature(Guided).parameters.items()}
-    rules: dict[str, Any] = {"direction": Direction(), "magnitude": Magnitude()}
-    assert {name: found[name] for name in wanted} == {**wanted, "direction": {}, "magnitude": {}}
-    assert {name: wanted[name] for name in rules} == rules
-    optimizer, given = Guided(model().parameters()), Guided(model().parameters(), **rules)
-    assert repr(optimizer) == repr(given)
+    assert {name: found[name] for name in wanted} == {**wanted, "magnitude": {}}
+    assert (wanted["direction"], wanted["magnitude"]) == (None, Magnitude())
+    net = model()
+    assert repr(Guided(net.parameters())) == repr(GradGuide(AdamW(net.parameters())))
+    given = Guided(net.parameters(), direction={}, magnitude={})
+    assert repr(given) == repr(GradGuide(AdamW(net.parameters()), direction=Direction(), magnitude=Magnitude()))
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))], ids=["copy", "pickle"])

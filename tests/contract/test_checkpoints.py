@@ -179,13 +179,14 @@ def test_i21_plain_checkpoint_does_not_warn_where_nothing_is_missed() -> None:
 
 
 def test_i21_state_of_other_rules_loads() -> None:
-    """Rules may change between runs: an unused direction is dropped, a missing one starts at zero."""
+    """Rules may change between runs: an unused direction is dropped with a warning, a missing one starts at zero."""
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw)
     kit.train(model, optimizer, range(3))
     state = optimizer.state_dict()
     without = kit.guide(kit.net(), kit.adamw, direction=None)
-    without.load_state_dict(copy.deepcopy(state))
+    with pytest.warns(UserWarning, match=r"has a running direction, which is dropped.*Pass direction=Direction\(\)"):
+        without.load_state_dict(copy.deepcopy(state))
     assert kit.directions_of(without) == {}
     kit.assert_same(without.base.state_dict(), optimizer.base.state_dict())
     again = kit.guide(kit.net(), kit.adamw, direction=Direction(decay=0.5), magnitude=Magnitude(max_norm=0.5))

@@ -45,6 +45,7 @@ RULES: dict[str, Callable[[], dict[str, Any]]] = {
     "clipping": lambda: {"direction": None, "magnitude": Magnitude(max_norm=0.3, max_update=None)},
     "bounded update": lambda: {"direction": None, "magnitude": Magnitude(max_update=2e-3)},
     "difference quotient": lambda: {
+        "direction": Direction(),
         "alignment": Alignment(anchored(1)),
         "regularizer": Regularizer(direction=0.3, magnitude=0.1, alignment=0.2, source=source(3), warmup=0),
     },

@@ -199,7 +199,9 @@ def test_i22_unwrap_finds_gradguide_at_any_depth() -> None:
 def test_i05_guided_builds_what_gradguide_over_the_base_is() -> None:
     direct, built = kit.net(), kit.net()
     one = GradGuide(kit.adamw(direct.parameters(), weight_decay=0.1), nonfinite="raise", direction=Direction())
-    other = guided(torch.optim.AdamW, nonfinite="raise")(built.parameters(), lr=1e-2, weight_decay=0.1)
+    other = guided(torch.optim.AdamW, nonfinite="raise", direction=Direction())(
+        built.parameters(), lr=1e-2, weight_decay=0.1
+    )
     assert isinstance(other, GradGuide)
     assert unwrap(other) is other
     kit.train(direct, one, range(3))

@@ -99,7 +99,9 @@ class Learned:
         model.head.reset_parameters()
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = GradGuide(AdamW(trained, lr=1e-2), names=lora_parameters(model), **({"direction": Direction()} | options))
+        optimizer = GradGuide(
+            AdamW(trained, lr=1e-2), names=lora_parameters(model), **({"direction": Direction()} | options)
+        )
         losses = []
         for _ in range(5):
             for batch in examples(2):
