@@ -76,12 +76,13 @@ def accuracies(rows: pd.DataFrame, x: str) -> Figure:
     return figure
 
 
-def frontiers(found: Mapping[str, Mapping[str, Frontier]], cap: float) -> Figure:
+def frontiers(found: Mapping[str, Mapping[str, Frontier]], cap: float, ours: str) -> Figure:
     """Draw every setting of each family of methods as a point, and its best target value within a drift as a line.
 
     Args:
         found: frontiers by column ("target_accuracy" in percent, "target_loss" in nats) and family.
         cap: largest drift drawn, in nats per token.
+        ours: the family that is drawn in black.
     """
     figure = Figure(figsize=(6.0 * len(found), 5.0))
     titles = {"target_accuracy": "target accuracy, %", "target_loss": "target loss, nats per label"}
@@ -97,7 +98,7 @@ def frontiers(found: Mapping[str, Mapping[str, Frontier]], cap: float) -> Figure
             best = [families[name].start]
             for value in points["value"]:
                 best.append(better(best[-1], value))
-            style = {"color": "black", "linewidth": 2.2} if name == "structured" else {"color": f"C{index % 10}"}
+            style = {"color": "black", "linewidth": 2.2} if name == ours else {"color": f"C{index % 10}"}
             style["linestyle"] = ("-", "--", ":")[index // 10 % 3]
             axes.step([0.0, *points["drift"], cap], [*best, best[-1]], where="post", label=name, **style)
             axes.plot(points["drift"], points["value"], "o", markersize=3, color=style["color"])

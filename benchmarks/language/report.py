@@ -123,7 +123,7 @@ def write(results: Path, out: Path) -> None:
         found = _frontiers(_standard(rows), sets)
         if any(found.values()):
             picture = out.with_name(f"{out.stem}-frontier-{name}.png")
-            plotting.save(plotting.frontiers(found, CAP), picture)
+            plotting.save(plotting.frontiers(found, CAP, ours(found[_FRONTIERS[0]])), picture)
             parts.append(f"![Target over drift on the {name} sets]({picture.name})")
     with atomic_write(out) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
