@@ -101,9 +101,16 @@ def _paragraphs(path: Path) -> list[str]:
 
 
 def _windows(tokenizer: Any, paragraph: str, length: int) -> list[list[int]]:
-    """Return the tokens of a paragraph in parts of at most ``length``. A part of one token predicts nothing."""
-    ids = tokenizer(paragraph)["input_ids"]
-    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+    """Return the tokens of a paragraph in parts of at most ``length``, each as the tokenizer starts a text.
+
+    A part of one token predicts nothing, and is left out.
+    """
+    from gradguide.integrations.sampling import begins_with_bos
+
+    ids = list(tokenizer(paragraph, add_special_tokens=False)["input_ids"])
+    head = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    step = length - len(head)
+    parts = [head + ids[start : start + step] for start in range(0, len(ids), step)]
     return [part for part in parts if len(part) > 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-__all__ = ["DECODER_INPUTS", "check_decoder_inputs", "own_text", "sampled_loss"]
+__all__ = ["DECODER_INPUTS", "begins_with_bos", "check_decoder_inputs", "own_text", "sampled_loss"]
 
 DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 """Keyword arguments that determine the positions of an encoder-decoder's predictions."""
+
+
+_DROPPED = 32
+"""Number of tokens after the first one that are dropped where a sequence is a part of a longer text."""
 
 
 def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
@@ -63,12 +68,14 @@ def own_text(
 ) -> list[dict[str, Tensor]]:
     """Generate source text with a causal language model, sampled at temperature 1.
 
-    Each sequence starts with the tokenizer's BOS token, if there is one. Then follows a token drawn uniformly from the
-    vocabulary without special tokens, so that sequences differ.
+    Sequences start as texts do in use, because the first token of a text has inputs and gradients of its own kind. If
+    the tokenizer puts its BOS token before a text, each sequence is a text from that token on. If it has one and does
+    not, as with chat templates, every second one is; the others are parts of longer texts. Without a BOS token all are
+    parts, of texts after the EOS token, or after a random token if there is none.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; it is also called with a text.
         tokens (int): total number of tokens, at least ``length``.
         seed (int): seed of the sampling. torch's global random state does not change.
         length (int): tokens per sequence.
@@ -86,36 +93,49 @@ def own_text(
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     if tokens < length:
         raise ValueError(f"tokens must be at least length={length}, found {tokens}")
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    special = set(tokenizer.all_special_ids)
-    # A tokenizer with added tokens may be larger than the model's vocabulary.
-    get: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
-    size = min(len(tokenizer), get().num_embeddings) if callable(get) else len(tokenizer)
-    plain = torch.tensor([i for i in range(size) if i not in special], device=device)
-    count = -(-tokens // length)
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    bos, count = tokenizer.bos_token_id, -(-tokens // length)
+    every = 0 if bos is None else 1 if begins_with_bos(tokenizer) else 2
+    longest = getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None) or math.inf
+    dropped = 0 if every == 1 else int(min(1 + _DROPPED, max(longest - length, 0)))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = []
     try:
         with tqdm(total=count * length, desc="writing source text", unit="token", leave=False) as bar:
             for first in range(0, count, batch_size):
-                rows = min(batch_size, count - first)
-                batches.append(_generate(model, tokenizer, plain, generator, rows, length))
-                bar.update(rows * length)
+                rows = range(first, min(first + batch_size, count))
+                text = _generate(model, _starts(model, tokenizer, len(rows), generator), generator, dropped + length)
+                skipped = [0 if every and row % every == 0 else dropped for row in rows]
+                ids = torch.stack([row[skip : skip + length] for row, skip in zip(text, skipped, strict=True)])
+                batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+                bar.update(ids.numel())
     finally:
         for module, training in modes.items():
             module.training = training
     return batches
 
 
-def _generate(
-    model: Any, tokenizer: Any, plain: Tensor, generator: torch.Generator, rows: int, length: int
-) -> dict[str, Tensor]:
-    start = plain[torch.randint(len(plain), (rows, 1), generator=generator, device=plain.device)]
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer itself puts its BOS token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
+def _starts(model: nn.Module, tokenizer: Any, rows: int, generator: torch.Generator) -> Tensor:
+    """Return the token before each text, int64 [rows, 1]: BOS, else EOS, else a random one."""
+    found = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    if found is not None:
+        return torch.full((rows, 1), found, device=generator.device)
+    # A tokenizer with added tokens may be larger than the model's vocabulary.
+    get: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
+    size = min(len(tokenizer), get().num_embeddings) if callable(get) else len(tokenizer)
+    return torch.randint(size, (rows, 1), generator=generator, device=generator.device)
+
+
+def _generate(model: Any, start: Tensor, generator: torch.Generator, length: int) -> Tensor:
+    """Return texts that continue ``start`` [rows, 1]: int64 [rows, length]."""
     ids = start
-    if tokenizer.bos_token_id is not None:
-        ids = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], dim=1)
     known = inspect.signature(_unwrapped(model).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # the name in earlier versions of transformers
     inputs, cache = ids, None
@@ -126,7 +146,7 @@ def _generate(
         drawn = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
         inputs = drawn if cache is not None else ids
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return ids
 
 
 def _is_causal(model: nn.Module) -> bool:

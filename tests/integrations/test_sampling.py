@@ -19,10 +19,18 @@ pytestmark = QUIET
 
 
 class Words:
-    """A tokenizer of ``VOCABULARY`` tokens, of which the first is BOS."""
+    """A tokenizer of ``VOCABULARY`` tokens.
 
-    bos_token_id: int | None = 0
-    all_special_ids = (0, 1)
+    Args:
+        bos, eos: token ids.
+        adds: whether it puts BOS before a text.
+    """
+
+    def __init__(self, bos: int | None = 0, eos: int | None = 1, adds: bool = True) -> None:
+        self.bos_token_id, self.eos_token_id, self._adds = bos, eos, adds
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id, 5] if self._adds else [5]}
 
     def __len__(self) -> int:
         return VOCABULARY
@@ -63,11 +71,10 @@ def test_text_follows_the_predictions(make: type[nn.Module]) -> None:
     ids = torch.cat([batch["input_ids"] for batch in batches])
     assert ids.shape == (100, 40)
     assert bool((ids[:, 0] == 0).all())
-    assert len(set(ids[:, 1].tolist()) - {0, 1}) > 30
     model.eval()
     with torch.no_grad():
-        logs = model(input_ids=ids).logits[:, 1:-1].log_softmax(-1)
-    found = float(-logs.gather(-1, ids[:, 2:, None]).mean())
+        logs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    found = float(-logs.gather(-1, ids[:, 1:, None]).mean())
     assert found == pytest.approx(float(-(logs.exp() * logs).sum(-1).mean()), rel=0.03)
     again = own_text(model, Words(), tokens=4000, length=40, seed=3)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
@@ -78,17 +85,39 @@ def test_text_follows_the_predictions(make: type[nn.Module]) -> None:
 def test_a_model_without_a_cache_reads_all_tokens_again() -> None:
     (batch,) = own_text(Uncached(), Words(), tokens=60, length=20)
     ids = batch["input_ids"]
-    assert torch.equal(ids[:, 2:], (ids[:, 1:-1] + 1) % VOCABULARY)
+    assert torch.equal(ids, torch.arange(20).expand(3, 20) % VOCABULARY)
     assert torch.equal(batch["attention_mask"], torch.ones_like(ids))
 
 
-def test_tokens_that_the_model_does_not_have_are_not_drawn() -> None:
+@pytest.mark.parametrize(
+    ("tokenizer", "starts"),
+    [
+        (Words(bos=3), [3, 3, 3]),
+        (Words(bos=3, adds=False), [3, 3 + 33, 3]),
+        (Words(bos=None, eos=4, adds=False), [4 + 33] * 3),
+    ],
+    ids=["the tokenizer adds BOS", "only chat templates do", "no BOS"],
+)
+def test_sequences_start_as_texts_do_in_use(tokenizer: Words, starts: list[int]) -> None:
+    """Parts of longer texts start after 33 tokens; the text of this model counts up."""
+    (batch,) = own_text(Uncached(), tokenizer, tokens=60, length=20)
+    assert batch["input_ids"][:, 0].tolist() == [start % VOCABULARY for start in starts]
+    assert batch["input_ids"].shape == (3, 20)
+
+
+def test_a_text_is_no_longer_than_the_positions_of_the_model() -> None:
+    for length in (63, 64):
+        (batch,) = own_text(gpt2(), Words(bos=None, adds=False), tokens=128, length=length)
+        assert int((batch["input_ids"][:, 0] == 1).sum()) == (0 if length == 63 else 128 // length)
+
+
+def test_without_special_tokens_texts_start_with_tokens_of_the_model() -> None:
     class Larger(Words):
         def __len__(self) -> int:
             return 50 * VOCABULARY
 
-    for batch in own_text(llama(1), Larger(), tokens=400, length=20):
-        assert int(batch["input_ids"].max()) < VOCABULARY
+    batches = own_text(llama(1), Larger(bos=None, eos=None, adds=False), tokens=400, length=20)
+    assert max(int(batch["input_ids"].max()) for batch in batches) < VOCABULARY
 
 
 def test_fewer_tokens_than_a_sequence_are_refused() -> None:
