@@ -61,8 +61,7 @@ class GradGuide(Wrapper):
 
     Args:
         base: any first-order ``torch.optim.Optimizer``.
-        direction, alignment, magnitude: options of each rule. None turns the rule off. The direction is off by default:
-            it changed no result in the evaluation, and costs a row and a quarter of the step's time.
+        direction, alignment, magnitude: options of each rule. None turns the rule off.
         scope: the parameters of one Gram matrix: "global", "group" (param group), "module" (needs names; one scope per
             layer's LoRA adapter), "tensor", or a mapping from parameters to labels.
         regularizer: terms on the gradient, added to the loss exactly; needs ``step(closure)``. None turns it off.
@@ -104,10 +103,8 @@ class GradGuide(Wrapper):
         check_choice("nonfinite", nonfinite, POLICIES)
         check_backend(backend, {p.device for group in base.param_groups for p in group["params"]})
         if regularizer is not None and regularizer.direction > 0 and direction is None:
-            raise ValueError(
-                f"Regularizer(direction={regularizer.direction}) needs a direction, found direction=None: pass "
-                "direction=Direction(), or Direction(damping=0), which only measures"
-            )
+            needs = f"Regularizer(direction={regularizer.direction}) needs a direction"
+            raise ValueError(f"{needs}, found direction=None: pass direction=Direction()")
         if direction is not None and direction.share_momentum:
             check_momentum(base, base.param_groups)
         known, scope = resolve_names(base.param_groups, names, scope)

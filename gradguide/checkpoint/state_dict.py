@@ -54,7 +54,8 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
         )
     entries = dict(state["state"])
     labels = engine.planner.labels(base)
-    stepped = bool(engine.directions) or bool(totals.any())
+    # Distributed checkpoints load only what the state has after a step on zeros, which is not counted.
+    stepped = bool(engine.directions) or bool(totals.any()) or len(engine.scopes.statistics) > 0
     totals = totals.cpu()
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}

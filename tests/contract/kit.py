@@ -16,7 +16,7 @@ from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 MakeBase = Callable[..., Optimizer]
 
-KINDS = ("no source", "on update", "on gradient", "two sources")
+KINDS = ("defaults", "no source", "on update", "on gradient", "two sources")
 SCOPES = ("global", "group", "module", "tensor", "mapping")
 
 
@@ -76,8 +76,11 @@ def source_of(model: nn.Module, *, seed: int = 7, moving: bool = True) -> Source
 
 
 def options(kind: str, model: nn.Module) -> dict[str, Any]:
-    """Return keyword arguments of GradGuide. All kinds except the first have sources."""
-    named: dict[str, Any] = {"names": list(model.named_parameters()), "direction": Direction()}
+    """Return keyword arguments of GradGuide. All kinds but "defaults" have a direction, the last three have sources."""
+    named: dict[str, Any] = {"names": list(model.named_parameters())}
+    if kind == "defaults":
+        return named
+    named["direction"] = Direction()
     if kind == "no source":
         return named
     if kind == "two sources":

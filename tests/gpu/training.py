@@ -16,7 +16,10 @@ from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 
 __all__ = ["KINDS", "WITHOUT_WAITING", "Training", "no_waiting", "train"]
 
-KINDS = ("defaults", "fused", "shared momentum", "moving source", "on update", "not fused", "by module", "structured")
+KINDS = (
+    "defaults", "direction", "fused", "shared momentum", "moving source", "on update", "not fused", "by module",
+    "structured",
+)  # fmt: skip
 WITHOUT_WAITING = tuple(kind for kind in KINDS if kind != "not fused")
 """Of a base that is not fused the host reads one flag per step."""
 
@@ -32,6 +35,8 @@ class Training:
         named = list(self.model.named_parameters())
         base = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=kind != "not fused", capturable=True)
         options: dict[str, Any] = {"names": named, "backend": backend}
+        if kind not in ("defaults", "structured"):
+            options["direction"] = Direction()
         if kind == "shared momentum":
             options["direction"] = Direction(share_momentum=True)
         if kind in ("moving source", "on update"):

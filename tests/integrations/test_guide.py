@@ -267,7 +267,7 @@ def test_seq2seq_trainer_is_guided(tmp_path: Path) -> None:
     guide(trainer)
     trainer.train()
     assert guide_of(trainer).metrics()["steps"] == 2
-    assert "gradguide/coherence" in trainer.state.log_history[0]
+    assert "gradguide/grad_norm" in trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize(("arguments", "rate"), [({}, 5e-3), ({"lr": 0.25}, 0.25)])

@@ -85,7 +85,13 @@ def run(backend: str, name: str, kind: str, scope: str, dtype: torch.dtype) -> t
 
 @pytest.mark.parametrize(
     ("kind", "scope"),
-    [("no source", "global"), ("on update", "group"), ("on gradient", "tensor"), ("two sources", "global")],
+    [
+        ("defaults", "global"),
+        ("no source", "global"),
+        ("on update", "group"),
+        ("on gradient", "tensor"),
+        ("two sources", "global"),
+    ],
 )
 def test_steps_agree_with_the_portable_backend(kind: str, scope: str) -> None:
     mine, other = (run(backend, "AdamW foreach", kind, scope, torch.float32) for backend in ("triton", "foreach"))
