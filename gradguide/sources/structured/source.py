@@ -91,7 +91,8 @@ class StructuredSource:
 
         Args:
             model: a base model or a PEFT model, trained or not.
-            batches: source batches, in the form that ``loss`` expects.
+            batches: source batches, in the form that ``loss`` expects. Their texts have to start as those in use do,
+                with or without a BOS token: the first token has inputs of its own kind.
             loss: ``loss(model, batch)``, the mean negative log likelihood of labels *drawn from the model*, a scalar;
                 or that and the number of predictions in the mean. Without the number, rows with a gradient at the last
                 layer are counted. Whether labels are drawn from the model cannot be checked: with the labels of the
