@@ -30,7 +30,8 @@ class Words:
         self.bos_token_id, self.eos_token_id, self._adds = bos, eos, adds
 
     def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [self.bos_token_id, 5] if self._adds else [5]}
+        head = [self.bos_token_id] if self._adds and self.bos_token_id is not None else []
+        return {"input_ids": [*head, 5]}
 
     def __len__(self) -> int:
         return VOCABULARY
