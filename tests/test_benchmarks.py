@@ -65,7 +65,7 @@ def test_growth(tmp_path: Path) -> None:
     shares = [float(row["pull_share"]) for row in found]
     assert shares == sorted(shares, reverse=True)
     for row in found:
-        source = int(row["held"]) - 8 * int(row["trained"])  # beside direction and pull
+        source = int(row["held"]) - 4 * int(row["trained"])  # beside the pull
         assert int(row["adapter"]) < source < 1.05 * int(row["adapter"])
 
 
