@@ -55,8 +55,8 @@ def capture(
     import torch
 
     from gradguide.integrations.causal import load_causal
+    from gradguide.integrations.sampling import begins_with_bos, sampled_loss
     from gradguide.integrations.sampling import own_text as write_text
-    from gradguide.integrations.sampling import sampled_loss
     from gradguide.sources.structured import StructuredSource
 
     paragraphs = None if text is None else _paragraphs(text)
@@ -74,7 +74,8 @@ def capture(
         count = _OWN_TEXT if own_text is None else own_text
         batches = write_text(network, tokenizer, tokens=count, seed=_SEED, length=length, batch_size=batch_size)
     else:
-        windows = [window for paragraph in paragraphs for window in _windows(tokenizer, paragraph, length)]
+        head = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+        windows = [window for paragraph in paragraphs for window in _windows(tokenizer, paragraph, head, length)]
         if not windows:
             raise ValueError(f"{str(text)!r} has no paragraph of at least 2 tokens")
         starts = range(0, len(windows), batch_size)
@@ -100,15 +101,12 @@ def _paragraphs(path: Path) -> list[str]:
     return found
 
 
-def _windows(tokenizer: Any, paragraph: str, length: int) -> list[list[int]]:
-    """Return the tokens of a paragraph in parts of at most ``length``, each as the tokenizer starts a text.
+def _windows(tokenizer: Any, paragraph: str, head: list[int], length: int) -> list[list[int]]:
+    """Return the tokens of a paragraph in parts of at most ``length``, each after ``head``.
 
     A part of one token predicts nothing, and is left out.
     """
-    from gradguide.integrations.sampling import begins_with_bos
-
     ids = list(tokenizer(paragraph, add_special_tokens=False)["input_ids"])
-    head = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     step = length - len(head)
     parts = [head + ids[start : start + step] for start in range(0, len(ids), step)]
     return [part for part in parts if len(part) > 1]

@@ -133,9 +133,8 @@ def _starts(model: nn.Module, tokenizer: Any, rows: int, generator: torch.Genera
     return torch.randint(size, (rows, 1), generator=generator, device=generator.device)
 
 
-def _generate(model: Any, start: Tensor, generator: torch.Generator, length: int) -> Tensor:
-    """Return texts that continue ``start`` [rows, 1]: int64 [rows, length]."""
-    ids = start
+def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) -> Tensor:
+    """Return texts that continue ``ids`` [rows, 1]: int64 [rows, length]."""
     known = inspect.signature(_unwrapped(model).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # the name in earlier versions of transformers
     inputs, cache = ids, None
