@@ -211,12 +211,12 @@ def variants() -> list[Run]:
 
 
 def others() -> list[Run]:
-    """Return the part of scenarios (b) and (e) for two CPU cores: one seed, two targets, two methods."""
-    targets = {f"{SOURCE}+goemotions", f"{SOURCE}+snli", "seed_tasks"}
+    """Return the part of scenarios (b), (d) and (e) for two CPU cores: one seed, two targets, two methods."""
+    places = {(f"{SOURCE}+goemotions", 8), (f"{SOURCE}+snli", 8), ("seed_tasks", 96), ("goemotions", 32), ("subj", 64)}
     return [
         run
-        for run in (*transfer(), *instructions())
-        if run.seed == 0 and run.target in targets and run.method in (BASE, "structured")
+        for run in (*instructions(), *rows(), *transfer())
+        if run.seed == 0 and (run.target, run.shots) in places and run.method in (BASE, "structured")
     ]
 
 
