@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ def match_sources(
         ValueError: there are no names, two parameters of the optimizer share a name, or a source does not match. The
             message lists missing and unexpected names and other shapes, with the likely cause. A source of another base
             model raises too: see ``check_base_model``.
+
+    Warns:
+        UserWarning: all sources are structured, and none pulls an adapter or a weight of more than two dimensions.
     """
     if not sources:
         return ()
@@ -49,6 +53,7 @@ def match_sources(
     for index, source in enumerate(sources):
         which = f"source {index} " if len(sources) > 1 else "the source "
         matched.append(_matched(source, parameters, names, which, earlier))
+    _warn_if_uncovered(matched, parameters)
     return tuple(matched)
 
 
@@ -98,6 +103,25 @@ def _bound(
     # Trained weights are compared when the source is bound.
     check_base_model(source.metadata, names, which, warn=any(not p.requires_grad for p in names.reachable().values()))
     return source.bound(models[0], [each for each in earlier if isinstance(each, StructuredSource)], parameters)
+
+
+def _warn_if_uncovered(sources: Sequence[Source], parameters: Mapping[str, Tensor]) -> None:
+    """Warn if structured sources alone leave adapters or stacked weights free, such as those of fused experts."""
+    structured = [source for source in sources if isinstance(source, StructuredSource)]
+    if len(structured) < len(sources):
+        return
+    pulled = set().union(*(source.pulled for source in structured))
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    free = [n for n, p in trained.items() if n not in pulled and (p.dim() > 2 or (p.dim() == 2 and ".lora_" in n))]
+    if free:
+        share = sum(trained[name].numel() for name in free) / sum(p.numel() for p in trained.values())
+        warnings.warn(
+            f"no source pulls {len(free)} adapter matrices or stacked weights, {100 * share:.0f}% of the trained "
+            f"elements (first: {free[0]}), so what they change is not kept: structured sources have linear layers "
+            "only. Leave them out of the adapter, capture their layers with modules=, or use SourceGradient.anchored()",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _pairs(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], trained: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradguide.utils.names import canonical_names
 
-__all__ = ["Adapter", "Layer", "base_name", "change", "find_layers", "select"]
+__all__ = ["Adapter", "Layer", "anchor_of", "base_name", "find_layers", "select"]
 
 _PEFT_PREFIX = "base_model.model."
 # PEFT trains a copy of a module in ``modules_to_save``: the copy is modules_to_save.ADAPTER, next to original_module.
@@ -158,12 +158,13 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
     return body or list(layers.values())
 
 
-def change(layer: Layer) -> tuple[Tensor, Tensor] | None:
-    """Return the active adapters' change of the weight as a product, ([out, R], [R, in]); None without adapters."""
+def anchor_of(layer: Layer) -> tuple[Tensor, Tensor] | None:
+    """Return the active adapters' change of the weight as a product on the CPU, ([out, R], [R, in]); None if zero."""
     if not layer.adapters:
         return None
     left = torch.cat([adapter.b.detach().float() * adapter.scale for adapter in layer.adapters], dim=1)
-    return left, torch.cat([adapter.a.detach().float() for adapter in layer.adapters])
+    right = torch.cat([adapter.a.detach().float() for adapter in layer.adapters])
+    return (left.cpu(), right.cpu()) if bool(left.any()) and bool(right.any()) else None
 
 
 def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:

@@ -22,7 +22,7 @@ from gradguide.sources.structured.binding import Binding
 from gradguide.sources.structured.capture import Loss, capture_statistics
 from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import LayerFactors, check_factors, merged, weighted_sum
-from gradguide.sources.structured.layers import Layer, change, find_layers, select
+from gradguide.sources.structured.layers import anchor_of, find_layers, select
 
 __all__ = ["StructuredSource"]
 
@@ -41,7 +41,8 @@ class StructuredSource:
     outputs (Kronecker-factored curvature, arXiv 1503.05671; for continual learning, arXiv 1805.07810). The first pair
     is of tokens, the second of whole sequences (arXiv 2311.00636), because a change of a layer acts on all tokens of a
     sequence at once. The source returns the gradient of that KL with respect to A and B, or W. It depends on D alone,
-    so one file serves every plain LoRA or rsLoRA adapter of a base model.
+    so one file serves every plain LoRA or rsLoRA adapter of a base model. Other parameters have no pull, such as
+    embeddings, norms, and experts that are stored as one tensor: GradGuide warns of adapters on them.
 
     Create it with :meth:`capture` or :meth:`load`. Pass it to :class:`gradguide.Alignment`, and the model to ``names``.
     """
@@ -61,6 +62,7 @@ class StructuredSource:
         self.metadata: dict[str, Any] = dict(metadata or {})
         check_metadata(self.metadata)
         self.floor = FLOOR
+        """Added to G's diagonal, over E|y|^2 of the outputs y. For experiments: files and merges have the default."""
         self.drift: Tensor | None = None
         """Modelled KL from the captured model at the last step, in nats per token: Tensor []."""
         self._binding: Binding | None = None
@@ -125,7 +127,7 @@ class StructuredSource:
             found = statistics[layer.name]
             inputs, outputs = (each.to("cpu", dtype) for each in found.factors(totals["predictions"]))
             scale = float(found.scalars[1] / found.scalars[0])
-            factors[layer.name] = LayerFactors(inputs, outputs, scale, _anchor(layer), sample_of(layer))
+            factors[layer.name] = LayerFactors(inputs, outputs, scale, anchor_of(layer), sample_of(layer))
         tokens, _, sequences = next(iter(statistics.values())).scalars.tolist()
         return cls(factors, {**totals, "rank": rank, "tokens": int(tokens), "sequences": int(sequences)})
 
@@ -180,6 +182,11 @@ class StructuredSource:
         source._rows, source.drift = {}, None
         return source
 
+    @property
+    def pulled(self) -> set[str]:
+        """Names of the parameters that the source pulls; none before it is bound to a model."""
+        return set() if self._binding is None else self._binding.names
+
     def shapes(self) -> None:
         """Return None: it covers any parameter, with a zero row for one that changes none of its layers."""
         return
@@ -233,9 +240,8 @@ class StructuredSource:
         good = len(given) == len(sources) and all(0 <= weight < math.inf for weight in given) and any(given)
         if not good:
             raise ValueError(f"weights must be {len(sources)} numbers of at least 0, not all 0, found {weights}")
-        names = list(dict.fromkeys(name for source in sources for name in source.names()))
         layers = {}
-        for name in names:
+        for name in dict.fromkeys(name for source in sources for name in source.names()):
             held = [(s._layers[name], w) for s, w in zip(sources, given, strict=True) if name in s._layers]
             total = sum(weight for _, weight in held) or 1.0
             rank = max(max(f.inputs.rank, f.outputs.rank) for f, _ in held)
@@ -290,11 +296,3 @@ class StructuredSource:
     def __repr__(self) -> str:
         numbers = sum(f.numel() for h in self._layers.values() for f in (h.inputs.basis, h.outputs.basis))
         return f"StructuredSource({len(self._layers)} layers, {numbers} numbers)"
-
-
-def _anchor(layer: Layer) -> tuple[Tensor, Tensor] | None:
-    """Return the adapters' change of the weight at capture; None if it is zero, as for an untrained adapter."""
-    found = change(layer)
-    if found is None or not bool(found[0].any()) or not bool(found[1].any()):
-        return None
-    return found[0].cpu(), found[1].cpu()

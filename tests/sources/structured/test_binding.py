@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
-from gradguide import Alignment, GradGuide
+from gradguide import Alignment, GradGuide, SourceGradient
 from gradguide.integrations.peft import lora_parameters
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from gradguide.utils.names import NamedParameters
-from tests.sources.structured.problems import adapted, energy, llama, spread, text, trained
+from tests.sources.structured.problems import VOCABULARY, adapted, energy, llama, spread, text, trained
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,39 @@ def test_a_scale_that_changes_later_needs_the_sources_again(source: StructuredSo
     optimizer.set_alignment(Alignment(source))
     step(model, optimizer)
     check_pull(source, model, optimizer, len(trained(model)))
+
+
+def test_adapters_outside_the_layers_warn(source: StructuredSource) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    with pytest.warns(UserWarning, match=r"no source pulls 2 adapter matrices .*embed_tokens.lora_embedding_A"):
+        optimizer = guide(model, source)
+    step(model, optimizer)
+    check_pull(source, model, optimizer, 4)
+    gradient = SourceGradient.capture(model, text(4), lambda model, batch: sampled_loss(model, batch)[0], names=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.set_alignment(Alignment([source, gradient.anchored()]))
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_experts_that_are_stored_as_one_tensor_warn(adapter: bool) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["num_key_value_heads"] = 2
+    model: Any = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, **sizes))
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this version of transformers has linear layers as experts")
+    source = StructuredSource.capture(model, text(), sampled_loss, rank=4, modules="q_proj")
+    if adapter:
+        options: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+        model = get_peft_model(model, LoraConfig(r=2, **options))
+    with pytest.warns(UserWarning, match=r"no source pulls 4 adapter matrices or stacked weights.*experts"):
+        guide(model, source)
+
+
+def test_what_has_no_pull_by_design_does_not_warn(source: StructuredSource) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    whole = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide(model, source)
+        guide(whole, source)
