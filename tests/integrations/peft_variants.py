@@ -134,14 +134,17 @@ VARIANTS: dict[str, Variant] = {
     "CorDA": Variant(corda, OTHER_WEIGHT),
     "LoRA with a bias of B": Variant(lora(lora_bias=True), note="the bias has no pull"),
     "LoRA on embeddings too": Variant(
-        lora(target_modules=["q_proj", "embed_tokens"]), note="the embedding has no structured pull"
+        lora(target_modules=["q_proj", "embed_tokens"]), note="the embedding has no structured pull; a warning says so"
     ),
     "LoRA, trainable tokens": Variant(lora(trainable_token_indices=[1, 2]), note="the tokens have no structured pull"),
     "LoRA, `modules_to_save` of the head": Variant(
         lora(modules_to_save=["lm_head"]), note="a head outside the source has no pull"
     ),
     "LoRA, `modules_to_save` of a layer": Variant(lora(target_modules=["q_proj"], modules_to_save=["down_proj"])),
-    "LoRA, `target_parameters`": Variant(lora(target_modules=[], target_parameters=["q_proj.weight"])),
+    "LoRA, `target_parameters`": Variant(
+        lora(target_modules=[], target_parameters=["q_proj.weight"]),
+        note="experts of one tensor have no structured pull; a warning says so",
+    ),
     "two LoRA adapters": Variant(two),
     "LoRA, 4-bit base (bitsandbytes)": Variant(
         lambda: seeded(peft.LoraConfig(r=2, target_modules="all-linear"), four_bit()), plain=four_bit,
