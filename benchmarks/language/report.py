@@ -31,6 +31,7 @@ _COMPACT = {
     "structured weight=10 text=own direction=on": "GradGuide with a direction, weight 10, own text",
     "structured direction=on": "GradGuide with a direction, structured source",
     "structured": "GradGuide, structured source",
+    "structured text=own": "GradGuide, structured source from own text",
 }
 """Methods of the compact table, with their names there."""
 _FRONTIERS = ("target_accuracy", "target_loss")
