@@ -43,7 +43,7 @@ def match_sources(
             model raises too: see ``check_base_model``.
 
     Warns:
-        UserWarning: all sources are structured, and none pulls an adapter or a weight of more than two dimensions.
+        UserWarning: all sources are structured, and an adapter or a weight of more than two dimensions has no pull.
     """
     if not sources:
         return ()
