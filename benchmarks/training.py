@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from benchmarks.harness import BASELINE, Result, summarise, synchronise
 from benchmarks.sets import LLAMAS
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient, StructuredSource
-from gradguide.sources.structured.capture import Loss
+from gradguide.sources.loss_value import Loss
 
 __all__ = ["llama_step", "minilm_step"]
 

@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="a GGUF file")
     parser.add_argument("--model", type=Path, required=True, help="folder to write")
     options = parser.parse_args(argv)
+    if not options.file.is_file():
+        parser.error(f"FILE must be an existing GGUF file, found {str(options.file)!r}")
     prepare(options.file, options.model)
     print(f"wrote {options.model}")
     return 0

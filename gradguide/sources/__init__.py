@@ -8,7 +8,7 @@
 - ``files``, ``metadata``: source files, and the facts about a capture in them.
 - ``matching``: matches sources with an optimizer's parameters; ``mismatch`` explains failures.
 - ``base_model``: identifies the model that a source was captured from.
-- ``batch_gradient``: the gradient of one batch. ``examples`` counts the examples in it.
+- ``batch_gradient``: the gradient of one batch. ``loss_value`` checks its loss, ``examples`` counts its examples.
 - ``undisturbed``, ``side_effects``: extra passes that leave a model, or parameters alone, unchanged. ``checkpointing``
   keeps gradient checkpointing on in them.
 """

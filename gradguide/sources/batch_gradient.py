@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import layout_of, local
+from gradguide.sources.loss_value import Loss, check_loss
 from gradguide.sources.side_effects import leaves
 
 __all__ = ["BatchGradient", "batch_gradient"]
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class BatchGradient(NamedTuple):
@@ -43,28 +42,30 @@ def batch_gradient(
     trained: Sequence[Tensor],
     *,
     index: int,
-    count: int,
+    examples: Callable[[], int],
 ) -> BatchGradient:
-    """Return the mean gradient of a batch of ``count`` examples.
+    """Return the mean gradient of a batch.
 
     The gradient comes from ``backward``, because ``torch.autograd.grad`` neither enters reentrant checkpoints nor runs
     the hooks with which FSDP2 gathers parameters. FSDP2 averages over ranks. Under FSDP2, the loss is therefore
     multiplied by the batch size first, and the average is undone afterwards.
 
     Args:
-        loss: ``loss(model, batch)``.
+        loss: ``loss(model, batch)``, a mean, or a mean and the number of examples in it.
         model: first argument of the loss.
         batch: second argument of the loss.
         parameters: parameters to differentiate with respect to.
         trained: all parameters that require a gradient. Their ``grad`` is the same after the call as before. FSDP2
             replaces them in the model between forward and backward, so they cannot be read from the model here.
         index: number of the batch, for messages.
-        count: number of examples in the batch.
+        examples: returns the number of examples in the batch. It is not called if the loss returns it.
 
     Raises:
-        ValueError: the loss is not a scalar, has no gradient, or loss or gradients are not finite.
+        ValueError: the loss is not a scalar, has no gradient, or loss or gradients are not finite. A count is below 1.
+        TypeError: the examples cannot be counted.
     """
-    value = _check_loss(loss(model, batch), index)
+    value, given = check_loss(loss(model, batch), index)
+    count = examples() if given is None else given
     mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
     with _without_gradients([*trained, *leaves(value)]):
         (value if mesh is None else value * count).backward()
@@ -129,18 +130,6 @@ def _all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     for group in groups:
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def _check_loss(value: object, index: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss must return a scalar tensor, found {found} on batch {index}")
-    if not value.requires_grad:
-        raise ValueError(
-            f"the loss of batch {index} has no gradient: it was detached, or computed under no_grad, or all "
-            "trained parameters are inside a reentrant checkpoint whose inputs require no gradient"
-        )
-    return value.reshape(())
 
 
 def _check_finite(loss: float, finite: bool, index: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,16 +16,16 @@ from gradguide.distributed.failures import fail_together
 from gradguide.distributed.layouts import as_dtensor, check_divided, full, is_distributed, layout_of, local
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
+from gradguide.sources.loss_value import Loss
 from gradguide.sources.metadata import metadata_of
 from gradguide.sources.side_effects import check_hooks
 from gradguide.sources.undisturbed import MODES, undisturbed
 from gradguide.utils.checks import check_choice
 from gradguide.utils.names import Names, NamesLike, model_names
 
-__all__ = ["Batch", "Loss", "capture_tables"]
+__all__ = ["Batch", "capture_tables"]
 
 Batch: TypeAlias = Any
-Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 Table: TypeAlias = dict[str, Tensor]
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float64)
@@ -53,17 +54,14 @@ def capture_tables(
     check_hooks(trained, everything)
     total = _Sums(list(parameters.values()), square=curvature is not False)
 
-    def gradient_of(chosen: Loss, batch: Batch, *, index: int, count: int) -> BatchGradient:
-        return batch_gradient(chosen, model, batch, total.parameters, trained, index=index, count=count)
+    def gradient_of(chosen: Loss, batch: Batch, index: int) -> BatchGradient:
+        count = partial(counter.of, batch, index)
+        return batch_gradient(chosen, model, batch, total.parameters, trained, index=index, examples=count)
 
     with fail_together("capture", model.parameters()), undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
-            count = counter.of(batch, index)
-            found = gradient_of(loss, batch, index=index, count=count)
-            squared = found
-            if callable(curvature):
-                squared = gradient_of(curvature, batch, index=index, count=count)
-            total.add(found, squared)
+            found = gradient_of(loss, batch, index)
+            total.add(found, gradient_of(curvature, batch, index) if callable(curvature) else found)
     if not any(layout_of(p) is not None for p in total.parameters):  # else each batch is reduced over ranks already
         total.reduce()
     if total.examples == 0:
@@ -106,6 +104,7 @@ class _Sums:
     def __init__(self, parameters: list[Tensor], *, square: bool) -> None:
         self.parameters = parameters
         self.examples = 0
+        self._squared_examples = 0  # those of the curvature's loss
         self.loss = 0.0
         self.reached = [False] * len(parameters)  # whether autograd produced a gradient in at least one batch
         self._pairs = 0
@@ -114,30 +113,33 @@ class _Sums:
 
     def add(self, batch: BatchGradient, squared: BatchGradient) -> None:
         """Add a batch's mean gradient, and the square of ``squared``, the gradient used for the curvature."""
-        count = batch.examples
+        count, squared_count = batch.examples, squared.examples
         self.examples += count
+        self._squared_examples += squared_count
         self.loss += count * batch.loss
-        self._pairs += count * (count - 1)
+        self._pairs += squared_count * (squared_count - 1)
         both = zip(self.reached, batch.reached, squared.reached, strict=True)
         self.reached = [before or (now and too) for before, now, too in both]
         for total, gradient in zip(self._sums, batch.gradients, strict=True):
             total.add_(gradient.to(total.dtype), alpha=count)
         if self._squares:
             for total, gradient in zip(self._squares, squared.gradients, strict=True):
-                total.addcmul_(gradient.to(total.dtype), gradient.to(total.dtype), value=count**2)
+                total.addcmul_(gradient.to(total.dtype), gradient.to(total.dtype), value=squared_count**2)
 
     def reduce(self) -> None:
         """Sum over the ranks of ``torch.distributed``, if there are several."""
         if not is_distributed():
             return
         scalars = torch.tensor(
-            [self.examples, self.loss, self._pairs, *self.reached], dtype=torch.float64, device=self._sums[0].device
+            [self.examples, self._squared_examples, self.loss, self._pairs, *self.reached],
+            dtype=torch.float64,
+            device=self._sums[0].device,
         )
         for tensor in (scalars, *self._sums, *self._squares):
             dist.all_reduce(tensor)
-        examples, self.loss, pairs, *reached = scalars.tolist()
+        examples, squared_examples, self.loss, pairs, *reached = scalars.tolist()
         self.reached = [ranks > 0 for ranks in reached]
-        self.examples, self._pairs = round(examples), round(pairs)
+        self.examples, self._squared_examples, self._pairs = round(examples), round(squared_examples), round(pairs)
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Gather tensors that are sharded like the parameters, on every rank."""
@@ -155,7 +157,7 @@ class _Sums:
         expectation ``mu^2 + (F - mu^2) / N``. The two equations are solved for F. With labels drawn from the model, mu
         is zero for every example, so F is A.
         """
-        n, b = self.examples, self._pairs / self.examples
+        n, b = self._squared_examples, self._pairs / self._squared_examples
         scaled = [square / n for square in self._squares]
         if sampled or b == 0:
             return scaled

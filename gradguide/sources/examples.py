@@ -61,7 +61,7 @@ class Examples:
                 f"first dimension: shapes {', '.join(map(str, shapes))}. If that is not the number of examples "
                 "(packed sequences, graphs), pass examples=lambda batch: ...",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=7,
             )
         return count
 

@@ -14,7 +14,8 @@ from gradguide.distributed.layouts import Layout, shard
 from gradguide.ops.row import Row
 from gradguide.sources import files
 from gradguide.sources.anchor_weights import anchor_weights
-from gradguide.sources.capture import Batch, Loss, capture_tables
+from gradguide.sources.capture import Batch, capture_tables
+from gradguide.sources.loss_value import Loss
 from gradguide.sources.merge import merged_tables
 from gradguide.sources.metadata import check_metadata
 from gradguide.sources.stored_tables import checked_tables, digest, read_tables
@@ -69,7 +70,7 @@ class SourceGradient:
         batches: Iterable[Batch],
         loss: Loss,
         *,
-        curvature: bool | Callable[[nn.Module, Any], Tensor] = True,
+        curvature: bool | Loss = True,
         dtype: torch.dtype | None = None,
         names: NamesLike | None = None,
         mode: str = "eval",
@@ -94,19 +95,20 @@ class SourceGradient:
             model: only parameters with ``requires_grad`` that are in ``names`` are captured.
             batches: tensors, mappings or sequences of tensors; with ``examples``, any objects. For curvature use small
                 batches (1 to 16): the larger the batch, the less its gradient reveals of F.
-            loss: ``loss(model, batch)``, the mean over the batch's examples, a scalar.
+            loss: ``loss(model, batch)``, the mean over the batch's examples, a scalar; or that and the number of
+                examples (of tokens, if they are the terms of the mean), by which batches are weighted.
             curvature: True estimates the empirical Fisher information, the mean square of per-example gradients. The
                 estimate from batch gradients is unbiased. A callable is a second loss with the same signature, with
-                labels drawn from the model. It gives the true Fisher information and needs one more backward pass per
-                batch. False stores s0 alone.
+                labels drawn from the model, such as ``sampled_loss``. It gives the true Fisher information and needs
+                one more backward pass per batch. False stores s0 alone.
             dtype: storage of s0 and F: torch.float32 (the default), bfloat16 or float64.
             names: the parameters to capture, in any form that :class:`gradguide.GradGuide` accepts; None captures all
                 trained parameters. Pass the same to both. ``names=lora_parameters(model)`` excludes the head that PEFT
                 trains in addition to an adapter.
             mode: "eval" (the default), "train" (for a loss that needs that mode; dropout is active), or "keep", each
                 module's own mode.
-            examples: ``examples(batch)``, the number of examples in the batch. The default is the first dimension of
-                its first tensor, which is wrong for packed sequences and graphs.
+            examples: ``examples(batch)``, the number of examples in the batch, for losses that do not return it. The
+                default is the first dimension of its first tensor, which is wrong for packed sequences and graphs.
 
         Returns:
             The captured source.

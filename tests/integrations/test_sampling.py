@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForTokenClassification
 
+from gradguide import SourceGradient
 from gradguide.integrations.transformers import own_text, sampled_loss
 from tests.integrations.lora import QUIET
-from tests.sources.structured.problems import VOCABULARY, adapted, gpt2, llama
+from tests.sources.structured.problems import VOCABULARY, adapted, gpt2, llama, spread, text, trained
 
 pytestmark = QUIET
 
@@ -175,3 +176,30 @@ def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(
     assert model.config.architectures == ["LlamaForCausalLM"]
     ids = torch.arange(6)[None]
     assert predicted(model, input_ids=ids, labels=torch.tensor([[-100, -100, 1, 0, -100, 1]])) == [[2, 3, 5]]
+
+
+def test_sampled_loss_gives_the_fisher_information_of_a_language_model() -> None:
+    model = adapted(llama(layers=1))
+    spread(model, 0.1)
+    batches = text(3)
+    torch.manual_seed(0)
+    source = SourceGradient.capture(
+        model, batches, lambda m, b: m(**b, labels=b["input_ids"]).loss, curvature=sampled_loss
+    )
+    assert source.metadata["curvature"] == "true"
+    assert source.metadata["examples"] == 9
+    torch.manual_seed(0)
+    wanted = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+    number = 0
+    model.eval()
+    for batch in batches:
+        model.zero_grad()
+        loss, count = sampled_loss(model, batch)
+        loss.backward()
+        number += count
+        for name, p in trained(model).items():
+            assert p.grad is not None
+            wanted[name] += (count * p.grad).square()
+    assert number == 3 * 3 * 15
+    for name, value in wanted.items():
+        torch.testing.assert_close(source.fisher[name], value / number, rtol=1e-4, atol=1e-9)

@@ -6,6 +6,7 @@ Run as ``python gloo_rank.py RANK WORLD FOLDER``.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -24,10 +25,13 @@ def main(rank: int, world: int, folder: Path) -> None:
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     F.cross_entropy(ddp(share["x"]), share["y"]).backward()
     held = {p: (p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None}
-    for name, module in (("plain", model), ("ddp", ddp)):
-        source = SourceGradient.capture(
-            module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]), dtype=torch.float64
-        )
+    counted = [SimpleNamespace(x=x, y=y) for x, y in batches]  # not countable, so the loss returns the count
+    for name, module, data, loss in (
+        ("plain", model, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1])),
+        ("ddp", ddp, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1])),
+        ("counted", model, counted, lambda m, b: (F.cross_entropy(m(b.x), b.y), len(b.y))),
+    ):
+        source = SourceGradient.capture(module, data, loss, dtype=torch.float64)
         source.save(folder / f"{name}{rank}.safetensors")
         assert len(held) == 2
         for p, (gradient, value) in held.items():

@@ -57,7 +57,10 @@ def test_exhausted_generator() -> None:
     ],
 )
 def test_loss_is_no_scalar(result: Any, found: str) -> None:
-    with pytest.raises(ValueError, match=f"scalar tensor, found {found} on batch 0"), warnings.catch_warnings():
+    with (
+        pytest.raises(ValueError, match=f"scalar tensor, or one and a count, found {found} on batch 0"),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
         SourceGradient.capture(nn.Linear(2, 1), batches(), lambda m, b: result(mean(m, b)))
 
@@ -112,7 +115,7 @@ def test_gradient_not_finite_under_a_finite_loss() -> None:
 
 
 def test_sampled_loss_is_checked_too() -> None:
-    with pytest.raises(ValueError, match=r"scalar tensor, found \(2, 1\) on batch 0"):
+    with pytest.raises(ValueError, match=r"scalar tensor, or one and a count, found \(2, 1\) on batch 0"):
         SourceGradient.capture(nn.Linear(2, 1), batches(), mean, curvature=lambda m, b: m(b))
     with pytest.raises(ValueError, match="batch 0 has a loss of nan"):
         SourceGradient.capture(nn.Linear(2, 1), batches(), mean, curvature=lambda m, b: mean(m, b) * torch.nan)

@@ -33,7 +33,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     assert wanted.scale is not None
     assert wanted.anchor is not None
     close(dict(zip(gradients, wanted.offset, strict=True)), {n: g.mean(0) for n, g in gradients.items()})
-    for kind in ("plain", "ddp"):
+    for kind in ("plain", "ddp", "counted"):
         sources = [SourceGradient.load(tmp_path / f"{kind}{rank}.safetensors") for rank in range(2)]
         first, second = (source.row(source.names(), at) for source in sources)
         for source in sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradguide import SourceGradient
+from gradguide import SourceGradient, StructuredSource
 
-from .problems import answer, close
+from .problems import answer, close, fisher
 
 
 def packed(lengths: list[int]) -> dict[str, Tensor]:
@@ -80,6 +81,45 @@ def test_any_kind_of_batch_with_a_count() -> None:
     assert source.metadata["examples"] == 5
     with pytest.raises(TypeError, match=r"found Graph; for other types pass examples=lambda batch"):
         SourceGradient.capture(nn.Linear(3, 1), batches, of_graph)
+
+
+def token_mean(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Return the mean output over all tokens, and their number."""
+    return model(batch["x"]).mean(), batch["x"].shape[1]
+
+
+def test_a_loss_that_returns_a_count_weighs_batches_by_it() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    batches = [packed([2, 3, 1]), packed([5])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = SourceGradient.capture(model, batches, token_mean, curvature=False)
+    assert source.metadata["examples"] == 11
+    tokens = torch.cat([batch["x"][0] for batch in batches])
+    close(answer(source), {"weight": tokens.mean(0)[None]}, rtol=1e-5, atol=1e-6)
+    counted = SourceGradient.capture(model, batches, token_mean, curvature=False, examples=lambda batch: 1)
+    assert counted.fingerprint() == source.fingerprint()
+
+
+def test_the_curvature_is_weighed_by_the_count_of_its_own_loss() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    batches = [packed([2, 3, 1]), packed([5])]
+    source = SourceGradient.capture(
+        model, batches, mean_of_means, curvature=token_mean, examples=lambda batch: len(batch["ends"])
+    )
+    assert source.metadata["examples"] == 4
+    sums = torch.stack([batch["x"][0].sum(0) for batch in batches])
+    close(fisher(source, model), {"weight": (sums.square().sum(0) / 11)[None]}, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, -3, 2.5, "2", None])
+def test_a_loss_that_returns_no_count(count: Any) -> None:
+    model = nn.Linear(3, 1)
+    match = f"loss must return a count of at least 1, found {re.escape(repr(count))} on batch 0"
+    with pytest.raises(ValueError, match=match):
+        SourceGradient.capture(model, [torch.ones(2, 3)], lambda m, b: (m(b).mean(), count), curvature=False)
+    with pytest.raises(ValueError, match=match):
+        StructuredSource.capture(model, [torch.ones(2, 3)], lambda m, b: (m(b).mean(), count))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,14 +16,13 @@ from tqdm.auto import tqdm
 from gradguide.distributed.failures import fail_together
 from gradguide.distributed.layouts import is_distributed
 from gradguide.sources.base_model import base_of
+from gradguide.sources.loss_value import Loss, check_loss
 from gradguide.sources.structured.layers import Layer
 from gradguide.sources.structured.recorder import Recorder
 from gradguide.sources.structured.statistics import LayerStatistics
 from gradguide.sources.undisturbed import undisturbed
 
-__all__ = ["Loss", "capture_statistics"]
-
-Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
+__all__ = ["capture_statistics"]
 
 
 def capture_statistics(
@@ -48,7 +47,8 @@ def capture_statistics(
         base = base_of(model)  # all weights are comparable, because none requires a gradient here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
-            value, recorder.predictions = _check_loss(loss(model, batch), index)
+            value, given = check_loss(loss(model, batch), index)
+            recorder.predictions = given or 0  # the recorder counts them if they are not given
             # The sum over the predictions: gradients of their mean may underflow in float16.
             (value.float() * max(recorder.predictions, 1)).backward()
             mean_loss, number = float(value.detach()), recorder.predictions
@@ -137,16 +137,3 @@ def _recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 def _enable_gradients(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         p.requires_grad_(True)
-
-
-def _check_loss(value: Any, index: int) -> tuple[Tensor, int]:
-    value, number = value if isinstance(value, tuple) and len(value) == 2 else (value, 0)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss must return a scalar tensor, or one and a count, found {found} on batch {index}")
-    if not value.requires_grad:
-        raise ValueError(
-            f"the loss of batch {index} has no gradient: it was detached, computed under no_grad, or cut "
-            "off by reentrant checkpointing (pass use_reentrant=False)"
-        )
-    return value.reshape(()), int(number)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from gradguide.distributed.layouts import Layout
 from gradguide.ops.row import Row
+from gradguide.sources.loss_value import Loss
 from gradguide.sources.metadata import check_metadata
 from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.structured import storage
 from gradguide.sources.structured.binding import Binding
-from gradguide.sources.structured.capture import Loss, capture_statistics
+from gradguide.sources.structured.capture import capture_statistics
 from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import LayerFactors, check_factors, merged, weighted_sum
 from gradguide.sources.structured.layers import anchor_of, find_layers, select
