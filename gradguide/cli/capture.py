@@ -64,6 +64,8 @@ def capture(
         raise IsADirectoryError(f"{str(out)!r} is a folder, expected a file")
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = load_causal(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if length < 2:
+        raise ValueError(f"length must be at least 2, because the first token predicts the next, found {length}")
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"length must be at most {longest}, the positions of {model}, found {length}")

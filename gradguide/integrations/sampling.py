@@ -40,14 +40,22 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
 
     Raises:
         ValueError: no position is used. The batch of an encoder-decoder has labels [batch, tokens] without
-            ``decoder_input_ids``: the model is not given the labels, so it cannot derive them.
+            ``decoder_input_ids``: the model is not given the labels, so it cannot derive them. The logits are not those
+            of one class of several: a regression, or several labels per row. They have other positions than the mask.
     """
     labels: Tensor | None = batch.get("labels")
-    mask: Tensor | None = batch.get("attention_mask")
+    name = "decoder_attention_mask" if DECODER_INPUTS & batch.keys() else "attention_mask"
+    mask: Tensor | None = batch.get(name)
     check_decoder_inputs(model, batch)
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    if logits.dim() > 2 and mask is not None and mask.shape == used.shape:
+    _check_classes(model, logits)
+    if logits.dim() > 2 and mask is not None and mask.dim() == 2:
+        if mask.shape != used.shape:
+            raise ValueError(
+                f"{name} must have the shape of the predictions {tuple(used.shape)}, found {tuple(mask.shape)}: "
+                "an adapter such as prompt tuning may have added positions, so capture from the base model"
+            )
         used = seen = mask.bool()
     if logits.dim() > 2 and labels is not None:
         used = labels != -100
@@ -85,7 +93,8 @@ def own_text(
         Batches for :func:`sampled_loss`: ``input_ids`` and ``attention_mask``, int64 [batch_size, length].
 
     Raises:
-        ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2 or ``batch_size`` less than 1.
+        ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2, or ``batch_size`` is less than 1.
+            ``length`` is more than the positions of the model.
     """
     if length < 2:
         raise ValueError(f"length must be at least 2, because the first token predicts the next, found {length}")
@@ -97,6 +106,8 @@ def own_text(
     bos, count = tokenizer.bos_token_id, -(-tokens // length)
     every = 0 if bos is None else 1 if begins_with_bos(tokenizer) else 2
     longest = getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None) or math.inf
+    if length > longest:
+        raise ValueError(f"length must be at most {longest}, the number of positions of the model, found {length}")
     dropped = 0 if every == 1 else int(min(1 + _DROPPED, max(longest - length, 0)))
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -162,6 +173,19 @@ def _is_causal(model: nn.Module) -> bool:
     if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
+
+
+def _check_classes(model: nn.Module, logits: Tensor) -> None:
+    """Raise ValueError if the logits are not those of one class of several."""
+    if logits.shape[-1] < 2:
+        raise ValueError(f"the logits must have 2 classes or more, found {logits.shape[-1]}: is it a regression?")
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    kind = getattr(next(configs, None), "problem_type", None)
+    if kind not in (None, "single_label_classification"):
+        raise ValueError(
+            f"labels are drawn as one class of several, and the model is one of {kind!r}: write a loss that draws its "
+            "labels, and returns their mean loss and number"
+        )
 
 
 def check_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:

@@ -35,14 +35,14 @@ class Alignment:
         on (str): "update" or "gradient": what the hard part acts on. "update" keeps one copy of the parameters during
             the step.
         weight (float | Sequence[float] | None): weight of the soft part, at least 0, for all sources or for each: the
-            weight of the source's mean loss relative to the training loss. 0 only projects. None takes the default of
-            each source. For a structured source this is 100: a hundredth of a nat of drift per token weighs as much as
-            a nat of training loss. For an anchored source it is 1, in the unit of
-            :meth:`gradguide.SourceGradient.anchored`; lower it with many training rows. For any other it is 0: a
-            source gradient becomes stale as soon as training starts, and in our tests every weight above 0 lowered
-            accuracy.
-        project (bool | None): whether the hard part acts. None is True, except for anchored sources: any step away
-            from an anchor conflicts with it, so the hard part would block all movement.
+            weight of the source's mean loss relative to the training loss. 0 leaves the hard part alone, so a source
+            without one has no effect. None takes the default of each source. For a structured source this is 100: a
+            hundredth of a nat of drift per token weighs as much as a nat of training loss. For an anchored source it
+            is 1, in the unit of :meth:`gradguide.SourceGradient.anchored`; lower it with many training rows. For any
+            other it is 0: a source gradient becomes stale as soon as training starts, and in our tests every weight
+            above 0 lowered accuracy.
+        project (bool | None): whether the hard part acts. None is True, except for anchored and structured sources:
+            any step away from an anchor conflicts with it, so the hard part would block all movement.
 
     Raises:
         ValueError, TypeError: an option is out of range, or a source is not a ``Source``.
@@ -104,7 +104,7 @@ class Alignment:
         return sorted(zip(names, sources, weights, strict=True), key=lambda entry: not self._projects(entry[1]))
 
     def _projects(self, source: Source) -> bool:
-        # Only anchored sources have a default weight above 0.
+        # Only anchored and structured sources have a default weight above 0.
         return source.weight == 0 if self.project is None else self.project
 
 

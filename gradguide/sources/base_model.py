@@ -106,8 +106,8 @@ def check_base_model(metadata: Mapping[str, Any], names: Names, which: str, *, w
             raise ValueError(
                 f"{which}is of base model {base['id']}, found another one{here}: {len(other)} of {len(found)} "
                 f"frozen weights that were compared differ ({shown}). Load the base model that the source was captured "
-                "from, or capture a source with this one. If the difference is intended, remove the entry 'base' from "
-                "source.metadata"
+                "from, or capture a source with this one. If the difference is intended, remove the entry 'base' (of a "
+                "merged source: 'merged') from source.metadata"
             )
 
 

@@ -38,5 +38,5 @@ def _count(value: object, index: int) -> int:
     except TypeError:
         count = 0
     if count < 1:
-        raise ValueError(f"loss must return a count of at least 1, found {value!r} on batch {index}")
+        raise ValueError(f"loss must return a count, a whole number of at least 1, found {value!r} on batch {index}")
     return count

@@ -57,7 +57,11 @@ def _cause(
                 f"The source is of an adapter of rank {theirs}, found one of rank {ours}: create the adapter with "
                 f"LoraConfig(r={theirs}), or capture a source with this one"
             )
-        return "The source is of a model of another size: load that model, or capture a source with this one"
+        first = next(iter(other))
+        return (
+            "The source is of a model of another size, or with another head: load that model, capture a source with "
+            f"this one, or leave {first} out of `names` on both sides"
+        )
     if missing and unexpected:
         return _both(missing, unexpected, matched)
     same_layers = {without_adapter(name) for name in missing} <= {without_adapter(name) for name in matched}

@@ -15,6 +15,7 @@ __all__ = [
     "NamesLike",
     "adapter_of",
     "canonical_names",
+    "model_modules",
     "model_names",
     "module_of",
     "names_in_groups",
@@ -44,7 +45,7 @@ def canonical_names(names: Sequence[str], taken: Container[str] = ()) -> list[st
     DDP prefixes every name with ``module.``. The prefix is removed if all names start with it. Otherwise it is kept,
     because it is the name of a submodule. It is also kept if a shortened name would be in ``taken``.
     """
-    found = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    found = list(map(_unwrapped, names))
     while found and all(name.startswith(_DDP) for name in found):
         shorter = [name.removeprefix(_DDP) for name in found]
         if any(name in taken for name in shorter):
@@ -171,6 +172,14 @@ def model_names(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(canonical_names([name for name, _ in pairs]), (p for _, p in pairs), strict=True))
 
 
+def model_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules of a model by the names that its parameters' canonical names begin with, in its order."""
+    first = next((name for name, _ in model.named_parameters()), "")
+    prefix = _unwrapped(first).removesuffix(next(iter(model_names(model)), ""))
+    found = [(f"{_unwrapped(name)}.", module) for name, module in model.named_modules()]
+    return [(name.removeprefix(prefix).removesuffix("."), module) for name, module in found]
+
+
 def normalize_names(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
     """Return canonical names by parameter, from a model, (name, parameter) pairs, or a mapping in either direction.
 
@@ -212,6 +221,11 @@ def names_in_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]
         pairs = parameters if "param_names" not in group else zip(group["param_names"], parameters, strict=True)
         found += [pair for pair in pairs if isinstance(pair, tuple)]
     return found
+
+
+def _unwrapped(name: str) -> str:
+    """Return the name without the parts that wrappers other than DDP add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _unique(names: Iterable[str], parameters: Iterable[Tensor]) -> dict[Tensor, str]:

@@ -111,6 +111,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--out", "s", "--text", "binary.txt"], "'binary.txt' is not a text in UTF-8"),
         (["--out", "s", "--text", "word.txt", "--length", "16"], "has no paragraph of at least 2 tokens"),
         (["--out", "s"], "length must be at most 64, the positions of"),
+        (["--out", "s", "--text", "word.txt", "--length", "1"], "length must be at least 2"),
         (["--out", "s", "--length", "16", "--own-text", "5"], "tokens must be at least length=16, found 5"),
         (["--out", "s", "--length", "16", "--modules", "nothing", "--own-text", "16"], "is called 'nothing'"),
         (["--out", "."], "is a folder, expected a file"),

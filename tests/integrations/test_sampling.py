@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForTokenClassification
+from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
 
 from gradguide import SourceGradient
 from gradguide.integrations.transformers import own_text, sampled_loss
@@ -176,6 +177,35 @@ def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(
     assert model.config.architectures == ["LlamaForCausalLM"]
     ids = torch.arange(6)[None]
     assert predicted(model, input_ids=ids, labels=torch.tensor([[-100, -100, 1, 0, -100, 1]])) == [[2, 3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_labels": 1}, "2 classes or more, found 1: is it a regression"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "one of 'multi_label_classification'"),
+    ],
+)
+def test_labels_that_are_not_one_class_of_several_are_refused(options: dict[str, Any], reason: str) -> None:
+    config = llama().config
+    config.pad_token_id = 0
+    for name, value in options.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=reason):
+        sampled_loss(LlamaForSequenceClassification(config), text(1)[0])
+
+
+def test_own_text_longer_than_the_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match="length must be at most 64, the number of positions of the model, found 65"):
+        own_text(gpt2(), Words(), tokens=96, length=65)
+
+
+def test_positions_that_an_adapter_adds_are_refused() -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(
+        ValueError, match=r"attention_mask must have the shape of the predictions \(3, 19\), found \(3, 16\)"
+    ):
+        sampled_loss(model, text(1)[0])
 
 
 def test_sampled_loss_gives_the_fisher_information_of_a_language_model() -> None:

@@ -115,7 +115,7 @@ def test_the_curvature_is_weighed_by_the_count_of_its_own_loss() -> None:
 @pytest.mark.parametrize("count", [0, -3, 2.5, "2", None])
 def test_a_loss_that_returns_no_count(count: Any) -> None:
     model = nn.Linear(3, 1)
-    match = f"loss must return a count of at least 1, found {re.escape(repr(count))} on batch 0"
+    match = f"loss must return a count, a whole number of at least 1, found {re.escape(repr(count))} on batch 0"
     with pytest.raises(ValueError, match=match):
         SourceGradient.capture(model, [torch.ones(2, 3)], lambda m, b: (m(b).mean(), count), curvature=False)
     with pytest.raises(ValueError, match=match):

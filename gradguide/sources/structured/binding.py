@@ -91,11 +91,16 @@ class Binding:
                 own = [start for owner, start in starts if owner == name]
                 bound = bind_layer(layer, layers[name], names, own, self._values)
                 kinds.setdefault((*shape, layers[name].pairs, *bound.kind), []).append(bound)
-        self._unbound -= self._values.keys()
+        self.names = frozenset(
+            name for bounds in kinds.values() for bound in bounds for name in bound.pulled(self._values)
+        )
+        """Names of the parameters that were trained when the binding was made, and the other half of their adapters."""
+        self._unbound -= self.names
         if not kinds:
             raise ValueError(
-                f"no trained parameter of the model changes one of the source's {len(layers)} layers: add an adapter, "
-                "unfreeze weights, or capture the layers that are trained"
+                f"no trained parameter of the model changes one of the source's {len(layers)} layers, such as "
+                f"{next(iter(layers))} (the model's first is {next(iter(find_layers(model)), 'none')}): add an "
+                "adapter, unfreeze weights, or capture the layers that are trained"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
         self._scales = [
@@ -118,11 +123,6 @@ class Binding:
         """The captured weight by layer, for layers whose weight is trained."""
         bounds = [bound for group in self._groups for bound in group.layers]
         return [(bound.name, bound.start) for bound in bounds if bound.start is not None]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the parameters with a pull."""
-        return {name for group in self._groups for bound in group.layers for name in bound.names}
 
     @torch.no_grad()
     def pull(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -161,10 +161,12 @@ class Binding:
     def _check_scales(self) -> None:
         """Raise RuntimeError if the scale of an adapter changed: D is computed with that at binding."""
         for layer, name, scalings, scale in self._scales:
-            if scalings.get(name, scale) != scale:
+            now = scalings.get(name)
+            if now != scale:
+                changed = f"changed from {scale} to {now}" if now is not None else "is gone: it was deleted"
                 raise RuntimeError(
-                    f"the scale of the adapter {name!r} at {layer} changed from {scale} to {scalings[name]} after the "
-                    "source was given to GradGuide: call set_alignment with the sources again"
+                    f"the scale of the adapter {name!r} at {layer} {changed}, after the source was given to GradGuide: "
+                    "call set_alignment with the sources again"
                 )
 
 

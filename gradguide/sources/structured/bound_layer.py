@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradguide.distributed.layouts import full
 from gradguide.sources.base_model import ABSOLUTE, RELATIVE
 from gradguide.sources.structured.captured_weight import count_differences, sample_of
 from gradguide.sources.structured.factors import LayerFactors, Product
@@ -21,8 +20,8 @@ __all__ = ["BoundLayer", "bind_layer", "names_that_change", "names_to_pull"]
 class BoundLayer:
     """The names of the parameters that change a layer.
 
-    adapters: names of A and B, rank and scale, of each adapter with a trained matrix.
-    fixed: the constant part of D: frozen adapters minus the source's anchor.
+    adapters: names of A and B, rank and scale, of each active adapter, also of frozen ones.
+    fixed: the constant part of D: minus the source's anchor.
     weight, start: name and captured values of the weight, if the weight itself is trained. If the weight is sharded,
         start is sharded in the same way.
     device: device of the weight when the layer was bound. Layers of several devices are computed apart.
@@ -40,8 +39,15 @@ class BoundLayer:
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters with a pull."""
+        """Names of the parameters that the pull is computed from."""
         return [name for a, b, _, _ in self.adapters for name in (a, b)] + ([self.weight] if self.weight else [])
+
+    def pulled(self, values: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the weight, if it is trained, and of adapters of which a matrix is trained."""
+        adapters = [
+            name for a, b, *_ in self.adapters for name in (a, b) if any(values[n].requires_grad for n in (a, b))
+        ]
+        return [*adapters, *([self.weight] if self.weight else [])]
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -63,28 +69,23 @@ def bind_layer(
     values: dict[str, Tensor],
 ) -> BoundLayer:
     """Return a layer of the binding. Add the parameters that its pull is computed from to ``values``."""
-    trained, fixed = [], []
+    adapters = []
     for adapter in layer.adapters:
-        if adapter.a.requires_grad or adapter.b.requires_grad:
-            a, b = names[id(adapter.a)], names[id(adapter.b)]
-            trained.append((a, b, int(adapter.a.shape[0]), adapter.scale))
-            values |= {a: adapter.a, b: adapter.b}
-        elif bool(adapter.b.any()):
-            fixed.append((_whole(adapter.b) * adapter.scale, _whole(adapter.a)))
-    if factors.anchor is not None:
-        fixed.append((-factors.anchor[0], factors.anchor[1]))
+        a, b = names[id(adapter.a)], names[id(adapter.b)]
+        adapters.append((a, b, int(adapter.a.shape[0]), adapter.scale))
+        values |= {a: adapter.a, b: adapter.b}
     device = layer.weight.device
-    product = None
-    if fixed:
-        product = torch.cat([b.to(device) for b, _ in fixed], 1), torch.cat([a.to(device) for _, a in fixed])
+    fixed = None
+    if factors.anchor is not None:
+        fixed = -factors.anchor[0].to(device), factors.anchor[1].to(device)
     weight = names[id(layer.weight)] if layer.trained else None
     if weight is not None:
         values[weight] = layer.weight
-    if trained and weight is None:
-        _check_base_weight(layer, factors.weight)
+    if layer.adapted and weight is None:
+        _check_base_weight(layer, factors)
     start = _captured(layer, factors.weight, earlier) if layer.trained else None
     scales = tuple((adapter.name, adapter.scalings, adapter.scale) for adapter in layer.adapters)
-    return BoundLayer(layer.name, layer.transposed, tuple(trained), product, weight, start, device, scales)
+    return BoundLayer(layer.name, layer.transposed, tuple(adapters), fixed, weight, start, device, scales)
 
 
 def names_that_change(layer: Layer, names: Mapping[int, str]) -> set[str]:
@@ -114,10 +115,21 @@ def names_to_pull(layer: Layer, names: Mapping[int, str], given: Container[str] 
     return set()
 
 
-def _check_base_weight(layer: Layer, stored: Tensor | None) -> None:
-    """Raise if the frozen weight under a trained adapter differs from the captured one beyond storage in 16 bits."""
+def _check_base_weight(layer: Layer, factors: LayerFactors) -> None:
+    """Raise if the frozen weight under a trained adapter differs from the captured one beyond storage in 16 bits.
+
+    A quantised weight cannot be compared. Then the start of the adapter must not have changed it.
+    """
+    stored = factors.weight
     found = None if stored is None else sample_of(layer)
     if stored is None or found is None:
+        moving = [adapter for adapter in layer.adapters if adapter.moves_weight]
+        if moving and factors.anchor is None:
+            raise ValueError(
+                f"the adapter {moving[0].name!r} has init_lora_weights={moving[0].start!r}, which changed the weight "
+                f"of {layer.name}. It cannot be compared with the one at capture, because one of them is quantised or "
+                "the source has no base model: capture a source with this model and its adapter"
+            )
         return
     if len(stored) != len(found) or not torch.allclose(stored.double(), found.double(), RELATIVE, ABSOLUTE):
         raise ValueError(
@@ -146,8 +158,3 @@ def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) ->
         f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
         "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
     )
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Return the whole parameter in float32. A DTensor is gathered, as FSDP does in each forward pass."""
-    return full(parameter.detach()).float()

@@ -124,6 +124,10 @@ def _recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         stack.enter_context(undisturbed(model, "eval"))
         stack.callback(_enable_gradients, trained)
         stack.callback(model.register_forward_pre_hook(recorder.root, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(recorder.output).remove)
+        for module in _language_models(model):
+            if module is not model:
+                stack.callback(module.register_forward_pre_hook(recorder.inner, with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(recorder.embedding).remove)
@@ -132,6 +136,13 @@ def _recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         for p in trained:
             p.requires_grad_(False)
         yield
+
+
+def _language_models(module: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules with a configuration, as models of transformers have."""
+    if hasattr(module, "config"):
+        return [module]
+    return [found for child in module.children() for found in _language_models(child)]
 
 
 def _enable_gradients(parameters: Sequence[Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradguide.utils.names import canonical_names
+from gradguide.utils.names import model_modules
 
 __all__ = ["Adapter", "Layer", "anchor_of", "base_name", "find_layers", "select"]
 
@@ -20,6 +20,8 @@ _PEFT_PREFIX = "base_model.model."
 _SAVED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # Variants of LoRA whose change of the weight is ``scale * B @ A``; they differ in the start or in the backward pass.
 _PLAIN = ("MiCA", "Monteclora", "Velora")
+# Values of ``init_lora_weights`` for which PEFT changes the weight, so that the model is the same with B A not zero.
+_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +31,24 @@ class Adapter:
     a, b: the parameters, [r, in] and [out, r].
     name: the adapter's name.
     scalings: the scale of each adapter of the layer, which PEFT changes in place.
+    start: PEFT's ``init_lora_weights``, "" if it is not known.
     """
 
     a: Tensor
     b: Tensor
     name: str
     scalings: Mapping[str, float]
+    start: str = ""
 
     @property
     def scale(self) -> float:
         """The present scale."""
         return float(self.scalings[self.name])
+
+    @property
+    def moves_weight(self) -> bool:
+        """Whether the adapter's start changed the weight below it."""
+        return self.start.startswith(_MOVING_STARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +100,8 @@ class Layer:
 
 
 def base_name(name: str) -> str:
-    """Return the name that a module or parameter of a PEFT, wrapped or compiled model has in the base model."""
-    name = _SAVED.sub("", canonical_names([name])[0].removeprefix(_PEFT_PREFIX))
+    """Return the name in the base model of a module or parameter of a PEFT model, given its canonical name."""
+    name = _SAVED.sub("", name.replace(_PEFT_PREFIX, ""))
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
@@ -105,20 +114,23 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     """
     found: dict[str, Layer] = {}
     inside: set[int] = set()
-    for name, module in model.named_modules():
+    starts = _starts(model)
+    for wrapped, module in model_modules(model):
         if id(module) in inside:
             continue
+        name = base_name(wrapped)
         inside.update(id(each) for copy in _unused(module) for each in copy.modules())
         base: Any = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module):
             if isinstance(getattr(base, "base_layer", None), nn.Module):
-                _check_nested(base_name(name), module)
+                _check_nested(name, module)
                 continue
             inside.update(map(id, module.modules()))
-            if _is_linear(base):
-                found[base_name(name)] = _adapted(base_name(name), module, base)
-        elif _is_linear(module):
-            found[base_name(name)] = Layer(base_name(name), module, module, _is_conv1d(module), ())
+            layer = _adapted(name, module, base, starts) if _is_linear(base) else None
+        else:
+            layer = Layer(name, module, module, _is_conv1d(module), ()) if _is_linear(module) else None
+        if layer is not None and found.setdefault(name, layer) is not layer:
+            raise ValueError(f"two linear layers are called {name!r} without the prefixes of wrappers: rename one")
     return found
 
 
@@ -167,7 +179,18 @@ def anchor_of(layer: Layer) -> tuple[Tensor, Tensor] | None:
     return (left.cpu(), right.cpu()) if bool(left.any()) and bool(right.any()) else None
 
 
-def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
+def _starts(model: nn.Module) -> dict[str, str]:
+    """Return PEFT's ``init_lora_weights`` by adapter."""
+    configs = (vars(module).get("peft_config") for module in model.modules())
+    return {
+        adapter: str(getattr(config, "init_lora_weights", ""))
+        for found in configs
+        if isinstance(found, Mapping)
+        for adapter, config in found.items()
+    }
+
+
+def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str, str]) -> Layer:
     active = _active(module)
     wrapper: Any = module
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
@@ -193,13 +216,16 @@ def _adapted(name: str, module: nn.Module, base: nn.Module) -> Layer:
                 "A; use plain LoRA, or SourceGradient.anchored()"
             )
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        adapters.append(Adapter(a, b, adapter, wrapper.scaling))
+        adapters.append(Adapter(a, b, adapter, wrapper.scaling, starts.get(adapter, "")))
     return Layer(name, module, base, _is_conv1d(base), tuple(adapters))
 
 
 def _check_nested(name: str, module: nn.Module) -> None:
-    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter."""
-    if _active(module):
+    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter.
+
+    Wrappers of several parameters of a module (``target_parameters``) are nested too. They are no linear layers.
+    """
+    if _active(module) and type(module).__name__ != "ParamWrapper":
         raise ValueError(
             f"{name} has adapters of several kinds ({_kind(module)}, {_kind(module.base_layer)}), whose change of the "
             "weight is not scale * B @ A; use plain LoRA, or SourceGradient.anchored()"

@@ -22,8 +22,7 @@ class Recorder:
     The input of a layer is referenced until the graph of the batch's loss is freed.
 
     predictions: number of predictions in the batch. If it is set before the backward pass, that pass is of the summed
-        loss. If it is 0, the pass is of the mean, and the rows with a nonzero gradient at the layer nearest to the loss
-        are counted.
+        loss. If it is 0, the pass is of the mean. Then rows with a nonzero gradient at the model's logits are counted.
     """
 
     def __init__(self, layers: Sequence[Layer], rank: int | None) -> None:
@@ -39,19 +38,28 @@ class Recorder:
         self._scale = 1
         # Number of forward passes of the model that have a gradient, and whether they differ in sizes or masks.
         self._passes, self._differ = 0, False
+        # Whether a model inside the captured one was called in this pass.
+        self._inner = False
         # Sequences and tokens of the model's input, and the mask of the tokens that count, None if all do.
         self._grid: tuple[int, ...] = ()
         self._mask: Mask | None = None
+        # The layer that ran last with its output, and the layer whose output is the model's.
+        self._last: tuple[str, Tensor | None] = "", None
+        self._head = ""
         # Layers with an input before the backward pass.
         self._reached: set[str] = set()
 
     def root(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Store the sizes and the attention mask of the model's input.
-
-        Raises:
-            ValueError: an encoder-decoder has padding. Its masks are those of either part, not of all layers.
-        """
+        """Store the sizes and the attention mask of the model's input."""
         before = self._grid, self._mask
+        self._inner = False
+        self._store(module, arguments, keywords)
+        if torch.is_grad_enabled():
+            self._differ |= self._passes > 0 and (*before, self._mask) != (self._grid, None, None)
+            self._passes += 1
+
+    def _store(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Store them, and raise ValueError if an encoder-decoder has padding: each mask is that of one part only."""
         named = _by_name(module, arguments, keywords)
         mask = named.get("attention_mask")
         configs = (each.config for each in module.modules() if hasattr(each, "config"))  # the model may be in a wrapper
@@ -68,9 +76,30 @@ class Recorder:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._grid = tuple(mask.shape)
             self._mask = Mask.of(mask)
+
+    def inner(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Store the same for a language model inside the captured model, whose own arguments may hide them."""
+        seen = self._inner
+        before = self._grid, self._mask
+        self._inner = True
+        self._store(module, arguments, keywords)
         if torch.is_grad_enabled():
-            self._differ |= self._passes > 0 and (*before, self._mask) != (self._grid, None, None)
-            self._passes += 1
+            self._differ |= seen and (*before, self._mask) != (self._grid, None, None)
+
+    def output(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """Count the predictions of the backward pass at the model's logits, or its output, if they are not given."""
+        logits = _logits_of(output)
+        if logits is None or not logits.requires_grad:
+            return
+        name, last = self._last
+        if logits is last:
+            self._head = name  # hooks on one tensor run in the order of their registration
+        logits.register_hook(self._count)
+
+    def _count(self, gradient: Tensor) -> None:
+        if self.predictions == 0 and self._passes == 1:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            self.predictions = self._scale = int((rows != 0).any(dim=1).sum())
 
     def embedding(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Make the embeddings require a gradient, because no parameter does."""
@@ -135,19 +164,25 @@ class Recorder:
                     f"the input of {layer.name} was changed in place after the layer: replace the operation by one "
                     "that is not in place, or leave the layer out with modules="
                 )
-            if self.predictions == 0 and self._passes > 1:
-                raise ValueError(
-                    "the loss calls the model more than once per batch, so its predictions cannot be counted: let it "
-                    "return the mean and the number of predictions in it"
+            if layer.name == self._head:
+                self._count(gradient)
+            if self.predictions == 0:
+                why = (
+                    "calls the model more than once per batch"
+                    if self._passes > 1
+                    else "does not use the model's logits"
                 )
-            if self.predictions == 0:  # the backward pass reaches the layer nearest to the loss first
-                self.predictions = self._scale = int((gradient.reshape(-1, gradient.shape[-1]) != 0).any(dim=1).sum())
+                raise ValueError(
+                    f"the loss {why}, so its predictions cannot be counted: let it return the mean and the number of "
+                    "predictions in it"
+                )
             gradient = gradient if gradient.shape == output_shape else gradient.reshape(output_shape)
             summed = gradient if self._scale == 1 else gradient.float() * self._scale
             found.add(sequences(x), sequences(summed), mask)
 
         with torch.no_grad():
             found.add_outputs(sequences(output), mask)
+        self._last = layer.name, output
         _whole_view(output).register_hook(add)
 
 
@@ -162,6 +197,14 @@ def _by_name(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[st
         return {**signature.bind_partial(*arguments, **keywords).arguments, **keywords}
     except (TypeError, ValueError):
         return keywords
+
+
+def _logits_of(output: Any) -> Tensor | None:
+    """Return the logits [..., classes] of a model's output, or the output if it is a tensor; else None."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple):
+        found = next((each for each in found if isinstance(each, Tensor) and each.dim() > 1), None)
+    return found if isinstance(found, Tensor) and found.dim() > 0 else None
 
 
 def _with_gradient(output: Tensor) -> Tensor:

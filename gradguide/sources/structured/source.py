@@ -97,9 +97,9 @@ class StructuredSource:
             batches: source batches, in the form that ``loss`` expects. Their texts have to start as those in use do,
                 with or without a BOS token: the first token has inputs of its own kind.
             loss: ``loss(model, batch)``, the mean negative log likelihood of labels *drawn from the model*, a scalar;
-                or that and the number of predictions in the mean. Without the number, rows with a gradient at the last
-                layer are counted. Whether labels are drawn from the model cannot be checked: with the labels of the
-                data, the factors are those of the empirical Fisher information.
+                or that and the number of predictions in the mean. Without the number, rows with a gradient at the
+                model's logits are counted. Whether labels are drawn from the model cannot be checked: with the labels
+                of the data, the factors are those of the empirical Fisher information.
             modules: names, suffixes of names or patterns of layers. The default is every trained or adapted linear
                 layer, or, if there is none, every linear layer except the language head.
             rank (int | None): rank of S and of G, half of it for each pair; the rest of each spectrum is stored as a
@@ -186,7 +186,7 @@ class StructuredSource:
     @property
     def pulled(self) -> set[str]:
         """Names of the parameters that the source pulls; none before it is bound to a model."""
-        return set() if self._binding is None else self._binding.names
+        return set() if self._binding is None else set(self._binding.names)
 
     def shapes(self) -> None:
         """Return None: it covers any parameter, with a zero row for one that changes none of its layers."""

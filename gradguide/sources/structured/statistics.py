@@ -136,12 +136,12 @@ class LayerStatistics:
         self._means.append(means)
         self._totals.append(d.sum(1))
         self._waiting += len(x)
-        with torch.autocast(x.device.type, enabled=False):
-            if x.shape[1] > 1:
+        if x.shape[1] > 1:
+            with torch.autocast(x.device.type, enabled=False):
                 # A masked token has no gradient, so its centered input has no weight.
                 self.tokens.add((x - means.unsqueeze(1)).flatten(0, 1), d.flatten(0, 1))
-            if self._waiting >= BUFFERED:
-                self.flush()
+        if self._waiting >= BUFFERED:
+            self.flush()
 
     def flush(self) -> None:
         """Add what is kept to the sums."""
@@ -150,7 +150,8 @@ class LayerStatistics:
         if self._lengths:
             self.scalars[1] += torch.cat(self._lengths).square().sum(dtype=self.scalars.dtype)
         if self._means:
-            self.sequences.add(torch.cat(self._means), torch.cat(self._totals))
+            with torch.autocast(self.scalars.device.type, enabled=False):
+                self.sequences.add(torch.cat(self._means), torch.cat(self._totals))
         self._clear()
 
     @property
@@ -166,7 +167,8 @@ class LayerStatistics:
 
     def factors(self, predictions: int) -> tuple[Factor, Factor]:
         """Return S and G of both pairs, stacked: tokens first."""
-        inputs, outputs = zip(self.tokens.factors(predictions), self.sequences.factors(predictions), strict=True)
+        with torch.autocast(self.scalars.device.type, enabled=False):
+            inputs, outputs = zip(self.tokens.factors(predictions), self.sequences.factors(predictions), strict=True)
         return stacked(inputs), stacked(outputs)
 
     @property

@@ -168,7 +168,7 @@ def test_a_scale_that_changes_later_needs_the_sources_again(source: StructuredSo
         scale: Any = getattr(module, "scale_layer", None)
         if scale is not None:
             scale(2.0)
-    with pytest.raises(RuntimeError, match=r"changed from [\d.]+ to [\d.]+ after .* set_alignment"):
+    with pytest.raises(RuntimeError, match=r"changed from [\d.]+ to [\d.]+, after .* set_alignment"):
         step(model, optimizer)
     optimizer.set_alignment(Alignment(source))
     step(model, optimizer)
@@ -200,6 +200,21 @@ def test_experts_that_are_stored_as_one_tensor_warn(adapter: bool) -> None:
         model = get_peft_model(model, LoraConfig(r=2, **options))
     with pytest.warns(UserWarning, match=r"no source pulls 4 adapter matrices or stacked weights.*experts"):
         guide(model, source)
+
+
+def test_adapters_of_two_parameters_of_one_module_warn() -> None:
+    """PEFT nests their wrappers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["num_key_value_heads"] = 2
+    model: Any = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, **sizes))
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this version of transformers has linear layers as experts")
+    source = StructuredSource.capture(model, text(), sampled_loss, rank=4, modules="q_proj")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts))
+    with pytest.warns(UserWarning, match=r"no source pulls 8 adapter matrices or stacked weights.*experts"):
+        optimizer = guide(model, source)
+    step(model, optimizer)
 
 
 def test_what_has_no_pull_by_design_does_not_warn(source: StructuredSource) -> None:

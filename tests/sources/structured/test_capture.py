@@ -345,6 +345,101 @@ def test_the_sums_of_a_capture_inside_autocast_are_float32() -> None:
     torch.testing.assert_close(source.factors("0")[0], exact.factors("0")[0])
 
 
+def test_a_capture_inside_autocast_is_float32_as_a_whole() -> None:
+    model = nn.Sequential(nn.Linear(40, 40, bias=False))
+    batches = torch.randn(6, 4, 8, 40, generator=torch.Generator().manual_seed(0)).unbind()
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        with torch.autocast("cpu", enabled=False):
+            found: Tensor = model(x).square().sum()
+        return found, 32
+
+    exact = StructuredSource.capture(model, batches, loss, rank=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        source = StructuredSource.capture(model, batches, loss, rank=8)
+    for found, wanted in zip(source.factors("0"), exact.factors("0"), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj"], ["down_proj"], ["lm_head"]])
+def test_predictions_are_counted_at_the_logits(targets: list[str]) -> None:
+    """A layer before the last attention has gradients at tokens that predict nothing."""
+    batches = text(3)
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].masked_fill(torch.arange(16) < 10, -100)
+    model = adapted(llama(), target_modules=targets)
+    for loss in (sampled_loss, lambda model, batch: sampled_loss(model, batch)[0]):
+        source = StructuredSource.capture(model, batches, loss, rank=4)
+        assert source.metadata["predictions"] == 3 * 3 * 6
+
+
+def test_predictions_of_a_loss_without_logits_have_to_be_given() -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = model(**batch, output_hidden_states=True).hidden_states[-1].square().mean()
+        return found
+
+    with pytest.raises(ValueError, match=r"does not use the model's logits.*return the mean and the number"):
+        StructuredSource.capture(llama(), text(1), loss, rank=4)
+    source = StructuredSource.capture(llama(), text(3), lambda m, b: (loss(m, b), 48), rank=4, modules="q_proj")
+    assert source.metadata["predictions"] == 144
+
+
+@pytest.mark.parametrize("wrapped", [1, 2])
+def test_padding_is_found_where_a_wrapper_hides_it(wrapped: int) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, batch: dict[str, Tensor]) -> Any:
+            return self.inner(batch) if isinstance(self.inner, Wrapper) else self.inner(**batch)
+
+    batches = text(6)
+    for batch in batches:
+        batch["attention_mask"][0, 9:] = 0
+    sources = []
+    for depth in (0, wrapped):
+        model: Any = llama()
+        for _ in range(depth):
+            model = Wrapper(model)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+            logits = (model(batch) if isinstance(model, Wrapper) else model(**batch)).logits[:, :-1]
+            used = batch["attention_mask"][:, 1:].bool()
+            return logits[used].square().mean(), int(used.sum())
+
+        sources.append(StructuredSource.capture(model, batches, loss, rank=None))
+    plain, hidden = sources
+    assert hidden.metadata["tokens"] == plain.metadata["tokens"] == 6 * (16 + 16 + 9)
+    for name in plain.names():
+        for found, wanted in zip(hidden.factors(f"{'inner.' * wrapped}{name}"), plain.factors(name), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_two_layers_with_one_name_are_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self._orig_mod = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+    with pytest.raises(ValueError, match="two linear layers are called 'fc' without the prefixes of wrappers"):
+        StructuredSource.capture(Net(), [torch.ones(2, 4)], lambda model, x: model(x).sum())
+
+
+def test_a_submodule_called_module_is_no_wrapper() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.module = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.module["fc"](self.fc(x))
+            return found
+
+    source = StructuredSource.capture(Net(), [torch.ones(2, 4)], lambda model, x: model(x).sum(), rank=None)
+    assert source.names() == ["fc", "module.fc"]
+
+
 class Small(nn.Module):
     """A residual layer, with operations in place or without, and with or without checkpointing."""
 

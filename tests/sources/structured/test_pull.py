@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,42 @@ def test_a_frozen_adapter_counts_and_is_not_pulled(source: StructuredSource) -> 
         if ".default." in name:
             p.requires_grad_(False)
     checked(source, model)
+
+
+def two_adapters() -> Any:
+    """Return a model with a trained adapter "default" and a frozen, active one "second"."""
+    model: Any = adapted(llama())
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "second"])
+    spread(model, 0.1)
+    for name, p in model.named_parameters():
+        if ".second." in name:
+            p.requires_grad_(False)
+    return model
+
+
+def test_values_that_a_frozen_adapter_gets_later_count(source: StructuredSource) -> None:
+    model = two_adapters()
+    second = [p for name, p in model.named_parameters() if ".second." in name]
+    values = [p.detach().clone() for p in second]
+    torch._foreach_zero_([p.data for p in second])
+    bound = source.bound(model)
+    torch._foreach_copy_([p.data for p in second], values)
+    bound.refresh(trained(model), [])
+    fresh = source.bound(model)
+    fresh.refresh(trained(model), [])
+    assert bound.drift is not None
+    assert fresh.drift is not None
+    torch.testing.assert_close(bound.drift, fresh.drift)
+    assert not any(".second." in name for name in bound.pulled)
+
+
+def test_a_deleted_adapter_needs_the_sources_again(source: StructuredSource) -> None:
+    model = two_adapters()
+    bound = source.bound(model)
+    model.delete_adapter("second")
+    with pytest.raises(RuntimeError, match=r"'second' at .* is gone: it was deleted, after .* set_alignment"):
+        bound.refresh(trained(model), [])
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
