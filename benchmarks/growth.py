@@ -34,7 +34,6 @@ TENSORS_PER_LAUNCH = {"norm": 110, "multiply": 110, "adam": 36, "count": 110}
 PROVIDERS = {
     BASELINE: BASE_BYTES,
     "defaults, no source": FUSED_FLOORS["defaults, no source"],
-    "defaults at a rate of 5e-5, no source": FUSED_FLOORS["defaults at a rate of 5e-5, no source"],
     # The pull is a stored row: it is written once, and read to measure, to preview the update, and to step.
     "defaults, structured source": FUSED_FLOORS["defaults, no source"] + 4 * 4,
 }
