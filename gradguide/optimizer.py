@@ -112,8 +112,7 @@ class GradGuide(Wrapper):
         super().__init__(base)
         self._nonfinite = nonfinite
         self._regularizer = regularizer
-        planner = StepPlanner(scope, known, sources, {**options, "nonfinite": nonfinite}, backend)
-        planner.track_replaced(base)
+        planner = StepPlanner(base, scope, known, sources, {**options, "nonfinite": nonfinite}, backend)
         self._engine = Engine(direction, alignment, magnitude, planner)
         self._progress = Progress()
 
@@ -210,7 +209,7 @@ class GradGuide(Wrapper):
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known, planner.sources)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)
-        planner.set_sources(sources)
+        planner.set_sources(sources, self.base)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
         """Replace the sources from the next step on. Direction, statistics and the base are unchanged.
@@ -230,7 +229,7 @@ class GradGuide(Wrapper):
         known = extend_names(planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known, planner.sources)
         planner.set_names(known, self.base)
-        engine.set_alignment(alignment, sources)
+        engine.set_alignment(alignment, sources, self.base)
         self._progress.last = None
 
     def metrics(self) -> dict[str, float]:

@@ -83,17 +83,16 @@ class Engine:
         planner: StepPlanner,
     ) -> None:
         self.planner = planner
-        self.rules = Rules(direction, None, magnitude)
-        self.set_alignment(alignment, planner.sources)
+        self.rules = Rules(direction, alignment, magnitude)
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = ScopeState()
         self.update_squares: list[Tensor] = []
 
-    def set_alignment(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
+    def set_alignment(self, alignment: Alignment | None, sources: Sequence[Source], base: Optimizer) -> None:
         """Replace the alignment. ``sources`` are those of the alignment, then those of the regularizer."""
         self.rules = replace(self.rules, alignment=alignment)
         self.planner.options["alignment"] = alignment
-        self.planner.set_sources(sources)
+        self.planner.set_sources(sources, base)
 
     @torch.no_grad()
     def measure(
