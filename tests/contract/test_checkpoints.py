@@ -199,6 +199,38 @@ def test_i21_state_of_other_rules_loads() -> None:
     assert other.metrics()["coherence"] <= 1.0
 
 
+KINDS_OF_DIRECTION = {
+    "None": None,
+    "Direction()": Direction(),
+    "Direction(share_momentum=True)": Direction(share_momentum=True),
+}
+
+
+@pytest.mark.parametrize("now", KINDS_OF_DIRECTION)
+@pytest.mark.parametrize("then", ["Direction()", "Direction(share_momentum=True)"])
+def test_i21_statistics_of_another_kind_of_direction_are_dropped_with_a_warning(then: str, now: str) -> None:
+    model, twin = kit.net(), kit.net()
+    optimizer = kit.guide(model, kit.adamw, direction=KINDS_OF_DIRECTION[then])
+    kit.train(model, optimizer, range(3))
+    state = kit.through_file(optimizer.state_dict())
+    other = kit.guide(twin, kit.adamw, direction=KINDS_OF_DIRECTION[now])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.load_state_dict(state)
+    if then == now:
+        assert not caught
+        kit.assert_same(other.state_dict(), state)
+        return
+    assert len(caught) == 1
+    assert f"dropped: this optimizer has direction={now}" in str(caught[0].message)
+    assert f"Pass direction={then} to continue" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert not other._engine.scopes.statistics.any()
+    assert kit.directions_of(other) == {}
+    assert other.metrics()["steps"] == 3
+    kit.assert_same(other.base.state_dict(), optimizer.base.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_i14_direction_of_low_precision_parameters_is_float32_after_loading(dtype: torch.dtype) -> None:
     model = kit.net(dtype=dtype)
