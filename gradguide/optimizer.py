@@ -122,6 +122,8 @@ class GradGuide(Wrapper):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Guide the gradients in place, then step the base.
 
+        If the base's step raises, compute the gradients again: another ``step()`` would guide the same ones twice.
+
         Args:
             closure: evaluated once, with gradients enabled, before the step. A regularizer may evaluate it twice: see
                 :class:`gradguide.Regularizer`.
@@ -134,7 +136,7 @@ class GradGuide(Wrapper):
         Raises:
             RuntimeError: DeepSpeed ZeRO shards the parameters, or hooks consume the gradients during backward. With a
                 regularizer: the closure is missing, or does not do what the regularizer requires.
-            ValueError: a gradient is sparse or complex, or ranks that share the parameters differ in an option.
+            ValueError: a gradient is sparse or complex, ranks differ in an option, or a source lacks a new parameter.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
