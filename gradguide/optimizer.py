@@ -112,8 +112,7 @@ class GradGuide(Wrapper):
         super().__init__(base)
         self._nonfinite = nonfinite
         self._regularizer = regularizer
-        planner = StepPlanner(scope, known, sources, {**options, "nonfinite": nonfinite}, backend)
-        planner.track_replaced(base)
+        planner = StepPlanner(base, scope, known, sources, {**options, "nonfinite": nonfinite}, backend)
         self._engine = Engine(direction, alignment, magnitude, planner)
         self._progress = Progress()
 
@@ -122,6 +121,8 @@ class GradGuide(Wrapper):
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Guide the gradients in place, then step the base.
+
+        If the base's step raises, compute the gradients again: another ``step()`` would guide the same ones twice.
 
         Args:
             closure: evaluated once, with gradients enabled, before the step. A regularizer may evaluate it twice: see
@@ -135,7 +136,7 @@ class GradGuide(Wrapper):
         Raises:
             RuntimeError: DeepSpeed ZeRO shards the parameters, or hooks consume the gradients during backward. With a
                 regularizer: the closure is missing, or does not do what the regularizer requires.
-            ValueError: a gradient is sparse or complex, or ranks that share the parameters differ in an option.
+            ValueError: a gradient is sparse or complex, ranks differ in an option, or a source lacks a new parameter.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
@@ -210,7 +211,7 @@ class GradGuide(Wrapper):
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known, planner.sources)
         self.base.add_param_group(param_group)
         planner.set_names(known, self.base)
-        planner.set_sources(sources)
+        planner.set_sources(sources, self.base)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
         """Replace the sources from the next step on. Direction, statistics and the base are unchanged.
@@ -230,7 +231,7 @@ class GradGuide(Wrapper):
         known = extend_names(planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known, planner.sources)
         planner.set_names(known, self.base)
-        engine.set_alignment(alignment, sources)
+        engine.set_alignment(alignment, sources, self.base)
         self._progress.last = None
 
     def metrics(self) -> dict[str, float]:

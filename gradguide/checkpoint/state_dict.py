@@ -29,6 +29,10 @@ from gradguide.step.engine import Engine
 
 __all__ = ["load", "merge"]
 
+# The kinds of direction. The statistics of one are wrong for another.
+_NONE, _OWN, _SHARED = "None", "Direction()", "Direction(share_momentum=True)"
+_DROPPED = {_OWN: "a running direction, which is", _SHARED: "statistics of the base's momentum as direction, which are"}
+
 
 class _Own(NamedTuple):
     """GradGuide's part of a state dict after validation.
@@ -60,15 +64,25 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
     for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
-        # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets
-        # no entry, and the base alone can load the result. Such a parameter has no direction either.
-        if stateful and key not in stateful and parameter not in engine.directions:
+        # Optimizers treat an existing entry as initialised. Without one, the base alone can load the result.
+        if key not in stateful and _awaits_step(engine.directions.get(parameter), totals, bool(stateful)):
             continue
         own = {COUNTERS: make_counters(totals, engine.scopes.export(labels[parameter]))}
         if parameter in engine.directions:
             own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
+
+
+def _awaits_step(direction: Tensor | None, totals: Tensor, stateful: bool) -> bool:
+    """Return whether a parameter without state in the base may get state in its first step.
+
+    Args:
+        stateful: whether the base keeps state of other parameters. If only skipped steps were made, it is unknown.
+    """
+    steps, skipped = totals.tolist()
+    # A skipped step leaves a direction of zeros.
+    return (stateful or (steps == 0 < skipped)) and (direction is None or (skipped > 0 and not direction.any()))
 
 
 def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
@@ -82,8 +96,8 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
         Exception: any other error that the base raises if its own part is damaged.
 
     Warns:
-        UserWarning: the state is from a plain base optimizer that has stepped, or has a running direction where the
-            engine has no such rule.
+        UserWarning: the state is from a plain base optimizer that has stepped, or has a direction of another kind than
+            the engine (none, its own, or the base's momentum). The direction and its statistics are then dropped.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
@@ -135,22 +149,35 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             UserWarning,
             stacklevel=5,
         )
-    if directions and engine.rules.direction is None:
+    saved, kind = _saved_kind(directions, counters), _kind(engine)
+    if saved not in (_NONE, kind):
+        directions = {}
+        for numbers in counters.values():
+            numbers[HEAD:] = 0.0
         warnings.warn(
-            "the state has a running direction, which is dropped: this optimizer has direction=None, the default since "
-            "version 0.3. Pass direction=Direction() to continue with it",
+            f"the state has {_DROPPED[saved]} dropped: this optimizer has direction={kind}"
+            f"{', the default since version 0.3' if kind == _NONE else ''}. Pass direction={saved} to continue with it",
             UserWarning,
             stacklevel=5,
         )
-    return {**state, "state": rest}, _Own(_allocate_directions(directions, engine), counters)
+    return {**state, "state": rest}, _Own(_allocate_directions(directions), counters)
 
 
-def _allocate_directions(directions: dict[Tensor, Tensor], engine: Engine) -> dict[Tensor, Tensor]:
-    """Copy the local part of each direction into one block of memory; empty if the rules keep no direction."""
-    keep = engine.rules.direction is not None and not engine.rules.direction.share_momentum
-    saved = directions if keep else {}
-    copies = dict(zip(saved, allocate_contiguous([local(p) for p in saved], torch.float32), strict=True))
-    for parameter, direction in saved.items():
+def _kind(engine: Engine) -> str:
+    return _NONE if engine.rules.direction is None else _SHARED if engine.rules.share_momentum else _OWN
+
+
+def _saved_kind(directions: dict[Tensor, Tensor], counters: dict[Tensor, Tensor]) -> str:
+    """Return the kind of direction that a state is of. All statistics are of the direction."""
+    if directions:
+        return _OWN
+    return _SHARED if any(bool(numbers[HEAD:].any()) for numbers in counters.values()) else _NONE
+
+
+def _allocate_directions(directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Copy the local part of each direction into one block of memory."""
+    copies = dict(zip(directions, allocate_contiguous([local(p) for p in directions], torch.float32), strict=True))
+    for parameter, direction in directions.items():
         copies[parameter].copy_(to_layout(direction.detach(), parameter))
     return copies
 

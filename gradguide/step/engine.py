@@ -83,17 +83,16 @@ class Engine:
         planner: StepPlanner,
     ) -> None:
         self.planner = planner
-        self.rules = Rules(direction, None, magnitude)
-        self.set_alignment(alignment, planner.sources)
+        self.rules = Rules(direction, alignment, magnitude)
         self.directions: dict[Tensor, Tensor] = {}
         self.scopes = ScopeState()
         self.update_squares: list[Tensor] = []
 
-    def set_alignment(self, alignment: Alignment | None, sources: Sequence[Source]) -> None:
+    def set_alignment(self, alignment: Alignment | None, sources: Sequence[Source], base: Optimizer) -> None:
         """Replace the alignment. ``sources`` are those of the alignment, then those of the regularizer."""
         self.rules = replace(self.rules, alignment=alignment)
         self.planner.options["alignment"] = alignment
-        self.planner.set_sources(sources)
+        self.planner.set_sources(sources, base)
 
     @torch.no_grad()
     def measure(
@@ -105,6 +104,8 @@ class Engine:
             regularizer_gradient: by parameter. It becomes the last row.
         """
         regularized = regularizer_gradient is not None
+        if plan.cache.positions is None:
+            self._restart_scopes(plan, base)
         sources = plan.sources[: self.rules.source_count]
         rows: Rows = []
         for index, bucket in enumerate(plan.buckets):
@@ -117,6 +118,15 @@ class Engine:
         if plan.cache.positions is None:
             plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
         return StepState(plan, rows, span, plan.cache.positions, regularized)
+
+    def _restart_scopes(self, plan: StepPlan, base: Optimizer) -> None:
+        """Zero the statistics of scopes without a direction yet: labels may be positions of removed parameters."""
+        if self.rules.direction is None or plan.sharded:  # ranks may lack directions, but statistics must be equal
+            return
+        labels = self.planner.labels(base)
+        found = momentum_buffers(base, labels) if self.rules.share_momentum else map(self.directions.get, labels)
+        begun = {label for label, direction in zip(labels.values(), found, strict=True) if direction is not None}
+        self.scopes.reset([label for label in plan.labels if label not in begun])
 
     def signed_rows(self, sources: int) -> slice:
         """Return the rows of the gradient pass that are multiplied by the sign of their bucket.

@@ -17,6 +17,7 @@ from gradguide.distributed.layouts import Layout
 from gradguide.distributed.ranks import Ranks
 from gradguide.ops.rounding import rounding
 from gradguide.ops.tensors import DTYPE, metadata_of
+from gradguide.sources.matching import match_sources
 from gradguide.sources.protocol import Source
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Label, Labeler, Scope, build_buckets, scope_labeler, signs_of
@@ -31,6 +32,7 @@ class StepPlanner:
     """Names, scopes, sources and backend of an optimizer, and the plan of the last step.
 
     Args:
+        base: the base optimizer.
         scope: see :class:`gradguide.GradGuide`.
         names: names of the base's parameters.
         sources: the sources of alignment and regularizer.
@@ -39,7 +41,13 @@ class StepPlanner:
     """
 
     def __init__(
-        self, scope: Scope, names: Names, sources: Sequence[Source], options: Mapping[str, object], backend: str
+        self,
+        base: Optimizer,
+        scope: Scope,
+        names: Names,
+        sources: Sequence[Source],
+        options: Mapping[str, object],
+        backend: str,
     ) -> None:
         self.name_lookup = names
         self._scope: str | dict[Tensor, str] = scope if isinstance(scope, str) else dict(scope.items())
@@ -47,7 +55,8 @@ class StepPlanner:
         self._backend = backend
         self._places: dict[tuple[int, int], Tensor] = {}  # parameter by index of its group, and index in the group
         self._plan: tuple[Signature, StepPlan] | None = None
-        self.set_sources(sources)
+        self.track_replaced(base)
+        self.set_sources(sources, base)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other parameters and perhaps other ranks, so its plan is stale.
@@ -58,9 +67,10 @@ class StepPlanner:
         """Names by parameter, for all parameters looked up so far."""
         return self.name_lookup.found
 
-    def set_sources(self, sources: Sequence[Source]) -> None:
-        """Replace the sources. They must match the named parameters."""
+    def set_sources(self, sources: Sequence[Source], base: Optimizer) -> None:
+        """Replace the sources. They must match the named parameters of ``base``."""
         self.sources = sources
+        self._matched = self._names_in(base)
         # Validation ensured that all sources have the trained parameters. Frozen ones may be missing in some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
         everything = frozenset(self.names.values()) if sources else frozenset()
@@ -74,6 +84,20 @@ class StepPlanner:
         self.name_lookup = names
         self.track_replaced(base)
 
+    def _names_in(self, base: Optimizer) -> frozenset[str]:
+        return frozenset(self.name_lookup.of(p for group in base.param_groups for p in group["params"]).values())
+
+    def _match_added(self, base: Optimizer) -> None:
+        """Match the sources again if named parameters were added to the base itself, or to the list of a group.
+
+        Raises:
+            ValueError: a source does not match them.
+        """
+        self.track_replaced(base)
+        if self.sources and not self._names_in(base) <= self._matched:
+            sources = match_sources(self.sources, base.param_groups, self.name_lookup, self.sources)
+            self.set_sources(sources, base)
+
     def invalidate(self) -> None:
         """Discard the plan. The next step makes a new one."""
         self._plan = None
@@ -84,12 +108,14 @@ class StepPlanner:
         The last plan is reused with the new gradients. It is discarded in four cases:
 
         - Its :class:`Signature` no longer matches the groups, the parameters or the gradients.
-        - :meth:`set_sources` is called: by ``GradGuide.set_alignment`` and ``GradGuide.add_param_group``.
+        - :meth:`set_sources` is called: by ``GradGuide.set_alignment`` and ``GradGuide.add_param_group``, and after
+          named parameters were added otherwise.
         - :meth:`invalidate` is called: after a checkpoint is loaded.
         - The optimizer is copied or unpickled: :meth:`__getstate__` leaves it out.
 
         Raises:
-            ValueError: a gradient cannot be guided, or the ranks differ in an option.
+            ValueError: a gradient cannot be guided, a source does not match added parameters, or the ranks differ in an
+                option.
         """
         signs = signs_of(base)
         gradients = None if self._plan is None else self._plan[0].gradients(base.param_groups, signs)
@@ -137,9 +163,10 @@ class StepPlanner:
 
         Raises:
             RuntimeError: DeepSpeed ZeRO shards the parameters.
-            ValueError: FSDP1 shards them, the ranks differ in an option, or a group is differentiable.
+            ValueError: FSDP1 shards them, the ranks differ in an option, a group is differentiable, or a source does
+                not match added parameters.
         """
-        self.track_replaced(base)
+        self._match_added(base)
         check_differentiable(base.param_groups)
         check_zero(base.param_groups)
         trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
@@ -149,11 +176,14 @@ class StepPlanner:
 
     def refresh(self, base: Optimizer) -> None:
         """Refresh the sources, before a step."""
+        # The default refresh does nothing.
+        live = any(type(source).refresh is not SourceGradient.refresh for source in self.sources)
+        if live:
+            self._match_added(base)
         if not self._ranks.agreed:
             self.check_ranks(base)  # before the collectives in a source's own passes
-        if all(type(source).refresh is SourceGradient.refresh for source in self.sources):
-            return  # the default refresh does nothing
-        self.track_replaced(base)
+        if not live:
+            return
         trained = trainable_parameters(base)
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         for source in self.sources:

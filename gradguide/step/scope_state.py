@@ -55,6 +55,12 @@ class ScopeState:
             return torch.zeros(len(STATISTICS), dtype=torch.float64)
         return self._values[self._index[label]].clone()
 
+    def reset(self, labels: list[Label]) -> None:
+        """Set the statistics of these labels to zero."""
+        rows = [self._index[label] for label in labels if label in self._index]
+        if rows:
+            self._values[rows] = 0.0
+
     def restore(self, statistics: dict[Label, Tensor]) -> None:
         """Replace all statistics by those given, one Tensor [len(STATISTICS)] per label."""
         self._index = {label: position for position, label in enumerate(statistics)}

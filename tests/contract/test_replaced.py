@@ -81,3 +81,31 @@ def test_a_group_that_the_base_refuses_is_refused() -> None:
         with pytest.raises(TypeError):
             optimizer.add_param_group(bad)  # type: ignore[arg-type]
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+def test_a_group_in_the_place_of_a_removed_one_starts_from_zero(scope: str, share: bool) -> None:
+    p, q, late = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    rule = Direction(share_momentum=share)
+    optimizer = GradGuide(AdamW([{"params": [p]}, {"params": [q]}]), direction=rule, scope=scope)
+    fresh = GradGuide(AdamW([copy.deepcopy(late)]), direction=rule, scope=scope)
+    (twin,) = fresh.param_groups[0]["params"]
+    noise = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for step in range(20):
+        p.grad, q.grad = noise[step].clone(), noise[step].clone()
+        optimizer.step()
+    kept = optimizer._engine.scopes.statistics[0].clone()
+    del optimizer.param_groups[1]
+    optimizer.add_param_group({"params": [late]})
+    p.grad = None
+    for step in range(3):
+        late.grad, twin.grad = noise[step].clone(), noise[step].clone()
+        optimizer.step()
+        fresh.step()
+        assert torch.equal(optimizer._engine.scopes.statistics, torch.stack([kept, fresh._engine.scopes.statistics[0]]))
+    assert torch.equal(late, twin)
+    # A parameter that had no gradient for some steps keeps its statistics.
+    p.grad = noise[0].clone()
+    optimizer.step()
+    assert bool((optimizer._engine.scopes.statistics[0] != 0).all())

@@ -149,6 +149,27 @@ def test_a_group_that_a_source_lacks_is_refused_with_nothing_changed() -> None:
     pulled(optimizer, source_of(model[:1]), {model.get_parameter("0.weight"): "0.weight"})
 
 
+@pytest.mark.parametrize("where", ["base", "list"])
+def test_a_parameter_that_a_source_lacks_is_refused_at_the_step_after_it_was_added(where: str) -> None:
+    model = model_of(2)
+    optimizer = guide(model[0].parameters(), names=model, alignment=pull(source_of(model[:1])))
+    added = model.get_parameter("1.weight")
+    if where == "base":
+        optimizer.base.add_param_group({"params": [added]})
+    else:
+        optimizer.param_groups[0]["params"].append(added)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"1 missing from the source \(1\.weight\).*not n\.startswith\('1\.'\)"):
+            optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters() if p.grad is not None)
+    optimizer.set_alignment(pull(source_of(model)))
+    pulled(optimizer, source_of(model), {p: name for name, p in model.named_parameters()})
+
+
 def test_i35_parameters_that_were_replaced_are_found_by_the_model() -> None:
     """Parameters are replaced as by ``fully_shard``, before and after the optimizer is created."""
     model = model_of()

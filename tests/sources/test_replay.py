@@ -238,6 +238,27 @@ def test_a_group_that_is_added_is_asked_about_too() -> None:
     assert {"late.weight", "late.bias"} <= source._rows.keys()
 
 
+@pytest.mark.parametrize("where", ["base", "list"])
+def test_a_parameter_added_without_the_wrapper_is_pulled(where: str) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    a, b = model.parameters()
+    base = torch.optim.SGD([a], lr=0.1)
+    source = ReplaySource([0], lambda _: torch.as_tensor(a.sum() + b.sum()))
+    optimizer = GradGuide(
+        base, magnitude=None, alignment=Alignment(source, weight=1.0, project=False), names=model, scope="tensor"
+    )
+    a.grad = torch.ones(2, 2)
+    optimizer.step()
+    if where == "base":
+        base.add_param_group({"params": [b]})
+    else:
+        optimizer.param_groups[0]["params"].append(b)
+    a.grad, b.grad = torch.ones(2, 2), torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(a.grad, torch.full((2, 2), 2.0))
+    assert torch.equal(b.grad, torch.full((2, 2), 2.0))
+
+
 def test_it_needs_names() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="keyed by parameter names, found none"):

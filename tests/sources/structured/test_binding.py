@@ -146,7 +146,8 @@ def test_a_head_outside_the_names_is_not_pulled() -> None:
     check_pull(source, model, optimizer, 28)
 
 
-def test_layers_of_a_group_that_is_added_later_are_pulled_from_then_on(source: StructuredSource) -> None:
+@pytest.mark.parametrize("where", ["wrapper", "base"])
+def test_layers_of_a_group_that_is_added_later_are_pulled_from_then_on(source: StructuredSource, where: str) -> None:
     model = adapted(llama())
     spread(model, 0.1)
     parts: list[list[Tensor]] = [[], []]
@@ -154,7 +155,7 @@ def test_layers_of_a_group_that_is_added_later_are_pulled_from_then_on(source: S
         parts["layers.1." in name].append(p)
     optimizer = guide(model, source, parts[0])
     step(model, optimizer)
-    optimizer.add_param_group({"params": parts[1]})
+    (optimizer if where == "wrapper" else optimizer.base).add_param_group({"params": parts[1]})
     step(model, optimizer)
     check_pull(source, model, optimizer, 28)
 
