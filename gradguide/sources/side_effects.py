@@ -56,7 +56,7 @@ def preserve_buffers() -> Iterator[None]:
         with torch.no_grad():
             for module, buffers in kept.items():
                 for name, (buffer, value) in buffers.items():
-                    buffer.copy_(value)
+                    buffer.data.copy_(value)  # not a new version: a graph from before the pass may hold the buffer
                     module._buffers[name] = buffer
 
 
