@@ -84,6 +84,7 @@ def evaluate(
     copies = perturbation.plan.snapshot()
     try:
         inverse_step = _perturb(perturbation)
+        torch.clear_autocast_cache()  # an outer autocast keeps casts of the parameters before the change
         with preserve_gradients(parameters) as first, preserve_buffers(), torch.enable_grad():
             start.restore()
             closure()
@@ -92,6 +93,7 @@ def evaluate(
         with torch.no_grad():
             for bucket, copy in zip(perturbation.plan.buckets, copies, strict=True):
                 torch._foreach_copy_(bucket.values, copy)
+        torch.clear_autocast_cache()
         end.restore()
     return loss, products
 

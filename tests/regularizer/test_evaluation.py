@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -77,6 +78,29 @@ def test_dropout_draws_the_same_mask_in_both_evaluations() -> None:
     guided_loss(F.cross_entropy(twin(x), y), twin.named_parameters(), magnitude_weight=0.3).backward()
     torch.optim.SGD(twin.parameters(), lr=0.1).step()
     torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(twin), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_an_outer_autocast_changes_nothing(enabled: bool) -> None:
+    """It caches the casts of the parameters, which differ in the second evaluation and after it."""
+    found = []
+    for outer in (nullcontext(), torch.autocast("cpu", torch.bfloat16, enabled=enabled)):
+        model = kit.net()
+        optimizer = guide(model, lr=0.0, magnitude=1.0)
+
+        def evaluate(model: nn.Module = model) -> Tensor:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = kit.loss_of(model, kit.batch(0))
+            loss.backward()
+            return loss
+
+        with outer:
+            optimizer.step(evaluate)
+            with torch.autocast("cpu", torch.bfloat16):
+                after = kit.loss_of(model, kit.batch(0)).detach()
+        found.append([after, *(p.grad for p in model.parameters())])
+    kit.assert_same(found[1], found[0])
 
 
 def test_parameters_are_back_bit_for_bit_before_the_base_steps() -> None:
