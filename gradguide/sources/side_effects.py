@@ -65,10 +65,10 @@ def preserve_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Te
     """Set the gradients of parameters to None inside, and restore them bit for bit afterwards.
 
     Under DDP, gradients may be views of buffers that another backward pass overwrites. So they are copied. The context
-    manager yields the copies by parameter (of a sharded parameter: the local part).
+    manager yields the copies by parameter (of a sharded parameter: the local part). Sparse gradients are no such views.
     """
     held = {p: p.grad for p in parameters}
-    there = [(p, g, local(g)) for p, g in held.items() if g is not None]
+    there = [(p, g, local(g)) for p, g in held.items() if g is not None and g.layout == torch.strided]
     copies = allocate_contiguous([value for _, _, value in there])
     if there:
         torch._foreach_copy_(copies, [value for _, _, value in there])

@@ -169,6 +169,52 @@ def test_gradients_that_are_views_of_a_shared_buffer_survive() -> None:
     kit.assert_same(found[1], found[0])
 
 
+@pytest.mark.parametrize("returned", ["loss", "number", "nothing"])
+def test_gradients_of_another_optimizer_are_those_of_one_evaluation(returned: str) -> None:
+    """The closure clears those of its own optimizer, and the others accumulate. Sparse ones are kept too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+    body, others = list(model[2].parameters()), [model[0].weight, *model[4].parameters()]
+    base = torch.optim.SGD(body, lr=0.1)
+    regularizer = Regularizer(magnitude=0.3, warmup=0)
+    names = None if returned == "loss" else model
+    optimizer = GradGuide(base, magnitude=None, regularizer=regularizer, names=names)
+    x, y = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 2])
+
+    def evaluate() -> Any:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return {"loss": loss, "number": loss.item(), "nothing": None}[returned]
+
+    evaluate()
+    once = [p.grad.to_dense().clone() for p in others if p.grad is not None]
+    optimizer.step(evaluate)
+    for p, gradient in zip(others, once, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.to_dense(), 2 * gradient)
+
+
+def test_a_frozen_parameter_that_keeps_its_gradient_is_not_regularized() -> None:
+    """Every base steps what has a gradient, and ``zero_grad(set_to_none=False)`` leaves one."""
+    model, plain = kit.net(), kit.net()
+    optimizers = [guide(model), guide(plain)]
+    for each, optimizer, set_to_none in ((model, optimizers[0], False), (plain, optimizers[1], True)):
+
+        def evaluate(each: nn.Module = each, set_to_none: bool = set_to_none) -> Tensor:
+            each.zero_grad(set_to_none)
+            loss = kit.loss_of(each, kit.batch(0))
+            loss.backward()
+            return loss
+
+        optimizer.step(evaluate)
+        each.get_submodule("0").requires_grad_(False)
+        before = each.get_submodule("0").weight.clone()
+        optimizer.step(evaluate)
+        assert torch.equal(each.get_submodule("0").weight, before)
+    torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(plain), rtol=1e-3, atol=1e-5)
+
+
 def test_a_parameter_without_a_second_gradient_has_no_further_term() -> None:
     model = kit.net()
     optimizer = guide(model)

@@ -45,6 +45,17 @@ def test_gradients_are_none_inside_and_the_same_bits_afterwards() -> None:
     assert without.grad is None
 
 
+def test_a_sparse_gradient_is_kept() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    gradient = table.weight.grad
+    with preserve_gradients([table.weight]):
+        table(torch.tensor([2])).sum().backward()
+    assert table.weight.grad is gradient
+    assert gradient is not None
+    assert torch.equal(gradient.to_dense()[:, 0], torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+
 def test_leaves_are_those_that_backward_reaches() -> None:
     a, b, unused = (nn.Parameter(torch.ones(2)) for _ in range(3))
     assert set(leaves((a * b + a).sum())) == {a, b}
