@@ -23,7 +23,8 @@ class ReplaySource:
     """The gradient of a source batch at the current parameters, as in A-GEM (arXiv 1812.00420).
 
     It costs one additional forward and backward pass every ``every`` steps, and two rows of memory. Other steps reuse
-    the last gradient. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
+    the last finite gradient. A step evaluates anew if there is none yet, or if names, shapes, dtypes or devices of
+    parameters changed. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
 
     The passes leave gradients (including those that another optimizer uses), buffers (batch statistics) and torch's
     random state unchanged. Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
@@ -35,7 +36,7 @@ class ReplaySource:
             If training uses autocast, the loss must enter autocast itself.
         every (int): steps from one evaluation to the next, at least 1.
         scaler: the GradScaler of float16 training. The loss is multiplied by its scale and the gradient divided by it.
-            If the gradient overflows, the last one is reused.
+            If the gradient overflows, the last finite one is reused.
 
     Raises:
         ValueError, TypeError: ``every`` is out of range, or ``batches`` is not iterable.
@@ -60,6 +61,7 @@ class ReplaySource:
         self._scaler = scaler
         self._stream: Iterator[Any] | None = None
         self._rows: dict[str, Tensor] = {}
+        self._finite = False  # the rows; after that, rows that are not finite are replaced by the last ones
         self._steps = 0
 
     @property
@@ -87,7 +89,7 @@ class ReplaySource:
                 parameters. Gradients are unchanged.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
-        due = self._steps % self._every == 0 or parameters.keys() != self._rows.keys()
+        due = self._steps % self._every == 0 or not self._finite or not self._fits(parameters)
         if due and parameters:
             self._evaluate(parameters, trained)
         self._steps += 1
@@ -102,6 +104,12 @@ class ReplaySource:
 
     def __repr__(self) -> str:
         return f"ReplaySource(every={self._every})"
+
+    def _fits(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Return whether there is a row for each parameter, of its present shape, dtype and device."""
+        return parameters.keys() == self._rows.keys() and all(
+            _kind(local(p)) == _kind(self._rows[name]) for name, p in parameters.items()
+        )
 
     def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         batch = self._next()
@@ -138,10 +146,14 @@ class ReplaySource:
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
         rows = dict(zip(parameters, new, strict=True))
-        if self._rows.keys() == rows.keys():
-            finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+        finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+        if is_distributed():  # shards differ between ranks, and all ranks must evaluate at the same steps
+            finite = _on_all_ranks(finite)
+        if self._finite and self._fits(parameters):
             for name, tensor in rows.items():
                 tensor.copy_(torch.where(finite, tensor, self._rows[name]))
+        else:
+            self._finite = bool(finite)  # the only read on the host
         self._rows = rows
 
     def _next(self) -> Any:
@@ -154,6 +166,17 @@ class ReplaySource:
         raise ValueError(
             "batches must hold at least one batch each time, found none; a generator can be read only once"
         )
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _on_all_ranks(flag: Tensor) -> Tensor:
+    """Return whether a flag is true on all ranks."""
+    number = flag.int()
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return number.bool()
 
 
 def _average(tensors: list[Tensor]) -> None:

@@ -162,6 +162,40 @@ def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer()
     assert torch.equal(flat(source.row(list(named), list(named.values())).tensors), first)
 
 
+def test_until_a_gradient_is_finite_every_step_evaluates() -> None:
+    """The first one cannot be replaced by an earlier one, so the step is skipped."""
+    model = kit.net()
+    calls: list[int] = []
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(len(calls))
+        return kit.loss_of(model, batch) * (float("inf") if len(calls) in (1, 2, 4) else 1.0)
+
+    optimizer = guide(model, ReplaySource([old(0)], loss, every=4))
+    evaluations = []
+    for step in range(9):
+        kit.train(model, optimizer, [step])
+        evaluations.append(len(calls))
+    assert evaluations == [1, 2, 3, 3, 4, 4, 4, 4, 5]
+    assert (optimizer.metrics()["skipped"], optimizer.metrics()["steps"]) == (2, 7)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("changed", [torch.ones(5), torch.ones(3, dtype=torch.float64)])
+def test_a_parameter_of_another_shape_or_dtype_is_evaluated_anew(every: int, changed: Tensor) -> None:
+    p = nn.Parameter(torch.ones(3))
+    source = ReplaySource([0], lambda _: 2.0 * p.square().sum(), every)
+    alignment = Alignment(source, on="gradient", weight=1.0)
+    base = torch.optim.SGD([p], lr=0.0)
+    optimizer = GradGuide(base, direction=None, magnitude=None, alignment=alignment, names={"p": p})
+    for value in (p.data, changed):
+        p.data, p.grad = value, None
+        p.square().sum().backward()
+        optimizer.step()
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, torch.full_like(value, 6.0))
+
+
 class LossOf:
     """The loss of a batch. A deep copy evaluates the copied model."""
 
