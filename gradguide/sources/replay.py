@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from gradguide.sources.side_effects import RandomState, check_hooks, leaves, pre
 from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
+
+_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, tuple[Any, ...]]
 
 
 class ReplaySource:
@@ -61,6 +63,7 @@ class ReplaySource:
         self._scaler = scaler
         self._stream: Iterator[Any] | None = None
         self._rows: dict[str, Tensor] = {}
+        self._kinds: dict[str, _Kind] = {}
         self._finite = False  # the rows; after that, rows that are not finite are replaced by the last ones
         self._steps = 0
 
@@ -89,7 +92,7 @@ class ReplaySource:
                 parameters. Gradients are unchanged.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
-        due = self._steps % self._every == 0 or not self._finite or not self._fits(parameters)
+        due = self._steps % self._every == 0 or not self._finite or self._kinds != _kinds(parameters)
         if due and parameters:
             self._evaluate(parameters, trained)
         self._steps += 1
@@ -104,12 +107,6 @@ class ReplaySource:
 
     def __repr__(self) -> str:
         return f"ReplaySource(every={self._every})"
-
-    def _fits(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Return whether there is a row for each parameter, of its present shape, dtype and device."""
-        return parameters.keys() == self._rows.keys() and all(
-            _kind(local(p)) == _kind(self._rows[name]) for name, p in parameters.items()
-        )
 
     def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         batch = self._next()
@@ -149,12 +146,13 @@ class ReplaySource:
         finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
         if is_distributed():  # shards differ between ranks, and all ranks must evaluate at the same steps
             finite = _on_all_ranks(finite)
-        if self._finite and self._fits(parameters):
+        kinds = _kinds(parameters)
+        if self._finite and self._kinds == kinds:
             for name, tensor in rows.items():
                 tensor.copy_(torch.where(finite, tensor, self._rows[name]))
         else:
             self._finite = bool(finite)  # the only read on the host
-        self._rows = rows
+        self._rows, self._kinds = rows, kinds
 
     def _next(self) -> Any:
         for _ in range(2):
@@ -168,8 +166,15 @@ class ReplaySource:
         )
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _kinds(parameters: Mapping[str, Tensor]) -> dict[str, _Kind]:
+    """Return what determines the shape, dtype and device of each parameter's row. Shapes are those of whole tensors.
+
+    So it changes on all ranks or on none, and all evaluate at the same steps.
+    """
+    return {
+        name: (p.shape, p.dtype, p.device, () if (layout := layout_of(p)) is None else layout.placements)
+        for name, p in parameters.items()
+    }
 
 
 def _on_all_ranks(flag: Tensor) -> Tensor:
