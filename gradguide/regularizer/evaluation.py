@@ -86,7 +86,8 @@ def evaluate(
     try:
         inverse_step = _perturb(perturbation, copies)
         torch.clear_autocast_cache()  # an outer autocast keeps casts of the parameters before the change
-        with preserve_gradients(_reached(loss, base, engine)) as first, preserve_buffers(), torch.enable_grad():
+        reached, models = _reached(loss, base, engine), engine.planner.name_lookup.models()
+        with preserve_gradients(reached) as first, preserve_buffers(models), torch.enable_grad():
             start.restore()
             closure()
             products = _difference_quotients(perturbation.plan, first, inverse_step)

@@ -37,7 +37,8 @@ def guided_loss(
             use, are left out.
         direction: d by name, for all remaining parameters.
         sources: one source or several, for all remaining parameters. Each is refreshed: a ``ReplaySource`` evaluates
-            its next batch. A ``StructuredSource`` must be bound first: ``source.bound(model)``.
+            its next batch, and does not keep buffers of a compiled model. A ``StructuredSource`` must be bound first:
+            ``source.bound(model)``.
         direction_weight, magnitude_weight, alignment_weight (float): at least 0.
 
     Returns:

@@ -29,7 +29,16 @@ class ReplaySource:
     parameters changed. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
 
     The passes leave gradients (including those that another optimizer uses), buffers (batch statistics) and torch's
-    random state unchanged. Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
+    random state unchanged. Buffers of a compiled model are kept only if GradGuide has ``names=model``, since compiled
+    code calls no hooks. Drawing batches is no part of a pass: a DataLoader without its own ``generator`` takes numbers
+    from torch's random state each time it is iterated.
+
+    A checkpoint holds neither the position in ``batches`` nor the steps to the next evaluation nor the last gradient.
+    A resumed run evaluates the first batch at its first step, so it differs from a run that was not stopped. To make
+    them equal, save at a multiple of ``every``, and resume with ``batches`` that continue where they stopped, such as a
+    stateful data loader.
+
+    Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
     over ranks, whether the loss uses the wrapped model or not.
 
     Args:
@@ -84,6 +93,11 @@ class ReplaySource:
         """Return the source itself: gradients of sharded parameters are local parts already."""
         return self
 
+    def due(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Return whether ``refresh`` will evaluate a batch."""
+        due = self._steps % self._every == 0 or not self._finite or self._kinds != _kinds(parameters)
+        return due and bool(parameters)
+
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         """Evaluate the next batch if an evaluation is due.
 
@@ -92,8 +106,7 @@ class ReplaySource:
                 parameters. Gradients are unchanged.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
-        due = self._steps % self._every == 0 or not self._finite or self._kinds != _kinds(parameters)
-        if due and parameters:
+        if self.due(parameters):
             self._evaluate(parameters, trained)
         self._steps += 1
 

@@ -1,6 +1,6 @@
-"""Keep gradients, buffers and random state during an extra pass in a step, where only parameters are given.
+"""Keep gradients, buffers and random state during an extra pass in a step, where often only parameters are given.
 
-The model is not given, so a hook finds the modules whose buffers may change. The step needs the gradients, which a
+The model may be unknown, so a hook finds the modules whose buffers may change. The step needs the gradients, which a
 backward pass under DDP overwrites in place, so they are copied. Captures have the model: see ``undisturbed``.
 """
 
@@ -36,18 +36,22 @@ class RandomState:
 
 
 @contextmanager
-def preserve_buffers() -> Iterator[None]:
+def preserve_buffers(models: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Restore the buffers of every module that runs inside, such as BatchNorm's statistics.
 
     A global hook registers modules when they are called. Modules inside a graph of torch.compile or a scripted module
-    do not call it.
+    do not call it. Only those in ``models`` are restored.
     """
     kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def keep(module: nn.Module, arguments: object) -> None:
         if module not in kept:
-            kept[module] = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
+            buffers = [(name, b) for name, b in module.named_buffers(recurse=False) if not b.is_inference()]
+            kept[module] = {name: (b, b.detach().clone()) for name, b in buffers}
 
+    for model in models:
+        for module in model.modules():
+            keep(module, ())
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
@@ -57,7 +61,8 @@ def preserve_buffers() -> Iterator[None]:
             for module, buffers in kept.items():
                 for name, (buffer, value) in buffers.items():
                     buffer.data.copy_(value)  # not a new version: a graph from before the pass may hold the buffer
-                    module._buffers[name] = buffer
+                    if getattr(module, name, None) is not buffer:
+                        module._buffers[name] = buffer
 
 
 @contextmanager

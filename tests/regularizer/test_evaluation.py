@@ -60,6 +60,18 @@ def test_buffers_and_randomness_are_those_of_one_evaluation() -> None:
     kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
+def test_buffers_of_a_compiled_model_are_those_of_one_evaluation() -> None:
+    """Compiled code calls no hooks on modules, so the model must be known."""
+    model, plain = Noisy(), Noisy()
+    model.compile(backend="eager")
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = GradGuide(base, magnitude=None, regularizer=Regularizer(magnitude=0.3, warmup=0), names=model)
+    for step in range(3):
+        optimizer.step(closure_of(model, optimizer, step))
+        kit.loss_of(plain, kit.batch(step))
+    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
 def test_dropout_draws_the_same_mask_in_both_evaluations() -> None:
     """With different masks, their difference would dominate the quotient."""
     model, twin = Noisy().double(), Noisy().double()

@@ -134,6 +134,44 @@ def test_it_leaves_no_trace_but_its_answer() -> None:
     kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = kit.net(), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.net(x))
+        return found
+
+
+def test_buffers_of_a_compiled_model_are_those_of_training_alone() -> None:
+    """Compiled code calls no hooks on modules, so the model must be known."""
+    model, plain = Normalized(), Normalized()
+    model.compile(backend="eager")
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = GradGuide(base, alignment=Alignment(replay_of(model)), names=model)
+    for step in range(3):
+        kit.train(model, optimizer, [step])
+        kit.loss_of(plain, kit.batch(step))
+    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_a_run_resumed_with_batches_that_continue_equals_one_that_was_not_stopped() -> None:
+    """A checkpoint is saved at a multiple of ``every``; the batches are those after the ones that were evaluated."""
+    batches = [old(i) for i in range(3)]
+    model = kit.net()
+    pull = {"weight": 1.0, "project": False}
+    optimizer = guide(model, replay_of(model, every=2), alignment=pull)
+    kit.train(model, optimizer, range(4))
+    resumed = copy.deepcopy(model)
+    source = ReplaySource(batches[2:] + batches[:2], LossOf(resumed), every=2)
+    other = guide(resumed, source, alignment=pull)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    kit.train(model, optimizer, range(4, 10))
+    kit.train(resumed, other, range(4, 10))
+    kit.assert_same(kit.parameters_of(resumed), kit.parameters_of(model))
+
+
 def test_beside_a_stored_source_each_has_its_metrics() -> None:
     model = kit.net()
     stored = kit.source_of(model)

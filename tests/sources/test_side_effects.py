@@ -32,6 +32,18 @@ def test_buffers_of_the_modules_that_ran_are_restored_also_after_an_error() -> N
         assert torch.equal(b, before[name][1]), name
 
 
+def test_buffers_of_given_models_are_restored_if_their_code_calls_no_hooks() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    before = {name: (b, b.clone()) for name, b in model.named_buffers()}
+    with preserve_buffers([model]):
+        model[0].register_buffer("running_mean", torch.ones(2))
+        for b in model.buffers():
+            b.add_(1)
+    for name, b in model.named_buffers():
+        assert b is before[name][0]
+        assert torch.equal(b, before[name][1]), name
+
+
 def test_gradients_are_none_inside_and_the_same_bits_afterwards() -> None:
     with_gradient, without = (nn.Parameter(torch.ones(2)) for _ in range(2))
     with_gradient.grad = gradient = torch.tensor([1.0, 2.0])
