@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.allocate import allocate_contiguous
+from gradguide.ops.tensors import TensorList
 from gradguide.regularizer.options import Regularizer, derivative
 from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
 from gradguide.rules.span import Span, divide
-from gradguide.sources.side_effects import RandomState, preserve_buffers, preserve_gradients
+from gradguide.sources.side_effects import RandomState, leaves, preserve_buffers, preserve_gradients
 from gradguide.step.engine import Engine
 from gradguide.step.plan import Rows, StepPlan
 from gradguide.step.planner import trainable_parameters
@@ -83,8 +84,10 @@ def evaluate(
     end = RandomState(parameters)
     copies = perturbation.plan.snapshot()
     try:
-        inverse_step = _perturb(perturbation)
-        with preserve_gradients(parameters) as first, preserve_buffers(), torch.enable_grad():
+        inverse_step = _perturb(perturbation, copies)
+        torch.clear_autocast_cache()  # an outer autocast keeps casts of the parameters before the change
+        reached, models = _reached(loss, base, engine), engine.planner.name_lookup.models()
+        with preserve_gradients(reached) as first, preserve_buffers(models), torch.enable_grad():
             start.restore()
             closure()
             products = _difference_quotients(perturbation.plan, first, inverse_step)
@@ -92,8 +95,20 @@ def evaluate(
         with torch.no_grad():
             for bucket, copy in zip(perturbation.plan.buckets, copies, strict=True):
                 torch._foreach_copy_(bucket.values, copy)
+        torch.clear_autocast_cache()
         end.restore()
     return loss, products
+
+
+def _reached(loss: Any, base: Optimizer, engine: Engine) -> list[Tensor]:
+    """Return the tensors whose gradients the closure may change, also those of other optimizers.
+
+    A graph does not contain the parameters inside a reentrant checkpoint, so those of the named models are added.
+    """
+    found = [p for group in base.param_groups for p in group["params"]]
+    found += engine.planner.name_lookup.reachable().values()
+    found += leaves(loss) if isinstance(loss, Tensor) else []
+    return [tensor for tensor in dict.fromkeys(found) if tensor.requires_grad or tensor.grad is not None]
 
 
 @torch.no_grad()
@@ -144,8 +159,10 @@ def _measure(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_f
 
 
 @torch.no_grad()
-def _perturb(perturbation: Perturbation) -> Tensor:
+def _perturb(perturbation: Perturbation, copies: Sequence[TensorList]) -> Tensor:
     """Move the parameters to ``theta + e v``. Return 1 / e, Tensor [], or 0 if v is zero.
+
+    Frozen parameters that keep a gradient do not move: their gradient is no function of the parameters.
 
     All scopes share one e, since ``H v`` includes the curvature between scopes.
 
@@ -159,4 +176,8 @@ def _perturb(perturbation: Perturbation) -> Tensor:
     step = divide(epsilon * torch.linalg.vector_norm(length), torch.linalg.vector_norm(span.norm(v)))
     moves = [[Write(into=bucket.values, coefficients=step * v, accumulate=True)] for bucket in plan.buckets]
     plan.combine_(perturbation.rows, moves, perturbation.signed)
+    for bucket, copy in zip(plan.buckets, copies, strict=True):
+        for parameter, value, old in zip(bucket.parameters, bucket.values, copy, strict=True):
+            if not parameter.requires_grad:
+                value.copy_(old)
     return divide(torch.ones_like(step), step)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradguide.rules.span import divide
 from gradguide.sources.protocol import Source, sources_of
+from gradguide.sources.structured import StructuredSource
 from gradguide.utils.checks import check_range
 
 __all__ = ["guided_loss"]
@@ -35,7 +36,9 @@ def guided_loss(
         parameters: ``model.named_parameters()`` or a part of it. Frozen parameters, and those that the loss does not
             use, are left out.
         direction: d by name, for all remaining parameters.
-        sources: one source or several, for all remaining parameters.
+        sources: one source or several, for all remaining parameters. Each is refreshed: a ``ReplaySource`` evaluates
+            its next batch, and does not keep buffers of a compiled model. A ``StructuredSource`` must be bound first:
+            ``source.bound(model)``.
         direction_weight, magnitude_weight, alignment_weight (float): at least 0.
 
     Returns:
@@ -43,7 +46,7 @@ def guided_loss(
 
     Raises:
         ValueError: a weight is negative or lacks its direction or source, the loss depends on no parameter, or a name
-            is missing from ``direction`` or a source.
+            is missing from ``direction`` or a source. A structured source pulls none of the parameters.
         TypeError: a source does not implement the protocol.
     """
     weights = {"direction": direction_weight, "magnitude": magnitude_weight, "alignment": alignment_weight}
@@ -73,12 +76,19 @@ def guided_loss(
         missing = [name for name in names if name not in held]
         if missing:
             raise ValueError(f"{label} lacks {len(missing)} of the parameters ({', '.join(missing[:5])})")
+    for k, source in enumerate(source_list if alignment_weight > 0 else ()):
+        if isinstance(source, StructuredSource) and source.pulled.isdisjoint(names):
+            raise ValueError(
+                f"source {k} pulls none of the parameters ({', '.join(names[:5])}): pass source.bound(model), and the "
+                "names of that model"
+            )
     g = torch.cat([gradient.reshape(-1) for gradient in gradients])
     total = loss + magnitude_weight * g.square().sum()
     if direction is not None and direction_weight > 0:
         d = torch.cat([direction[name].detach().to(p).reshape(-1) for name, p in zip(names, values, strict=True)])
         total = total + direction_weight * (1.0 - _cosine(g, d))
     for source in source_list if alignment_weight > 0 else ():
+        source.refresh(dict(zip(names, values, strict=True)), [p for _, p in trained])
         row = source.row(names, [p.detach() for p in values])
         s = torch.cat([row.value(index, g.dtype) for index in range(len(names))])
         total = total + alignment_weight * (1.0 - _cosine(g, s))

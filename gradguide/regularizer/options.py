@@ -30,6 +30,10 @@ class Regularizer:
     parameters, 1e-3 with float32, and up to a third with bfloat16, whose resolution is too coarse for a small
     perturbation. :func:`gradguide.guided_loss` has no such error, but differentiates twice.
 
+    The second evaluation leaves parameters, gradients, buffers and torch's random state as after the first. Gradients
+    of other optimizers' parameters are kept if the closure returns the loss with its graph, or if GradGuide has
+    ``names=model``. Buffers of a compiled model, such as BatchNorm's statistics, are kept only with ``names=model``.
+
     Source: the terms of the abstract of arXiv 2506.00726; the difference quotient for ``H v`` is that of arXiv
     2202.03599 (penalising gradient norm), section 3.
 

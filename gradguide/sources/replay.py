@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,27 @@ from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
 
+_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, tuple[Any, ...]]
+
 
 class ReplaySource:
     """The gradient of a source batch at the current parameters, as in A-GEM (arXiv 1812.00420).
 
     It costs one additional forward and backward pass every ``every`` steps, and two rows of memory. Other steps reuse
-    the last gradient. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
+    the last finite gradient. A step evaluates anew if there is none yet, or if names, shapes, dtypes or devices of
+    parameters changed. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
 
     The passes leave gradients (including those that another optimizer uses), buffers (batch statistics) and torch's
-    random state unchanged. Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
+    random state unchanged. Buffers of a compiled model are kept only if GradGuide has ``names=model``, since compiled
+    code calls no hooks. Drawing batches is no part of a pass: a DataLoader without its own ``generator`` takes numbers
+    from torch's random state each time it is iterated.
+
+    A checkpoint holds neither the position in ``batches`` nor the steps to the next evaluation nor the last gradient.
+    A resumed run evaluates the first batch at its first step, so it differs from a run that was not stopped. To make
+    them equal, save at a multiple of ``every``, and resume with ``batches`` that continue where they stopped, such as a
+    stateful data loader.
+
+    Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
     over ranks, whether the loss uses the wrapped model or not.
 
     Args:
@@ -35,7 +47,7 @@ class ReplaySource:
             If training uses autocast, the loss must enter autocast itself.
         every (int): steps from one evaluation to the next, at least 1.
         scaler: the GradScaler of float16 training. The loss is multiplied by its scale and the gradient divided by it.
-            If the gradient overflows, the last one is reused.
+            If the gradient overflows, the last finite one is reused.
 
     Raises:
         ValueError, TypeError: ``every`` is out of range, or ``batches`` is not iterable.
@@ -60,6 +72,8 @@ class ReplaySource:
         self._scaler = scaler
         self._stream: Iterator[Any] | None = None
         self._rows: dict[str, Tensor] = {}
+        self._kinds: dict[str, _Kind] = {}
+        self._finite = False  # the rows; after that, rows that are not finite are replaced by the last ones
         self._steps = 0
 
     @property
@@ -79,6 +93,11 @@ class ReplaySource:
         """Return the source itself: gradients of sharded parameters are local parts already."""
         return self
 
+    def due(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Return whether ``refresh`` will evaluate a batch."""
+        due = self._steps % self._every == 0 or not self._finite or self._kinds != _kinds(parameters)
+        return due and bool(parameters)
+
     def refresh(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
         """Evaluate the next batch if an evaluation is due.
 
@@ -87,8 +106,7 @@ class ReplaySource:
                 parameters. Gradients are unchanged.
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
-        due = self._steps % self._every == 0 or parameters.keys() != self._rows.keys()
-        if due and parameters:
+        if self.due(parameters):
             self._evaluate(parameters, trained)
         self._steps += 1
 
@@ -138,11 +156,16 @@ class ReplaySource:
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
         rows = dict(zip(parameters, new, strict=True))
-        if self._rows.keys() == rows.keys():
-            finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+        finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+        if is_distributed():  # shards differ between ranks, and all ranks must evaluate at the same steps
+            finite = _on_all_ranks(finite)
+        kinds = _kinds(parameters)
+        if self._finite and self._kinds == kinds:
             for name, tensor in rows.items():
                 tensor.copy_(torch.where(finite, tensor, self._rows[name]))
-        self._rows = rows
+        else:
+            self._finite = bool(finite)  # the only read on the host
+        self._rows, self._kinds = rows, kinds
 
     def _next(self) -> Any:
         for _ in range(2):
@@ -154,6 +177,24 @@ class ReplaySource:
         raise ValueError(
             "batches must hold at least one batch each time, found none; a generator can be read only once"
         )
+
+
+def _kinds(parameters: Mapping[str, Tensor]) -> dict[str, _Kind]:
+    """Return what determines the shape, dtype and device of each parameter's row. Shapes are those of whole tensors.
+
+    So it changes on all ranks or on none, and all evaluate at the same steps.
+    """
+    return {
+        name: (p.shape, p.dtype, p.device, () if (layout := layout_of(p)) is None else layout.placements)
+        for name, p in parameters.items()
+    }
+
+
+def _on_all_ranks(flag: Tensor) -> Tensor:
+    """Return whether a flag is true on all ranks."""
+    number = flag.int()
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return number.bool()
 
 
 def _average(tensors: list[Tensor]) -> None:

@@ -1,6 +1,6 @@
-"""Keep gradients, buffers and random state during an extra pass in a step, where only parameters are given.
+"""Keep gradients, buffers and random state during an extra pass in a step, where often only parameters are given.
 
-The model is not given, so a hook finds the modules whose buffers may change. The step needs the gradients, which a
+The model may be unknown, so a hook finds the modules whose buffers may change. The step needs the gradients, which a
 backward pass under DDP overwrites in place, so they are copied. Captures have the model: see ``undisturbed``.
 """
 
@@ -36,18 +36,22 @@ class RandomState:
 
 
 @contextmanager
-def preserve_buffers() -> Iterator[None]:
+def preserve_buffers(models: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Restore the buffers of every module that runs inside, such as BatchNorm's statistics.
 
     A global hook registers modules when they are called. Modules inside a graph of torch.compile or a scripted module
-    do not call it.
+    do not call it. Only those in ``models`` are restored.
     """
     kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def keep(module: nn.Module, arguments: object) -> None:
         if module not in kept:
-            kept[module] = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
+            buffers = [(name, b) for name, b in module.named_buffers(recurse=False) if not b.is_inference()]
+            kept[module] = {name: (b, b.detach().clone()) for name, b in buffers}
 
+    for model in models:
+        for module in model.modules():
+            keep(module, ())
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
@@ -56,8 +60,9 @@ def preserve_buffers() -> Iterator[None]:
         with torch.no_grad():
             for module, buffers in kept.items():
                 for name, (buffer, value) in buffers.items():
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
+                    buffer.data.copy_(value)  # not a new version: a graph from before the pass may hold the buffer
+                    if getattr(module, name, None) is not buffer:
+                        module._buffers[name] = buffer
 
 
 @contextmanager
@@ -65,10 +70,10 @@ def preserve_gradients(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Te
     """Set the gradients of parameters to None inside, and restore them bit for bit afterwards.
 
     Under DDP, gradients may be views of buffers that another backward pass overwrites. So they are copied. The context
-    manager yields the copies by parameter (of a sharded parameter: the local part).
+    manager yields the copies by parameter (of a sharded parameter: the local part). Sparse gradients are no such views.
     """
     held = {p: p.grad for p in parameters}
-    there = [(p, g, local(g)) for p, g in held.items() if g is not None]
+    there = [(p, g, local(g)) for p, g in held.items() if g is not None and g.layout == torch.strided]
     copies = allocate_contiguous([value for _, _, value in there])
     if there:
         torch._foreach_copy_(copies, [value for _, _, value in there])

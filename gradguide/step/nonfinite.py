@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.base_checks import closure_error
+from gradguide.ops import Row
 from gradguide.step.engine import StepState
 
 __all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "skip_on_host", "step_base", "warn_skipped"]
@@ -88,6 +89,10 @@ def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
     return policy == "skip" and fused and state.span.gram.device.type == "cuda"
 
 
+def _is_finite(row: Row | None) -> bool:
+    return row is None or all(bool(part.isfinite().all()) for part in row.offset or ())
+
+
 def _where(state: StepState, names: Mapping[Tensor, str]) -> str:
     bad = [
         (position, p)
@@ -95,6 +100,8 @@ def _where(state: StepState, names: Mapping[Tensor, str]) -> str:
         for position, p, g in zip(bucket.positions, bucket.parameters, bucket.gradients, strict=True)
         if not g.isfinite().all()
     ]
+    if not bad and state.regularized and not all(_is_finite(rows[-1]) for rows in state.rows):
+        return "the gradient of the regularizer, from the second evaluation of the closure, has"
     if not bad:
         other = "the gradient on another rank, or " if state.plan.sharded else ""
         return f"{other}the source gradient at the present parameters has"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from gradguide.ops.rounding import rounding
 from gradguide.ops.tensors import DTYPE, metadata_of
 from gradguide.sources.matching import match_sources
 from gradguide.sources.protocol import Source
+from gradguide.sources.replay import ReplaySource
+from gradguide.sources.side_effects import preserve_buffers
 from gradguide.sources.stored import SourceGradient
 from gradguide.step.buckets import Label, Labeler, Scope, build_buckets, scope_labeler, signs_of
 from gradguide.step.plan import StepPlan
@@ -186,8 +189,10 @@ class StepPlanner:
             return
         trained = trainable_parameters(base)
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
-        for source in self.sources:
-            source.refresh(covered, trained)
+        passes = any(isinstance(source, ReplaySource) and source.due(covered) for source in self.sources)
+        with preserve_buffers(self.name_lookup.models()) if passes else nullcontext():
+            for source in self.sources:
+                source.refresh(covered, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
         """Return the scope label of every parameter of the base."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ def test_buffers_and_randomness_are_those_of_one_evaluation() -> None:
     kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
+def test_buffers_of_a_compiled_model_are_those_of_one_evaluation() -> None:
+    """Compiled code calls no hooks on modules, so the model must be known."""
+    model, plain = Noisy(), Noisy()
+    model.compile(backend="eager")
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = GradGuide(base, magnitude=None, regularizer=Regularizer(magnitude=0.3, warmup=0), names=model)
+    for step in range(3):
+        optimizer.step(closure_of(model, optimizer, step))
+        kit.loss_of(plain, kit.batch(step))
+    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
 def test_dropout_draws_the_same_mask_in_both_evaluations() -> None:
     """With different masks, their difference would dominate the quotient."""
     model, twin = Noisy().double(), Noisy().double()
@@ -77,6 +90,29 @@ def test_dropout_draws_the_same_mask_in_both_evaluations() -> None:
     guided_loss(F.cross_entropy(twin(x), y), twin.named_parameters(), magnitude_weight=0.3).backward()
     torch.optim.SGD(twin.parameters(), lr=0.1).step()
     torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(twin), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_an_outer_autocast_changes_nothing(enabled: bool) -> None:
+    """It caches the casts of the parameters, which differ in the second evaluation and after it."""
+    found = []
+    for outer in (nullcontext(), torch.autocast("cpu", torch.bfloat16, enabled=enabled)):
+        model = kit.net()
+        optimizer = guide(model, lr=0.0, magnitude=1.0)
+
+        def evaluate(model: nn.Module = model) -> Tensor:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = kit.loss_of(model, kit.batch(0))
+            loss.backward()
+            return loss
+
+        with outer:
+            optimizer.step(evaluate)
+            with torch.autocast("cpu", torch.bfloat16):
+                after = kit.loss_of(model, kit.batch(0)).detach()
+        found.append([after, *(p.grad for p in model.parameters())])
+    kit.assert_same(found[1], found[0])
 
 
 def test_parameters_are_back_bit_for_bit_before_the_base_steps() -> None:
@@ -143,6 +179,72 @@ def test_gradients_that_are_views_of_a_shared_buffer_survive() -> None:
         optimizer.step(evaluate)
         found.append(kit.parameters_of(model))
     kit.assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("returned", ["loss", "number", "nothing"])
+def test_gradients_of_another_optimizer_are_those_of_one_evaluation(returned: str) -> None:
+    """The closure clears those of its own optimizer, and the others accumulate. Sparse ones are kept too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+    body, others = list(model[2].parameters()), [*model[0].parameters(), *model[4].parameters()]
+    base = torch.optim.SGD(body, lr=0.1)
+    regularizer = Regularizer(magnitude=0.3, warmup=0)
+    names = None if returned == "loss" else model
+    optimizer = GradGuide(base, magnitude=None, regularizer=regularizer, names=names)
+    x, y = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 2])
+
+    def evaluate() -> Any:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return {"loss": loss, "number": loss.item(), "nothing": None}[returned]
+
+    evaluate()
+    once = [torch.clone(p.grad.to_dense()) for p in others if p.grad is not None]
+    optimizer.step(evaluate)
+    twice = [p.grad.to_dense() for p in others if p.grad is not None]
+    torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+
+
+def test_a_frozen_parameter_that_keeps_its_gradient_is_not_regularized() -> None:
+    """Every base steps what has a gradient, and ``zero_grad(set_to_none=False)`` leaves one."""
+    model, plain = kit.net(), kit.net()
+    optimizers = [guide(model), guide(plain)]
+    for each, optimizer, set_to_none in ((model, optimizers[0], False), (plain, optimizers[1], True)):
+
+        def evaluate(each: nn.Module = each, set_to_none: bool = set_to_none) -> Tensor:
+            each.zero_grad(set_to_none)
+            loss = kit.loss_of(each, kit.batch(0))
+            loss.backward()
+            return loss
+
+        optimizer.step(evaluate)
+        first = next(each.parameters()).requires_grad_(False)
+        before = first.detach().clone()
+        optimizer.step(evaluate)
+        assert torch.equal(first, before)
+    torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(plain), rtol=1e-3, atol=1e-5)
+
+
+def test_a_frozen_parameter_does_not_move_for_the_second_evaluation() -> None:
+    """The running direction of its time as a trained parameter has a part along it."""
+    model = kit.net()
+    optimizer = guide(model, direction=0.5)
+    first = next(model.parameters())
+    values: list[Tensor] = []
+
+    def evaluate() -> Tensor:
+        model.zero_grad(set_to_none=False)
+        values.append(first.detach().clone())
+        loss = kit.loss_of(model, kit.batch(0))
+        loss.backward()
+        return loss
+
+    for trained in (True, True, False):
+        first.requires_grad_(trained)
+        optimizer.step(evaluate)
+    assert not torch.equal(values[3], values[2]), "a trained one moves"
+    assert torch.equal(values[5], values[4])
 
 
 def test_a_parameter_without_a_second_gradient_has_no_further_term() -> None:
@@ -259,6 +361,25 @@ def test_not_finite_is_skipped() -> None:
 
     optimizer.step(evaluate)
     assert optimizer.metrics()["skipped"] == 1
+    kit.assert_same(kit.parameters_of(model), before)
+
+
+def test_a_second_evaluation_that_is_not_finite_is_named_as_such() -> None:
+    model = kit.net()
+    regularizer = Regularizer(magnitude=0.3, warmup=0)
+    optimizer = GradGuide(kit.sgd(model.parameters()), regularizer=regularizer, nonfinite="raise")
+    calls: list[int] = []
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        calls.append(1)
+        loss = kit.loss_of(model, kit.batch(0)) * (1.0 if len(calls) == 1 else float("nan"))
+        loss.backward()
+        return loss
+
+    before = kit.parameters_of(model)
+    with pytest.raises(FloatingPointError, match="gradient of the regularizer, from the second evaluation of the clos"):
+        optimizer.step(evaluate)
     kit.assert_same(kit.parameters_of(model), before)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradguide import guided_loss
+from gradguide import ReplaySource, SourceGradient, StructuredSource, guided_loss
 from tests.contract import kit
 from tests.regularizer.test_gradient import Case
 
@@ -81,6 +81,59 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     loss, named = loss_and_named(kit.net())
     with pytest.raises(ValueError, match=message):
         guided_loss(loss, named, **options)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_replay_source_evaluates_its_next_batch(norm: bool) -> None:
+    """In eval mode the graph of the loss holds the buffers of the norm, which the replay restores."""
+    model = nn.Sequential(kit.net(), nn.BatchNorm1d(3).eval() if norm else nn.Identity())
+    source = ReplaySource([kit.batch(7), kit.batch(8)], lambda batch: kit.loss_of(model, batch))
+    for step in (7, 8):
+        old = torch.autograd.grad(kit.loss_of(model, kit.batch(step)), list(model.parameters()))
+        stored = SourceGradient(dict(zip(dict(model.named_parameters()), old, strict=True)))
+        found = []
+        for each in (source, stored):
+            model.zero_grad()
+            total = guided_loss(*loss_and_named(model), sources=each, alignment_weight=5.0)
+            total.backward()
+            found.append([total.detach(), *(p.grad for p in model.parameters())])
+        kit.assert_same(found[0], found[1])
+        assert total.item() > kit.loss_of(model, kit.batch(0)).item() + 0.1
+
+
+def structured() -> tuple[nn.Module, StructuredSource]:
+    """Return a model and a source that was captured before the model moved."""
+    model = kit.net()
+    source = StructuredSource.capture(model, [kit.batch(i) for i in range(3)], kit.loss_of, rank=None)
+    bound = source.bound(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    return model, bound
+
+
+def test_a_bound_structured_source_pulls_at_the_current_parameters() -> None:
+    model, source = structured()
+    weights = [(name, p) for name, p in model.named_parameters() if name in source.pulled]
+    loss = kit.loss_of(model, kit.batch(0))
+    found = guided_loss(loss, weights, sources=source, alignment_weight=5.0)
+    source.refresh(dict(weights), [])
+    row = source.row([name for name, _ in weights], [p for _, p in weights])
+    pull = torch.cat([row.value(index, torch.float32) for index in range(len(weights))])
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, [p for _, p in weights])])
+    cosine = nn.functional.cosine_similarity(gradient, pull, dim=0)
+    torch.testing.assert_close(found, loss + 5.0 * (1.0 - cosine))
+
+
+def test_a_structured_source_that_pulls_none_of_the_parameters_is_refused() -> None:
+    model, bound = structured()
+    loss, named = loss_and_named(model)
+    free = StructuredSource(bound._layers)
+    with pytest.raises(ValueError, match=r"source 0 pulls none of the parameters.*pass source.bound\(model\)"):
+        guided_loss(loss, named, sources=free, alignment_weight=1.0)
+    renamed = [(f"other.{name}", p) for name, p in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"pulls none of the parameters \(other\.0\.weight"):
+        guided_loss(loss, renamed, sources=bound, alignment_weight=1.0)
 
 
 def test_a_loss_without_parameters_is_refused() -> None:

@@ -134,6 +134,44 @@ def test_it_leaves_no_trace_but_its_answer() -> None:
     kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = kit.net(), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.net(x))
+        return found
+
+
+def test_buffers_of_a_compiled_model_are_those_of_training_alone() -> None:
+    """Compiled code calls no hooks on modules, so the model must be known."""
+    model, plain = Normalized(), Normalized()
+    model.compile(backend="eager")
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = GradGuide(base, alignment=Alignment(replay_of(model)), names=model)
+    for step in range(3):
+        kit.train(model, optimizer, [step])
+        kit.loss_of(plain, kit.batch(step))
+    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_a_run_resumed_with_batches_that_continue_equals_one_that_was_not_stopped() -> None:
+    """A checkpoint is saved at a multiple of ``every``; the batches are those after the ones that were evaluated."""
+    batches = [old(i) for i in range(3)]
+    model = kit.net()
+    pull = {"weight": 1.0, "project": False}
+    optimizer = guide(model, replay_of(model, every=2), alignment=pull)
+    kit.train(model, optimizer, range(4))
+    resumed = copy.deepcopy(model)
+    source = ReplaySource(batches[2:] + batches[:2], LossOf(resumed), every=2)
+    other = guide(resumed, source, alignment=pull)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    kit.train(model, optimizer, range(4, 10))
+    kit.train(resumed, other, range(4, 10))
+    kit.assert_same(kit.parameters_of(resumed), kit.parameters_of(model))
+
+
 def test_beside_a_stored_source_each_has_its_metrics() -> None:
     model = kit.net()
     stored = kit.source_of(model)
@@ -160,6 +198,40 @@ def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer()
     torch.testing.assert_close(first, gradient_of(model, old(0)))
     source.refresh(named, list(named.values()))
     assert torch.equal(flat(source.row(list(named), list(named.values())).tensors), first)
+
+
+def test_until_a_gradient_is_finite_every_step_evaluates() -> None:
+    """The first one cannot be replaced by an earlier one, so the step is skipped."""
+    model = kit.net()
+    calls: list[int] = []
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(len(calls))
+        return kit.loss_of(model, batch) * (float("inf") if len(calls) in (1, 2, 4) else 1.0)
+
+    optimizer = guide(model, ReplaySource([old(0)], loss, every=4))
+    evaluations = []
+    for step in range(9):
+        kit.train(model, optimizer, [step])
+        evaluations.append(len(calls))
+    assert evaluations == [1, 2, 3, 3, 4, 4, 4, 4, 5]
+    assert (optimizer.metrics()["skipped"], optimizer.metrics()["steps"]) == (2, 7)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("changed", [torch.ones(5), torch.ones(3, dtype=torch.float64)])
+def test_a_parameter_of_another_shape_or_dtype_is_evaluated_anew(every: int, changed: Tensor) -> None:
+    p = nn.Parameter(torch.ones(3))
+    source = ReplaySource([0], lambda _: 2.0 * p.square().sum(), every)
+    alignment = Alignment(source, on="gradient", weight=1.0)
+    base = torch.optim.SGD([p], lr=0.0)
+    optimizer = GradGuide(base, direction=None, magnitude=None, alignment=alignment, names={"p": p})
+    for value in (p.data, changed):
+        p.data = value
+        optimizer.zero_grad()
+        p.square().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(p.grad, torch.full_like(value, 6.0))
 
 
 class LossOf:

@@ -32,6 +32,18 @@ def test_buffers_of_the_modules_that_ran_are_restored_also_after_an_error() -> N
         assert torch.equal(b, before[name][1]), name
 
 
+def test_buffers_of_given_models_are_restored_if_their_code_calls_no_hooks() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    before = {name: (b, b.clone()) for name, b in model.named_buffers()}
+    with preserve_buffers([model]):
+        model[0].register_buffer("running_mean", torch.ones(2))
+        for b in model.buffers():
+            b.add_(1)
+    for name, b in model.named_buffers():
+        assert b is before[name][0]
+        assert torch.equal(b, before[name][1]), name
+
+
 def test_gradients_are_none_inside_and_the_same_bits_afterwards() -> None:
     with_gradient, without = (nn.Parameter(torch.ones(2)) for _ in range(2))
     with_gradient.grad = gradient = torch.tensor([1.0, 2.0])
@@ -43,6 +55,17 @@ def test_gradients_are_none_inside_and_the_same_bits_afterwards() -> None:
     assert with_gradient.grad is gradient
     assert torch.equal(gradient, torch.tensor([1.0, 2.0]))
     assert without.grad is None
+
+
+def test_a_sparse_gradient_is_kept() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    gradient = table.weight.grad
+    with preserve_gradients([table.weight]):
+        table(torch.tensor([2])).sum().backward()
+    assert table.weight.grad is gradient
+    assert gradient is not None
+    assert torch.equal(gradient.to_dense()[:, 0], torch.tensor([0.0, 1.0, 0.0, 0.0]))
 
 
 def test_leaves_are_those_that_backward_reaches() -> None:
