@@ -47,11 +47,10 @@ def capture_statistics(
         base = base_of(model)  # all weights are comparable, because none requires a gradient here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
-            value, given = check_loss(loss(model, batch), index)
-            recorder.predictions = given or 0  # the recorder counts them if they are not given
+            value, recorder.predictions = check_loss(loss(model, batch), index)
             # The sum over the predictions: gradients of their mean may underflow in float16.
-            (value.float() * max(recorder.predictions, 1)).backward()
-            mean_loss, number = float(value.detach()), recorder.predictions
+            (value.float() * (recorder.predictions or 1)).backward()
+            mean_loss, number = float(value.detach()), recorder.predictions or 0
             del value  # its graph references the inputs of the layers
             if not math.isfinite(mean_loss) or number < 1:
                 raise ValueError(

@@ -22,7 +22,7 @@ class Recorder:
     The input of a layer is referenced until the graph of the batch's loss is freed.
 
     predictions: number of predictions in the batch. If it is set before the backward pass, that pass is of the summed
-        loss. If it is 0, the pass is of the mean. Then rows with a nonzero gradient at the model's logits are counted.
+        loss. If it is None, the pass is of the mean. Then rows with a nonzero gradient at the model's logits are counted.
     """
 
     def __init__(self, layers: Sequence[Layer], rank: int | None) -> None:
@@ -33,7 +33,7 @@ class Recorder:
 
     def start(self) -> None:
         """Clear the state of the previous batch."""
-        self.predictions = 0
+        self.predictions: int | None = None
         # Factor of the gradients.
         self._scale = 1
         # Number of forward passes of the model that have a gradient, and whether they differ in sizes or masks.
@@ -97,7 +97,7 @@ class Recorder:
         logits.register_hook(self._count)
 
     def _count(self, gradient: Tensor) -> None:
-        if self.predictions == 0 and self._passes == 1:
+        if self.predictions is None and self._passes == 1:
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
             self.predictions = self._scale = int((rows != 0).any(dim=1).sum())
 
@@ -166,7 +166,7 @@ class Recorder:
                 )
             if layer.name == self._head:
                 self._count(gradient)
-            if self.predictions == 0:
+            if self.predictions is None:
                 why = (
                     "calls the model more than once per batch"
                     if self._passes > 1
