@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Container
+from collections.abc import Collection, Container
 from pathlib import Path
 
 import pandas as pd
@@ -61,13 +61,13 @@ def summary(path: Path) -> str:
     return f"{path} has no finished run" if rows.empty else "\n\n".join(_sections(rows))
 
 
-def compact(path: Path) -> str:
-    """Return one line for each method of scenario (a) that the file has, over the pairs that all of them have.
+def compact(path: Path, methods: Collection[str] = tuple(_COMPACT)) -> str:
+    """Return one line for each of ``methods`` in scenario (a) that the file has, over the pairs that all of them have.
 
     A pair is a target and a seed. The frontiers need runs of ``none``, the model before training.
     """
     rows = _standard(load(path))
-    trained = rows[(rows["steps"] > 0) & rows["method"].isin(_COMPACT)]
+    trained = rows[(rows["steps"] > 0) & rows["method"].isin(methods)]
     labels = {name: label for name, label in _COMPACT.items() if name in set(trained["method"])}
     values = {column: per_pair(trained, column) for column in ("target_accuracy", "target_loss", "drift")}
     pairs = values["drift"].index

@@ -22,7 +22,7 @@ class Recorder:
     The input of a layer is referenced until the graph of the batch's loss is freed.
 
     predictions: number of predictions in the batch. If it is set before the backward pass, that pass is of the summed
-        loss. If it is None, the pass is of the mean. Then rows with a nonzero gradient at the model's logits are counted.
+        loss. If it is None, the pass is of the mean, and the rows with a nonzero gradient at the logits are counted.
     """
 
     def __init__(self, layers: Sequence[Layer], rank: int | None) -> None:
