@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.integrations.sampling import DECODER_INPUTS, check_decoder_inputs
+from gradguide.integrations.sampling import DECODER_INPUTS, check_classes, check_decoder_inputs
 from gradguide.sources.undisturbed import undisturbed
 
 __all__ = ["drift"]
@@ -42,10 +42,11 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
 
     Raises:
         TypeError: a batch is not a mapping.
-        ValueError: there is no position, the logits of the models have different shapes, one class or NaN, or the
-            attention mask has another shape. ``base`` has the trained parameters of the model. ``base`` is None, and
-            the model has no PEFT adapters, they are merged into its weights, or it also trains weights of the base
-            model. The batch of an encoder-decoder has labels [batch, tokens] without ``decoder_input_ids``.
+        ValueError: there is no position, the logits of the models have different shapes, one class or NaN, or are of
+            several labels per row. The attention mask has another shape. ``base`` has the trained parameters of the
+            model. ``base`` is None, and the model has no PEFT adapters, they are merged into its weights, or it also
+            trains weights of the base model. The batch of an encoder-decoder has labels [batch, tokens] without
+            ``decoder_input_ids``.
     """
     if base is not None:
         _check_apart(model, base)
@@ -72,8 +73,7 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
                     "the logits of the base and of the model must have one shape, found "
                     f"{tuple(start.shape)} and {tuple(now.shape)}"
                 )
-            if now.shape[-1] < 2:
-                raise ValueError(f"the logits must have 2 classes or more, found {now.shape[-1]}: is it a regression?")
+            check_classes(model, now)
             mask = "decoder_attention_mask" if DECODER_INPUTS & inputs.keys() else "attention_mask"
             used = _used(now, mask, inputs.get(mask))
             total += _kl(start.flatten(0, -2), now.flatten(0, -2), used)

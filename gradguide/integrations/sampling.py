@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-__all__ = ["DECODER_INPUTS", "begins_with_bos", "check_decoder_inputs", "own_text", "sampled_loss"]
+__all__ = ["DECODER_INPUTS", "begins_with_bos", "check_classes", "check_decoder_inputs", "own_text", "sampled_loss"]
 
 DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 """Keyword arguments that determine the positions of an encoder-decoder's predictions."""
@@ -49,7 +49,7 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     check_decoder_inputs(model, batch)
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    _check_classes(model, logits)
+    check_classes(model, logits)
     if logits.dim() > 2 and mask is not None and mask.dim() == 2:
         if mask.shape != used.shape:
             raise ValueError(
@@ -175,7 +175,7 @@ def _is_causal(model: nn.Module) -> bool:
     return "CausalLM" in name or "LMHead" in name
 
 
-def _check_classes(model: nn.Module, logits: Tensor) -> None:
+def check_classes(model: nn.Module, logits: Tensor) -> None:
     """Raise ValueError if the logits are not those of one class of several."""
     if logits.shape[-1] < 2:
         raise ValueError(f"the logits must have 2 classes or more, found {logits.shape[-1]}: is it a regression?")
@@ -183,8 +183,8 @@ def _check_classes(model: nn.Module, logits: Tensor) -> None:
     kind = getattr(next(configs, None), "problem_type", None)
     if kind not in (None, "single_label_classification"):
         raise ValueError(
-            f"labels are drawn as one class of several, and the model is one of {kind!r}: write a loss that draws its "
-            "labels, and returns their mean loss and number"
+            f"the model must predict one class of several, found {kind!r}: its predictions are not a softmax, so write "
+            "a loss that draws its labels and returns their mean loss and number"
         )
 
 

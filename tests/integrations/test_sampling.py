@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
 
 from gradguide import SourceGradient
-from gradguide.integrations.transformers import own_text, sampled_loss
+from gradguide.integrations.transformers import drift, own_text, sampled_loss
 from tests.integrations.lora import QUIET
 from tests.sources.structured.problems import VOCABULARY, adapted, gpt2, llama, spread, text, trained
 
@@ -183,7 +183,10 @@ def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(
     ("options", "reason"),
     [
         ({"num_labels": 1}, "2 classes or more, found 1: is it a regression"),
-        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "one of 'multi_label_classification'"),
+        (
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+            "one class of several, found 'multi_label_classification'",
+        ),
     ],
 )
 def test_labels_that_are_not_one_class_of_several_are_refused(options: dict[str, Any], reason: str) -> None:
@@ -193,6 +196,8 @@ def test_labels_that_are_not_one_class_of_several_are_refused(options: dict[str,
         setattr(config, name, value)
     with pytest.raises(ValueError, match=reason):
         sampled_loss(LlamaForSequenceClassification(config), text(1)[0])
+    with pytest.raises(ValueError, match=reason):
+        drift(LlamaForSequenceClassification(config), text(1), base=LlamaForSequenceClassification(config))
 
 
 def test_own_text_longer_than_the_positions_is_refused() -> None:
