@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ class StepPlanner:
     def set_sources(self, sources: Sequence[Source], base: Optimizer) -> None:
         """Replace the sources. They must match the named parameters of ``base``."""
         self.sources = sources
-        self._matched = self._names_in(base)
+        # The parameters of the base, and the names of those that the sources were matched with.
+        self._present = _parameters(base)
+        self._matched = self._names_of(self._present)
         # Validation ensured that all sources have the trained parameters. Frozen ones may be missing in some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
         everything = frozenset(self.names.values()) if sources else frozenset()
@@ -87,8 +90,8 @@ class StepPlanner:
         self.name_lookup = names
         self.track_replaced(base)
 
-    def _names_in(self, base: Optimizer) -> frozenset[str]:
-        return frozenset(self.name_lookup.of(p for group in base.param_groups for p in group["params"]).values())
+    def _names_of(self, parameters: Sequence[Tensor]) -> frozenset[str]:
+        return frozenset(self.name_lookup.of(parameters).values())
 
     def _match_added(self, base: Optimizer) -> None:
         """Match the sources again if named parameters were added to the base itself, or to the list of a group.
@@ -97,9 +100,13 @@ class StepPlanner:
             ValueError: a source does not match them.
         """
         self.track_replaced(base)
-        if self.sources and not self._names_in(base) <= self._matched:
+        present = _parameters(base)
+        if len(present) == len(self._present) and all(map(is_, present, self._present)):
+            return
+        if self.sources and not self._names_of(present) <= self._matched:
             sources = match_sources(self.sources, base.param_groups, self.name_lookup, self.sources)
             self.set_sources(sources, base)
+        self._present = present
 
     def invalidate(self) -> None:
         """Discard the plan. The next step makes a new one."""
@@ -246,6 +253,10 @@ def _labels_of(base: Optimizer, label: Labeler) -> dict[Tensor, Label]:
         for index, group in enumerate(base.param_groups)
         for place, parameter in enumerate(group["params"])
     }
+
+
+def _parameters(base: Optimizer) -> list[Tensor]:
+    return [p for group in base.param_groups for p in group["params"]]
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
