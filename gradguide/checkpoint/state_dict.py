@@ -64,25 +64,15 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
     for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
-        # Optimizers treat an existing entry as initialised. Without one, the base alone can load the result.
-        if key not in stateful and _awaits_step(engine.directions.get(parameter), totals, bool(stateful)):
+        # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets
+        # no entry, and the base alone can load the result. Such a parameter has no direction either.
+        if stateful and key not in stateful and parameter not in engine.directions:
             continue
         own = {COUNTERS: make_counters(totals, engine.scopes.export(labels[parameter]))}
         if parameter in engine.directions:
             own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
-
-
-def _awaits_step(direction: Tensor | None, totals: Tensor, stateful: bool) -> bool:
-    """Return whether a parameter without state in the base may get state in its first step.
-
-    Args:
-        stateful: whether the base keeps state of other parameters. If only skipped steps were made, it is unknown.
-    """
-    steps, skipped = totals.tolist()
-    # A skipped step leaves a direction of zeros.
-    return (stateful or (steps == 0 < skipped)) and (direction is None or (skipped > 0 and not direction.any()))
 
 
 def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:

@@ -99,42 +99,6 @@ def test_i03_skipped_steps_are_counted_on_across_a_load() -> None:
     assert {k: resumed.metrics()[k] for k in ("steps", "skipped")} == {"steps": 2, "skipped": 1}
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize("direction", [None, Direction(), Direction(share_momentum=True)])
-def test_i06_the_base_alone_goes_on_after_skipped_steps(direction: Direction | None, steps: int) -> None:
-    """After a skipped step with all gradients, the last parameter has none in the step that is made."""
-    model = kit.net()
-    optimizer = GradGuide(torch.optim.AdamW(model.parameters()), direction=direction)
-    kit.give_gradients(model, 0, scale=float("nan"))
-    optimizer.step()
-    *others, last = model.parameters()
-    for step in range(steps):
-        kit.give_gradients(model, step)
-        last.grad = None
-        optimizer.step()
-    state = kit.through_file(optimizer.state_dict())
-    assert state["state"].keys() == optimizer.base.state_dict()["state"].keys() == set(range(steps * len(others)))
-    plain = torch.optim.AdamW(model.parameters())
-    plain.load_state_dict(state)
-    kit.give_gradients(model, 1)
-    plain.step()
-    optimizer.load_state_dict(state)
-    assert optimizer.metrics()["steps"] == steps
-
-
-def test_a_base_without_state_keeps_its_direction_after_a_skipped_step() -> None:
-    model = kit.net()
-    optimizer = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1), direction=Direction())
-    kit.give_gradients(model, 0, scale=float("nan"))
-    optimizer.step()
-    kit.give_gradients(model, 0)
-    optimizer.step()
-    other = GradGuide(torch.optim.SGD(kit.net().parameters(), lr=0.1), direction=Direction())
-    other.load_state_dict(kit.through_file(optimizer.state_dict()))
-    kit.assert_same(kit.directions_of(other), kit.directions_of(optimizer))
-    assert {k: other.metrics()[k] for k in ("steps", "skipped")} == {"steps": 1, "skipped": 1}
-
-
 def test_i03_loaded_direction_and_counters_are_not_shared_with_the_state() -> None:
     """Torch shares the base's tensors with the loaded dict; GradGuide copies its own."""
     model = kit.net()
