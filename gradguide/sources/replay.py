@@ -18,14 +18,14 @@ from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
 
-_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, tuple[Any, ...]]
+_Kind: TypeAlias = tuple[torch.Size, torch.device, tuple[Any, ...]]
 
 
 class ReplaySource:
     """The gradient of a source batch at the current parameters, as in A-GEM (arXiv 1812.00420).
 
     It costs one additional forward and backward pass every ``every`` steps, and two rows of memory. Other steps reuse
-    the last finite gradient. A step evaluates anew if there is none yet, or if names, shapes, dtypes or devices of
+    the last finite gradient. A step evaluates anew if there is none yet, or if names, shapes or devices of
     parameters changed. Pass it to :class:`gradguide.Alignment`, alone or together with stored sources.
 
     The passes leave gradients (including those that another optimizer uses), buffers (batch statistics) and torch's
@@ -180,12 +180,12 @@ class ReplaySource:
 
 
 def _kinds(parameters: Mapping[str, Tensor]) -> dict[str, _Kind]:
-    """Return what determines the shape, dtype and device of each parameter's row. Shapes are those of whole tensors.
+    """Return what determines the shape and device of each parameter's row. Shapes are those of whole tensors.
 
     So it changes on all ranks or on none, and all evaluate at the same steps.
     """
     return {
-        name: (p.shape, p.dtype, p.device, () if (layout := layout_of(p)) is None else layout.placements)
+        name: (p.shape, p.device, () if (layout := layout_of(p)) is None else layout.placements)
         for name, p in parameters.items()
     }
 

@@ -219,14 +219,13 @@ def test_until_a_gradient_is_finite_every_step_evaluates() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("changed", [torch.ones(5), torch.ones(3, dtype=torch.float64)])
-def test_a_parameter_of_another_shape_or_dtype_is_evaluated_anew(every: int, changed: Tensor) -> None:
+def test_a_parameter_of_another_shape_is_evaluated_anew(every: int) -> None:
     p = nn.Parameter(torch.ones(3))
     source = ReplaySource([0], lambda _: 2.0 * p.square().sum(), every)
     alignment = Alignment(source, on="gradient", weight=1.0)
     base = torch.optim.SGD([p], lr=0.0)
     optimizer = GradGuide(base, direction=None, magnitude=None, alignment=alignment, names={"p": p})
-    for value in (p.data, changed):
+    for value in (p.data, torch.ones(5)):
         p.data = value
         optimizer.zero_grad()
         p.square().sum().backward()
