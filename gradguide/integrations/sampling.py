@@ -48,15 +48,17 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     mask: Tensor | None = batch.get(name)
     check_decoder_inputs(model, batch)
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     check_classes(model, logits)
     if logits.dim() > 2 and mask is not None and mask.dim() == 2:
-        if mask.shape != used.shape:
+        if _has_virtual_tokens(model):
+            logits = logits[:, -mask.shape[1] :]
+        if mask.shape != logits.shape[:-1]:
             raise ValueError(
-                f"{name} must have the shape of the predictions {tuple(used.shape)}, found {tuple(mask.shape)}: "
-                "an adapter such as prompt tuning may have added positions, so capture from the base model"
+                f"{name} must have the shape of the predictions {tuple(logits.shape[:-1])}, found {tuple(mask.shape)}"
             )
         used = seen = mask.bool()
+    else:
+        used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if logits.dim() > 2 and labels is not None:
         used = labels != -100
     if logits.dim() > 2 and _is_causal(model):
@@ -173,6 +175,13 @@ def _is_causal(model: nn.Module) -> bool:
     if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    """Return whether an adapter of PEFT puts tokens before the text, as prompt tuning does."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    configs = [config for each in found if isinstance(each, Mapping) for config in each.values()]
+    return any(getattr(config, "is_prompt_learning", False) for config in configs)
 
 
 def check_classes(model: nn.Module, logits: Tensor) -> None:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.sources.structured.problems import VOCABULARY, llama, text
 
-__all__ = ["DEFAULT", "MESSAGES", "VARIANTS", "WORKS", "Variant", "table"]
+__all__ = ["DEFAULT", "MESSAGES", "VARIANTS", "WORKS", "Variant", "four_bit", "table"]
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WORKS = "works"

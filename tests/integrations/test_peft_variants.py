@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from tests.contract import kit
-from tests.integrations.peft_variants import DEFAULT, MESSAGES, VARIANTS, WORKS, Variant, table
+from tests.integrations.peft_variants import DEFAULT, MESSAGES, VARIANTS, WORKS, Variant, four_bit, table
 from tests.sources.structured.problems import spread, text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -165,3 +168,19 @@ def test_a_structured_source_captured_with_the_adapter(variant: Variant) -> None
 def test_the_table_has_these_outcomes() -> None:
     readme = Path(__file__).parents[1] / "contract" / "README.md"
     assert table() in readme.read_text(encoding="utf-8"), f"update the table of PEFT's methods:\n{table()}"
+
+
+def test_a_start_that_changed_a_weight_beside_a_quantised_source_is_refused() -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    quantised: Any = four_bit()
+    source = StructuredSource.capture(quantised, BATCHES, sampled_loss, rank=4)
+    model = LlamaForCausalLM(quantised.config)
+    for start in (True, "pissa"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=start)
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+        if start is True:
+            source.bound(adapted)
+            continue
+        with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*cannot be compared.*is quantised"):
+            source.bound(adapted)

@@ -39,6 +39,17 @@ class Words:
         return VOCABULARY
 
 
+class Masked(nn.Module):
+    """A model that does not read the attention mask."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.inner(input_ids)
+
+
 class Uncached(nn.Module):
     """A language model without a cache, whose next token is the last one plus one."""
 
@@ -205,12 +216,24 @@ def test_own_text_longer_than_the_positions_is_refused() -> None:
         own_text(gpt2(), Words(), tokens=96, length=65)
 
 
-def test_positions_that_an_adapter_adds_are_refused() -> None:
+def test_tokens_that_an_adapter_puts_before_the_text_do_not_count() -> None:
     model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(
-        ValueError, match=r"attention_mask must have the shape of the predictions \(3, 19\), found \(3, 16\)"
-    ):
-        sampled_loss(model, text(1)[0])
+    batch = text(1)[0]
+    batch["attention_mask"][:, 8:] = 0
+    torch.manual_seed(0)
+    loss, number = sampled_loss(model, batch)
+    assert number == 3 * 7
+    logits = model(**batch).logits[:, 3:][:, :7]
+    torch.manual_seed(0)
+    drawn = torch.multinomial(logits.detach().float().softmax(-1).flatten(0, 1), 1).squeeze(-1)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), drawn))
+
+
+def test_a_mask_of_other_positions_is_refused() -> None:
+    batch = text(1)[0]
+    model = Uncached()
+    with pytest.raises(ValueError, match=r"attention_mask must have .* \(3, 16\), found \(3, 5\)"):
+        sampled_loss(Masked(model), {**batch, "attention_mask": torch.ones(3, 5)})
 
 
 def test_sampled_loss_gives_the_fisher_information_of_a_language_model() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from gradguide.sources.structured.factors import Factor, LayerFactors
-from tests.integrations.peft_variants import four_bit
 from tests.sources.structured.problems import adapted, llama, spread, text
 
 TARGETS = ["q_proj", "v_proj"]
@@ -250,14 +248,3 @@ def test_a_start_that_changed_a_weight_that_cannot_be_compared_is_refused(source
     own = StructuredSource.capture(model, text(2), sampled_loss, rank=4)
     StructuredSource(own._layers, {k: v for k, v in own.metadata.items() if k != "base"}).bound(model)
     other.bound(peft.get_peft_model(llama(1), lora(init_lora_weights="gaussian")))
-
-
-def test_a_start_that_changed_a_weight_beside_a_quantised_source_is_refused() -> None:
-    pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    quantised: Any = four_bit()
-    source = StructuredSource.capture(quantised, text(2), sampled_loss, rank=4)
-    model = transformers.LlamaForCausalLM(quantised.config)
-    source.bound(peft.get_peft_model(copy.deepcopy(model), lora()))
-    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*cannot be compared.*is quantised"):
-        source.bound(peft.get_peft_model(model, lora(init_lora_weights="pissa")))
