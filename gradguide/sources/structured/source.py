@@ -65,7 +65,7 @@ class StructuredSource:
         self.floor = FLOOR
         """Added to G's diagonal, over E|y|^2 of the outputs y. For experiments: files and merges have the default."""
         self.drift: Tensor | None = None
-        """Modelled KL from the captured model at the last step, in nats per token: Tensor []."""
+        """Modelled KL at the last step, in nats per token, Tensor []; of the copy that is bound, not of the source given."""
         self._binding: Binding | None = None
         self._rows: dict[str, Tensor] = {}
 
@@ -224,7 +224,7 @@ class StructuredSource:
 
     @staticmethod
     def merge(sources: Sequence[StructuredSource], weights: Sequence[float] | None = None) -> StructuredSource:
-        """Return one source for several tasks of one base model, with the memory of one.
+        """Return one source for several tasks of one base model, with the memory of one in float32.
 
         S and G of each pair, and anchors, are merged separately: as weighted sums, S and G truncated to the largest
         rank. A sum of Kronecker products is not a Kronecker product. The merged source loses which inputs belong to
