@@ -65,7 +65,7 @@ class StructuredSource:
         self.floor = FLOOR
         """Added to G's diagonal, over E|y|^2 of the outputs y. For experiments: files and merges have the default."""
         self.drift: Tensor | None = None
-        """Modelled KL at the last step, in nats per token, Tensor []; of the copy that is bound, not of the source given."""
+        """Modelled KL at the last step, in nats per token, Tensor []; only of the copy that an optimizer bound."""
         self._binding: Binding | None = None
         self._rows: dict[str, Tensor] = {}
 
