@@ -55,7 +55,7 @@ def capture(
     import torch
 
     from gradguide.integrations.causal import load_causal
-    from gradguide.integrations.sampling import begins_with_bos, sampled_loss
+    from gradguide.integrations.sampling import begins_with_bos, check_length, sampled_loss
     from gradguide.integrations.sampling import own_text as write_text
     from gradguide.sources.structured import StructuredSource
 
@@ -64,11 +64,7 @@ def capture(
         raise IsADirectoryError(f"{str(out)!r} is a folder, expected a file")
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = load_causal(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    if length < 2:
-        raise ValueError(f"length must be at least 2, because the first token predicts the next, found {length}")
-    longest = getattr(network.config, "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise ValueError(f"length must be at most {longest}, the positions of {model}, found {length}")
+    check_length(network, length)
     with scratch_beside(out):
         pass  # raises before the work if the folder cannot be written
     batches: list[dict[str, Tensor]]

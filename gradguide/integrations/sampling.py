@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-__all__ = ["DECODER_INPUTS", "begins_with_bos", "check_classes", "check_decoder_inputs", "own_text", "sampled_loss"]
+from gradguide.sources.structured.layers import adapter_configs
+
+__all__ = [
+    "DECODER_INPUTS",
+    "begins_with_bos",
+    "check_classes",
+    "check_decoder_inputs",
+    "check_length",
+    "own_text",
+    "sampled_loss",
+]
 
 DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 """Keyword arguments that determine the positions of an encoder-decoder's predictions."""
@@ -50,7 +60,8 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     check_classes(model, logits)
     if logits.dim() > 2 and mask is not None and mask.dim() == 2:
-        if _has_virtual_tokens(model):
+        # Prompt tuning puts tokens before the text.
+        if any(getattr(config, "is_prompt_learning", False) for config in adapter_configs(model).values()):
             logits = logits[:, -mask.shape[1] :]
         if mask.shape != logits.shape[:-1]:
             raise ValueError(
@@ -98,8 +109,7 @@ def own_text(
         ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2, or ``batch_size`` is less than 1.
             ``length`` is more than the positions of the model.
     """
-    if length < 2:
-        raise ValueError(f"length must be at least 2, because the first token predicts the next, found {length}")
+    check_length(model, length)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     if tokens < length:
@@ -107,10 +117,7 @@ def own_text(
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
     bos, count = tokenizer.bos_token_id, -(-tokens // length)
     every = 0 if bos is None else 1 if begins_with_bos(tokenizer) else 2
-    longest = getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None) or math.inf
-    if length > longest:
-        raise ValueError(f"length must be at most {longest}, the number of positions of the model, found {length}")
-    dropped = 0 if every == 1 else int(min(1 + _DROPPED, max(longest - length, 0)))
+    dropped = 0 if every == 1 else int(min(1 + _DROPPED, _positions(model) - length))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = []
@@ -127,6 +134,18 @@ def own_text(
         for module, training in modes.items():
             module.training = training
     return batches
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise ValueError if a language model cannot take sequences of ``length`` tokens, or predicts nothing in them."""
+    if length < 2:
+        raise ValueError(f"length must be at least 2, because the first token predicts the next, found {length}")
+    if length > (longest := _positions(model)):
+        raise ValueError(f"length must be at most {longest}, the positions of the model, found {length}")
+
+
+def _positions(model: nn.Module) -> float:
+    return getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None) or math.inf
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
@@ -177,19 +196,11 @@ def _is_causal(model: nn.Module) -> bool:
     return "CausalLM" in name or "LMHead" in name
 
 
-def _has_virtual_tokens(model: nn.Module) -> bool:
-    """Return whether an adapter of PEFT puts tokens before the text, as prompt tuning does."""
-    found = (getattr(module, "peft_config", None) for module in model.modules())
-    configs = [config for each in found if isinstance(each, Mapping) for config in each.values()]
-    return any(getattr(config, "is_prompt_learning", False) for config in configs)
-
-
 def check_classes(model: nn.Module, logits: Tensor) -> None:
     """Raise ValueError if the logits are not those of one class of several."""
     if logits.shape[-1] < 2:
         raise ValueError(f"the logits must have 2 classes or more, found {logits.shape[-1]}: is it a regression?")
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
-    kind = getattr(next(configs, None), "problem_type", None)
+    kind = getattr(_config(model), "problem_type", None)
     if kind not in (None, "single_label_classification"):
         raise ValueError(
             f"the model must predict one class of several, found {kind!r}: its predictions are not a softmax, so write "
@@ -208,8 +219,12 @@ def check_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
-    return bool(getattr(next(configs, None), "is_encoder_decoder", False))
+    return bool(getattr(_config(model), "is_encoder_decoder", False))
+
+
+def _config(model: nn.Module) -> Any:
+    """Return the configuration of a model, which may be in a wrapper; None if there is none."""
+    return next((module.config for module in model.modules() if hasattr(module, "config")), None)
 
 
 def _unwrapped(model: Any) -> Any:

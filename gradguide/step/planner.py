@@ -261,4 +261,4 @@ def _parameters(base: Optimizer) -> list[Tensor]:
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
     """Return the base's parameters that require a gradient."""
-    return [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+    return [p for p in _parameters(base) if p.requires_grad]

@@ -212,7 +212,7 @@ def test_labels_that_are_not_one_class_of_several_are_refused(options: dict[str,
 
 
 def test_own_text_longer_than_the_positions_is_refused() -> None:
-    with pytest.raises(ValueError, match="length must be at most 64, the number of positions of the model, found 65"):
+    with pytest.raises(ValueError, match="length must be at most 64, the positions of the model, found 65"):
         own_text(gpt2(), Words(), tokens=96, length=65)
 
 

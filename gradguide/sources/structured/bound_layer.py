@@ -43,7 +43,7 @@ class BoundLayer:
         return [name for a, b, _, _ in self.adapters for name in (a, b)] + ([self.weight] if self.weight else [])
 
     def pulled(self, values: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of the weight, if it is trained, and of adapters of which a matrix is trained."""
+        """Return the name of a trained weight, and the names of A and B of each adapter with a trained matrix."""
         adapters = [
             name for a, b, *_ in self.adapters for name in (a, b) if any(values[n].requires_grad for n in (a, b))
         ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradguide.utils.names import model_modules
 
-__all__ = ["Adapter", "Layer", "anchor_of", "base_name", "find_layers", "select"]
+__all__ = ["Adapter", "Layer", "adapter_configs", "anchor_of", "base_name", "find_layers", "select"]
 
 _PEFT_PREFIX = "base_model.model."
 # PEFT trains a copy of a module in ``modules_to_save``: the copy is modules_to_save.ADAPTER, next to original_module.
@@ -47,7 +47,7 @@ class Adapter:
 
     @property
     def moves_weight(self) -> bool:
-        """Whether the adapter's start changed the weight below it."""
+        """Return whether PEFT changed the weight when it initialised the adapter."""
         return self.start.startswith(_MOVING_STARTS)
 
 
@@ -114,7 +114,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     """
     found: dict[str, Layer] = {}
     inside: set[int] = set()
-    starts = _starts(model)
+    starts = {name: str(getattr(config, "init_lora_weights", "")) for name, config in adapter_configs(model).items()}
     for wrapped, module in model_modules(model):
         if id(module) in inside:
             continue
@@ -179,15 +179,10 @@ def anchor_of(layer: Layer) -> tuple[Tensor, Tensor] | None:
     return (left.cpu(), right.cpu()) if bool(left.any()) and bool(right.any()) else None
 
 
-def _starts(model: nn.Module) -> dict[str, str]:
-    """Return PEFT's ``init_lora_weights`` by adapter."""
-    configs = (vars(module).get("peft_config") for module in model.modules())
-    return {
-        adapter: str(getattr(config, "init_lora_weights", ""))
-        for found in configs
-        if isinstance(found, Mapping)
-        for adapter, config in found.items()
-    }
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """Return the configuration of each of PEFT's adapters in a model, by the adapter's name."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    return {name: config for each in found if isinstance(each, Mapping) for name, config in each.items()}
 
 
 def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str, str]) -> Layer:

@@ -188,13 +188,19 @@ def test_adapters_outside_the_layers_warn(source: StructuredSource) -> None:
         optimizer.set_alignment(Alignment([source, gradient.anchored()]))
 
 
-@pytest.mark.parametrize("adapter", [True, False])
-def test_experts_that_are_stored_as_one_tensor_warn(adapter: bool) -> None:
+def with_stacked_experts() -> Any:
+    """Return a model whose experts are stored as one tensor. Skip the test if transformers has layers instead."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes["num_key_value_heads"] = 2
     model: Any = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, **sizes))
     if not any(p.dim() == 3 for p in model.parameters()):
         pytest.skip("this version of transformers has linear layers as experts")
+    return model
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_experts_that_are_stored_as_one_tensor_warn(adapter: bool) -> None:
+    model = with_stacked_experts()
     source = StructuredSource.capture(model, text(), sampled_loss, rank=4, modules="q_proj")
     if adapter:
         options: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
@@ -205,11 +211,7 @@ def test_experts_that_are_stored_as_one_tensor_warn(adapter: bool) -> None:
 
 def test_adapters_of_two_parameters_of_one_module_warn() -> None:
     """PEFT nests their wrappers."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes["num_key_value_heads"] = 2
-    model: Any = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, **sizes))
-    if not any(p.dim() == 3 for p in model.parameters()):
-        pytest.skip("this version of transformers has linear layers as experts")
+    model = with_stacked_experts()
     source = StructuredSource.capture(model, text(), sampled_loss, rank=4, modules="q_proj")
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts))
