@@ -26,6 +26,7 @@ from gradguide.checkpoint.validation import (
 from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.allocate import allocate_contiguous
 from gradguide.step.engine import Engine
+from gradguide.step.planner import all_parameters
 
 __all__ = ["load", "merge"]
 
@@ -63,7 +64,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     totals = totals.cpu()
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
-    for key, parameter in zip(keys, _parameters(base), strict=True) if stepped else ():
+    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped else ():
         # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets
         # no entry, and the base alone can load the result. Such a parameter has no direction either.
         if stateful and key not in stateful and parameter not in engine.directions:
@@ -104,7 +105,7 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
 def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict[str, Any], _Own]:
     """Split a state dict into the base's part and GradGuide's, and check both. Nothing is changed."""
     check_groups(state, base)
-    parameters = _parameters(base)
+    parameters = all_parameters(base)
     names = engine.planner.names
     of_key = dict(zip(_keys(state), parameters, strict=True))
     which = {key: f"parameter {names.get(p, f'number {position}')}" for position, (key, p) in enumerate(of_key.items())}
@@ -183,7 +184,3 @@ def _restore(own: _Own, base: Optimizer, engine: Engine) -> Tensor:
 def _keys(state: dict[str, Any]) -> list[Any]:
     """Return the keys of the parameters in a state dict, in the order of the groups."""
     return [key for group in state["param_groups"] for key in group["params"]]
-
-
-def _parameters(base: Optimizer) -> list[Tensor]:
-    return [p for group in base.param_groups for p in group["params"]]

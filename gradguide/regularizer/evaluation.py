@@ -20,7 +20,7 @@ from gradguide.rules.span import Span, divide
 from gradguide.sources.side_effects import RandomState, leaves, preserve_buffers, preserve_gradients
 from gradguide.step.engine import Engine
 from gradguide.step.plan import Rows, StepPlan
-from gradguide.step.planner import trainable_parameters
+from gradguide.step.planner import all_parameters, trainable_parameters
 from gradguide.utils.constants import LEAST_LENGTH
 
 __all__ = ["evaluate"]
@@ -105,7 +105,7 @@ def _reached(loss: Any, base: Optimizer, engine: Engine) -> list[Tensor]:
 
     A graph does not contain the parameters inside a reentrant checkpoint, so those of the named models are added.
     """
-    found = [p for group in base.param_groups for p in group["params"]]
+    found = all_parameters(base)
     found += engine.planner.name_lookup.reachable().values()
     found += leaves(loss) if isinstance(loss, Tensor) else []
     return [tensor for tensor in dict.fromkeys(found) if tensor.requires_grad or tensor.grad is not None]

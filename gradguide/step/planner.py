@@ -29,7 +29,7 @@ from gradguide.step.plan import StepPlan
 from gradguide.step.signature import Signature
 from gradguide.utils.names import Names
 
-__all__ = ["StepPlanner", "trainable_parameters"]
+__all__ = ["StepPlanner", "all_parameters", "trainable_parameters"]
 
 
 class StepPlanner:
@@ -75,7 +75,7 @@ class StepPlanner:
         """Replace the sources. They must match the named parameters of ``base``."""
         self.sources = sources
         # The parameters of the base, and the names of those that the sources were matched with.
-        self._present = _parameters(base)
+        self._present = all_parameters(base)
         self._matched = self._names_of(self._present)
         # Validation ensured that all sources have the trained parameters. Frozen ones may be missing in some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
@@ -100,7 +100,7 @@ class StepPlanner:
             ValueError: a source does not match them.
         """
         self.track_replaced(base)
-        present = _parameters(base)
+        present = all_parameters(base)
         if len(present) == len(self._present) and all(map(is_, present, self._present)):
             return
         if self.sources and not self._names_of(present) <= self._matched:
@@ -255,10 +255,11 @@ def _labels_of(base: Optimizer, label: Labeler) -> dict[Tensor, Label]:
     }
 
 
-def _parameters(base: Optimizer) -> list[Tensor]:
+def all_parameters(base: Optimizer) -> list[Tensor]:
+    """Return the base's parameters, group by group."""
     return [p for group in base.param_groups for p in group["params"]]
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
     """Return the base's parameters that require a gradient."""
-    return [p for p in _parameters(base) if p.requires_grad]
+    return [p for p in all_parameters(base) if p.requires_grad]
