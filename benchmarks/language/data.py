@@ -14,7 +14,10 @@ from torch import Tensor
 
 from benchmarks.demo import Task, few_shot, read_file
 
-__all__ = ["WINDOW", "Batch", "Pair", "Rows", "Target", "Texts", "Tokens", "answer_batches", "padded"]
+__all__ = [
+    "WINDOW", "Batch", "Choices", "Pair", "Rows", "Target", "Texts", "Tokens", "answer_batches", "padded",
+    "with_labels",
+]  # fmt: skip
 
 WINDOW = 96
 """Tokens of a window of source text."""
@@ -70,6 +73,46 @@ def padded(pairs: Sequence[Pair], width: int | None = None, answer: int | None =
         positions[row, : len(words)] = torch.arange(len(words)) + len(prompt) - 1
         targets[row, : len(words)] = torch.tensor(words)
     return Batch(ids, positions, targets)
+
+
+class Choices(NamedTuple):
+    """Prompts, each followed by the words of every label. A label's tokens attend to the prompt and to themselves.
+
+    ids: int64 [rows, width].
+    segments: int64 [rows, width]: 0 for the prompt, k for the words of label k - 1, -1 for padding.
+    positions: int64 [rows, T], the positions whose predictions are the T tokens of all labels.
+    """
+
+    ids: Tensor
+    segments: Tensor
+    positions: Tensor
+
+
+def with_labels(prompts: Sequence[Tokens], labels: Sequence[Tokens], width: int | None = None) -> Choices:
+    """Return each prompt with all labels after it.
+
+    Args:
+        width: length of a row; None for that of the longest.
+    """
+    words = torch.tensor([token for label in labels for token in label])
+    segments = torch.tensor([k for k, label in enumerate(labels, 1) for _ in label])
+    # A label's first token is predicted at the prompt's end, each other token one position before its own.
+    before = torch.arange(len(words)) - 1
+    starts = torch.tensor([i == 0 for label in labels for i in range(len(label))])
+    width = width or max(map(len, prompts)) + len(words)
+    choices = Choices(
+        ids=torch.zeros(len(prompts), width, dtype=torch.long),
+        segments=torch.full((len(prompts), width), -1),
+        positions=torch.zeros(len(prompts), len(words), dtype=torch.long),
+    )
+    for row, prompt in enumerate(prompts):
+        length = len(prompt)
+        choices.ids[row, :length] = torch.tensor(prompt)
+        choices.segments[row, :length] = 0
+        choices.ids[row, length : length + len(words)] = words
+        choices.segments[row, length : length + len(words)] = segments
+        choices.positions[row] = torch.where(starts, length - 1, length + before)
+    return choices
 
 
 def answer_batches(pairs: Sequence[Pair], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -134,8 +177,16 @@ class Target:
 
     @property
     def width(self) -> int:
-        """Length to which every row of the task can be padded."""
-        longest = max(len(prompt) for prompt, _ in (*self.train, *self.test, *self.pool)) + max(map(len, self.labels))
+        """Length to which every row of the task, with one label, can be padded."""
+        return self._width(max(map(len, self.labels)))
+
+    @property
+    def choices_width(self) -> int:
+        """Length to which every row of the task, with all labels, can be padded."""
+        return self._width(sum(map(len, self.labels)))
+
+    def _width(self, words: int) -> int:
+        longest = max(len(prompt) for prompt, _ in (*self.train, *self.test, *self.pool)) + words
         return -(-longest // _WIDTH) * _WIDTH
 
     def pair(self, row: int) -> Pair:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import synchronise
-from benchmarks.language.data import Pair, Target, Texts, padded
+from benchmarks.language.data import Choices, Pair, Target, Texts, padded, with_labels
 from benchmarks.language.model import Language, answer_loss, kl
 
 __all__ = ["Drift", "Size", "Watch", "accuracy", "answers", "bytes_of"]
@@ -37,7 +37,7 @@ class Size:
         """Return a size for a GPU, or a smaller one for a CPU."""
         if device.type == "cuda":
             return Size(rows=160, windows=40, answers=48, batch=320)
-        return Size(rows=20, windows=12, answers=8, batch=16)
+        return Size(rows=80, windows=12, answers=8, batch=16)
 
 
 class Watch:
@@ -94,22 +94,19 @@ def accuracy(model: Language, target: Target, size: Size) -> dict[str, float]:
     The chosen class is the one whose words have the highest mean log likelihood.
     """
     rows = target.test[: size.rows]
-    pairs = [Pair(prompt, label) for prompt, _ in rows for label in target.labels]
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))  # rows of similar length share a batch
-    fixed = target.width if model.device.type == "cuda" else None
-    longest = max(map(len, target.labels))
-    sums = torch.zeros(len(pairs), device=model.device)
-    for first in range(0, len(order), size.batch):
-        chosen = order[first : first + size.batch]
-        ids, positions, targets = padded([pairs[i] for i in chosen], fixed, longest).to(model.device)
-        hidden = model.hidden(ids)
-        used = targets != -100
-        states = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        losses = torch.zeros(targets.shape, device=model.device)
-        losses[used] = torch.nn.functional.cross_entropy(model.logits(states[used]), targets[used], reduction="none")
-        sums[torch.tensor(chosen, device=model.device)] = losses.sum(1)
-    sums = sums.view(len(rows), -1).cpu()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of similar length share a batch
+    width = target.choices_width if model.device.type == "cuda" else None
+    words = torch.tensor([token for label in target.labels for token in label], device=model.device)
     lengths = torch.tensor([len(label) for label in target.labels])
+    sums = torch.zeros(len(rows), len(lengths))
+    for chosen in torch.tensor(order).split(size.batch // 4):
+        prompts = [rows[row][0] for row in chosen.tolist()]
+        choices = Choices(*(part.to(model.device) for part in with_labels(prompts, target.labels, width)))
+        hidden = model.hidden(choices.ids, choices.segments)
+        states = hidden.gather(1, choices.positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        targets = words.expand(len(prompts), -1)
+        losses = torch.nn.functional.cross_entropy(model.logits(states).mT, targets, reduction="none").cpu()
+        sums[chosen] = torch.stack([part.sum(1) for part in losses.split(lengths.tolist(), dim=1)], dim=1)
     gold = torch.tensor([label for _, label in rows])
     return {
         "target_accuracy": float(((sums / lengths).argmin(1) == gold).float().mean()),

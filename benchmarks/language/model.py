@@ -63,10 +63,22 @@ class Language:
         """The B of each layer."""
         return [p for name, p in self.named if ".lora_B." in name]
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Return the last hidden states, [rows, width, size]."""
+    def hidden(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Return the last hidden states, [rows, width, size].
+
+        Args:
+            segments: int64 [rows, width]. A token attends to tokens before it of its own segment and of segment 0,
+                and its position is their number. By default, to all tokens before it.
+        """
+        causal = self._mask(ids.shape[1])
+        if segments is None:
+            mask, places = causal, None
+        else:
+            other = (segments[:, None, :] != segments[:, :, None]) & (segments[:, None, :] != 0)
+            mask = causal.masked_fill(other[:, None], torch.finfo(self._dtype).min)
+            places = (mask[:, 0] == 0).sum(-1) - 1
         found: Tensor = self._decoder(
-            input_ids=ids, attention_mask=self._mask(ids.shape[1]), use_cache=False
+            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
         return found
 
