@@ -21,8 +21,8 @@ __all__ = ["METHODS", "Entry", "Method", "family", "needs", "parse", "set_up"]
 _COMMON = {"unit": "token", "base": "adamw"}
 _STRUCTURED = {
     "weight": "100", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
-    "start": "random", "direction": "off", "bound": "on", "sources": "all", "merge": "off", "pull": "gradient",
-    "least": "0",
+    "start": "random", "train": "both", "direction": "off", "bound": "0.05", "sources": "all", "merge": "off",
+    "pull": "gradient", "least": "0",
 }  # fmt: skip
 _DIRECTIONS = {"off": None, "on": Direction(), "shared": Direction(share_momentum=True)}
 
@@ -67,9 +67,9 @@ def _structured(setup: Setup) -> Training:
 
     Options: ``weight`` and ``floor`` of the pull; ``rank`` (a number or "whole"), ``rest`` of the spectrum ("diag",
     "mean", "none"), ``text`` ("real", "own") and ``tokens`` of the source; ``start`` of A ("random", or "null": in the
-    space that source inputs hardly use, not frozen); ``direction`` (see ``_defaults``) and ``bound`` beside it ("on",
-    "off"). After finished tasks: ``sources`` ("all": the base model's and those of the
-    tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off"). ``pull``: where it acts
+    space that source inputs hardly use); ``train`` ("both", or "b": A is frozen); ``direction`` (see ``_defaults``);
+    ``bound`` of the update (a number or "off"). After finished tasks: ``sources`` ("all": the base model's and those
+    of the tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off"). ``pull``: where it acts
     ("gradient"; "update": also the hard part on the base's update; "after": only after the base's step, see
     ``variants``). ``least`` length of an update, relative to the parameters.
     """
@@ -84,12 +84,14 @@ def _structured(setup: Setup) -> Training:
         used[0].floor = float(options["floor"])
     if options["sources"] != "tasks":
         used.append(setup.sources.source(setup.method.spec, options["rest"], float(options["floor"])))
-    rules: dict[str, Any] = {"direction": _DIRECTIONS[options["direction"]]}
-    if options["bound"] == "off":
-        rules["magnitude"] = Magnitude(max_update=None)
+    rules: dict[str, Any] = {
+        "direction": _DIRECTIONS[options["direction"]],
+        "magnitude": Magnitude(max_update=None if options["bound"] == "off" else float(options["bound"])),
+    }
     weight, hard = float(options["weight"]), True if options["pull"] == "update" else None
     alignment = Alignment(used, weight=weight, project=hard) if used and options["pull"] != "after" else None
-    guide = GradGuide(setup.base(), alignment=alignment, names=setup.model.model, **rules)
+    base = setup.base(setup.model.lora_b if options["train"] == "b" else None)
+    guide = GradGuide(base, alignment=alignment, names=setup.model.model, **rules)
     hooks: dict[str, Any] = {}
     if options["pull"] == "after":
         hooks["before"], hooks["after"] = variants.after_step(setup.model, used[-1], guide, weight)
