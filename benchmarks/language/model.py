@@ -82,6 +82,18 @@ class Language:
         ).last_hidden_state
         return found
 
+    def used_hidden(self, ids: Tensor, used: Tensor) -> Tensor:
+        """Return the last hidden states where ``used``, bool [rows, width]; elsewhere they mean nothing.
+
+        On a CPU the used tokens run as one row without padding. On CUDA all run, as graphs need static shapes.
+        """
+        if self.device.type == "cuda":
+            return self.hidden(ids)
+        packed = self.hidden(ids[used][None], 1 + used.nonzero()[None, :, 0])
+        found = packed.new_zeros(*ids.shape, packed.shape[-1])
+        found[used] = packed[0]
+        return found
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits, [..., vocabulary]."""
         found: Tensor = self._embedding(hidden)
@@ -177,7 +189,8 @@ def answer_loss(model: Language, batch: Batch, unit: str) -> Tensor:
         unit: "token" for the mean over answer tokens, "row" for the sum over an answer's tokens, mean over rows.
     """
     ids, positions, targets = batch
-    hidden = model.hidden(ids)
+    last = positions.masked_fill(targets == -100, 0).amax(1, keepdim=True)  # what follows it changes nothing
+    hidden = model.used_hidden(ids, torch.arange(ids.shape[1], device=ids.device) <= last)
     chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
     total = nn.functional.cross_entropy(
         model.logits(chosen).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
