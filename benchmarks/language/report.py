@@ -170,9 +170,10 @@ def _sections(rows: pd.DataFrame) -> list[str]:
                 f"### By rate: {tables.COLUMNS[column][0]}",
                 tables.by_rate(part, column, f".{tables.COLUMNS[column][1]}f"),
             ]
-    other = rows[(rows["scenario"] == "fresh") & ~rows.index.isin(standard.index)]
-    for (shots, epochs), part in other.groupby(["shots", other["steps"] != 40]):
-        title = f"(d) {shots} rows per class, three epochs" if epochs else f"(a) {shots} rows per class, 40 steps"
+    other = rows[(rows["scenario"] == "fresh") & (rows["steps"] > 0) & ~rows.index.isin(standard.index)]
+    for (shots, scaled), part in other.groupby(["shots", other["steps"] != 40]):
+        steps = " or ".join(f"{number}" for number in sorted(part["steps"].unique()))
+        title = f"({'d' if scaled else 'a'}) {shots} rows per class, {steps} steps"
         parts += [f"## {title}", *_views(part, "fresh", "target")]
     return parts
 
@@ -215,9 +216,11 @@ def _all(rows: pd.DataFrame, column: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language.report", description=__doc__)
     folder = Path(__file__).parent.parent / "results"
-    parser.add_argument("--results", type=Path, default=folder / "language.csv", help="result file")
-    parser.add_argument("--out", type=Path, default=folder / "language.md", help="report to write")
+    parser.add_argument("--results", type=Path, default=folder / "language-full.csv", help="result file")
+    parser.add_argument("--out", type=Path, default=folder / "language-full.md", help="report to write")
     options = parser.parse_args(argv)
+    if not options.results.is_file():
+        parser.error(f"--results must be an existing file of results, found {str(options.results)!r}")
     write(options.results, options.out)
     print(f"wrote {options.out}")
     return 0

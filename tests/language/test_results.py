@@ -217,6 +217,13 @@ def test_rate_and_strength_are_chosen_on_other_choosing_sets(tmp_path: Path) -> 
     assert set(chosen["target"]) == {"subj", "hwu64", "mr"}
 
 
+def test_the_report_says_how_many_steps_there_were(tmp_path: Path) -> None:
+    path = tmp_path / "quick.csv"
+    for run in grid.quick():
+        grid.append(path, run, _row(run), _ABOUT)
+    assert "## (d) 8 rows per class, 16 steps" in report.summary(path)
+
+
 def test_the_report_is_written(file: Path, tmp_path: Path) -> None:
     assert report.main(["--results", str(file), "--out", str(tmp_path / "language.md")]) == 0
     text = (tmp_path / "language.md").read_text(encoding="utf-8")
