@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -28,6 +29,9 @@ TOKENS = 20 * 1024
 _SHARE = 160  # one window of encyclopedia for this many tokens, and three answers for four windows
 _BATCH = 8
 _WRITING = 64  # sequences that the model writes at once
+_BLOCK = 2**24  # bytes read at once
+_CODE = [Path(inspect.getfile(part)) for part in (sampled_loss, corda_eigens, Texts)]
+"""What makes the files, beside structured sources."""
 
 
 class OwnText(NamedTuple):
@@ -75,12 +79,18 @@ File: TypeAlias = Spec | OwnText | Corda | Unused
 
 
 def digest(model: str, data: Path, device: torch.device) -> str:
-    """Return a digest of all that the files depend on: model, data, device type and the code that captures."""
+    """Return a digest of all that the files depend on: model, data, device type and the code that makes them.
+
+    Of a model folder and of the data, that is the content: two fine-tuned models have files of equal names and sizes.
+    """
     folders = [Path(model), data / "wikitext2", data / "seed_tasks"]
     found = hashlib.blake2b(f"{model if not folders[0].is_dir() else ''} {device.type}".encode(), digest_size=5)
-    for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+    for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()):
         found.update(f"{path.name} {path.stat().st_size}".encode())
-    for path in sorted(Path(gradguide.sources.structured.__path__[0]).glob("*.py")):
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                found.update(block)
+    for path in (*sorted(Path(gradguide.sources.structured.__path__[0]).glob("*.py")), *_CODE):
         found.update(path.read_bytes())
     return found.hexdigest()
 
