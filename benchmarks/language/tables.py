@@ -46,14 +46,21 @@ def order(names: Sequence[str]) -> list[str]:
 
 
 def by_rate(rows: pd.DataFrame, column: str, form: str) -> str:
-    """Return means of ``column`` over targets and seeds: methods x rates, with the number of runs."""
-    means = rows.pivot_table(index="method", columns="lr", values=column)
-    counts = rows.groupby("method").size()
+    """Return means of ``column`` over targets and seeds: methods x rates, with the number of runs.
+
+    A mean is nan if a run diverged. It is empty where there is no run.
+    """
+    means = rows.groupby(["method", "lr"])[column].agg(lambda values: values.mean(skipna=False))
+    rates, counts = sorted(rows["lr"].unique()), rows.groupby("method").size()
     lines = [
-        [method, *(format(v, form) if pd.notna(v) else "" for v in means.loc[method]), str(counts[method])]
-        for method in order(list(means.index))
+        [
+            method,
+            *(format(means[method, lr], form) if (method, lr) in means else "" for lr in rates),
+            str(counts[method]),
+        ]
+        for method in order(list(counts.index))
     ]
-    return table(["method", *(f"{lr:g}" for lr in means.columns), "runs"], lines)
+    return table(["method", *(f"{lr:g}" for lr in rates), "runs"], lines)
 
 
 def compared(rows: pd.DataFrame, columns: Sequence[str]) -> str:

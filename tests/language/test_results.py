@@ -171,6 +171,11 @@ def test_a_rate_at_which_every_run_diverged_is_not_left_out(file: Path) -> None:
     text = tables.compared(rows, ["target_accuracy", "drift"])
     found = dict(zip(_lines(text)["method"], _lines(text)[_OURS], strict=True))
     assert found["drift"] == found["worst rate's drift"] == "nan"
+    assert _lines(tables.by_rate(rows, "drift", ".3f"))[_OURS] == ["0.010", "0.010", "0.010", "nan", "32"]
+    one = (rows["method"] == _OURS) & (rows["lr"] == 1e-3) & (rows["seed"] == 0) & (rows["target"] == "subj")
+    rows.loc[one, "drift"] = float("nan")
+    assert _lines(tables.by_rate(rows[~one], "drift", ".3f"))[_OURS][1] == "0.010"
+    assert _lines(tables.by_rate(rows, "drift", ".3f"))[_OURS][1] == "nan"
     assert found["target %"] == "76.0"
 
 
