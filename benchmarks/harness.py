@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import os
 import platform
 import statistics
@@ -27,6 +28,7 @@ __all__ = [
     "Result",
     "append_row",
     "compared",
+    "digest_of",
     "held_bytes",
     "ratios",
     "read_rows",
@@ -39,6 +41,7 @@ __all__ = [
 
 BASELINE = "clip_grad_norm_ + AdamW(fused)"
 """The baseline of a guided step."""
+_BLOCK = 2**24  # bytes read at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +155,24 @@ def save(path: Path, results: Sequence[Any], about: Mapping[str, str]) -> None:
         for result in results:
             row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(result).items()}
             writer.writerow({**row, **about})
+
+
+def digest_of(model: str, paths: Iterable[Path], about: str = "") -> str:
+    """Return a digest of a model (a folder or a hub id), of files and folders, and of ``about``.
+
+    Of files it is that of names and content: two fine-tuned models have files of equal names and sizes.
+    """
+    folder = Path(model)
+    found = hashlib.blake2b(f"{'' if folder.is_dir() else model} {about}".encode(), digest_size=5)
+    for path in (folder, *paths):
+        for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if not part.is_file():
+                continue
+            found.update(f"{part.name} {part.stat().st_size}".encode())
+            with part.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    found.update(block)
+    return found.hexdigest()
 
 
 def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:

@@ -28,7 +28,8 @@ from benchmarks.demo import (
     load_encoder,
     sampled_label_loss,
 )
-from benchmarks.few_shot.data import HEAD_LR, Episode, Problem, source_task
+from benchmarks.few_shot.data import HEAD_LR, SOURCES, Episode, Problem, source_task
+from benchmarks.harness import digest_of
 from gradguide import SourceGradient, StructuredSource
 from gradguide.integrations.peft import lora_parameters
 from gradguide.utils.atomic import atomic_write
@@ -67,7 +68,8 @@ class Encoder:
         model: hub id or folder.
         data: folder of the text sets.
         source: name of the source task; None for a new adapter.
-        cache: folder of trained source adapters and their sources; what is missing is made and saved there.
+        cache: folder of trained source adapters and their sources, by model and data; what is missing is made and saved
+            there.
     """
 
     def __init__(self, model: str, data: Path, source: str | None, cache: Path) -> None:
@@ -80,7 +82,8 @@ class Encoder:
         if source is None:
             self.model = Classifier(add_lora(encoder, seed=_SEED), encoder.config.hidden_size).to(self.device)
         else:
-            self._learn(encoder, data, source, cache / source)
+            folder = cache / f"{source}-{digest_of(model, [data / SOURCES[source]])}"
+            self._learn(encoder, data, source, folder)
         self._start = {name: p.detach().clone() for name, p in lora_parameters(self.model)}
 
     def encode(self, rows: Sequence[Example], labels: Sequence[str]) -> Encoded:

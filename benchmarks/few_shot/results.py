@@ -99,7 +99,8 @@ def untuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 def tuned(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return each method at the rate that is best for the target on the *other* sets, per (target, seed), by method.
 
-    The rate is chosen by the mean target accuracy, whatever ``column`` is shown.
+    The rate is chosen by the mean target accuracy, whatever ``column`` is shown. If there is one set only, such as
+    digits, the rate is chosen on it.
     """
     means = rows.groupby(["method", "target", "lr"])["target_accuracy"].mean().unstack("lr")
     parts = []

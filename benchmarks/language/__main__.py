@@ -61,13 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     wanted = _chosen(grid.GRIDS[options.grid](), options.only)
     finished = grid.done(out)
     left = [run for run in wanted if run not in finished]
+    waiting = set(left)
     device = device_of()
     print(f"{len(left)} of {len(wanted)} runs are left: {_estimate(left)}")
     if options.grid == "full":
-        part = [run for run in grid.cpu() if run in set(left)]
+        part = [run for run in grid.cpu() if run in waiting]
         print(f"of these for a CPU (--grid cpu): {len(part)} runs: {_estimate(part)}")
         for name in ("fresh", "sequence", "confirm", "transfer", "rows", "instructions", "few", "research"):
-            part = [run for run in grid.GRIDS[name]() if run not in finished]
+            part = [run for run in grid.GRIDS[name]() if run in waiting]
             print(f"of these for a GPU (--grid {name}): {len(part)} runs: {_estimate(part)}")
     if options.estimate or not left:
         return 0
@@ -122,11 +123,15 @@ def _estimate(runs: Sequence[Run]) -> str:
 
 
 def _chosen(runs: list[Run], methods: Sequence[str] | None) -> list[Run]:
-    """Return the runs of ``methods``, in the order of the grid; every method runs where the baseline does."""
+    """Return the runs of ``methods``, in the order of the grid; every method runs where the baseline does.
+
+    ``none`` makes no step, so that it runs once for all rates.
+    """
     if methods is None:
         return runs
     places = [run for run in runs if run.method == grid.BASE]
-    return [replace(run, method=method) for run in places for method in methods]
+    made = [replace(run, method=method) for run in places for method in methods]
+    return list(dict.fromkeys(replace(run, steps=0, lr=0.0) if run.method == "none" else run for run in made))
 
 
 def _files(run: Run) -> list[File]:

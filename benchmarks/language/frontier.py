@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from benchmarks.language.results import PAIR
+from benchmarks.language.results import PAIR, cells
 
 __all__ = ["CAP", "Frontier", "area", "frontier", "minus"]
 
 CAP = 0.3
 _RESAMPLES = 2000
+_DIVERGED = 1e6
+"""Drift and loss of a run that diverged, in nats. It is finite, so that a weight of zero leaves it out."""
 _ZERO = "none"
 _WORST = {"target_accuracy": 0.0, "target_loss": -3.0}
 """The least value that counts, by column; losses are negated."""
@@ -79,7 +81,8 @@ class Frontier:
 def frontier(rows: pd.DataFrame, family: str, column: str) -> Frontier | None:
     """Return the frontier of a family, or None if no pair has all its settings and a run of ``none``.
 
-    Settings with less than half of the pairs of the others are left out: a grid may have been stopped early.
+    Settings with less than half of the pairs of the others are left out: a grid may have been stopped early. A run
+    that diverged, whose drift and loss are nan, is beyond every drift.
 
     Args:
         column: "target_accuracy", or "target_loss", which is negated.
@@ -88,7 +91,8 @@ def frontier(rows: pd.DataFrame, family: str, column: str) -> Frontier | None:
     mine, zero = rows[rows["family"] == family], rows[rows["method"] == _ZERO]
     counts = mine.groupby(["method", "lr"])["seed"].transform("count")
     mine = mine[counts >= 0.5 * counts.max()]
-    drift, value = (mine.pivot_table(index=PAIR, columns=["method", "lr"], values=c) for c in ("drift", column))
+    mine = mine.fillna({"drift": _DIVERGED, "target_loss": _DIVERGED})
+    drift, value = cells(mine, "drift"), cells(mine, column)
     start = zero.groupby(PAIR)[column].mean()
     whole = value.dropna().index.intersection(drift.dropna().index).intersection(start.dropna().index)
     if whole.empty:

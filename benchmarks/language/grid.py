@@ -172,7 +172,7 @@ def rows() -> list[Run]:
 
 
 def instructions() -> list[Run]:
-    """Return scenario (e): answers of instructions are learnt, three epochs."""
+    """Return scenario (e): answers of at most 96 instructions are learnt, three epochs of as many."""
     first, flanks = methods(["structured{}", "l2sp{}", "kl{}", "ewc-lora{}"], plain=[BASE, "null"])
     return _ordered(
         (first, flanks, ["structured text=own"]), ("seed_tasks",), seeds=(0, 1, 2), shots=96, steps=36,

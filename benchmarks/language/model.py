@@ -14,8 +14,9 @@ from benchmarks.demo import add_lora
 from benchmarks.language.data import Batch
 from gradguide.integrations.peft import lora_parameters
 
-__all__ = ["Gradient", "Language", "answer_loss", "grads", "kl", "token_loss"]
+__all__ = ["TRAINED", "Gradient", "Language", "answer_loss", "grads", "kl", "token_loss"]
 
+TRAINED = "the method chooses the start of a fresh adapter, found one that has learnt a task: use scenario fresh"
 _CHUNK = 1024  # positions whose logits are in memory at once
 _ADAPTER = "default"
 
@@ -157,11 +158,18 @@ class Language:
 
     @torch.no_grad()
     def start_in(self, directions: dict[str, Tensor]) -> None:
-        """Project the rows of each A onto ``directions`` [in, n], by layer (orthonormal). They keep their lengths."""
+        """Project the rows of each A onto ``directions`` [in, n], by layer (orthonormal). They keep their lengths.
+
+        Raises:
+            ValueError: this would change what the adapter has learnt.
+        """
         for name, layer in self.layers():
-            a = layer.lora_A[_ADAPTER].weight
+            a, b = self.factors(layer)
             rest = (a @ directions[name]) @ directions[name].T
-            a.copy_(rest * (a.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)))
+            moved = rest * (a.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True))
+            if bool(b.any()) and not torch.allclose(moved, a, rtol=1e-3, atol=1e-5):
+                raise ValueError(TRAINED)
+            a.copy_(moved)
 
     def _mask(self, width: int) -> Tensor:
         """Return the causal mask, [1, 1, width, width]. Given one, Transformers reads no values of the inputs."""

@@ -14,7 +14,7 @@ from benchmarks.few_shot.results import Difference
 from benchmarks.language import tables
 from benchmarks.language.frontier import CAP, Frontier, frontier, minus
 from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING
-from benchmarks.language.results import PAIR, against, against_best, load, per_pair, shown, worst
+from benchmarks.language.results import PAIR, against, against_best, at_shared_rates, load, per_pair, shown, worst
 from gradguide.utils.atomic import atomic_write
 
 __all__ = ["compact", "load", "ours", "summary", "write"]
@@ -67,7 +67,7 @@ def compact(path: Path, methods: Collection[str] = tuple(_COMPACT)) -> str:
     A pair is a target and a seed. The frontiers need runs of ``none``, the model before training.
     """
     rows = _standard(load(path))
-    trained = rows[(rows["steps"] > 0) & rows["method"].isin(methods)]
+    trained = at_shared_rates(rows[(rows["steps"] > 0) & rows["method"].isin(methods)])
     labels = {name: label for name, label in _COMPACT.items() if name in set(trained["method"])}
     values = {column: per_pair(trained, column) for column in ("target_accuracy", "target_loss", "drift")}
     pairs = values["drift"].index
@@ -140,7 +140,7 @@ def _sections(rows: pd.DataFrame) -> list[str]:
             continue
         parts += [
             f"## {_TITLES['fresh']}: {name} sets ({', '.join(s for s in sets if s in set(part['target']))})",
-            *_views(trained, "fresh", "target"),
+            *_views(trained, "fresh", "target", standard[(standard["steps"] > 0) & ~standard["target"].isin(sets)]),
         ]
         found = _frontiers(standard, sets)
         if any(found.values()):
@@ -170,18 +170,19 @@ def _sections(rows: pd.DataFrame) -> list[str]:
                 f"### By rate: {tables.COLUMNS[column][0]}",
                 tables.by_rate(part, column, f".{tables.COLUMNS[column][1]}f"),
             ]
-    other = rows[(rows["scenario"] == "fresh") & ~rows.index.isin(standard.index)]
-    for (shots, epochs), part in other.groupby(["shots", other["steps"] != 40]):
-        title = f"(d) {shots} rows per class, three epochs" if epochs else f"(a) {shots} rows per class, 40 steps"
+    other = rows[(rows["scenario"] == "fresh") & (rows["steps"] > 0) & ~rows.index.isin(standard.index)]
+    for (shots, scaled), part in other.groupby(["shots", other["steps"] != 40]):
+        steps = " or ".join(f"{number}" for number in sorted(part["steps"].unique()))
+        title = f"({'d' if scaled else 'a'}) {shots} rows per class, {steps} steps"
         parts += [f"## {title}", *_views(part, "fresh", "target")]
     return parts
 
 
-def _views(rows: pd.DataFrame, scenario: str, by: str) -> list[str]:
+def _views(rows: pd.DataFrame, scenario: str, by: str, others: pd.DataFrame | None = None) -> list[str]:
     columns = _COLUMNS[scenario]
     return [
         "### Untuned: means over the rates", tables.compared(rows, columns),
-        f"### Tuned: strength and rate chosen on other {by}s", tables.at_best(rows, columns, by),
+        f"### Tuned: strength and rate chosen on other {by}s", tables.at_best(rows, columns, by, others),
     ]  # fmt: skip
 
 
@@ -215,9 +216,11 @@ def _all(rows: pd.DataFrame, column: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language.report", description=__doc__)
     folder = Path(__file__).parent.parent / "results"
-    parser.add_argument("--results", type=Path, default=folder / "language.csv", help="result file")
-    parser.add_argument("--out", type=Path, default=folder / "language.md", help="report to write")
+    parser.add_argument("--results", type=Path, default=folder / "language-full.csv", help="result file")
+    parser.add_argument("--out", type=Path, default=folder / "language-full.md", help="report to write")
     options = parser.parse_args(argv)
+    if not options.results.is_file():
+        parser.error(f"--results must be an existing file of results, found {str(options.results)!r}")
     write(options.results, options.out)
     print(f"wrote {options.out}")
     return 0

@@ -11,7 +11,10 @@ from benchmarks.few_shot.results import Difference, difference
 from benchmarks.language.grid import BASE, CHOOSING, COLUMNS, Run
 from benchmarks.language.methods import METHODS, family
 
-__all__ = ["KEY", "PAIR", "against", "against_best", "load", "outcomes", "per_pair", "shown", "tuned", "worst"]
+__all__ = [
+    "KEY", "PAIR", "against", "against_best", "at_shared_rates", "cells", "load", "outcomes", "per_pair", "shown",
+    "tuned", "worst",
+]  # fmt: skip
 
 PAIR = ["target", "seed"]
 KEY = list(Run.__dataclass_fields__)
@@ -35,16 +38,29 @@ def load(path: Path) -> pd.DataFrame:
     return rows
 
 
+def at_shared_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows at the rates that every method has: means over other rates do not compare."""
+    counts = rows.groupby("lr")["method"].nunique()
+    return rows[rows["lr"].isin(counts.index[counts == rows["method"].nunique()])]
+
+
+def cells(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return one value per (target, seed), by method and rate. A setting whose values are all nan has a column too."""
+    return rows.groupby([*PAIR, "method", "lr"])[column].mean().unstack(["method", "lr"])
+
+
 def per_pair(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return the mean over the rates: one value per (target, seed), by method. Incomplete pairs are dropped."""
-    table = rows.pivot_table(index=PAIR, columns=["method", "lr"], values=column)
-    return table.dropna().T.groupby("method").mean().T
+    """Return the mean over the shared rates: one value per (target, seed), by method. Incomplete pairs are dropped."""
+    return cells(at_shared_rates(rows), column).dropna().T.groupby("method").mean().T
 
 
 def worst(rows: pd.DataFrame, column: str, *, least: bool) -> float:
-    """Return the mean over sets and seeds at the rate where it is worst: the least, or the largest."""
-    means = rows.groupby("lr")[column].mean()
-    return float(means.min() if least else means.max())
+    """Return the mean over sets and seeds at the rate where it is worst: the least, or the largest.
+
+    It is nan if a run is: one that diverged has no mean.
+    """
+    means = rows.groupby("lr")[column].agg(lambda values: values.mean(skipna=False))
+    return float(means.min(skipna=False) if least else means.max(skipna=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +89,15 @@ def tuned(rows: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
     sequence over the other seeds. Only settings with the most runs there are compared.
 
     Args:
-        by: "target" or "seed": what the choice must not have seen.
+        by: "target" or "seed": what the choice must not have seen. Of several tasks the last one is the target.
         column: "target_accuracy", or "target_loss", for which lower is better.
     """
     parts = []
     for (name, fold), part in rows.groupby(["family", by]):
         others = rows[(rows["family"] == name) & (rows[by] != fold)]
-        if by == "target" and others["target"].isin(CHOOSING).any():
-            others = others[others["target"].isin(CHOOSING)]
+        choosing = others["target"].str.split("+").str[-1].isin(CHOOSING)
+        if by == "target" and choosing.any():
+            others = others[choosing]
         found = others.groupby(["method", "lr"])[column].agg(["mean", "count"])
         found = found[found["count"] == found["count"].max()]["mean"].dropna()
         if found.empty:
@@ -106,8 +123,8 @@ def against(table: pd.DataFrame, method: str, digits: int, base: str = BASE) -> 
 
 
 def against_best(both: pd.DataFrame, method: str, column: str, pairs: pd.Index) -> Difference:
-    """Return the paired difference of the method's mean over the rates from the baseline at its best rate."""
-    cells = both.pivot_table(index=PAIR, columns=["method", "lr"], values=column).loc[pairs]
-    means = cells[BASE].mean()
+    """Return the paired difference of the method's mean over the shared rates from the baseline at its best one."""
+    found = cells(at_shared_rates(both), column).loc[pairs]
+    means = found[BASE].mean()
     best = means.idxmin() if column == "target_loss" else means.idxmax()
-    return difference(pd.DataFrame({method: cells[method].mean(axis=1), "best": cells[BASE][best]}), method, "best")
+    return difference(pd.DataFrame({method: found[method].mean(axis=1), "best": found[BASE][best]}), method, "best")

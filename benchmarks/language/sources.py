@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gradguide.sources.structured
+from benchmarks.harness import digest_of
 from benchmarks.language.data import WINDOW, Texts, answer_batches
 from benchmarks.language.model import Language
 from benchmarks.language.starts import corda_eigens, unused_directions
@@ -28,6 +29,11 @@ TOKENS = 20 * 1024
 _SHARE = 160  # one window of encyclopedia for this many tokens, and three answers for four windows
 _BATCH = 8
 _WRITING = 64  # sequences that the model writes at once
+_CODE = [
+    *sorted(Path(gradguide.sources.structured.__path__[0]).glob("*.py")),
+    *(Path(inspect.getfile(part)) for part in (sampled_loss, corda_eigens, Texts)),
+]
+"""What makes the files."""
 
 
 class OwnText(NamedTuple):
@@ -75,14 +81,8 @@ File: TypeAlias = Spec | OwnText | Corda | Unused
 
 
 def digest(model: str, data: Path, device: torch.device) -> str:
-    """Return a digest of all that the files depend on: model, data, device type and the code that captures."""
-    folders = [Path(model), data / "wikitext2", data / "seed_tasks"]
-    found = hashlib.blake2b(f"{model if not folders[0].is_dir() else ''} {device.type}".encode(), digest_size=5)
-    for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir()):
-        found.update(f"{path.name} {path.stat().st_size}".encode())
-    for path in sorted(Path(gradguide.sources.structured.__path__[0]).glob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
+    """Return a digest of all that the files depend on: model, data, device type and the code that makes them."""
+    return digest_of(model, [data / "wikitext2", data / "seed_tasks", *_CODE], device.type)
 
 
 class Sources:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.language.model import Language
+from benchmarks.language.model import TRAINED, Language
 from benchmarks.language.training import Setup, Training, clipped
 
 __all__ = ["corda", "corda_eigens", "lora_null", "null", "unused_directions"]
@@ -140,7 +140,13 @@ def _split(model: Language, start: Mapping[str, tuple[Tensor, Tensor, Tensor]]) 
 
 @contextmanager
 def _storage_kept(model: Language, layer: Any) -> Iterator[None]:
-    """Keep the storage of A, B and W, which graphs and optimizers refer to, and undo the change of W at a reset."""
+    """Keep the storage of A, B and W, which graphs and optimizers refer to, and undo the change of W at a reset.
+
+    Raises:
+        ValueError: the adapter is not fresh; the new A and B would replace what it has learnt.
+    """
+    if bool(model.factors(layer)[1].any()):
+        raise ValueError(TRAINED)
     weight = layer.base_layer.weight
     before = weight.detach().clone()
     held = [(p, p.data) for p in (*model.factors(layer), weight)]

@@ -13,7 +13,17 @@ from benchmarks.language import grid
 from benchmarks.language.frontier import Frontier, minus
 from benchmarks.language.grid import BASE
 from benchmarks.language.methods import family
-from benchmarks.language.results import PAIR, against, against_best, outcomes, per_pair, shown, tuned, worst
+from benchmarks.language.results import (
+    PAIR,
+    against,
+    against_best,
+    at_shared_rates,
+    outcomes,
+    per_pair,
+    shown,
+    tuned,
+    worst,
+)
 
 __all__ = ["areas", "at_best", "by_rate", "compared", "forgetting", "order", "steadiness"]
 
@@ -36,32 +46,40 @@ def order(names: Sequence[str]) -> list[str]:
 
 
 def by_rate(rows: pd.DataFrame, column: str, form: str) -> str:
-    """Return means of ``column`` over targets and seeds: methods x rates, with the number of runs."""
-    means = rows.pivot_table(index="method", columns="lr", values=column)
-    counts = rows.groupby("method").size()
+    """Return means of ``column`` over targets and seeds: methods x rates, with the number of runs.
+
+    A mean is nan if a run diverged. It is empty where there is no run.
+    """
+    means = rows.groupby(["method", "lr"])[column].agg(lambda values: values.mean(skipna=False))
+    rates, counts = sorted(rows["lr"].unique()), rows.groupby("method").size()
     lines = [
-        [method, *(format(v, form) if pd.notna(v) else "" for v in means.loc[method]), str(counts[method])]
-        for method in order(list(means.index))
+        [
+            method,
+            *(format(means[method, lr], form) if (method, lr) in means else "" for lr in rates),
+            str(counts[method]),
+        ]
+        for method in order(list(counts.index))
     ]
-    return table(["method", *(f"{lr:g}" for lr in means.columns), "runs"], lines)
+    return table(["method", *(f"{lr:g}" for lr in rates), "runs"], lines)
 
 
 def compared(rows: pd.DataFrame, columns: Sequence[str]) -> str:
     """Return each method's means over the rates, untuned, with paired differences from the baseline.
 
-    Pairs are (target, seed) that both methods have at every rate. "at its best rate": against the baseline at the rate
-    that is best for it on the same pairs. The worst rate is that of the least mean accuracy, and of the largest drift.
+    Rates are those that both methods have, and pairs (target, seed) those that both have at every such rate. "at its
+    best rate": against the baseline at the rate that is best for it on the same pairs. The worst rate is that of the
+    least mean accuracy, and of the largest drift.
 
     Args:
         columns: keys of ``COLUMNS``; the first one decides.
     """
     first, lines = columns[0], []
     for method in order(list(rows["method"].unique())):
-        both = rows[rows["method"].isin([method, BASE])]
+        both = at_shared_rates(rows[rows["method"].isin([method, BASE])])
         values = {column: per_pair(both, column) for column in dict.fromkeys([*columns, "drift"])}
         if method not in values[first] or BASE not in values[first] or values[first].empty:
             continue
-        mine = rows[rows["method"] == method]
+        mine = both[both["method"] == method]
         line = [method, f"{len(values[first])}", f"{both['lr'].nunique()}"]
         for column in columns:
             digits, found = COLUMNS[column][1], values[column]
@@ -85,10 +103,15 @@ def compared(rows: pd.DataFrame, columns: Sequence[str]) -> str:
     )  # fmt: skip
 
 
-def at_best(rows: pd.DataFrame, columns: Sequence[str], by: str) -> str:
-    """Return each family at the strength and rate that are best elsewhere, see ``results.tuned``."""
+def at_best(rows: pd.DataFrame, columns: Sequence[str], by: str, others: pd.DataFrame | None = None) -> str:
+    """Return each family at the strength and rate that are best elsewhere, see ``results.tuned``.
+
+    Args:
+        others: rows of other sets, on which strength and rate may be chosen too.
+    """
     first, lines = columns[0], []
-    chosen = tuned(rows, by, first)
+    chosen = tuned(pd.concat([rows, others]), by, first)
+    chosen = chosen[chosen["target"].isin(rows["target"])]
     if chosen.empty:
         return "Too few runs."
     for name in order(list(chosen["family"].unique())):

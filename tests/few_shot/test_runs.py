@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.few_shot import runs
 from benchmarks.few_shot.data import CONDITIONS
@@ -78,9 +80,20 @@ def test_a_sequence_learns_five_tasks_and_says_what_was_lost(
     assert (row["capture_seconds"] > 0.01) == (method in ("EWC", "GradGuide"))
 
 
+def test_another_model_of_the_same_shape_has_its_own_source(sets: Path, tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    cache = tmp_path / "cache"
+    for model in (tiny_model, other, other):
+        Encoder(str(model), sets, "assistant", cache)
+    assert len(list(cache.glob("assistant-*/trained.safetensors"))) == 2
+
+
 def test_a_source_from_the_cache_is_the_one_that_was_trained(sets: Path, tiny_model: Path, tmp_path: Path) -> None:
     trained, cached = (Encoder(str(tiny_model), sets, "assistant", tmp_path) for _ in range(2))
-    assert (tmp_path / "assistant" / "trained.safetensors").is_file()
+    assert len(list(tmp_path.glob("assistant-*/trained.safetensors"))) == 1
     kit.assert_same(cached.model.state_dict(), trained.model.state_dict())
     free = [[name for name, p in each.model.named_parameters() if p.requires_grad] for each in (trained, cached)]
     assert free[0] == free[1]

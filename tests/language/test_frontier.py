@@ -66,6 +66,23 @@ def test_losses_are_better_when_they_are_less_and_count_up_to_three() -> None:
     assert (mean, low, high) == pytest.approx((-2 * 0.1 / CAP,) * 3)
 
 
+def test_a_setting_that_diverged_is_beyond_every_drift() -> None:
+    points = [(3e-4, 0.05, 50.0), (1e-3, 0.1, 60.0), (1e-2, 0.1, 90.0)]
+    rows = _rows({"kl": points, "clip": points[:2]}).assign(target_loss=1.0)
+    diverged = (rows["method"] == "kl") & (rows["lr"] == 1e-2)
+    for where in (diverged, diverged & (rows["seed"] == 0)):  # all runs, or a few
+        part = rows.copy()
+        part.loc[where, ["drift", "target_loss"]] = np.nan
+        for column in ("target_accuracy", "target_loss"):
+            one, other = (frontier(part, name, column) for name in ("kl", "clip"))
+            assert one is not None
+            assert other is not None
+            assert len(one.pairs) == 12
+            assert one.value == pytest.approx(other.value)
+            # A resample without the pairs that diverged has the setting.
+            assert minus(one, other, column)[0] == pytest.approx(0.0)
+
+
 def test_settings_with_few_runs_are_left_out() -> None:
     rows = _rows({"kl": [(1e-3, 0.1, 60.0), (1e-2, 0.01, 90.0)]})
     late = rows[(rows["lr"] == 1e-2) & (rows["seed"] > 0)].index

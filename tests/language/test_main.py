@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.language import grid, report
-from benchmarks.language.__main__ import main
+from benchmarks.language.__main__ import _chosen, main
+
+_PARTS = ("fresh", "sequence", "confirm", "transfer", "rows", "instructions", "few", "research")
 
 
 def test_an_estimate_makes_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,6 +22,30 @@ def test_an_estimate_makes_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     for name in ("fresh", "sequence", "confirm", "transfer", "rows", "instructions"):
         assert f"of these for a GPU (--grid {name}): {len(grid.GRIDS[name]())} runs" in shown
     assert not out.exists()
+
+
+def test_an_estimate_counts_the_chosen_methods_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--full", "--estimate", "--model", "none", "--data", "none", "--out", str(tmp_path / "r.csv")]
+    assert main([*options, "--only", "clip"]) == 0
+    first, *parts = capsys.readouterr().out.splitlines()
+    for name, line in zip(("cpu", *_PARTS), parts, strict=True):
+        clip = sum(run.method == "clip" for run in grid.GRIDS[name]())
+        assert f"(--grid {name}): {clip} runs" in line
+    assert f"{sum(run.method == 'clip' for run in grid.full())} of" in first
+
+
+def test_the_untrained_model_is_measured_once_for_all_rates() -> None:
+    chosen = _chosen(grid.confirm(), ["none", "clip"])
+    untrained = [run for run in chosen if run.method == "none"]
+    assert set(untrained) == {run for run in grid.confirm() if run.method == "none"}
+    assert len(untrained) == len(set(untrained)) == 40
+    assert len(chosen) == 40 + 160
+
+
+def test_a_report_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path / "no.csv"), "--out", str(tmp_path / "no.md")])
+    assert "must be an existing file of results" in capsys.readouterr().err
 
 
 @pytest.mark.slow

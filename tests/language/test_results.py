@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.language import grid, report, tables
-from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING, LRS, STRENGTHS, TARGETS, Run
+from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING, LRS, SOURCE, STRENGTHS, TARGETS, Run
 from benchmarks.language.methods import METHODS, family, parse
 from benchmarks.language.results import load, tuned
 
@@ -146,6 +147,68 @@ def test_the_report_of_a_cut_off_grid_uses_complete_pairs(file: Path) -> None:
     assert _lines(tables.compared(load(file), ["target_accuracy", "drift"]))[_OURS][0] == "7"
 
 
+def test_means_are_over_the_rates_that_both_methods_have(file: Path) -> None:
+    """At 3e-3, where clip is best, the other has no run: clip has 60% at the rates that are left."""
+    rows = load(file)
+    rows = rows[(rows["method"] == BASE) | (rows["lr"] != 3e-3)]
+    found = _lines(tables.compared(rows, ["target_accuracy", "drift"]))
+    assert found[_OURS][:4] == ["8", "3", "76.0", "+8.0 (+8.0 to +8.0)"]
+    assert found[BASE][:2] == ["8", "4"]
+    assert "rates 0.0003, 0.001, 0.01" in _compact(file, rows)
+
+
+def _compact(file: Path, rows: pd.DataFrame) -> str:
+    """Return the compact table of some rows of a file."""
+    kept = [file.read_text(encoding="utf-8").splitlines()[number + 1] for number in rows.index]
+    header = file.read_text(encoding="utf-8").splitlines()[0]
+    file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
+    return report.compact(file)
+
+
+def test_a_rate_at_which_every_run_diverged_is_not_left_out(file: Path) -> None:
+    rows = load(file)
+    rows.loc[(rows["method"] == _OURS) & (rows["lr"] == 1e-2), "drift"] = float("nan")
+    text = tables.compared(rows, ["target_accuracy", "drift"])
+    found = dict(zip(_lines(text)["method"], _lines(text)[_OURS], strict=True))
+    assert found["drift"] == found["worst rate's drift"] == "nan"
+    assert _lines(tables.by_rate(rows, "drift", ".3f"))[_OURS] == ["0.010", "0.010", "0.010", "nan", "32"]
+    one = (rows["method"] == _OURS) & (rows["lr"] == 1e-3) & (rows["seed"] == 0) & (rows["target"] == "subj")
+    rows.loc[one, "drift"] = float("nan")
+    assert _lines(tables.by_rate(rows[~one], "drift", ".3f"))[_OURS][1] == "0.010"
+    assert _lines(tables.by_rate(rows, "drift", ".3f"))[_OURS][1] == "nan"
+    assert found["target %"] == "76.0"
+
+
+def test_confirming_sets_choose_nothing_in_the_report(tmp_path: Path) -> None:
+    """Weight 10 is best on the choosing sets, and weight 1000 on the confirming ones."""
+    path = tmp_path / "r.csv"
+    for target in ("subj", "hwu64", "mr", "snli"):
+        for method, value in ((BASE, 0.5), ("structured weight=10", 0.6), ("structured weight=1000", 0.5)):
+            good = value if target in CHOOSING or method == BASE else 1.1 - value
+            run = Run(target=target, shots=8, steps=40, method=method, lr=1e-3, seed=0)
+            grid.append(path, run, {**_row(run), "target_accuracy": good}, _ABOUT)
+    parts = report.summary(path).split("confirming sets")
+    for part in parts:
+        tuned_view = part.split("### Tuned")[1].split("###")[0]
+        assert "structured weight=10 at 0.001 | 2" in tuned_view
+        assert "weight=1000" not in tuned_view
+
+
+def test_the_last_task_of_a_transfer_decides_whether_it_chooses(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    for target in ("subj", "hwu64", "mr", "snli"):
+        for weight, value in (("10", 0.6), ("1000", 0.5)):
+            run = Run(
+                scenario="transfer", target=f"{SOURCE}+{target}", shots=8, steps=40,
+                method=f"structured weight={weight}", lr=1e-3, seed=0,
+            )  # fmt: skip
+            good = value if target in CHOOSING else 1.1 - value
+            grid.append(path, run, {**_row(run), "target_accuracy": good}, _ABOUT)
+    chosen = tuned(load(path), "target", "target_accuracy")
+    assert set(chosen["method"]) == {"structured weight=10"}
+    assert len(chosen) == 4
+
+
 def test_rate_and_strength_are_chosen_on_other_choosing_sets(tmp_path: Path) -> None:
     """The method is best at weight 10 on the choosing sets, and at weight 1000 on mr, which may not decide."""
     path = tmp_path / "r.csv"
@@ -157,6 +220,13 @@ def test_rate_and_strength_are_chosen_on_other_choosing_sets(tmp_path: Path) -> 
     chosen = tuned(load(path), "target", "target_accuracy")
     assert set(chosen["method"]) == {"structured weight=10"}
     assert set(chosen["target"]) == {"subj", "hwu64", "mr"}
+
+
+def test_the_report_says_how_many_steps_there_were(tmp_path: Path) -> None:
+    path = tmp_path / "quick.csv"
+    for run in grid.quick():
+        grid.append(path, run, _row(run), _ABOUT)
+    assert "## (d) 8 rows per class, 16 steps" in report.summary(path)
 
 
 def test_the_report_is_written(file: Path, tmp_path: Path) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks.language import grid
+from benchmarks.language import grid, sources
 from benchmarks.language.data import Batch, Pair, padded
 from benchmarks.language.grid import Run
 from benchmarks.language.measures import accuracy
 from benchmarks.language.methods import family, needs, parse
 from benchmarks.language.model import answer_loss
 from benchmarks.language.run import Settings, Suite
-from benchmarks.language.sources import Spec
+from benchmarks.language.sources import Spec, digest
 
 _RUN = Run(target="subj", shots=2, steps=2, method="clip", lr=1e-2, seed=0)
 _METHODS = list(dict.fromkeys(run.method for run in grid.research()))
@@ -53,6 +55,29 @@ def test_every_method_of_every_scenario_trains(suite: Suite, run: Run) -> None:
         ("clip", "quarter", "defaults", "l2sp", "joint", "null", "lora-null", "corda", "osf")
     )
     assert (row["source_bytes"] > 0) == keeps
+
+
+def test_shared_files_of_a_model_are_for_that_model_and_code(
+    folder: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> str:
+        return digest(str(model), sets, torch.device("cpu"))
+
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    first, weights = found(), load_file(model / "model.safetensors")
+    assert found() == first
+    # A fine-tuned model has files of the same names and sizes.
+    save_file({name: value + 1 for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    second = found()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    third = found()
+    assert second != third
+    code = tmp_path / "sampling.py"
+    code.write_text("another way to write text")
+    assert {path.name for path in sources._CODE} > {"sampling.py", "starts.py", "data.py", "capture.py"}
+    monkeypatch.setattr(sources, "_CODE", [code])
+    assert found() != third
 
 
 def test_a_run_repeats_whatever_ran_before(suite: Suite) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.language.data import Rows
 from benchmarks.language.grid import SOURCE, Run
 from benchmarks.language.measures import accuracy, bytes_of
+from benchmarks.language.methods import needs, parse
 from benchmarks.language.run import Settings, Suite, Trained
 
 _TASKS = ("subj", "goemotions", "mr")
@@ -103,6 +104,21 @@ def test_a_transfer_starts_from_the_source_task_whatever_the_method(
     assert all(all(map(torch.equal, found[0]["after"], part["before"])) for part in found[1:])
     assert len({row["source_before"] for row in rows}) == 1
     assert all(0 <= row["source_accuracy"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("method", ["corda", "lora-null", "null", "structured start=null"])
+@pytest.mark.parametrize("scenario", ["transfer", "sequence"])
+def test_a_start_that_would_undo_an_earlier_task_is_refused(suite: Suite, scenario: str, method: str) -> None:
+    for file in sorted(needs(parse(method)), key=str):
+        suite(file)
+    run = replace(_SEQUENCE, scenario=scenario, method=method)
+    if scenario == "transfer":
+        run = replace(run, target=f"{SOURCE}+subj")
+    if (scenario, method) == ("sequence", "null"):
+        assert suite(run)["drift"] > 0  # A stays where it is, so that a later task undoes nothing
+        return
+    with pytest.raises(ValueError, match="found one that has learnt a task"):
+        suite(run)
 
 
 def test_instructions_are_learnt_from_one_split_and_measured_on_the_other(
