@@ -90,7 +90,7 @@ class Guided(GradGuide):
     ) -> None:
         kind = _optimizer_class(base)
         if twice := sorted(base_args.keys() & kwargs.keys()):
-            raise TypeError(f"base_args holds {', '.join(twice)}, also given by name or default: give each once, by name")
+            raise TypeError(f"base_args holds {', '.join(twice)}, also given by name or default: give each once")
         named = {name: _plain(value) for name, value in (*base_args.items(), *kwargs.items())}
         super().__init__(
             kind(params, *map(_plain, args), **named),
