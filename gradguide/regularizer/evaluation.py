@@ -105,11 +105,11 @@ def evaluate(
 
 
 class _Earlier(NamedTuple):
-    """A gradient from before the closure: its largest element by magnitude, and the index of that, both 0-d."""
+    """A gradient from before the closure, with index and value of its largest element by magnitude, both 0-d."""
 
     parameter: Tensor
     gradient: ref[Tensor]  # no strong reference: a closure that clears it frees its memory
-    index: Tensor
+    place: Tensor
     value: Tensor
 
 
@@ -119,8 +119,8 @@ def _gradients_before(parameters: Sequence[Tensor]) -> list[_Earlier]:
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None and gradient.layout == torch.strided and local(gradient).numel():
-            index = local(gradient).abs().argmax()
-            found.append(_Earlier(parameter, ref(gradient), index, local(gradient).take(index)))
+            place = local(gradient).abs().argmax()
+            found.append(_Earlier(parameter, ref(gradient), place, local(gradient).take(place)))
     return found
 
 
@@ -137,7 +137,7 @@ def _check_cleared(earlier: Sequence[_Earlier], first: Mapping[Tensor, Tensor]) 
         return
     device = there[0][0].value.device
     before = torch.stack([each.value.float().to(device) for each, _ in there])
-    changes = [first[each.parameter].take(each.index) - local(now).take(each.index) for each, now in there]
+    changes = [first[each.parameter].take(each.place) - local(now).take(each.place) for each, now in there]
     change = torch.stack([each.float().to(device) for each in changes])
     if torch.linalg.vector_norm(change - before) < 0.5 * torch.linalg.vector_norm(before):
         raise RuntimeError(
