@@ -83,10 +83,12 @@ def step_base(state: StepState, base: Optimizer, policy: str) -> None:
 def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
     """Return whether the base skips the step itself by a flag on the device, which avoids a host sync.
 
-    Fused bases support this for GradScaler. On the CPU, reading the flag costs nothing.
+    Fused bases of torch support this for GradScaler. Wrappers of them, such as ZeroRedundancyOptimizer, have the same
+    groups but do not pass the flag on. On the CPU, reading the flag costs nothing.
     """
     fused = all(group.get("fused") for group in base.param_groups)
-    return policy == "skip" and fused and state.span.gram.device.type == "cuda"
+    reads_flag = type(base).step.__module__.startswith("torch.optim.")
+    return policy == "skip" and fused and reads_flag and state.span.gram.device.type == "cuda"
 
 
 def _is_finite(row: Row | None) -> bool:

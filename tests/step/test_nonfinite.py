@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.step import nonfinite
@@ -39,6 +41,35 @@ def test_a_fused_base_leaves_the_step_out_itself(kind: type[AdamW], monkeypatch:
         results.append([*model.parameters(), *directions])
     for once, again in zip(*results, strict=True):
         assert torch.equal(once, again)
+
+
+class Outer(Optimizer):
+    """An optimizer around another one, with its groups, as ZeroRedundancyOptimizer."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+class Own(AdamW):
+    """A subclass with a step that reads no flag."""
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("kind", [AdamW, Adam, SGD])
+def test_only_steps_of_torch_are_left_to_the_flag(kind: type[AdamW]) -> None:
+    """Another base would step with NaN, whose moments undo every later update."""
+    state: Any = SimpleNamespace(span=SimpleNamespace(gram=SimpleNamespace(device=torch.device("cuda"))))
+    base = kind(kit.net().parameters(), lr=0.1, fused=True)
+    assert nonfinite._uses_found_inf(state, base, "skip")
+    for other in (Outer(base), Own(kit.net().parameters(), lr=0.1, fused=True)):
+        assert all(group["fused"] for group in other.param_groups)
+        assert not nonfinite._uses_found_inf(state, other, "skip")
 
 
 def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:
