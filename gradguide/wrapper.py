@@ -78,7 +78,7 @@ class Wrapper(Optimizer):
         return self.base.eval  # type: ignore[attr-defined, no-any-return]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients by the base's ``zero_grad``, which may take no argument (FusedAdam of apex, DeepSpeed)."""
+        """Clear the gradients by the base's ``zero_grad``, which may take no argument, as that of apex."""
         if type(self.base).zero_grad is Optimizer.zero_grad or inspect.signature(self.base.zero_grad).parameters:
             self.base.zero_grad(set_to_none)
         else:
