@@ -104,7 +104,8 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
     own = slice(SOURCES, SOURCES + sources)
     conflicting = conflicts(per_scope[:, own]).any(dim=0).to(gram.dtype)
     drifts = torch.stack([nan, *(nan if drift is None else drift.to(gram) for drift in record.drifts)])[1:]
-    return torch.cat([torch.stack(measured), cosines[own], conflicting, drifts])
+    # A step skipped on the device has a record too, and nothing in it was measured.
+    return torch.cat([torch.stack(measured), cosines[own], conflicting, drifts]).where(gram.isfinite().all(), nan)
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
