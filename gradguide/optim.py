@@ -89,6 +89,8 @@ class Guided(GradGuide):
         **kwargs: Any,
     ) -> None:
         kind = _optimizer_class(base)
+        if twice := sorted(base_args.keys() & kwargs.keys()):
+            raise TypeError(f"base_args holds {', '.join(twice)}, also given by name or default: give each once")
         named = {name: _plain(value) for name, value in (*base_args.items(), *kwargs.items())}
         super().__init__(
             kind(params, *map(_plain, args), **named),
@@ -146,6 +148,8 @@ class GuidedAdamW(Guided):
 
 def _optimizer_class(path: str) -> type[Optimizer]:
     """Return the class with this dotted path."""
+    if not isinstance(path, str):
+        raise TypeError(f"base must be the dotted path of an optimizer class, such as torch.optim.SGD, found {path!r}")
     try:
         kind = pkgutil.resolve_name(path)
     except (AttributeError, ImportError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -77,8 +78,11 @@ class Wrapper(Optimizer):
         return self.base.eval  # type: ignore[attr-defined, no-any-return]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients by the base's ``zero_grad``."""
-        self.base.zero_grad(set_to_none)
+        """Clear the gradients by the base's ``zero_grad``, which may take no argument, as that of apex."""
+        if type(self.base).zero_grad is Optimizer.zero_grad or inspect.signature(self.base.zero_grad).parameters:
+            self.base.zero_grad(set_to_none)
+        else:
+            self.base.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state dict, with GradGuide's tensors per parameter under keys ``gradguide.*``."""

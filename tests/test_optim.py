@@ -127,6 +127,8 @@ def test_a_checkpoint_is_read_without_unpickling(tmp_path: Path) -> None:
         ({"base": "nonsense.SGD"}, ValueError, "dotted path of an optimizer class.*nonsense"),
         ({"base": "AdamW"}, ValueError, "dotted path of an optimizer class.*AdamW"),
         ({"base": "torch.nn.Linear"}, TypeError, "found 'torch.nn.Linear'"),
+        ({"base": SGD}, TypeError, "dotted path of an optimizer class.*found <class"),
+        ({"base_args": {"lr": 0.2}}, TypeError, "base_args holds lr"),
         ({"base": "gradguide.GradGuide"}, TypeError, "unexpected keyword argument 'lr'|GradGuide"),
         ({"magnitude": {"max_nrom": 1.0}}, TypeError, "max_nrom"),
         ({"direction": {"decay": 2.0}}, ValueError, r"decay must be in \[0, 1\).*2.0"),
@@ -137,6 +139,11 @@ def test_a_checkpoint_is_read_without_unpickling(tmp_path: Path) -> None:
 def test_bad_values_are_refused(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         Guided(model().parameters(), **{"lr": 0.1, **arguments})
+
+
+def test_base_args_do_not_give_way_to_defaults() -> None:
+    with pytest.raises(TypeError, match="base_args holds lr, weight_decay"):
+        GuidedAdamW(model().parameters(), base_args={"lr": 0.1, "weight_decay": 0.3})
 
 
 SGD_CONFIG: dict[str, Any] = {

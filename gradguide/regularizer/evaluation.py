@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ def evaluate(
         + e v) - g(theta)) / e``.
 
     Raises:
-        RuntimeError: the closure is missing, or gives no gradient the second time. Parameters, buffers and gradients
-            are then those before the call, or those after the first evaluation.
+        RuntimeError: the closure is missing, does not clear the gradients, or gives none the second time. Parameters,
+            buffers and gradients are then those before the call, or those after the first evaluation.
     """
     if closure is None:
         raise RuntimeError(NEEDS_CLOSURE)
@@ -76,8 +77,10 @@ def evaluate(
         warmup_factor = ((steps + 1.0) / regularizer.warmup).clamp(max=1.0)
     parameters = trainable_parameters(base)
     start = RandomState(parameters)
+    earlier = _gradients_before(parameters)
     with torch.enable_grad():
         loss = closure()
+    earlier = [each for each in earlier if each.parameter.grad is each.gradient()]
     perturbation = _measure(base, engine, regularizer, warmup_factor)
     if perturbation is None:
         return loss, {}
@@ -90,6 +93,7 @@ def evaluate(
         with preserve_gradients(reached) as first, preserve_buffers(models), torch.enable_grad():
             start.restore()
             closure()
+            _check_cleared(earlier, first)
             products = _difference_quotients(perturbation.plan, first, inverse_step)
     finally:
         with torch.no_grad():
@@ -98,6 +102,48 @@ def evaluate(
         torch.clear_autocast_cache()
         end.restore()
     return loss, products
+
+
+class _Earlier(NamedTuple):
+    """A gradient from before the closure, with index and value of its largest element by magnitude, both 0-d."""
+
+    parameter: Tensor
+    gradient: ref[Tensor]  # no strong reference: a closure that clears it frees its memory
+    place: Tensor
+    value: Tensor
+
+
+@torch.no_grad()
+def _gradients_before(parameters: Sequence[Tensor]) -> list[_Earlier]:
+    found = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.strided and local(gradient).numel():
+            place = local(gradient).abs().argmax()
+            found.append(_Earlier(parameter, ref(gradient), place, local(gradient).take(place)))
+    return found
+
+
+@torch.no_grad()
+def _check_cleared(earlier: Sequence[_Earlier], first: Mapping[Tensor, Tensor]) -> None:
+    """Raise RuntimeError if the closure added to ``earlier`` gradients, which only the first evaluation has.
+
+    Args:
+        earlier: gradients that are the same tensors after the closure. They may have been cleared in place.
+        first: the gradients of the first evaluation. Those of the second are in ``p.grad``.
+    """
+    there = [(each, now) for each in earlier if (now := each.parameter.grad) is not None]
+    if not there:
+        return
+    device = there[0][0].value.device
+    before = torch.stack([each.value.float().to(device) for each, _ in there])
+    changes = [first[each.parameter].take(each.place) - local(now).take(each.place) for each, now in there]
+    change = torch.stack([each.float().to(device) for each in changes])
+    if torch.linalg.vector_norm(change - before) < 0.5 * torch.linalg.vector_norm(before):
+        raise RuntimeError(
+            "the closure adds to gradients from before it, which the second evaluation lacks. Call zero_grad() in "
+            "the closure, and make all backward passes of a step in it: no accumulation over several closures"
+        )
 
 
 def _reached(loss: Any, base: Optimizer, engine: Engine) -> list[Tensor]:

@@ -54,6 +54,12 @@ class Alignment:
     project: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        # Copies: the caller's lists may change later, and an optimizer has matched what they held.
+        if isinstance(self.source, (Mapping, Sequence)):
+            copied = dict(self.source) if isinstance(self.source, Mapping) else tuple(self.source)
+            object.__setattr__(self, "source", copied)
+        if isinstance(self.weight, Sequence):
+            object.__setattr__(self, "weight", tuple(self.weight))
         sources = sources_of(self._given())
         if not sources:
             raise ValueError("Alignment needs at least one source, found none; leave alignment=None to disable it")

@@ -15,6 +15,11 @@ from gradguide.rules.span import Span, divide
 
 __all__ = ["Record", "read"]
 
+_KEYS = (
+    "grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "damping", "update_norm",
+    "update_factor",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Record:
@@ -59,16 +64,12 @@ def read(record: Record | None, update_norm: Tensor, totals: Tensor, sources: Se
             - With several sources, ``source_cosine`` is the lowest, ``source_drift`` the highest, and ``conflict`` 1 if
               any source conflicts. Metrics of each source are under ``source_cosine/NAME`` and so on.
     """
-    keys = [
-        "grad_norm", "guided_norm", "clip_factor", "direction_cosine", "coherence", "damping", "update_norm",
-        "update_factor",
-    ]  # fmt: skip
     per_source = [f"{key}/{k}" for key in ("source_cosine", "conflict", "source_drift") for k in sources]
     if record is None:
-        values = [float("nan")] * (len(keys) + len(per_source)) + totals.tolist()
+        values = [float("nan")] * (len(_KEYS) + len(per_source)) + totals.tolist()
     else:
         values = torch.cat([_measures(record, update_norm, len(sources)), totals.to(record.span.gram)]).tolist()
-    found = dict(zip([*keys, *per_source, "steps", "skipped"], values, strict=True))
+    found = dict(zip([*_KEYS, *per_source, "steps", "skipped"], values, strict=True))
     each = {key: [found[f"{key}/{k}"] for k in sources] for key in ("source_cosine", "conflict", "source_drift")}
     found["source_cosine"] = min(each["source_cosine"], default=float("nan"))
     found["conflict"] = max(each["conflict"], default=float("nan"))
@@ -98,13 +99,16 @@ def _measures(record: Record, update_norm: Tensor, sources: int) -> Tensor:
         # Coherence is 0 for a scope that never had a gradient: leave it out of the mean.
         nan if record.coherence is None else divide(record.coherence.sum(), (record.coherence > 0).sum().to(gram)),
         nan if record.damping is None else _mean(record.damping, gram[:, GRADIENT, GRADIENT] > 0),
-        update_norm.to(gram),
+        nan,
         _update_factor(record.limit, nan) if record.bounded else nan,
     ]
     own = slice(SOURCES, SOURCES + sources)
     conflicting = conflicts(per_scope[:, own]).any(dim=0).to(gram.dtype)
     drifts = torch.stack([nan, *(nan if drift is None else drift.to(gram) for drift in record.drifts)])[1:]
-    return torch.cat([torch.stack(measured), cosines[own], conflicting, drifts])
+    found = torch.cat([torch.stack(measured), cosines[own], conflicting, drifts]).where(gram.isfinite().all(), nan)
+    # A step skipped on the device has a record too, in which only the update is known: it is 0.
+    found[_KEYS.index("update_norm")] = update_norm.to(gram)
+    return found
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

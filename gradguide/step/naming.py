@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from gradguide.distributed.resharded import find_sharded
 from gradguide.step.buckets import Scope, scope_labeler
 from gradguide.utils.names import Names, NamesLike, names_in_groups
@@ -22,8 +24,13 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
         names, scope: as given to :class:`gradguide.GradGuide`.
 
     Raises:
-        TypeError, ValueError: names or scope have an unsupported form, or a replaced parameter is ambiguous.
+        TypeError, ValueError: names or scope have an unsupported form, scope maps none of the parameters, or a replaced
+            parameter is ambiguous.
     """
+    if isinstance(scope, Mapping):
+        for key in scope:
+            if not isinstance(key, Tensor):
+                raise TypeError(f"scope must map parameters (tensors) to labels, found the key {key!r}")
     held = [dict(group) for group in groups]
     known = Names(names if names is not None else names_in_groups(held))
     known.of(p for group in held for p in group["params"])
@@ -31,6 +38,11 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
     known.replace(replaced)
     if isinstance(scope, Mapping):
         scope = {replaced.get(p, p): label for p, label in scope.items()}
+        if scope and not any(p in scope for group in held for p in group["params"]):
+            raise ValueError(
+                f"none of the {len(scope)} parameters that scope maps is in the optimizer: map those of the model that "
+                "is trained"
+            )
     scope_labeler(scope, known.found)
     return known, scope
 

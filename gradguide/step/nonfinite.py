@@ -18,11 +18,12 @@ from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from gradguide.base_checks import closure_error
 from gradguide.ops import Row
 from gradguide.step.engine import StepState
+from gradguide.step.momentum import momentum_buffers
 
 __all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "skip_on_host", "step_base", "warn_skipped"]
 
@@ -83,10 +84,21 @@ def step_base(state: StepState, base: Optimizer, policy: str) -> None:
 def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
     """Return whether the base skips the step itself by a flag on the device, which avoids a host sync.
 
-    Fused bases support this for GradScaler. On the CPU, reading the flag costs nothing.
+    Fused bases of torch support this for GradScaler. Wrappers of them, such as ZeroRedundancyOptimizer, have the same
+    groups but do not pass the flag on. On the CPU, reading the flag costs nothing.
     """
     fused = all(group.get("fused") for group in base.param_groups)
-    return policy == "skip" and fused and state.span.gram.device.type == "cuda"
+    reads_flag = type(base).step.__module__.startswith("torch.optim.")
+    on_cuda = state.span.gram.device.type == "cuda"
+    return policy == "skip" and fused and reads_flag and on_cuda and not _starts_momentum(state, base)
+
+
+def _starts_momentum(state: StepState, base: Optimizer) -> bool:
+    """Return whether this step creates momentum of SGD. Fused, a skipped step would create it from unset memory."""
+    if not isinstance(base, SGD) or not any(group["momentum"] for group in base.param_groups):
+        return False
+    momentum = momentum_buffers(base, (p for bucket in state.plan.buckets for p in bucket.parameters))
+    return any(each is None for each in momentum)
 
 
 def _is_finite(row: Row | None) -> bool:

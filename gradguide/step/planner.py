@@ -198,7 +198,7 @@ class StepPlanner:
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         passes = any(isinstance(source, ReplaySource) and source.due(covered) for source in self.sources)
         with preserve_buffers(self.name_lookup.models()) if passes else nullcontext():
-            for source in self.sources:
+            for source in {id(source): source for source in self.sources}.values():  # one may have two roles
                 source.refresh(covered, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:

@@ -178,6 +178,22 @@ def test_i22_hasattr_is_truthful() -> None:
             getattr(optimizer, name)
 
 
+class Clearing(torch.optim.AdamW):
+    """A base whose ``zero_grad`` takes no argument, as FusedAdam of apex and DeepSpeed."""
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        super().zero_grad()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_i22_gradients_are_cleared_by_a_base_whose_zero_grad_takes_no_argument(set_to_none: bool) -> None:
+    model = kit.net()
+    optimizer = GradGuide(Clearing(model.parameters(), lr=0.1))
+    kit.give_gradients(model, 0)
+    optimizer.zero_grad(set_to_none)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_i22_unwrap_finds_gradguide_at_any_depth() -> None:
     class Wrapper:
         def __init__(self, optimizer: object) -> None:

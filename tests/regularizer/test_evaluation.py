@@ -247,6 +247,28 @@ def test_a_frozen_parameter_does_not_move_for_the_second_evaluation() -> None:
     assert torch.equal(values[5], values[4])
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_closure_that_adds_to_earlier_gradients_is_refused(set_to_none: bool) -> None:
+    """As with Lightning's ``accumulate_grad_batches``. Their difference would be divided by the small perturbation."""
+    model = kit.net()
+    optimizer = guide(model)
+    clearing = closure_of(model, optimizer)
+
+    def adding() -> Tensor:
+        loss = kit.loss_of(model, kit.batch(1))
+        loss.backward()
+        return loss
+
+    optimizer.step(clearing)
+    before = kit.parameters_of(model)
+    with pytest.raises(RuntimeError, match=r"adds to gradients from before it.*zero_grad\(\) in the closure"):
+        optimizer.step(adding)
+    kit.assert_same(kit.parameters_of(model), before)
+    optimizer.zero_grad(set_to_none)
+    optimizer.step(adding)
+    assert kit.differ(kit.parameters_of(model), before)
+
+
 def test_a_parameter_without_a_second_gradient_has_no_further_term() -> None:
     model = kit.net()
     optimizer = guide(model)

@@ -73,6 +73,17 @@ def test_an_anchor_beside_a_projecting_source_lets_the_model_move_on() -> None:
     assert moved[False] == pytest.approx(moved[True], rel=0.05)
 
 
+def test_lists_and_mappings_are_copied() -> None:
+    """An optimizer has matched what they held: other numbers of sources or weights would not fit it."""
+    listed, named, weights = [source(), source()], {"a": source(), "b": source()}, [1.0, 2.0]
+    first, second = Alignment(listed, weight=weights), Alignment(named, weight=weights)
+    listed.pop(0)
+    del named["a"]
+    weights[:] = [3.0]
+    assert (len(first.sources), first.names, first.weights) == (2, ("0", "1"), (1.0, 2.0))
+    assert (len(second.sources), second.names, second.weights) == (2, ("a", "b"), (1.0, 2.0))
+
+
 def test_conflicts_within_rounding_are_none() -> None:
     cosines: Tensor = torch.tensor([-1.0, -1e-5, -1e-7, 0.0, 1.0])
     assert conflicts(cosines).tolist() == [True, True, False, False, False]

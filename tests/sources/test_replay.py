@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradguide import Alignment, Direction, GradGuide, ReplaySource
+from gradguide import Alignment, Direction, GradGuide, Regularizer, ReplaySource
 from tests.contract import kit
 
 
@@ -57,6 +57,27 @@ def test_the_projection_is_that_of_a_gem() -> None:
         torch.testing.assert_close((before - flat(model.parameters())) / 0.1, wanted, rtol=1e-4, atol=1e-5)
         assert optimizer.metrics()["conflict"] == float(g @ r < 0)
     assert conflicts >= 4
+
+
+def test_a_source_of_alignment_and_regularizer_is_evaluated_once() -> None:
+    model = kit.net()
+    calls: list[int] = []
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(len(calls))
+        return kit.loss_of(model, batch)
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        found = kit.loss_of(model, kit.batch(0))
+        found.backward()
+        return found
+
+    source = ReplaySource([old(0), old(1), old(2)], loss, every=2)
+    optimizer = guide(model, source, regularizer=Regularizer(alignment=0.1, source=source))
+    for _ in range(4):
+        optimizer.step(closure)
+    assert len(calls) == 2, "at steps 0 and 2"
 
 
 def test_between_evaluations_the_last_answer_stands() -> None:

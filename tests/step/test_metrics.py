@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide.step import nonfinite
 
 KEYS = {
     "grad_norm",
@@ -282,9 +283,12 @@ def test_scopes_are_reported_together() -> None:
     assert 0 < conflicts < 8
 
 
-def test_skipped_steps_are_counted_and_not_measured() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_skipped_steps_are_counted_and_not_measured(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on_device:  # as with a fused base on CUDA, where the host does not know which steps are skipped
+        monkeypatch.setattr(nonfinite, "_uses_found_inf", lambda measured, base, policy: True)
     known = parameters()
-    optimizer = GradGuide(SGD(known.values(), lr=0.1), direction=Direction())
+    optimizer = GradGuide(SGD(known.values(), lr=0.1, fused=True), direction=Direction())
     good, bad = vectors(2, seed=13)
     bad[3] = math.inf
     for step, g in enumerate((good, bad, bad, good)):
@@ -294,6 +298,10 @@ def test_skipped_steps_are_counted_and_not_measured() -> None:
         assert found["steps"] == (1, 1, 1, 2)[step]
         assert found["skipped"] == (0, 1, 2, 2)[step]
         assert math.isnan(found["grad_norm"]) == (g is bad)
+        known_to_device = {"update_norm": 0.0} if on_device else {}
+        if g is bad:
+            left = {name: value for name, value in found.items() if not math.isnan(value)}
+            assert left == {"steps": 1, "skipped": step, **known_to_device}
     # Only the finite gradient entered the direction.
     same(found, {"direction_cosine": 1.0, "coherence": 1.0})
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.step import nonfinite
@@ -39,6 +41,54 @@ def test_a_fused_base_leaves_the_step_out_itself(kind: type[AdamW], monkeypatch:
         results.append([*model.parameters(), *directions])
     for once, again in zip(*results, strict=True):
         assert torch.equal(once, again)
+
+
+class Outer(Optimizer):
+    """An optimizer around another one, with its groups, as ZeroRedundancyOptimizer."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+class Own(AdamW):
+    """A subclass with a step that reads no flag."""
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("kind", [AdamW, Adam, SGD])
+def test_only_steps_of_torch_are_left_to_the_flag(kind: type[AdamW]) -> None:
+    """Another base would step with NaN, whose moments undo every later update."""
+    state: Any = SimpleNamespace(span=SimpleNamespace(gram=SimpleNamespace(device=torch.device("cuda"))))
+    base = kind(kit.net().parameters(), lr=0.1, fused=True)
+    assert nonfinite._uses_found_inf(state, base, "skip")
+    for other in (Outer(base), Own(kit.net().parameters(), lr=0.1, fused=True)):
+        assert all(group["fused"] for group in other.param_groups)
+        assert not nonfinite._uses_found_inf(state, other, "skip")
+
+
+def test_a_first_step_of_fused_sgd_is_skipped_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused SGD keeps unset memory as its momentum if it skips the step that creates it."""
+    asked = nonfinite._uses_found_inf
+    used: list[bool] = []
+
+    def on_cuda(state: Any, base: Optimizer, policy: str) -> bool:
+        device = SimpleNamespace(gram=SimpleNamespace(device=torch.device("cuda")))
+        used.append(asked(SimpleNamespace(plan=state.plan, span=device), base, policy))  # type: ignore[arg-type]
+        return used[-1]
+
+    monkeypatch.setattr(nonfinite, "_uses_found_inf", on_cuda)
+    model, plain = kit.net(), kit.net()
+    for each, kinds in ((model, "bgbg"), (plain, "gg")):
+        steps(each, GradGuide(SGD(each.parameters(), lr=0.1, momentum=0.9, fused=True)), kinds)
+    kit.assert_same(kit.parameters_of(model), kit.parameters_of(plain))
+    assert used[:3] == [False, False, False], "the bad step asks once, the good one twice"
+    assert all(used[3:6])
 
 
 def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:
