@@ -90,8 +90,9 @@ def _structured(setup: Setup) -> Training:
     }
     weight, hard = float(options["weight"]), True if options["pull"] == "update" else None
     alignment = Alignment(used, weight=weight, project=hard) if used and options["pull"] != "after" else None
-    base = setup.base(setup.model.lora_b if options["train"] == "b" else None)
-    guide = GradGuide(base, alignment=alignment, names=setup.model.model, **rules)
+    if options["train"] == "b":
+        setup.model.freeze_a()
+    guide = GradGuide(setup.base(), alignment=alignment, names=setup.model.model, **rules)
     hooks: dict[str, Any] = {}
     if options["pull"] == "after":
         hooks["before"], hooks["after"] = variants.after_step(setup.model, used[-1], guide, weight)

@@ -121,10 +121,14 @@ class Language:
         self._undo.append(undo)
 
     def replace(self, parameters: list[nn.Parameter], variant: str) -> None:
-        """Train ``parameters`` in place of A and B until the next reset."""
+        """Train ``parameters`` in place of A and B until the next reset. They may be some of those."""
         self.clear()
         self._train(parameters, variant)
         self.until_reset(self._restore)
+
+    def freeze_a(self) -> None:
+        """Train B alone until the next reset."""
+        self.replace(self.lora_b, "b")
 
     def _restore(self) -> None:
         self.clear()
@@ -132,8 +136,9 @@ class Language:
 
     def _train(self, parameters: list[nn.Parameter], variant: str) -> None:
         self._replaced, self.variant = parameters, variant
+        trained = set(self.parameters)
         for _, p in self.named:
-            p.requires_grad_(not parameters)
+            p.requires_grad_(p in trained)
 
     def clear(self) -> None:
         """Remove the gradients."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.language.model import Language
-from benchmarks.language.training import Setup, Training, clipped
+from benchmarks.language.training import Setup, Training
 
 __all__ = ["osf"]
 
@@ -25,7 +25,7 @@ def osf(setup: Setup) -> Training:
     model, share = setup.model, setup.method.strength
     parameters = [p for layer in _attach(model, share) for p in layer.osf_svd_params[_NAME].values()]
     model.replace(parameters, f"osf {share}")
-    return clipped(setup.base(parameters))
+    return setup.clipped()
 
 
 @torch.no_grad()

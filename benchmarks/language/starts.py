@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.language.model import TRAINED, Language
-from benchmarks.language.training import Setup, Training, clipped
+from benchmarks.language.training import Setup, Training
 
 __all__ = ["corda", "corda_eigens", "lora_null", "null", "unused_directions"]
 
@@ -21,7 +21,8 @@ _WRAPPED = r".*\.base_layer"
 def null(setup: Setup) -> Training:
     """Train B alone, with A in the space that source inputs hardly use (the idea of LoRA-Null, arXiv 2503.02659)."""
     setup.model.start_in(setup.sources.unused())
-    return clipped(setup.base(setup.model.lora_b))
+    setup.model.freeze_a()
+    return setup.clipped()
 
 
 def lora_null(setup: Setup) -> Training:
@@ -38,7 +39,9 @@ def lora_null(setup: Setup) -> Training:
         left, values, right = torch.linalg.svd(weight @ unused, full_matrices=False)
         start[name] = left, values, unused @ right.mT
     _split(model, start)
-    return clipped(setup.base(model.lora_b if setup.method.options["train"] == "b" else None))
+    if setup.method.options["train"] == "b":
+        model.freeze_a()
+    return setup.clipped()
 
 
 def corda(setup: Setup) -> Training:

@@ -100,9 +100,9 @@ class Setup:
     method: Method
     kept: Sequence[Any] = ()
 
-    def base(self, parameters: list[nn.Parameter] | None = None, rate: float = 1.0) -> Optimizer:
+    def base(self, *, rate: float = 1.0) -> Optimizer:
         """Return the base optimizer at ``rate`` times the learning rate."""
-        chosen = self.model.parameters if parameters is None else parameters
+        chosen = self.model.parameters
         if self.method.options["base"] == "sgd":
             return torch.optim.SGD(chosen, lr=rate * self.lr * _SGD_RATE, momentum=0.9)
         fused = self.model.device.type == "cuda"

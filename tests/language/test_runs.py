@@ -162,3 +162,16 @@ def test_a_start_in_the_unused_space_keeps_its_length(suite: Suite) -> None:
 def test_an_unknown_method_or_option_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="found"):
         parse(text)
+
+
+@pytest.mark.parametrize("method", ["null", "structured start=null train=b"])
+def test_a_frozen_a_stays_where_it_starts_and_is_trained_again_after_a_reset(suite: Suite, method: str) -> None:
+    suite(replace(_RUN, steps=10, method=method))
+    unused = suite.sources.unused()
+    for name, layer in suite.model.layers():
+        a, b = suite.model.factors(layer)
+        torch.testing.assert_close(a @ unused[name] @ unused[name].mT, a, rtol=1e-4, atol=1e-6)
+        assert bool(b.any())
+    suite.model.reset(0)
+    assert [p for _, p in suite.model.named] == suite.model.parameters
+    assert all(p.requires_grad for p in suite.model.parameters)
