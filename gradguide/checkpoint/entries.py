@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from gradguide.rules.decide import STATISTICS
 
-__all__ = ["COUNTERS", "DIRECTION", "FORMAT", "HEAD", "PREFIX", "convert_counters", "make_counters", "statistics_of"]
+__all__ = [
+    "COUNTERS",
+    "DIRECTION",
+    "FORMAT",
+    "HEAD",
+    "PREFIX",
+    "convert_counters",
+    "make_counters",
+    "own_names",
+    "statistics_of",
+]
 
 PREFIX = "gradguide."
 DIRECTION = "gradguide.direction"
@@ -21,6 +33,12 @@ HEAD = 3
 
 _OLDER: dict[int, tuple[str, ...]] = {1: ("mass", "square", "unused", "unused", "unused")}
 """The names of the statistics in older formats. Those that are not in ``STATISTICS`` are not read any more."""
+
+
+def own_names(entry: object) -> set[str]:
+    """Return GradGuide's keys in the entry of a parameter, or in anything else that a base keeps."""
+    names = entry if isinstance(entry, Mapping) else ()
+    return {name for name in names if isinstance(name, str) and name.startswith(PREFIX)}
 
 
 def statistics_of(version: int) -> tuple[str, ...]:

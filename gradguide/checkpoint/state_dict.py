@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, PREFIX, make_counters
+from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, make_counters, own_names
 from gradguide.checkpoint.validation import (
     check_base_entry,
     check_counters,
@@ -57,7 +57,8 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
             f"{type(base).__name__}.state_dict() must hold 'state' and 'param_groups', found {sorted(state)}: where it "
             "wraps another optimizer, give GradGuide that one and wrap the GradGuide"
         )
-    entries = dict(state["state"])
+    # A base that loaded this state dict itself has own entries, which are stale and in its parameters' dtype.
+    entries = {key: _without(own_names(entry), entry) for key, entry in state["state"].items()}
     labels = engine.planner.labels(base)
     # Distributed checkpoints load only what the state has after a step on zeros, which is not counted.
     stepped = bool(engine.directions) or bool(totals.any()) or len(engine.scopes.statistics) > 0
@@ -117,9 +118,9 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             rest[key] = entry
             continue
         parameter = of_key.get(key)
-        own = {name for name in entry if isinstance(name, str) and name.startswith(PREFIX)}
+        own = own_names(entry)
         check_own_keys(own, which.get(key))
-        others = {name: value for name, value in entry.items() if name not in own}
+        others = _without(own, entry)
         # An entry with only own keys was not in the base's state.
         if others or not own:
             rest[key] = others
@@ -152,6 +153,10 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             stacklevel=5,
         )
     return {**state, "state": rest}, _Own(_allocate_directions(directions), counters)
+
+
+def _without(names: set[str], entry: Any) -> Any:
+    return {name: value for name, value in entry.items() if name not in names} if names else entry
 
 
 def _kind(engine: Engine) -> str:
