@@ -12,6 +12,7 @@ from torch import Tensor
 from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
 from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.row import Row
+from gradguide.ops.tensors import all_finite
 from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients
 from gradguide.utils.checks import check_steps
@@ -156,13 +157,13 @@ class ReplaySource:
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
         rows = dict(zip(parameters, new, strict=True))
-        finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+        finite = all_finite(new)
         if is_distributed():  # shards differ between ranks, and all ranks must evaluate at the same steps
             finite = _on_all_ranks(finite)
         kinds = _kinds(parameters)
         if self._finite and self._kinds == kinds:
             for name, tensor in rows.items():
-                tensor.copy_(torch.where(finite, tensor, self._rows[name]))
+                tensor.copy_(torch.where(finite.to(tensor.device), tensor, self._rows[name]))
         else:
             self._finite = bool(finite)  # the only read on the host
         self._rows, self._kinds = rows, kinds
