@@ -82,7 +82,7 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
     Returns:
         JSON types: ``path`` of the adapter, ``matched`` (number of tensors), ``distance``, ``relative`` to the length
         of the parameters at capture (None if they were zero), ``modelled_rise`` of the source's mean loss
-        (``s0 d + F d^2 / 2``), ``layers``.
+        (``s0 d + F d^2 / 2``; None for a source of ``anchored()``, whose H has another unit), ``layers``.
 
     Raises:
         FileNotFoundError, ValueError: see ``describe``; the source has no curvature, or no adapter tensor matches.
@@ -98,6 +98,8 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
         raise ValueError(f"no tensor of {os.fspath(adapter)!r} fits a parameter of {os.fspath(path)!r}")
     moves = {name: tensors[key].double() - tables["anchor"][name].double() for name, key in pairs.items()}
 
+    normalized = any(each.get("anchored") for each in (metadata, *metadata.get("merged", ())))
+
     def measures(names: list[str]) -> dict[str, float | None]:
         start = _norm(tables["anchor"], names)
         rise = math.fsum(
@@ -106,7 +108,8 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
             for n in names
         )
         distance = _norm(moves, names)
-        return {"distance": distance, "relative": distance / start if start > 0 else None, "modelled_rise": rise}
+        relative = distance / start if start > 0 else None
+        return {"distance": distance, "relative": relative, "modelled_rise": None if normalized else rise}
 
     names = [name for name in metadata["names"] if name in moves]
     return {"path": os.fspath(adapter), "matched": len(names), **_in_total_and_by_layer(measures, names)}

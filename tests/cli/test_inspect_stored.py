@@ -202,3 +202,23 @@ def test_compare_matches_sources_of_other_adapter_names(tmp_path: Path) -> None:
     found = compare(tmp_path / "default", tmp_path / "b")
     assert found["shared"] == 3
     assert found["fisher_cosine"] == pytest.approx(1.0)
+
+
+def test_an_anchored_source_has_no_modelled_rise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """H is not the Fisher information. It was taken for it, and the rise was wrong by any factor."""
+    anchored = source(0).anchored()
+    anchored.save(tmp_path / "anchored")
+    SourceGradient.merge([anchored, anchored]).save(tmp_path / "merged")
+    save_file(table(1), tmp_path / "adapter")
+    for name in ("anchored", "merged"):
+        found = modelled_drift(tmp_path / name, tmp_path / "adapter")
+        assert found["modelled_rise"] is None
+        assert found["distance"] > 0
+    arguments = ("inspect", str(tmp_path / "anchored"), "--adapter", str(tmp_path / "adapter"))
+    assert main(arguments) == 0
+    assert "modelled rise" not in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert "give the file of its origin" in refused(capsys, *arguments, "--plot", str(tmp_path / "x.png"))
+    ewc = SourceGradient(None, fisher=source(0).fisher, anchor=source(0).anchor)
+    ewc.save(tmp_path / "ewc")
+    assert modelled_drift(tmp_path / "ewc", tmp_path / "adapter")["modelled_rise"] > 0
