@@ -129,7 +129,7 @@ def _pairs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, outer: b
     Args:
         outer: whether their names may lack outer modules, such as a wrapper around a PEFT model.
     """
-    keys = {_saved_name(key): key for key in theirs} | {key: key for key in theirs}  # PEFT's files have saved names
+    keys = {_saved_name(key): key for key in theirs}
     found: list[tuple[int, int, str, str]] = []
     for place, (name, tensor) in enumerate(ours.items()):
         parts = _saved_name(name).split(".")
