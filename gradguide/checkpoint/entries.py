@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "convert_counters",
     "make_counters",
     "own_names",
+    "passed_through_base",
     "statistics_of",
 ]
 
@@ -39,6 +41,12 @@ def own_names(entry: object) -> set[str]:
     """Return GradGuide's keys in the entry of a parameter, or in anything else that a base keeps."""
     names = entry if isinstance(entry, Mapping) else ()
     return {name for name in names if isinstance(name, str) and name.startswith(PREFIX)}
+
+
+def passed_through_base(entry: Mapping[Any, Any]) -> bool:
+    """Return whether a base loaded an own entry, and then went on alone: its loader casts to the parameter's dtype."""
+    counters = entry.get(COUNTERS)
+    return type(counters) is Tensor and counters.is_floating_point() and counters.dtype != torch.float64
 
 
 def statistics_of(version: int) -> tuple[str, ...]:

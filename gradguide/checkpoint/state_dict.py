@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, make_counters, own_names
+from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, make_counters, own_names, passed_through_base
 from gradguide.checkpoint.validation import (
     check_base_entry,
     check_counters,
@@ -127,6 +127,8 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
         if parameter is None:
             continue
         check_base_entry(base, others, parameter, which[key])
+        if passed_through_base(entry):
+            continue
         if COUNTERS in own:
             read = read_counters(entry[COUNTERS], which[key])
             check_counters(read, counters.values(), which[key])

@@ -431,3 +431,21 @@ def test_i03_a_base_that_loaded_the_state_itself_is_named_and_its_stale_entries_
     saved = wrapped.state_dict()["state"].values()
     assert sum(DIRECTION in entry for entry in saved) == 1
     assert all(entry[COUNTERS].dtype == torch.float64 and entry[COUNTERS][1] == 1 for entry in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_i03_a_state_of_a_base_that_went_on_alone_is_that_of_a_plain_base(dtype: torch.dtype) -> None:
+    """It has the direction and the counts of the steps before, which were taken for the present ones."""
+    model = kit.net(dtype=dtype)
+    optimizer = GradGuide(kit.adamw(model.parameters()), direction=Direction())
+    kit.train(model, optimizer, range(3))
+    inner = kit.adamw(model.parameters())
+    inner.load_state_dict(optimizer.state_dict())
+    kit.train(model, inner, range(3, 6))
+    other = GradGuide(kit.adamw(model.parameters()), direction=Direction())
+    with pytest.warns(UserWarning, match="the state of a plain base optimizer"):
+        other.load_state_dict(inner.state_dict())
+    assert other.metrics()["steps"] == 0
+    assert not kit.directions_of(other)
+    assert not any(map(entries.own_names, other.base.state.values()))
+    assert [entry["step"] for entry in other.base.state.values()] == [6] * 4
