@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
+
+from gradguide.checkpoint.entries import own_names
 
 __all__ = ["Wrapper"]
 
@@ -22,9 +25,20 @@ _HOOKS = (
 
 
 class Wrapper(Optimizer):
-    """Optimizer that forwards to ``base`` and has its own hooks."""
+    """Optimizer that forwards to ``base`` and has its own hooks.
+
+    Warns:
+        UserWarning: the base has loaded the state dict of a GradGuide.
+    """
 
     def __init__(self, base: Optimizer) -> None:
+        if any(map(own_names, base.state.values())):
+            warnings.warn(
+                "the base optimizer has loaded the state dict of a GradGuide, whose direction and counters it cannot "
+                "use: they start from zero. To continue with them, call load_state_dict on the GradGuide instead",
+                UserWarning,
+                stacklevel=3,
+            )
         # Optimizer.__init__ would create separate param groups. Besides those it only creates the hook dicts.
         self.make_hooks()
         self.base = base

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gradguide.rules.decide import STATISTICS
 
-__all__ = ["COUNTERS", "DIRECTION", "FORMAT", "HEAD", "PREFIX", "convert_counters", "make_counters", "statistics_of"]
+__all__ = [
+    "COUNTERS",
+    "DIRECTION",
+    "FORMAT",
+    "HEAD",
+    "PREFIX",
+    "convert_counters",
+    "make_counters",
+    "own_names",
+    "passed_through_base",
+    "statistics_of",
+]
 
 PREFIX = "gradguide."
 DIRECTION = "gradguide.direction"
@@ -21,6 +35,18 @@ HEAD = 3
 
 _OLDER: dict[int, tuple[str, ...]] = {1: ("mass", "square", "unused", "unused", "unused")}
 """The names of the statistics in older formats. Those that are not in ``STATISTICS`` are not read any more."""
+
+
+def own_names(entry: object) -> set[str]:
+    """Return GradGuide's keys in the entry of a parameter, or in anything else that a base keeps."""
+    names = entry if isinstance(entry, Mapping) else ()
+    return {name for name in names if isinstance(name, str) and name.startswith(PREFIX)}
+
+
+def passed_through_base(entry: Mapping[Any, Any]) -> bool:
+    """Return whether a base loaded an own entry, and then went on alone: its loader casts to the parameter's dtype."""
+    counters = entry.get(COUNTERS)
+    return type(counters) is Tensor and counters.is_floating_point() and counters.dtype != torch.float64
 
 
 def statistics_of(version: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, PREFIX, make_counters
+from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, make_counters, own_names, passed_through_base
 from gradguide.checkpoint.validation import (
     check_base_entry,
     check_counters,
@@ -57,7 +57,8 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
             f"{type(base).__name__}.state_dict() must hold 'state' and 'param_groups', found {sorted(state)}: where it "
             "wraps another optimizer, give GradGuide that one and wrap the GradGuide"
         )
-    entries = dict(state["state"])
+    # A base that loaded this state dict itself has own entries, which are stale and in its parameters' dtype.
+    entries = {key: _without(own_names(entry), entry) for key, entry in state["state"].items()}
     labels = engine.planner.labels(base)
     # Distributed checkpoints load only what the state has after a step on zeros, which is not counted.
     stepped = bool(engine.directions) or bool(totals.any()) or len(engine.scopes.statistics) > 0
@@ -117,15 +118,17 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             rest[key] = entry
             continue
         parameter = of_key.get(key)
-        own = {name for name in entry if isinstance(name, str) and name.startswith(PREFIX)}
+        own = own_names(entry)
         check_own_keys(own, which.get(key))
-        others = {name: value for name, value in entry.items() if name not in own}
+        others = _without(own, entry)
         # An entry with only own keys was not in the base's state.
         if others or not own:
             rest[key] = others
         if parameter is None:
             continue
         check_base_entry(base, others, parameter, which[key])
+        if passed_through_base(entry):
+            continue
         if COUNTERS in own:
             read = read_counters(entry[COUNTERS], which[key])
             check_counters(read, counters.values(), which[key])
@@ -135,8 +138,9 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             directions[parameter] = entry[DIRECTION]
     if engine.rules.active and rest and not counters:
         warnings.warn(
-            "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
-            "counters start from zero",
+            "this is the state of a plain base optimizer, or one that torch.distributed.checkpoint flattened "
+            "(flatten_optimizer_state_dict=True gives back the base's own entries alone): the base's state is loaded, "
+            "and GradGuide's direction and counters start from zero",
             UserWarning,
             stacklevel=5,
         )
@@ -152,6 +156,10 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             stacklevel=5,
         )
     return {**state, "state": rest}, _Own(_allocate_directions(directions), counters)
+
+
+def _without(names: set[str], entry: Any) -> Any:
+    return {name: value for name, value in entry.items() if name not in names} if names else entry
 
 
 def _kind(engine: Engine) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradguide.cli.read_adapter import read_tensors
 from gradguide.sources import files as file
 from gradguide.sources.stored import SourceGradient
-from gradguide.utils.names import module_of
+from gradguide.utils.names import module_of, without_adapter
 
 __all__ = ["compare", "describe", "modelled_drift"]
 
@@ -55,14 +55,17 @@ def compare(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict
         FileNotFoundError, ValueError: see ``describe``; or the files share no parameter of the same name and shape.
     """
     (ours, metadata), (theirs, _) = _read(path), _read(other)
-    first, second = next(iter(ours.values())), next(iter(theirs.values()))
-    shared = [n for n in metadata["names"] if n in second and second[n].shape == first[n].shape]
+    pairs = _pairs(next(iter(ours.values())), next(iter(theirs.values())))
+    shared = [name for name in metadata["names"] if name in pairs]
     if not shared:
         raise ValueError(f"{os.fspath(path)!r} and {os.fspath(other)!r} share no parameter of one name and shape")
+    renamed = {label: {name: table[key] for name, key in pairs.items()} for label, table in theirs.items()}
 
     def cosines(names: list[str]) -> dict[str, float | None]:
         return {
-            f"{table}_cosine": _cosine(ours[table], theirs[table], names) if table in ours and table in theirs else None
+            f"{table}_cosine": _cosine(ours[table], renamed[table], names)
+            if table in ours and table in renamed
+            else None
             for table in ("gradient", "fisher")
         }
 
@@ -78,7 +81,8 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
 
     Returns:
         JSON types: ``path`` of the adapter, ``matched`` (number of tensors), ``distance``, ``relative`` to the length
-        of the parameters at capture, ``modelled_rise`` of the source's mean loss (``s0 d + F d^2 / 2``), ``layers``.
+        of the parameters at capture (None if they were zero), ``modelled_rise`` of the source's mean loss
+        (``s0 d + F d^2 / 2``; None for a source of ``anchored()``, whose H has another unit), ``layers``.
 
     Raises:
         FileNotFoundError, ValueError: see ``describe``; the source has no curvature, or no adapter tensor matches.
@@ -88,12 +92,15 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
         raise ValueError(
             f"{os.fspath(path)!r} has no curvature, and so not the parameters at capture: drift is unknown"
         )
-    found = _matched(tables["anchor"], read_tensors(adapter))
-    if not found:
+    tensors = read_tensors(adapter)
+    pairs = _pairs(tables["anchor"], tensors, outer=True)
+    if not pairs:
         raise ValueError(f"no tensor of {os.fspath(adapter)!r} fits a parameter of {os.fspath(path)!r}")
-    moves = {name: value.double() - tables["anchor"][name].double() for name, value in found.items()}
+    moves = {name: tensors[key].double() - tables["anchor"][name].double() for name, key in pairs.items()}
 
-    def measures(names: list[str]) -> dict[str, float]:
+    normalized = any(each.get("anchored") for each in (metadata, *metadata.get("merged", ())))
+
+    def measures(names: list[str]) -> dict[str, float | None]:
         start = _norm(tables["anchor"], names)
         rise = math.fsum(
             float((0.5 * tables["fisher"][n].double() * moves[n].square()).sum())
@@ -101,7 +108,8 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
             for n in names
         )
         distance = _norm(moves, names)
-        return {"distance": distance, "relative": distance / start if start > 0 else math.inf, "modelled_rise": rise}
+        relative = distance / start if start > 0 else None
+        return {"distance": distance, "relative": relative, "modelled_rise": None if normalized else rise}
 
     names = [name for name in metadata["names"] if name in moves]
     return {"path": os.fspath(adapter), "matched": len(names), **_in_total_and_by_layer(measures, names)}
@@ -113,18 +121,32 @@ def _read(path: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
     return file.read(path)
 
 
-def _matched(anchor: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapter's tensors under the source's names.
+def _pairs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, outer: bool = False) -> dict[str, str]:
+    """Return the name in ``theirs`` for each of our names that has one, for a tensor of the same shape.
 
-    PEFT saves names without the adapter's name and without the prefix of outer modules.
+    Equal names come first, then names that differ in the adapter. No name is used twice.
+
+    Args:
+        outer: whether their names may lack outer modules, such as a wrapper around a PEFT model.
     """
-    short = {name: ".".join(part for part in name.split(".") if part != "default") for name in anchor}
-    result = {}
-    for name, bare in short.items():
-        for key, value in adapter.items():
-            if (name == key or bare == key or bare.endswith(f".{key}")) and value.shape == anchor[name].shape:
-                result[name] = value
-    return result
+    keys = {_saved_name(key): key for key in theirs}
+    found: list[tuple[int, int, str, str]] = []
+    for place, (name, tensor) in enumerate(ours.items()):
+        parts = _saved_name(name).split(".")
+        tails = [".".join(parts[start:]) for start in range(len(parts) if outer else 1)]
+        for removed, key in enumerate([name, *(keys.get(tail, "") for tail in tails)]):
+            if key in theirs and theirs[key].shape == tensor.shape:
+                found.append((removed, place, name, key))
+                break
+    owners: dict[str, str] = {}
+    for _, _, name, key in sorted(found):
+        owners.setdefault(key, name)
+    return {name: key for key, name in owners.items()}
+
+
+def _saved_name(name: str) -> str:
+    """Return the name under which PEFT saves a parameter: without its adapter and the wrapper of whole copies."""
+    return ".".join(part for part in without_adapter(name).split(".") if part != "modules_to_save")
 
 
 def _in_total_and_by_layer(measure: Callable[[list[str]], Mapping[str, Any]], names: list[str]) -> dict[str, Any]:

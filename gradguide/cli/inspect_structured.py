@@ -11,6 +11,7 @@ import torch
 from gradguide.cli.read_adapter import read_changes
 from gradguide.sources import files
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product
+from gradguide.sources.structured.layers import MOVING_STARTS
 from gradguide.sources.structured.pull import adapter_pull
 from gradguide.sources.structured.source import StructuredSource
 from gradguide.sources.structured.storage import KIND
@@ -106,18 +107,26 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
 
     Returns:
         JSON types: ``path`` of the adapter, ``matched`` (number of layers), ``outside`` (names of adapted layers that
-        the source does not have, which are not counted), ``modelled_kl`` in nats per token, and ``layers``.
+        the source does not have) and ``others`` (names of modules that the adapter changes otherwise, such as trained
+        copies), which are not counted, ``modelled_kl`` in nats per token, and ``layers``.
 
     Raises:
-        FileNotFoundError, ValueError: see ``describe`` and ``read_changes``; or the adapter has no layer of the source.
+        FileNotFoundError, ValueError: see ``describe`` and ``read_changes``; or the adapter has no layer of the source,
+            or its start changed the weights.
     """
     layers, _ = _read(path)
-    changes = read_changes(adapter)
+    changes, others, start = read_changes(adapter)
     matched = [name for name in layers if name in changes]
     if not matched:
         raise ValueError(
             f"{os.fspath(adapter)!r} adapts none of the {len(layers)} layers of {os.fspath(path)!r}: it adapts "
             f"{next(iter(changes))}, the source has {next(iter(layers))}"
+        )
+    if start.startswith(MOVING_STARTS) and any(layers[name].anchor is None for name in matched):
+        raise ValueError(
+            f"{os.fspath(adapter)!r} has init_lora_weights={start!r}, which changed the base model's weights at the "
+            "start: B A is not the change from the captured model. Save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or inspect a source of the model with that adapter"
         )
     rows: list[dict[str, Any]] = []
     for name, held in layers.items():
@@ -135,6 +144,7 @@ def modelled_drift(path: str | os.PathLike[str], adapter: str | os.PathLike[str]
         "path": os.fspath(adapter),
         "matched": len(matched),
         "outside": [name for name in changes if name not in layers],
+        "others": others,
         "modelled_kl": math.fsum(row["modelled_kl"] for row in rows),
         "layers": rows,
     }

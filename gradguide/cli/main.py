@@ -143,8 +143,8 @@ def _inspect(options: dict[str, Any]) -> None:
             kinds = ("a structured source", "another source")
             first, second = kinds if structured else reversed(kinds)
             raise ValueError(
-                f"{options['file']!r} holds {first}, {options['against']!r} {second}: give --against a file of the "
-                "same kind"
+                f"{str(options['file'])!r} holds {first}, {str(options['against'])!r} {second}: give --against a file "
+                "of the same kind"
             )
         found["against"] = contents.compare(options["file"], options["against"])
     if options["adapter"] is not None:

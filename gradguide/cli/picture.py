@@ -19,10 +19,12 @@ def draw_drift(drift: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: matplotlib is not installed (extra ``plot``).
-        ValueError: the suffix is not an image format.
+        ValueError: the suffix is not an image format, or the source is of ``anchored()``.
     """
     structured = "modelled_kl" in drift
     key = "modelled_kl" if structured else "modelled_rise"
+    if drift[key] is None:
+        raise ValueError("a source of anchored() has no Fisher information to draw: give the file of its origin")
     lines: dict[str, list[tuple[int, float]]] = {}
     for place, layer in enumerate(drift["layers"]):
         parts = layer["layer"].split(".")

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 from safetensors.torch import load_file
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gradguide.sources.structured.factors import Product
 from gradguide.sources.structured.layers import base_name
+from gradguide.utils.names import module_of
 
-__all__ = ["read_changes", "read_tensors"]
+__all__ = ["Changes", "read_changes", "read_tensors"]
 
 
 def _adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -39,18 +40,36 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a readable safetensors file.
+        ValueError: the file is not a readable safetensors file, or holds NaN or Inf.
     """
     place = _adapter_file(path)
     try:
         tensors: dict[str, Tensor] = load_file(place)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{os.fspath(place)!r} is not a readable safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{os.fspath(place)!r} holds NaN or Inf in {name}: the training that wrote it diverged")
     return tensors
 
 
-def read_changes(path: str | os.PathLike[str]) -> dict[str, Product]:
-    """Return the change of each adapted layer's weight, ``scale * B`` [out, r] and A [r, in], by base layer name.
+class Changes(NamedTuple):
+    """What an adapter changes.
+
+    Attributes:
+        products: the change of each adapted layer's weight, ``scale * B`` [out, r] and A [r, in], by base layer name.
+        others: names of modules that the file changes otherwise: trained copies, adapters of embeddings. Biases of B
+            are left out.
+        start: PEFT's ``init_lora_weights``.
+    """
+
+    products: dict[str, Product]
+    others: list[str]
+    start: str
+
+
+def read_changes(path: str | os.PathLike[str]) -> Changes:
+    """Return what an adapter changes.
 
     The scale comes from ``adapter_config.json`` beside the file.
 
@@ -60,11 +79,14 @@ def read_changes(path: str | os.PathLike[str]) -> dict[str, Product]:
     """
     tensors = read_tensors(path)
     config = _read_config(_adapter_file(path).with_name("adapter_config.json"))
-    changes = {}
+    changes: dict[str, Product] = {}
+    others: dict[str, None] = {}
     for key, a in tensors.items():
         name, found, rest = key.partition(".lora_A.")
         b = tensors.get(f"{name}.lora_B.{rest}")
         if not found:
+            if ".lora_B." not in key:
+                others[base_name(module_of(key))] = None
             continue
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {key} has no B matrix of its rank")
@@ -72,7 +94,7 @@ def read_changes(path: str | os.PathLike[str]) -> dict[str, Product]:
         changes[layer] = _scale(config, layer, a.shape[0]) * b.float(), a.float()
     if not changes:
         raise ValueError(f"{os.fspath(path)!r} has no LoRA matrix of a linear layer")
-    return changes
+    return Changes(changes, list(others), str(config.get("init_lora_weights")))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def show(found: dict[str, Any]) -> None:
         drift = found["drift"]
         kind = "layers" if "modelled_kl" in drift else "tensors"
         outside = len(drift.get("outside", ()))
+        others = drift.get("others", ())
         more = f"; {outside} adapted layers are not in the source" if outside else ""
+        more += f"; not counted: {', '.join(others)}" if others else ""
         title = f"drift of {drift['path']}, {drift['matched']} {kind}{more}"
         _show_layers(title, [{**drift, "layer": _ALL}, *drift["layers"]], _DRIFT)
 

@@ -17,6 +17,7 @@ __all__ = [
     "MetadataCache",
     "TensorList",
     "addresses_of",
+    "all_finite",
     "common_value",
     "metadata_of",
     "same_objects",
@@ -83,6 +84,11 @@ def addresses_of(tensors: Sequence[Tensor], metadata: ListMetadata) -> array[int
     if 0 in addresses and any(length and not where for length, where in zip(metadata.lengths, addresses, strict=True)):
         return None
     return addresses
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether all elements are finite: Tensor [], bool, on the device of the first of at least one tensor."""
+    return torch.stack([tensor.isfinite().all().to(tensors[0].device) for tensor in tensors]).all()
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

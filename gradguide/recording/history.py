@@ -108,7 +108,8 @@ class History:
         figure = figure_for(path, (13, 6), "History.plot")
         columns = self.columns()
         for axes, (title, keys) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
-            each = [column for key in keys for column in columns if column == key or column.startswith(f"{key}/")]
+            # The worst value of all sources comes first: drawn last, it would cover the line of the source that has it.
+            each = [column for key in keys for column in (key, *(c for c in columns if c.startswith(f"{key}/")))]
             for key in each:
                 # Dashed, because it is the guided norm wherever nothing is clipped.
                 style = {"label": key.replace("_", " "), "linestyle": "--" if key == "clipped_norm" else "-"}

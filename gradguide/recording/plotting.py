@@ -127,6 +127,9 @@ def curve(rows: Iterable[Mapping[str, float]], key: str) -> tuple[list[int], lis
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Return the mean of each value and its neighbours on both sides, a 40th of the run in all."""
-    half = len(values) // (2 * _WINDOWS)
-    near = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
-    return [math.fsum(part) / len(part) for part in near]
+    half, count = len(values) // (2 * _WINDOWS), len(values)
+    if half == 0:
+        return list(values)
+    sums = list(accumulate(values, initial=0.0))  # a window is a difference of two, so long runs take linear time
+    bounds = [(max(0, index - half), min(count, index + half + 1)) for index in range(count)]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in bounds]

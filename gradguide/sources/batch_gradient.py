@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import layout_of, local
+from gradguide.ops.tensors import all_finite
 from gradguide.sources.loss_value import Loss, check_loss
 from gradguide.sources.side_effects import leaves
 
@@ -75,8 +76,7 @@ def batch_gradient(
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
     if mesh is not None:
         return _mean_over_ranks(parameters, gradients, reached, mesh, count, mean_loss, index)
-    finite = torch.stack([g.isfinite().all() for g in gradients]).all()
-    _check_finite(mean_loss, bool(finite), index)
+    _check_finite(mean_loss, bool(all_finite(gradients)), index)
     return BatchGradient(count, mean_loss, gradients, reached)
 
 

@@ -58,7 +58,15 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = sum((weight * to_float64(t) for weight, t in zip(weights, tensors, strict=True)), torch.zeros(()))
-    return total.to(tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32))
+    return total.to(tensors[0].device, _stored_dtype(tensors))
+
+
+def _stored_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return float64 if a tensor has it, else float32.
+
+    Rounded to bfloat16, the mean of anchors would move by more than training moves parameters.
+    """
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _mean(anchors: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -72,4 +80,4 @@ def _mean(anchors: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequenc
         torch.zeros(()),
     )
     mean = plain + torch.where(curved > 0, shift / torch.where(curved > 0, curved, 1.0), 0.0)
-    return mean.to(anchors[0])
+    return mean.to(anchors[0].device, _stored_dtype(anchors))

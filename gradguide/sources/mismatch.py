@@ -125,10 +125,12 @@ def _is_lora(names: Collection[str]) -> bool:
 
 def _rank(name: str, shape: torch.Size) -> int | None:
     """Return the rank of the adapter, from the shape of one of its matrices."""
+    if len(shape) < 2:
+        return None
     if ".lora_A." in f".{name}" or ".lora_embedding_A." in f".{name}":
         return shape[0]
     if ".lora_B." in f".{name}" or ".lora_embedding_B." in f".{name}":
-        return shape[1] if len(shape) > 1 else None
+        return shape[1]
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,11 +13,15 @@ from torch import Tensor
 from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
 from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.row import Row
+from gradguide.ops.tensors import all_finite
 from gradguide.sources.protocol import row_or_zeros
 from gradguide.sources.side_effects import RandomState, check_hooks, leaves, preserve_buffers, preserve_gradients
 from gradguide.utils.checks import check_steps
 
 __all__ = ["ReplaySource"]
+
+_GROWTH = 2.0 ** (1 / 2000)
+"""Growth of the largest scale with each finite gradient: it doubles in as many as GradScaler's."""
 
 _Kind: TypeAlias = tuple[torch.Size, torch.device, tuple[Any, ...]]
 
@@ -47,7 +52,8 @@ class ReplaySource:
             If training uses autocast, the loss must enter autocast itself.
         every (int): steps from one evaluation to the next, at least 1.
         scaler: the GradScaler of float16 training. The loss is multiplied by its scale and the gradient divided by it.
-            If the gradient overflows, the last finite one is reused.
+            If the gradient overflows, a lower scale is used for further batches, and the last finite gradient is
+            reused. If there is none, the batch is evaluated again.
 
     Raises:
         ValueError, TypeError: ``every`` is out of range, or ``batches`` is not iterable.
@@ -70,6 +76,7 @@ class ReplaySource:
         self._loss = loss
         self._every = every
         self._scaler = scaler
+        self._most = math.inf  # upper bound of the scale, lowered when a gradient overflows
         self._stream: Iterator[Any] | None = None
         self._rows: dict[str, Tensor] = {}
         self._kinds: dict[str, _Kind] = {}
@@ -107,7 +114,9 @@ class ReplaySource:
             RuntimeError: a parameter has a hook that runs in backward after its gradient is accumulated.
         """
         if self.due(parameters):
-            self._evaluate(parameters, trained)
+            batch = self._next()
+            while self._overflows(batch, parameters, trained) and not self._finite:
+                pass  # at a lower scale each time
         self._steps += 1
 
     def row(self, names: Sequence[str], at: Sequence[Tensor]) -> Row:
@@ -121,11 +130,24 @@ class ReplaySource:
     def __repr__(self) -> str:
         return f"ReplaySource(every={self._every})"
 
-    def _evaluate(self, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-        batch = self._next()
+    def _overflows(self, batch: Any, parameters: Mapping[str, Tensor], trained: Sequence[Tensor]) -> bool:
+        """Evaluate a batch. Return whether its gradient is not finite and a lower scale may help."""
+        if self._scaler is None:
+            self._evaluate(batch, parameters, trained, 1.0)
+            return False
+        scale = min(float(self._scaler.get_scale()), self._most)
+        if bool(self._evaluate(batch, parameters, trained, scale)):
+            self._most *= _GROWTH
+            return False
+        self._most = max(scale / 2, 1.0)
+        return scale > 1.0
+
+    def _evaluate(
+        self, batch: Any, parameters: Mapping[str, Tensor], trained: Sequence[Tensor], scale: float
+    ) -> Tensor:
+        """Store the gradient of a batch. Return whether it is finite on all ranks: Tensor []."""
         state = RandomState(trained)
         own = set(trained)
-        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         try:
             with preserve_gradients(trained), preserve_buffers(), torch.enable_grad():
                 loss = self._loss(batch)
@@ -141,12 +163,12 @@ class ReplaySource:
                 found = {name: p.grad for name, p in parameters.items()}
                 if all(gradient is None for gradient in found.values()):
                     raise ValueError("the loss of a replayed batch reaches none of the guided parameters")
-                self._store(parameters, found, 1.0 / scale)
+                return self._store(parameters, found, 1.0 / scale)
         finally:
             state.restore()
 
     @torch.no_grad()
-    def _store(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> None:
+    def _store(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> Tensor:
         values = [local(p) for p in parameters.values()]
         new = allocate_contiguous(values)
         pairs = zip(new, found.values(), strict=True)
@@ -156,16 +178,17 @@ class ReplaySource:
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
             _average(plain)
         rows = dict(zip(parameters, new, strict=True))
-        finite = torch.stack([torch.isfinite(n).all() for n in new]).all()
+        finite = all_finite(new)
         if is_distributed():  # shards differ between ranks, and all ranks must evaluate at the same steps
             finite = _on_all_ranks(finite)
         kinds = _kinds(parameters)
         if self._finite and self._kinds == kinds:
             for name, tensor in rows.items():
-                tensor.copy_(torch.where(finite, tensor, self._rows[name]))
+                tensor.copy_(torch.where(finite.to(tensor.device), tensor, self._rows[name]))
         else:
-            self._finite = bool(finite)  # the only read on the host
+            self._finite = bool(finite)  # without a scaler, the only read on the host
         self._rows, self._kinds = rows, kinds
+        return finite
 
     def _next(self) -> Any:
         for _ in range(2):

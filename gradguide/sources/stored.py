@@ -185,7 +185,7 @@ class SourceGradient:
             return self
         anchor = self._tables["anchor"]
         weights = anchor_weights(self._tables["fisher"], anchor)
-        return SourceGradient(None, fisher=weights, anchor=anchor, metadata=self.metadata)
+        return SourceGradient(None, fisher=weights, anchor=anchor, metadata={**self.metadata, "anchored": True})
 
     def renamed(self, names: Mapping[str, str]) -> SourceGradient:
         """Return the same source under other names, with the same tensors.

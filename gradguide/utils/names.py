@@ -35,8 +35,10 @@ NamesLike: TypeAlias = (
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DDP = "module."
-# In PEFT, the adapter's name follows one of these.
-_ADAPTER = re.compile(r"(?:^|\.)(?:lora_\w+|ia3_l|modules_to_save|trainable_tokens_delta)\.([^.]+)(?=\.|$)")
+# In PEFT, the adapter's name follows one of these. Other libraries and PEFT's files have no adapter there.
+_ADAPTER = re.compile(
+    r"(?:^|\.)(?:lora_\w+|ia3_l|modules_to_save|trainable_tokens_delta)\.(?!(?:weight|bias)$)([^.]+)(?=\.|$)"
+)
 
 
 def canonical_names(names: Sequence[str], taken: Container[str] = ()) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from gradguide import SourceGradient
@@ -143,3 +144,81 @@ def test_bad_files(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "share no parameter" in refused(capsys, "inspect", str(file), "--against", str(tmp_path / "x"))
     (tmp_path / "cut").write_bytes(file.read_bytes()[:100])
     assert "not a readable safetensors file" in refused(capsys, "inspect", str(tmp_path / "cut"))
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(6, 6)
+        self.classifier = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.classifier(self.body(x))
+        return found
+
+
+@pytest.mark.parametrize("adapter", ["default", "b"])
+def test_drift_counts_every_tensor_that_peft_saves(tmp_path: Path, adapter: str) -> None:
+    """The trained copy of a head was left out, and adapters of other names were not found."""
+    config = LoraConfig(target_modules=["body"], r=2, modules_to_save=["classifier"], init_lora_weights=False)
+    model = get_peft_model(Tagger(), config, adapter_name=adapter)
+    SourceGradient.capture(
+        model, [torch.randn(2, 6) for _ in range(4)], lambda m, x: m(x).square().mean(), curvature=True
+    ).save(tmp_path / "source")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.1)
+    model.save_pretrained(str(tmp_path))
+    found = modelled_drift(tmp_path / "source", tmp_path if adapter == "default" else tmp_path / adapter)
+    assert found["matched"] == len(trained) == 4
+    assert found["distance"] == pytest.approx(0.1 * math.sqrt(sum(p.numel() for p in trained)))
+
+
+def test_drift_takes_the_longest_name_that_fits(tmp_path: Path) -> None:
+    anchor = {name: torch.zeros(4) for name in ("block.norm.weight", "norm.weight")}
+    SourceGradient(None, fisher=anchor, anchor=anchor).save(tmp_path / "source")
+    save_file({"block.norm.weight": torch.zeros(4), "norm.weight": torch.ones(4)}, tmp_path / "model")
+    found = modelled_drift(tmp_path / "source", tmp_path / "model")
+    assert {layer["layer"]: layer["distance"] for layer in found["layers"]} == {"block.norm": 0.0, "norm": 2.0}
+
+
+def test_drift_from_zero_is_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    anchor = {"x.lora_B.default.weight": torch.zeros(3, 2)}
+    SourceGradient(None, fisher=anchor, anchor=anchor).save(tmp_path / "source")
+    save_file({"x.lora_B.weight": torch.ones(3, 2)}, tmp_path / "adapter")
+    arguments = ("inspect", str(tmp_path / "source"), "--adapter", str(tmp_path / "adapter"))
+    assert main([*arguments, "--json"]) == 0
+    assert "Infinity" not in (out := capsys.readouterr().out)
+    assert json.loads(out)["drift"]["relative"] is None
+    assert main(arguments) == 0
+    save_file({"x.lora_B.weight": torch.full((3, 2), math.nan)}, tmp_path / "adapter")
+    assert "holds NaN or Inf in x.lora_B.weight" in refused(capsys, *arguments)
+
+
+def test_compare_matches_sources_of_other_adapter_names(tmp_path: Path) -> None:
+    source(0).save(tmp_path / "default")
+    source(0).renamed({name: name.replace("default", "b") for name in NAMES}).save(tmp_path / "b")
+    found = compare(tmp_path / "default", tmp_path / "b")
+    assert found["shared"] == 3
+    assert found["fisher_cosine"] == pytest.approx(1.0)
+
+
+def test_an_anchored_source_has_no_modelled_rise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """H is not the Fisher information. It was taken for it, and the rise was wrong by any factor."""
+    anchored = source(0).anchored()
+    anchored.save(tmp_path / "anchored")
+    SourceGradient.merge([anchored, anchored]).save(tmp_path / "merged")
+    save_file(table(1), tmp_path / "adapter")
+    for name in ("anchored", "merged"):
+        found = modelled_drift(tmp_path / name, tmp_path / "adapter")
+        assert found["modelled_rise"] is None
+        assert found["distance"] > 0
+    arguments = ("inspect", str(tmp_path / "anchored"), "--adapter", str(tmp_path / "adapter"))
+    assert main(arguments) == 0
+    assert "modelled rise" not in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert "give the file of its origin" in refused(capsys, *arguments, "--plot", str(tmp_path / "x.png"))
+    ewc = SourceGradient(None, fisher=source(0).fisher, anchor=source(0).anchor)
+    ewc.save(tmp_path / "ewc")
+    assert modelled_drift(tmp_path / "ewc", tmp_path / "adapter")["modelled_rise"] > 0

@@ -130,6 +130,31 @@ def test_layers_outside_the_source_are_listed_and_not_counted(sources: dict[str,
     assert len(found["outside"]) == 5
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_start_changed_the_weights_is_refused(
+    sources: dict[str, Path], tmp_path: Path, start: str
+) -> None:
+    """``B A`` holds a part of the captured weights there, which was given as drift."""
+    moved = saved(adapted(llama(1), init_lora_weights=start), tmp_path)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changed the base model's weights"):
+        modelled_drift(sources["base"], moved)
+    assert modelled_drift(sources["anchored"], moved)["matched"] == 7  # captured with an adapter
+
+
+def test_what_an_adapter_changes_otherwise_is_listed(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = ["q_proj", "embed_tokens"]
+    model = adapted(llama(1), target_modules=targets, modules_to_save=["lm_head"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        saved(model, tmp_path)
+    found = modelled_drift(sources["base"], tmp_path)
+    assert found["matched"] == 1
+    assert sorted(found["others"]) == ["lm_head", "model.embed_tokens"]
+    assert main(["inspect", str(sources["base"]), "--adapter", str(tmp_path)]) == 0
+    assert "; not counted: " in capsys.readouterr().out
+
+
 def test_tables_json_and_picture(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +192,7 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     SourceGradient({"w": torch.ones(3)}).save(tmp_path / "plain")
     for pair in ((base, tmp_path / "plain"), (tmp_path / "plain", base)):
         assert "give --against a file of the same kind" in refused(capsys, pair[0], "--against", pair[1])
+        assert "PosixPath" not in refused(capsys, pair[0], "--against", pair[1])
     assert "--plot draws the drift of an adapter" in refused(capsys, base, "--plot", tmp_path / "a.png")
     assert "no adapter file" in refused(capsys, base, "--adapter", tmp_path / "none")
     model = saved(adapted(llama(1)), tmp_path / "adapter")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD
 
 from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.ops import Row, Write
+from gradguide.ops.tensors import all_finite
 
 
 class OneDevice:
@@ -45,3 +48,12 @@ def test_coefficients_go_to_the_device_of_what_they_write(on: str, monkeypatch: 
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert {device.type for device in ops.written} == {"cpu", "meta"}
+
+
+def test_gradients_on_several_devices_are_checked_on_the_first() -> None:
+    """Capture of a model with ``device_map="auto"`` over two GPUs raised, as did a ``ReplaySource``."""
+    with FakeTensorMode():
+        found = all_finite([torch.ones(3, device=device) for device in ("cuda:0", "cuda:1")])
+    assert found.device == torch.device("cuda:0")
+    for number in (math.nan, math.inf, 1.0):
+        assert bool(all_finite([torch.ones(3), torch.tensor([number])])) == math.isfinite(number)

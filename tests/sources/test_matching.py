@@ -57,6 +57,17 @@ def test_another_shape() -> None:
     assert "missing" not in message
 
 
+def test_weight_and_bias_of_other_libraries_are_no_adapters() -> None:
+    """torchtune has no adapter after ``lora_a``, so the message spoke of an adapter called 'weight'."""
+    message = error([source_of("q.lora_a.weight")], parameters("q.lora_a.weight", "q.lora_a.bias"))
+    assert "`names` holds parameters that were not captured" in message
+    assert "'weight'" not in message
+
+
+def test_a_lora_parameter_of_no_dimension_is_of_another_shape() -> None:
+    assert "(4, 2)" in error([source_of("q.lora_A.b.weight", shape=())], parameters("q.lora_A.b.weight", shape=(4, 2)))
+
+
 def test_same_number_of_elements_is_not_the_same_shape() -> None:
     assert "a (2, 8) for (8, 2)" in error([source_of("a", shape=(2, 8))], parameters("a", shape=(8, 2)))
 

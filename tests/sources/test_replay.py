@@ -221,6 +221,33 @@ def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer()
     assert torch.equal(flat(source.row(list(named), list(named.values())).tensors), first)
 
 
+def test_a_gradient_that_overflows_at_the_scaler_s_scale_is_evaluated_at_a_lower_one() -> None:
+    """The scaler does not see it, so it kept its scale, and every step was skipped."""
+    model = kit.net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.zeros(()))  # initialises its scale
+    scales: list[float] = []
+
+    def note(gradient: Tensor) -> Tensor:
+        scales.append(float(gradient))
+        return gradient * (torch.inf if float(gradient) > 2.0**13 else 1.0)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        found = kit.loss_of(model, batch)
+        found.register_hook(note)
+        return found
+
+    named = dict(model.named_parameters())
+    source = ReplaySource([old(0)], loss, scaler=scaler)
+    source.refresh(named, list(named.values()))
+    assert scales == [2.0**16, 2.0**15, 2.0**14, 2.0**13]
+    torch.testing.assert_close(flat(source.row(list(named), list(named.values())).tensors), gradient_of(model, old(0)))
+    for _ in range(2500):
+        source.refresh(named, list(named.values()))
+    assert 2.0**12 < scales[-1] < 2.0**13, "it grows again, and is halved again"
+    assert len(scales) == 4 + 2500
+
+
 def test_until_a_gradient_is_finite_every_step_evaluates() -> None:
     """The first one cannot be replaced by an earlier one, so the step is skipped."""
     model = kit.net()

@@ -101,6 +101,9 @@ def test_module_stays_where_it_is_a_submodule() -> None:
         ("m.q.weight", None, "m.q.weight"),
         ("m.explora_A.b.weight", None, "m.explora_A.b.weight"),
         ("lora_A.default.weight", "default", "lora_A.weight"),
+        ("m.q.lora_a.weight", None, "m.q.lora_a.weight"),  # torchtune
+        ("m.q.lora_B.bias", None, "m.q.lora_B.bias"),  # PEFT's files
+        ("score.modules_to_save.weight.weight", "weight", "score.modules_to_save.weight"),
     ],
 )
 def test_names_without_their_adapter(name: str, adapter: str | None, wanted: str) -> None:

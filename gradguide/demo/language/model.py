@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gradguide.demo.data import Example
 from gradguide.demo.model import loading
 from gradguide.integrations.causal import load_causal
+from gradguide.integrations.sampling import begins_with_bos
 
 __all__ = ["Batch", "Rows", "accuracy", "encode", "is_causal", "load_model"]
 
@@ -65,14 +66,15 @@ class Rows:
 
 
 def encode(examples: Sequence[Example], labels: Sequence[str], tokenizer: Any, device: torch.device) -> Rows:
-    """Tokenize rows as ``text``, a line ``Label:``, and the words of the label."""
+    """Tokenize rows as ``text``, a line ``Label:``, and the words of the label, after BOS if the tokenizer puts it."""
 
     def tokens(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    head = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     ending = tokens("\nLabel:")
     return Rows(
-        prompts=tuple(tokens(example.text)[:_TEXT_TOKENS] + ending for example in examples),
+        prompts=tuple(head + tokens(example.text)[:_TEXT_TOKENS] + ending for example in examples),
         labels=tuple(labels.index(example.label) for example in examples),
         answers=tuple(tokens(" " + label.replace("_", " ")) for label in labels),
         device=device,

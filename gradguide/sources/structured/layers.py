@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradguide.utils.names import model_modules
 
-__all__ = ["Adapter", "Layer", "adapter_configs", "anchor_of", "base_name", "find_layers", "select"]
+__all__ = ["MOVING_STARTS", "Adapter", "Layer", "adapter_configs", "anchor_of", "base_name", "find_layers", "select"]
 
 _PEFT_PREFIX = "base_model.model."
 # PEFT trains a copy of a module in ``modules_to_save``: the copy is modules_to_save.ADAPTER, next to original_module.
@@ -21,7 +21,7 @@ _SAVED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # Variants of LoRA whose change of the weight is ``scale * B @ A``; they differ in the start or in the backward pass.
 _PLAIN = ("MiCA", "Monteclora", "Velora")
 # Values of ``init_lora_weights`` for which PEFT changes the weight, so that the model is the same with B A not zero.
-_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Adapter:
     @property
     def moves_weight(self) -> bool:
         """Return whether PEFT changed the weight when it initialised the adapter."""
-        return self.start.startswith(_MOVING_STARTS)
+        return self.start.startswith(MOVING_STARTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from gradguide.demo.config import OptionError
 from gradguide.demo.data import Example
@@ -29,6 +30,19 @@ def test_only_the_answer_is_predicted(rows: Rows) -> None:
         length = len(rows.prompts[row]) + len(rows.answers[label])
         assert batch["attention_mask"][row].sum() == length
         assert batch["input_ids"][row, :length].tolist() == rows.prompts[row] + rows.answers[label]
+
+
+def test_prompts_begin_as_the_tokenizer_begins_a_text(folder: Path, rows: Rows) -> None:
+    """Llama and Gemma are trained on texts after BOS; Gemma without it predicts next to nothing."""
+    _, tokenizer = load_model(str(folder), CPU)
+    bos = tokenizer.bos_token or "<s>"
+    tokenizer.add_special_tokens({"bos_token": bos})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    found = encode([Example("white cold flake", "snow_wolf", None)], ("sand", "snow_wolf"), tokenizer, CPU)
+    assert found.prompts[0] == [tokenizer.bos_token_id, *rows.prompts[0]]
+    assert found.answers == rows.answers
 
 
 @torch.no_grad()
