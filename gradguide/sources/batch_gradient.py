@@ -62,12 +62,20 @@ def batch_gradient(
 
     Raises:
         ValueError: the loss is not a scalar, has no gradient, or loss or gradients are not finite. A count is below 1.
+            The model is divided by tensor parallelism.
         TypeError: the examples cannot be counted.
     """
     value, given = check_loss(loss(model, batch), index)
     count = examples() if given is None else given
     mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
-    with _without_gradients([*trained, *leaves(value)]):
+    reachable = leaves(value)
+    # FSDP2 computes with whole parameters, so these leaves are of tensor parallelism.
+    if any(layout_of(tensor) is not None for tensor in (value, *reachable)):
+        raise ValueError(
+            "capture under tensor parallelism is not supported: each batch would count once per rank. Capture in one "
+            "process, or with DDP or FSDP2; the file serves split layers too"
+        )
+    with _without_gradients([*trained, *reachable]):
         (value if mesh is None else value * count).backward()
         found = [p.grad for p in parameters]
     mean_loss = float(value.detach())
