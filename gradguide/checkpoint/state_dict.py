@@ -136,7 +136,8 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
     if engine.rules.active and rest and not counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
-            "counters start from zero",
+            "counters start from zero. If GradGuide saved it, torch loaded it with flatten_optimizer_state_dict=True, "
+            "which leaves out what the base lacks: load it without that",
             UserWarning,
             stacklevel=5,
         )
