@@ -82,7 +82,9 @@ def batch_gradient(
     reached = [g is not None for g in found]
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
     if mesh is not None:
-        return _mean_over_ranks(parameters, gradients, reached, mesh, count, mean_loss, index)
+        return _mean_over_ranks(
+            parameters, gradients, reached, mesh, _divisor(model, mesh.size()), count, mean_loss, index
+        )
     finite = torch.stack([g.isfinite().all() for g in gradients]).all()
     _check_finite(mean_loss, bool(finite), index)
     return BatchGradient(count, mean_loss, gradients, reached)
@@ -116,14 +118,15 @@ def _mean_over_ranks(
     gradients: Sequence[Tensor],
     reached: list[bool],
     mesh: Any,
+    divisor: float,
     count: int,
     loss: float,
     index: int,
 ) -> BatchGradient:
-    """Return the mean over the batches of all ranks. Gradients of sharded parameters are averaged already."""
+    """Return the mean over the batches of all ranks. Gradients of sharded parameters are sums over ``divisor``."""
     groups = mesh.get_all_groups()
     sums = [
-        g * mesh.size() if layout_of(p) is not None else _all_reduce(g.clone(), groups)
+        g * divisor if layout_of(p) is not None else _all_reduce(g.clone(), groups)
         for p, g in zip(parameters, gradients, strict=True)
     ]
     wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
@@ -132,6 +135,27 @@ def _mean_over_ranks(
     _check_finite(total / examples, bad == 0, index)
     mean = [g / examples for g in sums]
     return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
+
+
+def _divisor(model: Any, ranks: int) -> float:
+    """Return the number by which FSDP2 divides the sum of gradients: ``ranks``, unless it was set for the model.
+
+    Raises:
+        ValueError: modules have different ones.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    found = set()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            held = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the name before torch 2.13
+            found |= {float(getattr(group, "gradient_divide_factor", None) or ranks) for group in held if group}
+    if len(found) > 1:
+        raise ValueError(
+            f"FSDP2 divides gradients by {sorted(found)}: capture needs one set_gradient_divide_factor for all modules"
+        )
+    return found.pop() if found else float(ranks)
 
 
 def _all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
