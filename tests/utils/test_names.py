@@ -101,6 +101,10 @@ def test_module_stays_where_it_is_a_submodule() -> None:
         ("m.q.weight", None, "m.q.weight"),
         ("m.explora_A.b.weight", None, "m.explora_A.b.weight"),
         ("lora_A.default.weight", "default", "lora_A.weight"),
+        ("m.q.hada_w1_a.b", "b", "m.q.hada_w1_a"),
+        ("m.q.vera_lambda_d.b", "b", "m.q.vera_lambda_d"),
+        ("prompt_encoder.b.embedding.weight", "b", "prompt_encoder.embedding.weight"),
+        ("m.hra.b.weight", None, "m.hra.b.weight"),
     ],
 )
 def test_names_without_their_adapter(name: str, adapter: str | None, wanted: str) -> None:
