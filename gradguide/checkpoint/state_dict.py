@@ -138,9 +138,9 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             directions[parameter] = entry[DIRECTION]
     if engine.rules.active and rest and not counters:
         warnings.warn(
-            "this is the state of a plain base optimizer, or one that torch.distributed.checkpoint flattened "
-            "(flatten_optimizer_state_dict=True gives back the base's own entries alone): the base's state is loaded, "
-            "and GradGuide's direction and counters start from zero",
+            "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
+            "counters start from zero. If GradGuide saved it, torch loaded it with flatten_optimizer_state_dict=True, "
+            "which leaves out what the base lacks: load it without that",
             UserWarning,
             stacklevel=5,
         )

@@ -24,6 +24,7 @@ __all__ = [
     "layout_of",
     "local",
     "local_parts",
+    "reduce_partial",
     "shard",
     "to_layout",
 ]
@@ -98,6 +99,21 @@ def local_parts(parameter: Tensor, gradient: Tensor, name: str | None = None) ->
         which = f"of {name} " if name else ""
         raise ValueError(f"the gradient {which}{problem}; GradGuide needs gradients laid out as their parameters")
     return local(parameter), local(gradient), layout.reduce_groups
+
+
+@torch.no_grad()
+def reduce_partial(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return the gradient in the layout of its parameter if each rank has a partial sum, else the gradient itself.
+
+    Sequence parallelism gives such gradients of replicated norms. The cost is one collective, as in the base's step.
+    """
+    placed, layout = layout_of(gradient), layout_of(parameter)
+    if placed is None or layout is None or placed.mesh != layout.mesh:
+        return gradient
+    if not any(placement.is_partial() for placement in placed.placements):
+        return gradient
+    reduced: Tensor = gradient.detach().redistribute(placements=layout.placements)  # type: ignore[attr-defined]
+    return reduced
 
 
 def local(tensor: Tensor) -> Tensor:

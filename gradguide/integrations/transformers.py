@@ -98,6 +98,8 @@ def guide(
     """
     inspect.signature(GradGuide).bind(None, names=names, alignment=alignment, **options)
     _check_trainer(trainer, options)
+    given = trainer.optimizer_cls_and_kwargs
+    from_recipe = given is not None and recipe_of(given[0]) is not None
     base_class, own = _class_of(trainer)
     if twice := sorted(own.keys() & {*options, *(("alignment",) if alignment else ()), *(("names",) if names else ())}):
         raise ValueError(f"{', '.join(twice)}: given to guided(...) and to guide(...); give each option once")
@@ -108,6 +110,9 @@ def guide(
 
     def create_optimizer(*args: Any, **kwargs: Any) -> Any:
         before = trainer.optimizer
+        if from_recipe:  # the rate is read now: each trial of a hyperparameter search has its own
+            kind, arguments = base_class
+            trainer.optimizer_cls_and_kwargs = kind, {"lr": trainer.args.learning_rate, **arguments}
         create(*args, **kwargs)
         if trainer.optimizer is not before:  # it stays in a second train()
             model = next((arg for arg in (*args, *kwargs.values()) if arg is not None), trainer.model)
@@ -150,7 +155,7 @@ def _class_of(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
     kind, arguments = trainer.optimizer_cls_and_kwargs
     recipe = recipe_of(kind)
     if recipe is not None:
-        return (recipe[0], {"lr": trainer.args.learning_rate, **arguments}), dict(recipe[1])
+        return (recipe[0], arguments), dict(recipe[1])
     if isinstance(kind, type) and issubclass(kind, GradGuide):
         raise ValueError(f"{kind.__name__} is a GradGuide already: give optimizer_cls_and_kwargs its base class")
     return (kind, arguments), {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.distributed.layouts import local
+from gradguide.distributed.layouts import local, reduce_partial
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.tensors import TensorList
@@ -172,7 +172,7 @@ def _difference_quotients(plan: StepPlan, first: Mapping[Tensor, Tensor], invers
         # If the second evaluation did not use a parameter, its difference is zero.
         pairs = zip(bucket.parameters, before, strict=True)
         changed = allocate_contiguous(before)
-        torch._foreach_copy_(changed, [old if p.grad is None else local(p.grad) for p, old in pairs])
+        torch._foreach_copy_(changed, [old if p.grad is None else local(reduce_partial(p.grad, p)) for p, old in pairs])
         torch._foreach_sub_(changed, before)
         torch._foreach_mul_(changed, inverse_step * bucket.sign)
         found.update(zip(bucket.parameters, changed, strict=True))

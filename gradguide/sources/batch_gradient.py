@@ -63,19 +63,29 @@ def batch_gradient(
 
     Raises:
         ValueError: the loss is not a scalar, has no gradient, or loss or gradients are not finite. A count is below 1.
+            The model is divided by tensor parallelism.
         TypeError: the examples cannot be counted.
     """
     value, given = check_loss(loss(model, batch), index)
     count = examples() if given is None else given
     mesh = next((layout.mesh for p in parameters if (layout := layout_of(p)) is not None), None)
-    with _without_gradients([*trained, *leaves(value)]):
+    reachable = leaves(value)
+    # FSDP2 computes with whole parameters, so these leaves are of tensor parallelism.
+    if any(layout_of(tensor) is not None for tensor in (value, *reachable)):
+        raise ValueError(
+            "capture under tensor parallelism is not supported: each batch would count once per rank. Capture in one "
+            "process, or with DDP or FSDP2; the file serves split layers too"
+        )
+    with _without_gradients([*trained, *reachable]):
         (value if mesh is None else value * count).backward()
         found = [p.grad for p in parameters]
     mean_loss = float(value.detach())
     reached = [g is not None for g in found]
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
     if mesh is not None:
-        return _mean_over_ranks(parameters, gradients, reached, mesh, count, mean_loss, index)
+        return _mean_over_ranks(
+            parameters, gradients, reached, mesh, _divisor(model, mesh.size()), count, mean_loss, index
+        )
     _check_finite(mean_loss, bool(all_finite(gradients)), index)
     return BatchGradient(count, mean_loss, gradients, reached)
 
@@ -108,14 +118,15 @@ def _mean_over_ranks(
     gradients: Sequence[Tensor],
     reached: list[bool],
     mesh: Any,
+    divisor: float,
     count: int,
     loss: float,
     index: int,
 ) -> BatchGradient:
-    """Return the mean over the batches of all ranks. Gradients of sharded parameters are averaged already."""
+    """Return the mean over the batches of all ranks. Gradients of sharded parameters are sums over ``divisor``."""
     groups = mesh.get_all_groups()
     sums = [
-        g * mesh.size() if layout_of(p) is not None else _all_reduce(g.clone(), groups)
+        g * divisor if layout_of(p) is not None else _all_reduce(g.clone(), groups)
         for p, g in zip(parameters, gradients, strict=True)
     ]
     wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
@@ -124,6 +135,27 @@ def _mean_over_ranks(
     _check_finite(total / examples, bad == 0, index)
     mean = [g / examples for g in sums]
     return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
+
+
+def _divisor(model: Any, ranks: int) -> float:
+    """Return the number by which FSDP2 divides the sum of gradients: ``ranks``, unless it was set for the model.
+
+    Raises:
+        ValueError: modules have different ones.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    found = set()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            held = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the name before torch 2.13
+            found |= {float(getattr(group, "gradient_divide_factor", None) or ranks) for group in held if group}
+    if len(found) > 1:
+        raise ValueError(
+            f"FSDP2 divides gradients by {sorted(found)}: capture needs one set_gradient_divide_factor for all modules"
+        )
+    return found.pop() if found else float(ranks)
 
 
 def _all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local
+from gradguide.distributed.layouts import Layout, is_distributed, layout_of, local, reduce_partial
 from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.row import Row
 from gradguide.ops.tensors import all_finite
@@ -171,8 +171,13 @@ class ReplaySource:
     def _store(self, parameters: Mapping[str, Tensor], found: Mapping[str, Tensor | None], factor: float) -> Tensor:
         values = [local(p) for p in parameters.values()]
         new = allocate_contiguous(values)
-        pairs = zip(new, found.values(), strict=True)
-        torch._foreach_copy_(new, [torch.zeros_like(n) if g is None else local(g) for n, g in pairs])
+        torch._foreach_copy_(
+            new,
+            [
+                torch.zeros_like(n) if g is None else local(reduce_partial(g, p))
+                for n, g, p in zip(new, found.values(), parameters.values(), strict=True)
+            ],
+        )
         torch._foreach_mul_(new, factor)
         if is_distributed():
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]

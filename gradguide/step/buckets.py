@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradguide.distributed.layouts import local_parts
+from gradguide.distributed.layouts import local_parts, reduce_partial
 from gradguide.ops.tensors import TensorList
 from gradguide.step.gradients import check_gradient, with_memory
 from gradguide.utils.names import module_of
@@ -116,6 +116,8 @@ def build_buckets(
                 continue
             name = names.get(parameter)
             check_gradient(parameter, gradient, name)
+            if (reduced := reduce_partial(gradient, parameter)) is not gradient:
+                parameter.grad = gradient = reduced
             value, part, reduce_groups = local_parts(parameter, gradient, name)
             plain = _is_plain(value) and _is_plain(part)
             if not plain:

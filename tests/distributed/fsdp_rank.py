@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gradguide import SourceGradient
 from gradguide.distributed import layouts as sharding
@@ -51,16 +51,19 @@ def run(kind: str, mesh: Any, rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def capture(mesh: Any, rank: int, world: int, folder: Path) -> None:
+def capture(mesh: Any, rank: int, world: int, folder: Path, divisor: float | None = None) -> None:
     """Capture over this rank's half of each batch, with existing gradients that must not change."""
     model = problem.net()
-    fully_shard(model, mesh=mesh, ignored_params={model.gain})
+    sharded = fully_shard(model, mesh=mesh, ignored_params={model.gain})
+    if divisor is not None:
+        sharded.set_gradient_divide_factor(divisor)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
     problem.loss_of(model, *problem.batch(99)).backward()
     held = {name: p.grad for name, p in model.named_parameters()}
     copies = {name: None if g is None else whole(g) for name, g in held.items()}
     halves = [tuple(t.chunk(world)[rank] for t in problem.batch(step)) for step in range(3)]
     source = SourceGradient.capture(model, halves, lambda m, b: problem.loss_of(m, *b))
-    source.save(folder / f"captured{rank}.safetensors")
+    source.save(folder / f"captured{rank}{'' if divisor is None else '-divided'}.safetensors")
     for name, p in model.named_parameters():
         before = copies[name]
         assert p.grad is held[name], name
@@ -76,6 +79,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (world,))
     torch.save({kind: run(kind, mesh, rank, world) for kind in problem.KINDS}, folder / f"rank{rank}.pt")
     capture(mesh, rank, world, folder)
+    if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # newer versions of torch
+        capture(mesh, rank, world, folder, divisor=1.0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradguide.distributed.layouts import Layout, all_reduce_sum, local_parts
 from tests.distributed.launch import ranks
-from tests.distributed.mesh_rank import net, train
+from tests.distributed.mesh_rank import net, normed, replay, train
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -21,6 +21,19 @@ def test_i11_meshes_equal_one_process(tmp_path: Path, how: str, world: int) -> N
     ranks("mesh_rank.py", tmp_path, world, how)
     wanted = train(net(), slice(0, 8))
     for rank in range(world):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-2, abs=2e-4, nan_ok=True)
+        for name, value in wanted.items():
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
+        # Each batch would count once per rank.
+        assert ("capture under tensor parallelism is not supported" in found["capture"]) == (how == "tensor-parallel")
+
+
+def test_i11_partial_gradients_of_sequence_parallelism_are_summed(tmp_path: Path) -> None:
+    ranks("mesh_rank.py", tmp_path, 2, "sequence-parallel")
+    wanted = replay(normed())
+    for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-2, abs=2e-4, nan_ok=True)
         for name, value in wanted.items():

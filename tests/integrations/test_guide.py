@@ -285,6 +285,15 @@ def test_a_guided_class_takes_the_trainer_s_rate_unless_it_has_one(
     assert optimizer._engine.rules.direction is None
 
 
+def test_a_guided_class_takes_the_rate_that_the_trainer_has_when_it_creates_the_optimizer(tmp_path: Path) -> None:
+    trainer = made(tmp_path, {"max_steps": 1}, model_init=bert, optimizer_cls_and_kwargs=(guided(torch.optim.SGD), {}))
+    guide(trainer)
+    for rate in (5e-3, 0.25):  # as the trials of a hyperparameter search
+        trainer.args.learning_rate = rate
+        trainer.train()
+        assert guide_of(trainer).defaults["lr"] == rate
+
+
 def test_what_cannot_be_guided_is_refused_with_the_way_out_and_nothing_changes(tmp_path: Path) -> None:
     with_optimizer = made(tmp_path, {}, optimizers=(torch.optim.SGD(bert().parameters(), lr=0.1), None))
     created = made(tmp_path, {})

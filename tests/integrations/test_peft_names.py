@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from transformers import (
@@ -196,6 +206,37 @@ def two_adapters(first: Callable[[], PeftModel]) -> PeftModel:
     model.set_adapter("b")
     move(model)
     return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["q_proj"]),
+        LoKrConfig(r=2, target_modules=["q_proj"]),
+        OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_i35_a_source_of_another_method_s_adapter_serves_one_of_another_name(config: PeftConfig) -> None:
+    """The names differ in the adapter alone, and each parameter is pulled by its own entry."""
+    models = [
+        get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), copy.copy(config), adapter_name=name)
+        for name in ("default", "news")
+    ]
+    first, second = ([(n, p) for n, p in model.named_parameters() if p.requires_grad] for model in models)
+    source = SourceGradient({name: torch.full_like(p, place + 1.0) for place, (name, p) in enumerate(first)})
+    alignment = Alignment(source, weight=3.0, project=False)
+    base = SGD([p for _, p in second], lr=0.0)
+    optimizer = GradGuide(base, magnitude=None, alignment=alignment, names=models[1])
+    for _, p in second:
+        p.grad = torch.zeros_like(p)
+        p.grad.view(-1)[0] = 1e-3  # a step with only zeros is not guided
+    optimizer.step()
+    for place, (_, p) in enumerate(second):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.view(-1)[1:], torch.full_like(p.grad.view(-1)[1:], 3.0 * (place + 1)))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -104,6 +104,10 @@ def test_module_stays_where_it_is_a_submodule() -> None:
         ("m.q.lora_a.weight", None, "m.q.lora_a.weight"),  # torchtune
         ("m.q.lora_B.bias", None, "m.q.lora_B.bias"),  # PEFT's files
         ("score.modules_to_save.weight.weight", "weight", "score.modules_to_save.weight"),
+        ("m.q.hada_w1_a.b", "b", "m.q.hada_w1_a"),
+        ("m.q.vera_lambda_d.b", "b", "m.q.vera_lambda_d"),
+        ("prompt_encoder.b.embedding.weight", "b", "prompt_encoder.embedding.weight"),
+        ("m.hra.b.weight", None, "m.hra.b.weight"),
     ],
 )
 def test_names_without_their_adapter(name: str, adapter: str | None, wanted: str) -> None:

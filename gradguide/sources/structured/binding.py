@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from gradguide.distributed.layouts import as_dtensor, full, local, to_layout
 from gradguide.ops.tensors import common_value
 from gradguide.sources.structured.bound_layer import BoundLayer, bind_layer, names_that_change, names_to_pull
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
-from gradguide.sources.structured.layers import find_layers
+from gradguide.sources.structured.layers import active_adapters, find_layers
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
 from gradguide.sources.structured.pull_rows import Pull, PullRows
 from gradguide.utils.names import model_names
@@ -76,6 +78,8 @@ class Binding:
         self._values: dict[str, Tensor] = {}
         self._unbound: set[str] = set()
         names = {id(p): name for name, p in model_names(model).items()}
+        # Weak references: the optimizer neither copies nor keeps the model.
+        self._adapted: list[tuple[str, weakref.ref[nn.Module], list[str]]] = []
         kinds: dict[tuple[object, ...], list[BoundLayer]] = {}
         for name, layer in find_layers(model).items():
             if name not in layers:
@@ -91,6 +95,9 @@ class Binding:
                 own = [start for owner, start in starts if owner == name]
                 bound = bind_layer(layer, layers[name], names, own, self._values)
                 kinds.setdefault((*shape, layers[name].pairs, *bound.kind), []).append(bound)
+                if layer.adapters:
+                    held = [adapter.name for adapter in layer.adapters]
+                    self._adapted.append((name, weakref.ref(layer.module), held))
         self.names = frozenset(
             name for bounds in kinds.values() for bound in bounds for name in bound.pulled(self._values)
         )
@@ -118,6 +125,9 @@ class Binding:
                 stacklevel=2,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_adapted": []}  # a copy has no model
+
     @property
     def _starts(self) -> list[tuple[str, Tensor]]:
         """The captured weight by layer, for layers whose weight is trained."""
@@ -135,7 +145,7 @@ class Binding:
 
         Raises:
             RuntimeError: a parameter that changes a layer was frozen or inactive when the binding was made, or the
-                scale of an adapter changed since.
+                scale of an adapter changed since, or an adapter became inactive.
         """
         self._check_scales()
         if not self._unbound.isdisjoint(parameters):
@@ -144,6 +154,7 @@ class Binding:
                 "when the source was given to GradGuide, so it has no pull: call set_alignment with the sources after "
                 "unfreezing parameters or changing adapters"
             )
+        self._check_active()
         self._values.update((name, p) for name, p in parameters.items() if name in self._values)
         values = self._values
         pulls: list[Pull] = []
@@ -167,6 +178,18 @@ class Binding:
                 raise RuntimeError(
                     f"the scale of the adapter {name!r} at {layer} {changed}, after the source was given to GradGuide: "
                     "call set_alignment with the sources again"
+                )
+
+    def _check_active(self) -> None:
+        """Raise RuntimeError if an adapter became inactive: D has its part still."""
+        for layer, module, held in self._adapted:
+            if (found := module()) is None:
+                continue
+            active = active_adapters(found)
+            if any(name not in active for name in held):
+                raise RuntimeError(
+                    f"the active adapters at {layer} changed from {held} to {active} after the source was given to "
+                    "GradGuide: call set_alignment with the sources again"
                 )
 
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from gradguide.utils.names import model_modules
 
-__all__ = ["MOVING_STARTS", "Adapter", "Layer", "adapter_configs", "anchor_of", "base_name", "find_layers", "select"]
+__all__ = [
+    "MOVING_STARTS", "Adapter", "Layer", "active_adapters", "adapter_configs", "anchor_of", "base_name", "find_layers",
+    "select",
+]  # fmt: skip
 
 _PEFT_PREFIX = "base_model.model."
 # PEFT trains a copy of a module in ``modules_to_save``: the copy is modules_to_save.ADAPTER, next to original_module.
@@ -186,7 +189,7 @@ def adapter_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str, str]) -> Layer:
-    active = _active(module)
+    active = active_adapters(module)
     wrapper: Any = module
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
         if active:
@@ -220,7 +223,7 @@ def _check_nested(name: str, module: nn.Module) -> None:
 
     Wrappers of several parameters of a module (``target_parameters``) are nested too. They are no linear layers.
     """
-    if _active(module) and type(module).__name__ != "ParamWrapper":
+    if active_adapters(module) and type(module).__name__ != "ParamWrapper":
         raise ValueError(
             f"{name} has adapters of several kinds ({_kind(module)}, {_kind(module.base_layer)}), whose change of the "
             "weight is not scale * B @ A; use plain LoRA, or SourceGradient.anchored()"
@@ -244,7 +247,7 @@ def _variant(wrapper: Any, adapter: str) -> str | None:
     return None if not kind or kind.startswith(_PLAIN) else kind.removesuffix("LinearVariant")
 
 
-def _active(module: nn.Module) -> list[str]:
+def active_adapters(module: nn.Module) -> list[str]:
     """Return the adapters that a module of PEFT uses, none while they are disabled."""
     if getattr(module, "disable_adapters", None) is True:
         return []
@@ -257,7 +260,7 @@ def _unused(module: nn.Module) -> list[nn.Module]:
     original, copies = getattr(module, "original_module", None), getattr(module, "modules_to_save", None)
     if not isinstance(original, nn.Module) or not isinstance(copies, nn.ModuleDict):
         return []
-    active = _active(module)
+    active = active_adapters(module)
     used = copies[active[0]] if active and all(adapter in copies for adapter in active) else original
     return [each for each in (original, *copies.values()) if each is not used]
 

@@ -103,6 +103,25 @@ def test_a_parameter_that_is_trained_later_needs_the_sources_again(source: Struc
     check_pull(source, model, optimizer, 28)
 
 
+def test_an_adapter_that_becomes_inactive_needs_the_sources_again(source: StructuredSource) -> None:
+    """Its change of the weights is gone, and the pull would work against it."""
+    model: Any = adapted(llama())
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    spread(model, 0.1)
+    optimizer = guide(model, source)
+    step(model, optimizer)
+    model.set_adapter("second")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"changed from \['default', 'second'\] to \['second'\] .* set_alignment"):
+        step(model, optimizer)
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+    optimizer.set_alignment(Alignment(source))
+    step(model, optimizer)
+    check_pull(source, model, optimizer, 28)
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_an_optimizer_of_half_an_adapter_is_refused_unless_the_other_half_is_frozen(
     source: StructuredSource, part: str
