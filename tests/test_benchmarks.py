@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture, communication, growth, objective, peers
+from benchmarks import capture, communication, growth, objective, peers, training
 from benchmarks.sets import SETS, Set
+from gradguide import GradGuide
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,24 @@ def test_objective(tmp_path: Path) -> None:
     found = {row["provider"]: float(row["value"]) for row in rows(tmp_path / "objective.csv")}
     assert found.keys() == {"no regularizer", "finite differences"}
     assert found["no regularizer"] == 1.0
+
+
+def test_timed_training_steps_measure_updates_from_the_same_parameters() -> None:
+    model = torch.nn.Linear(64, 64)
+    trained, x = list(model.parameters()), torch.randn(8, 64)
+    start = [p.detach().clone() for p in trained]
+    optimizers = training.guided(trained, list(model.named_parameters()))
+
+    def loss() -> torch.Tensor:
+        assert all(map(torch.equal, trained, start))
+        return model(x).square().mean()
+
+    rows = training.time_training("small", 2, loss, trained, optimizers)
+    assert {row.provider for row in rows} == {"model", *optimizers}
+    for name in ("defaults, no source", "defaults, anchored source"):
+        guide = optimizers[name]
+        assert isinstance(guide, GradGuide)
+        assert guide.metrics()["update_norm"] > 0, name
 
 
 def test_every_peer_reconciles_the_gradients() -> None:
