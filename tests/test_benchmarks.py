@@ -43,7 +43,8 @@ def test_timed_training_steps_measure_updates_from_the_same_parameters() -> None
 
     def loss() -> torch.Tensor:
         assert all(map(torch.equal, trained, start))
-        return model(x).square().mean()
+        value: torch.Tensor = model(x).square().mean()
+        return value
 
     rows = training.time_training("small", 2, loss, trained, optimizers)
     assert {row.provider for row in rows} == {"model", *optimizers}

@@ -1,4 +1,4 @@
-"""The frontier of a method: the best target value that any of its strengths and rates reaches within a drift.
+"""The frontier of a method: the best target value that any of its settings (rates) reaches within a drift.
 
 Its area is the mean of that value over drifts from 0 to 0.3 nats per token. At drift 0 it is the base model's value,
 from runs of ``none``. Settings are chosen by their means over (set, seed), so that a method with many settings gains

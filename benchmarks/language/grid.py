@@ -17,7 +17,7 @@ from benchmarks.harness import append_row, read_rows
 
 __all__ = [
     "BASE", "CHOOSING", "COLUMNS", "CONFIRMING", "GRIDS", "LRS", "SOURCE", "STRENGTHS", "TARGETS", "Run", "append",
-    "done", "methods", "research",
+    "default_strength", "done", "methods", "research",
 ]  # fmt: skip
 
 BASE = "clip"
@@ -108,6 +108,12 @@ _MEASURED = (
 )  # fmt: skip
 _ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
 COLUMNS = [*_KEY, *_MEASURED, *_ABOUT]
+
+
+def default_strength(family: str) -> str:
+    """Return the method of a family at its default strength: ``kl:1`` for ``kl``. See ``methods.family``."""
+    defaults = {name.format(""): name.format(middle) for name, (_, middle, _) in STRENGTHS.items()}
+    return defaults.get(family, family)
 
 
 def methods(middle: Sequence[str], *, plain: Sequence[str] = ()) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from benchmarks import plotting
 from benchmarks.few_shot.results import Difference
 from benchmarks.language import tables
 from benchmarks.language.frontier import CAP, Frontier, frontier, minus
-from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING
+from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING, default_strength
 from benchmarks.language.results import PAIR, against, against_best, at_shared_rates, load, per_pair, shown, worst
 from gradguide.utils.atomic import atomic_write
 
@@ -194,9 +194,12 @@ def _standard(rows: pd.DataFrame) -> pd.DataFrame:
 def _frontiers(rows: pd.DataFrame, sets: tuple[str, ...]) -> dict[str, dict[str, Frontier]]:
     """Return the frontier of each family on some sets, by column, on the pairs that all of them have.
 
+    Each has its default strength, where the file has that: a choice among more settings would favour a family.
     A family with at most half of the pairs of the others is left out: the grid was stopped early.
     """
     part = rows[rows["target"].isin(sets)]
+    default = part["method"] == part["family"].map(default_strength)
+    part = part[default | ~part["family"].isin(part["family"][default])]
     names = [name for name in tables.order(list(part["family"].unique())) if name != "none"]
     first = {name: found for name in names if (found := frontier(part, name, _FRONTIERS[0])) is not None}
     most = max((len(each.pairs) for each in first.values()), default=0)

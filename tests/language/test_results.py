@@ -261,3 +261,19 @@ def test_the_report_has_every_scenario_and_frontier(tmp_path: Path) -> None:
     assert "| structured | 0.504 | 100% of 48 | 0.100 | 0% of 48 | 0.200 | 0% of 48 |" in text
     assert len(list(tmp_path.glob("*.png"))) == 2
     assert report.summary(path)
+
+
+def test_a_frontier_has_the_default_strength_alone(file: Path) -> None:
+    def line() -> str:
+        table = report.summary(file).partition("### Frontier")[2]
+        return next(row for row in table.splitlines() if row.startswith(f"| {_OURS} |"))
+
+    for target in TARGETS:
+        for seed in (0, 1):
+            run = Run(target=target, shots=8, steps=0, method="none", lr=0.0, seed=seed)
+            grid.append(file, run, {**_row(run), "target_accuracy": 0.2, "drift": 0.0}, _ABOUT)
+    before = line()
+    for run in grid.research():
+        if run.method == "structured weight=30":
+            grid.append(file, run, {**_row(run), "target_accuracy": 0.99, "drift": 0.001}, _ABOUT)
+    assert line() == before
