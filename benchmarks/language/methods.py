@@ -22,7 +22,7 @@ _COMMON = {"unit": "token", "base": "adamw"}
 _STRUCTURED = {
     "weight": "100", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
     "start": "random", "train": "both", "direction": "off", "bound": "0.05", "sources": "all", "merge": "off",
-    "pull": "gradient", "least": "0",
+    "pull": "gradient", "least": "0", "rate": "1",
 }  # fmt: skip
 _DIRECTIONS = {"off": None, "on": Direction(), "shared": Direction(share_momentum=True)}
 
@@ -67,7 +67,8 @@ def _structured(setup: Setup) -> Training:
 
     Options: ``weight`` and ``floor`` of the pull; ``rank`` (a number or "whole"), ``rest`` of the spectrum ("diag",
     "mean", "none"), ``text`` ("real", "own") and ``tokens`` of the source; ``start`` of A ("random", or "null": in the
-    space that source inputs hardly use); ``train`` ("both", or "b": A is frozen); ``direction`` (see ``_defaults``);
+    space that source inputs hardly use); ``train`` ("both", or "b": A is frozen); ``rate``, a factor of the learning
+    rate; ``direction`` (see ``_defaults``);
     ``bound`` of the update (a number or "off"). After finished tasks: ``sources`` ("all": the base model's and those
     of the tasks, "tasks", "base"), and ``merge`` of those of the tasks into one ("on", "off"). ``pull``: where it acts
     ("gradient"; "update": also the hard part on the base's update; "after": only after the base's step, see
@@ -92,7 +93,8 @@ def _structured(setup: Setup) -> Training:
     alignment = Alignment(used, weight=weight, project=hard) if used and options["pull"] != "after" else None
     if options["train"] == "b":
         setup.model.freeze_a()
-    guide = GradGuide(setup.base(), alignment=alignment, names=setup.model.model, **rules)
+    base = setup.base(rate=float(options["rate"]))
+    guide = GradGuide(base, alignment=alignment, names=setup.model.model, **rules)
     hooks: dict[str, Any] = {}
     if options["pull"] == "after":
         hooks["before"], hooks["after"] = variants.after_step(setup.model, used[-1], guide, weight)
