@@ -113,6 +113,8 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
     directions: dict[Tensor, Tensor] = {}
     counters: dict[Tensor, Tensor] = {}
     rest: dict[Any, Any] = {}
+    # In a model of several dtypes, the base's loader leaves the entries of float64 parameters as they were.
+    stale = any(isinstance(entry, Mapping) and passed_through_base(entry) for entry in state["state"].values())
     for key, entry in state["state"].items():
         if not isinstance(entry, Mapping):
             rest[key] = entry
@@ -127,7 +129,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
         if parameter is None:
             continue
         check_base_entry(base, others, parameter, which[key])
-        if passed_through_base(entry):
+        if stale:
             continue
         if COUNTERS in own:
             read = read_counters(entry[COUNTERS], which[key])
@@ -136,7 +138,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
         if DIRECTION in own:
             check_direction(entry[DIRECTION], parameter, which[key])
             directions[parameter] = entry[DIRECTION]
-    if engine.rules.active and rest and not counters:
+    if engine.rules.active and (rest or stale) and not counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
             "counters start from zero. If GradGuide saved it, torch loaded it with flatten_optimizer_state_dict=True, "

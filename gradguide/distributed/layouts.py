@@ -101,18 +101,19 @@ def local_parts(parameter: Tensor, gradient: Tensor, name: str | None = None) ->
     return local(parameter), local(gradient), layout.reduce_groups
 
 
-@torch.no_grad()
 def reduce_partial(gradient: Tensor, parameter: Tensor) -> Tensor:
     """Return the gradient in the layout of its parameter if each rank has a partial sum, else the gradient itself.
 
     Sequence parallelism gives such gradients of replicated norms. The cost is one collective, as in the base's step.
     """
-    placed, layout = layout_of(gradient), layout_of(parameter)
-    if placed is None or layout is None or placed.mesh != layout.mesh:
+    placed = layout_of(gradient)
+    if placed is None or not any(placement.is_partial() for placement in placed.placements):
         return gradient
-    if not any(placement.is_partial() for placement in placed.placements):
+    layout = layout_of(parameter)
+    if layout is None or placed.mesh != layout.mesh:
         return gradient
-    reduced: Tensor = gradient.detach().redistribute(placements=layout.placements)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        reduced: Tensor = gradient.detach().redistribute(placements=layout.placements)  # type: ignore[attr-defined]
     return reduced
 
 

@@ -92,8 +92,9 @@ def evaluate(
         reached, models = _reached(loss, base, engine), engine.planner.name_lookup.models()
         with preserve_gradients(reached) as first, preserve_buffers(models), torch.enable_grad():
             start.restore()
+            marks = _mark(earlier)
             closure()
-            _check_cleared(earlier, first)
+            _check_cleared(marks)
             products = _difference_quotients(perturbation.plan, first, inverse_step)
     finally:
         with torch.no_grad():
@@ -105,41 +106,64 @@ def evaluate(
 
 
 class _Earlier(NamedTuple):
-    """A gradient from before the closure, with index and value of its largest element by magnitude, both 0-d."""
+    """A gradient from before the closure, and the norm of its local part: Tensor []."""
 
     parameter: Tensor
     gradient: ref[Tensor]  # no strong reference: a closure that clears it frees its memory
-    place: Tensor
-    value: Tensor
+    norm: Tensor
+
+
+class _Mark(NamedTuple):
+    """A tensor in place of an earlier gradient, for the second evaluation. ``version`` is that of its local part."""
+
+    parameter: Tensor
+    tensor: Tensor
+    version: int
 
 
 @torch.no_grad()
 def _gradients_before(parameters: Sequence[Tensor]) -> list[_Earlier]:
-    found = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and gradient.layout == torch.strided and local(gradient).numel():
-            place = local(gradient).abs().argmax()
-            found.append(_Earlier(parameter, ref(gradient), place, local(gradient).take(place)))
-    return found
+    there = [(p, g, local(g)) for p in parameters if (g := p.grad) is not None and g.layout == torch.strided]
+    there = [each for each in there if each[2].numel()]
+    norms = torch._foreach_norm([part for _, _, part in there]) if there else ()
+    return [_Earlier(p, ref(g), norm) for (p, g, _), norm in zip(there, norms, strict=True)]
 
 
 @torch.no_grad()
-def _check_cleared(earlier: Sequence[_Earlier], first: Mapping[Tensor, Tensor]) -> None:
-    """Raise RuntimeError if the closure added to ``earlier`` gradients, which only the first evaluation has.
+def _mark(earlier: Sequence[_Earlier]) -> list[_Mark]:
+    """Set ``p.grad`` to a large constant where the closure may add to an earlier gradient that is not zero.
 
     Args:
         earlier: gradients that are the same tensors after the closure. They may have been cleared in place.
-        first: the gradients of the first evaluation. Those of the second are in ``p.grad``.
     """
-    there = [(each, now) for each in earlier if (now := each.parameter.grad) is not None]
-    if not there:
+    if not earlier:
+        return []
+    norms = torch.stack([each.norm.float().to(earlier[0].norm.device) for each in earlier]).tolist()
+    marks = []
+    for each, norm in zip(earlier, norms, strict=True):
+        if norm > 0 and (gradient := each.gradient()) is not None:
+            mark = each.parameter.grad = torch.full_like(gradient, torch.finfo(gradient.dtype).max / 4)
+            marks.append(_Mark(each.parameter, mark, local(mark)._version))
+    return marks
+
+
+@torch.no_grad()
+def _check_cleared(marks: Sequence[_Mark]) -> None:
+    """Raise RuntimeError if the closure added to a mark, so to earlier gradients, which only the first evaluation has.
+
+    A mark that the closure did not touch is removed.
+    """
+    found = []
+    for parameter, mark, version in marks:
+        if parameter.grad is mark and local(mark)._version == version:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            part = local(parameter.grad)
+            found.append((part[(0,) * part.dim()] / torch.finfo(part.dtype).max).float())
+    if not found:
         return
-    device = there[0][0].value.device
-    before = torch.stack([each.value.float().to(device) for each, _ in there])
-    changes = [first[each.parameter].take(each.place) - local(now).take(each.place) for each, now in there]
-    change = torch.stack([each.float().to(device) for each in changes])
-    if torch.linalg.vector_norm(change - before) < 0.5 * torch.linalg.vector_norm(before):
+    shares = torch.stack([share.to(found[0].device) for share in found])
+    if bool(((shares > 0.125) & shares.isfinite()).any()):
         raise RuntimeError(
             "the closure adds to gradients from before it, which the second evaluation lacks. Call zero_grad() in "
             "the closure, and make all backward passes of a step in it: no accumulation over several closures"

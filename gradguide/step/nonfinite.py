@@ -39,7 +39,8 @@ def skip_on_host(state: StepState, base: Optimizer, policy: str, names: Mapping[
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".
     """
-    if _uses_found_inf(state, base, policy) or bool(state.finite):
+    left_to_base = _uses_found_inf(state, base, policy) and not _starts_momentum(state, base)
+    if left_to_base or bool(state.finite):
         return False
     if policy == "raise":
         raise FloatingPointError(f"{_where(state, names)} NaN or Inf; nothing was changed")
@@ -90,11 +91,14 @@ def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
     fused = all(group.get("fused") for group in base.param_groups)
     reads_flag = type(base).step.__module__.startswith("torch.optim.")
     on_cuda = state.span.gram.device.type == "cuda"
-    return policy == "skip" and fused and reads_flag and on_cuda and not _starts_momentum(state, base)
+    return policy == "skip" and fused and reads_flag and on_cuda
 
 
 def _starts_momentum(state: StepState, base: Optimizer) -> bool:
-    """Return whether this step creates momentum of SGD. Fused, a skipped step would create it from unset memory."""
+    """Return whether this step creates momentum of SGD. Fused, a skipped step would create it from unset memory.
+
+    A flag of 0 does no harm, so only the host's check asks: it takes 50 microseconds for 300 parameters.
+    """
     if not isinstance(base, SGD) or not any(group["momentum"] for group in base.param_groups):
         return False
     momentum = momentum_buffers(base, (p for bucket in state.plan.buckets for p in bucket.parameters))

@@ -36,7 +36,10 @@ NamesLike: TypeAlias = (
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DDP = "module."
 # In PEFT, the adapter's name follows one of these. Other libraries and PEFT's files have no adapter there.
-_METHODS = "lora|ia3|hada|lokr|oft|boft|vera_lambda|hra|osf|fourierft|miss|shira|ln_tuning"
+_METHODS = (
+    "lora|ia3|hada|lokr|oft|boft|vera_lambda|hra|osf|fourierft|miss|shira|ln_tuning|adamss|beft|c3a|delora|frod|glora|"
+    "gralora|hira|peanut|psoft|pvera_lambda|randlora|supertuning|tinylora|unilora|vblora|waveft"
+)
 _ADAPTER = re.compile(
     rf"(?:^|\.)(?:(?:{_METHODS})_\w+|prompt_encoder|modules_to_save|trainable_tokens_delta)"
     r"\.(?!(?:weight|bias)$)([^.]+)(?=\.|$)"

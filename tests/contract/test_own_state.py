@@ -449,3 +449,27 @@ def test_i03_a_state_of_a_base_that_went_on_alone_is_that_of_a_plain_base(dtype:
     assert not kit.directions_of(other)
     assert not any(map(entries.own_names, other.base.state.values()))
     assert [entry["step"] for entry in other.base.state.values()] == [6] * 4
+
+
+@pytest.mark.parametrize("base", ["AdamW", "SGD"])
+def test_i03_one_entry_that_passed_through_a_base_makes_the_whole_state_that_of_a_plain_base(base: str) -> None:
+    """The base's loader leaves entries of float64 parameters as they are. SGD without momentum keeps no other state."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3).double())
+
+    def make() -> Optimizer:
+        parameters = list(model.parameters())
+        return kit.adamw(parameters) if base == "AdamW" else torch.optim.SGD(parameters, lr=0.1)
+
+    def step(optimizer: Optimizer) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    optimizer, inner, other = GradGuide(make(), direction=Direction()), make(), GradGuide(make(), direction=Direction())
+    step(optimizer)
+    inner.load_state_dict(optimizer.state_dict())
+    step(inner)
+    with pytest.warns(UserWarning, match="the state of a plain base optimizer"):
+        other.load_state_dict(inner.state_dict())
+    assert other.metrics()["steps"] == 0
+    assert not kit.directions_of(other)

@@ -269,6 +269,42 @@ def test_a_closure_that_adds_to_earlier_gradients_is_refused(set_to_none: bool) 
     assert kit.differ(kit.parameters_of(model), before)
 
 
+def test_a_closure_that_clears_gradients_in_place_is_never_refused() -> None:
+    """In bfloat16 the perturbation is large, and its change of the gradient can equal the gradient before."""
+    for rate in (0.1, 1.0, 1.5):
+        parameter = nn.Parameter(torch.full((20,), 3.5, dtype=torch.bfloat16))
+        curvature = torch.linspace(0.1, 1.0, 20).bfloat16()
+        base = torch.optim.SGD([parameter], lr=rate)
+        optimizer = GradGuide(base, direction=Direction(), regularizer=Regularizer(direction=0.1), magnitude=None)
+
+        def clearing(p: Tensor = parameter, curvature: Tensor = curvature, optimizer: GradGuide = optimizer) -> Tensor:
+            optimizer.zero_grad(set_to_none=False)
+            loss = (0.5 * curvature * (p - 2).square()).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(60):
+            optimizer.step(clearing)
+
+
+def test_an_earlier_gradient_that_the_closure_does_not_touch_has_no_further_term() -> None:
+    model, other = kit.net(), nn.Parameter(torch.ones(3))
+    base = torch.optim.SGD([*model.parameters(), other], lr=0.1)
+    optimizer = GradGuide(base, direction=Direction(), regularizer=Regularizer(direction=0.1), magnitude=None)
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = kit.loss_of(model, kit.batch(1))
+        loss.backward()
+        return loss
+
+    other.grad = torch.full((3,), 0.5)
+    for step in range(1, 3):
+        before = other.detach().clone()
+        optimizer.step(closure)
+        assert torch.allclose(other, before - 0.1 * 0.5), step
+
+
 def test_a_parameter_without_a_second_gradient_has_no_further_term() -> None:
     model = kit.net()
     optimizer = guide(model)

@@ -74,21 +74,20 @@ def test_only_steps_of_torch_are_left_to_the_flag(kind: type[AdamW]) -> None:
 
 def test_a_first_step_of_fused_sgd_is_skipped_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused SGD keeps unset memory as its momentum if it skips the step that creates it."""
-    asked = nonfinite._uses_found_inf
+    asked = nonfinite._starts_momentum
     used: list[bool] = []
 
-    def on_cuda(state: Any, base: Optimizer, policy: str) -> bool:
-        device = SimpleNamespace(gram=SimpleNamespace(device=torch.device("cuda")))
-        used.append(asked(SimpleNamespace(plan=state.plan, span=device), base, policy))  # type: ignore[arg-type]
+    def record(state: Any, base: Optimizer) -> bool:
+        used.append(asked(state, base))
         return used[-1]
 
-    monkeypatch.setattr(nonfinite, "_uses_found_inf", on_cuda)
+    monkeypatch.setattr(nonfinite, "_uses_found_inf", lambda measured, base, policy: True)  # as on CUDA
+    monkeypatch.setattr(nonfinite, "_starts_momentum", record)
     model, plain = kit.net(), kit.net()
     for each, kinds in ((model, "bgbg"), (plain, "gg")):
         steps(each, GradGuide(SGD(each.parameters(), lr=0.1, momentum=0.9, fused=True)), kinds)
     kit.assert_same(kit.parameters_of(model), kit.parameters_of(plain))
-    assert used[:3] == [False, False, False], "the bad step asks once, the good one twice"
-    assert all(used[3:6])
+    assert used == [True, True, False, False, True, False], "once per step"
 
 
 def steps(model: nn.Module, optimizer: GradGuide, kinds: str) -> list[str]:

@@ -79,7 +79,7 @@ class Binding:
         self._unbound: set[str] = set()
         names = {id(p): name for name, p in model_names(model).items()}
         # Weak references: the optimizer neither copies nor keeps the model.
-        self._adapted: list[tuple[str, weakref.ref[nn.Module], list[str]]] = []
+        self._adapted: list[tuple[str, weakref.ref[nn.Module], set[str]]] = []
         kinds: dict[tuple[object, ...], list[BoundLayer]] = {}
         for name, layer in find_layers(model).items():
             if name not in layers:
@@ -95,9 +95,8 @@ class Binding:
                 own = [start for owner, start in starts if owner == name]
                 bound = bind_layer(layer, layers[name], names, own, self._values)
                 kinds.setdefault((*shape, layers[name].pairs, *bound.kind), []).append(bound)
-                if layer.adapters:
-                    held = [adapter.name for adapter in layer.adapters]
-                    self._adapted.append((name, weakref.ref(layer.module), held))
+                held = {adapter.name for adapter in layer.adapters}
+                self._adapted.append((name, weakref.ref(layer.module), held))
         self.names = frozenset(
             name for bounds in kinds.values() for bound in bounds for name in bound.pulled(self._values)
         )
@@ -145,7 +144,7 @@ class Binding:
 
         Raises:
             RuntimeError: a parameter that changes a layer was frozen or inactive when the binding was made, or the
-                scale of an adapter changed since, or an adapter became inactive.
+                scale of an adapter changed since, or an adapter became active or inactive.
         """
         self._check_scales()
         if not self._unbound.isdisjoint(parameters):
@@ -181,15 +180,16 @@ class Binding:
                 )
 
     def _check_active(self) -> None:
-        """Raise RuntimeError if an adapter became inactive: D has its part still."""
+        """Raise RuntimeError if an adapter became active or inactive: D has the part of those at binding."""
         for layer, module, held in self._adapted:
             if (found := module()) is None:
                 continue
-            active = active_adapters(found)
-            if any(name not in active for name in held):
+            there: Any = getattr(found, "lora_A", ())
+            active = {name for name in active_adapters(found) if name in there}
+            if active != held:
                 raise RuntimeError(
-                    f"the active adapters at {layer} changed from {held} to {active} after the source was given to "
-                    "GradGuide: call set_alignment with the sources again"
+                    f"the active adapters at {layer} changed from {sorted(held)} to {sorted(active)} after the source "
+                    "was given to GradGuide: call set_alignment with the sources again"
                 )
 
 

@@ -122,6 +122,22 @@ def test_an_adapter_that_becomes_inactive_needs_the_sources_again(source: Struct
     check_pull(source, model, optimizer, 28)
 
 
+def test_a_frozen_adapter_that_becomes_active_needs_the_sources_again(source: StructuredSource) -> None:
+    """The pull and the drift would lack its change of the weights."""
+    model: Any = adapted(llama())
+    model.add_adapter("second", model.peft_config["default"])
+    spread(model, 0.1)
+    optimizer = guide(model, source)
+    step(model, optimizer)
+    model.base_model.set_adapter(["default", "second"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".default." in name and p.requires_grad)
+    with pytest.raises(RuntimeError, match=r"changed from \['default'\] to \['default', 'second'\] .* set_alignment"):
+        step(model, optimizer)
+    optimizer.set_alignment(Alignment(source))
+    step(model, optimizer)
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_an_optimizer_of_half_an_adapter_is_refused_unless_the_other_half_is_frozen(
     source: StructuredSource, part: str
