@@ -183,8 +183,11 @@ def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) 
 def _is_causal(model: nn.Module) -> bool:
     """Return whether the logits of a position are those of the next token.
 
-    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from.
+    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from. The
+    decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
     """
+    if _is_encoder_decoder(model):
+        return False
     found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
     names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
     names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]

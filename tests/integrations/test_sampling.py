@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,13 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import (
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 
 from gradguide import SourceGradient
 from gradguide.integrations.transformers import drift, own_text, sampled_loss
@@ -188,6 +195,16 @@ def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(
     assert model.config.architectures == ["LlamaForCausalLM"]
     ids = torch.arange(6)[None]
     assert predicted(model, input_ids=ids, labels=torch.tensor([[-100, -100, 1, 0, -100, 1]])) == [[2, 3, 5]]
+
+
+def test_positions_of_labels_count_in_an_encoder_decoder_with_a_causal_decoder() -> None:
+    part = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(part, copy.deepcopy(part)))
+    labels, ids = torch.tensor([[5, 6, 7, -100]]), torch.arange(4)[None]
+    assert predicted(model, input_ids=ids, decoder_input_ids=ids, labels=labels) == [[0, 1, 2]]
+    assert predicted(model, input_ids=ids, decoder_input_ids=ids) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(
