@@ -166,5 +166,6 @@ def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) ->
     raise ValueError(
         f"the weight of {layer.name} is trained, and it is not the weight at capture: {different} of "
         f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
-        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
+        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model. "
+        "If the layer is a new head, leave it out of the source with modules="
     )

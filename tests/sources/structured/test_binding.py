@@ -166,11 +166,15 @@ def test_a_head_outside_the_names_is_not_pulled() -> None:
     check_pull(source, model, optimizer, 28)
 
 
-def test_a_new_head_of_another_size_outside_the_names_does_not_matter() -> None:
+def test_a_new_head_is_refused_with_a_way_out_unless_it_is_outside_the_names() -> None:
     source = StructuredSource.capture(classifier(), text(), sampled_loss, rank=4)
     model = classifier(labels=7)
     assert "score" in source.names()
     guide(model, source, names=lora_parameters(model))
+    same: Any = classifier()
+    nn.init.normal_(same.get_parameter("base_model.model.score.modules_to_save.default.weight"))
+    with pytest.raises(ValueError, match=r"the weight of score is trained.*If the layer is a new head"):
+        guide(same, source, names=same)
     with pytest.raises(ValueError, match=r"layer score has shape \(7, 16\), the source has \(2, 16\).*a new head"):
         guide(model, source, names=model)
 
