@@ -20,6 +20,14 @@ from gradguide.utils.names import module_of
 
 __all__ = ["Changes", "read_changes", "read_tensors"]
 
+_FORMS = {
+    "use_dora": "DoRA",
+    "kasa_config": "KaSA",
+    "alora_invocation_tokens": "aLoRA",
+    "use_bdlora": "BD-LoRA",
+}
+"""Entries of a configuration with which the change of the weight is not ``scale * B @ A`` for all inputs."""
+
 
 def _adapter_file(path: str | os.PathLike[str]) -> Path:
     """Return the safetensors file of an adapter, given the file or the folder of PEFT's ``save_pretrained``.
@@ -108,9 +116,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         readable = math.isfinite(number) and all(math.isfinite(float(value)) for value in patterns.values())
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not the configuration of an adapter ({error!r})") from error
-    if kind != "LORA" or config.get("use_dora"):
-        which = "DoRA" if kind == "LORA" else kind
-        raise ValueError(f"{os.fspath(path)!r} is of kind {which}: the drift is modelled for LoRA adapters")
+    which = next((name for key, name in _FORMS.items() if config.get(key) not in (None, False)), kind)
+    if which != "LORA":
+        raise ValueError(f"{os.fspath(path)!r} is of kind {which}: the drift is modelled for plain LoRA adapters")
     if not readable:
         raise ValueError(f"{os.fspath(path)!r} has a lora_alpha that is not finite")
     return dict(config)

@@ -60,8 +60,7 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     check_classes(model, logits)
     if logits.dim() > 2 and mask is not None and mask.dim() == 2:
-        # Prompt tuning puts tokens before the text.
-        if any(getattr(config, "is_prompt_learning", False) for config in adapter_configs(model).values()):
+        if _has_prompt(model):
             logits = logits[:, -mask.shape[1] :]
         if mask.shape != logits.shape[:-1]:
             raise ValueError(
@@ -169,10 +168,12 @@ def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) 
     """Return texts that continue ``ids`` [rows, 1]: int64 [rows, length]."""
     known = inspect.signature(_unwrapped(model).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # the name in earlier versions of transformers
+    # PEFT puts a learned prompt before each input, or in the place of the cache, so all tokens are read again.
+    cached = not _has_prompt(model)
     inputs, cache = ids, None
     while ids.shape[1] < length:
-        output = model(input_ids=inputs, use_cache=True, **{name: cache})
-        cache = getattr(output, name, None)
+        output = model(input_ids=inputs, use_cache=cached, **({} if cache is None else {name: cache}))
+        cache = getattr(output, name, None) if cached else None
         probabilities = output.logits[:, -1].float().softmax(-1)
         drawn = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
@@ -180,11 +181,19 @@ def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) 
     return ids
 
 
+def _has_prompt(model: nn.Module) -> bool:
+    """Return whether an adapter puts learned tokens, or their keys and values, before the text."""
+    return any(getattr(config, "is_prompt_learning", False) for config in adapter_configs(model).values())
+
+
 def _is_causal(model: nn.Module) -> bool:
     """Return whether the logits of a position are those of the next token.
 
-    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from.
+    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from. The
+    decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
     """
+    if _is_encoder_decoder(model):
+        return False
     found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
     names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
     names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]

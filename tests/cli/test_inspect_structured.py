@@ -201,6 +201,9 @@ def test_bad_input_is_one_line(sources: dict[str, Path], tmp_path: Path, capsys:
     content = json.loads(config.read_text())
     changes: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "of kind DoRA"),
+        ({"kasa_config": {"beta": 1e-4}}, "of kind KaSA"),
+        ({"alora_invocation_tokens": [3]}, "of kind aLoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "of kind BD-LoRA"),
         ({"peft_type": "LOHA"}, "of kind LOHA"),
         ({"lora_alpha": None}, "not the configuration"),
     ]

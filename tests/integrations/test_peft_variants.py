@@ -18,7 +18,7 @@ from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
 from tests.contract import kit
 from tests.integrations.peft_variants import DEFAULT, MESSAGES, VARIANTS, WORKS, Variant, four_bit, table
-from tests.sources.structured.problems import spread, text, trained
+from tests.sources.structured.problems import llama, spread, text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -180,3 +180,24 @@ def test_a_start_that_changed_a_weight_beside_a_quantised_source_is_refused() ->
     source.bound(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options)))
     with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*cannot be compared.*is quantised"):
         source.bound(peft.get_peft_model(model, peft.LoraConfig(init_lora_weights="pissa", **options)))
+
+
+def test_weights_that_torchao_quantised_are_captured_and_adapted() -> None:
+    """They are tensor subclasses of which no elements can be taken. The head beside them requires a gradient."""
+    quantization: Any = pytest.importorskip("torchao.quantization")
+    model = llama(1)
+    plain = StructuredSource.capture(model, BATCHES, sampled_loss, rank=4)
+    keep = "o_proj"
+    quantization.quantize_(
+        model.model,
+        quantization.Int8WeightOnlyConfig(),
+        lambda module, name: isinstance(module, nn.Linear) and not name.endswith(keep),
+    )
+    source = StructuredSource.capture(model, BATCHES, sampled_loss, rank=4)
+    assert source.names() == plain.names()
+    assert [name for name in source.names() if source._layers[name].weight is not None] == [
+        name for name in source.names() if name.endswith(keep)
+    ]
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    for each in (source, plain):
+        assert len(each.bound(adapter).pulled) == 2 * len(source.names())

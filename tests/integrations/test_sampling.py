@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import (
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 
 from gradguide import SourceGradient
 from gradguide.integrations.transformers import drift, own_text, sampled_loss
@@ -190,6 +197,16 @@ def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(
     assert predicted(model, input_ids=ids, labels=torch.tensor([[-100, -100, 1, 0, -100, 1]])) == [[2, 3, 5]]
 
 
+def test_positions_of_labels_count_in_an_encoder_decoder_with_a_causal_decoder() -> None:
+    part = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(part, copy.deepcopy(part)))
+    labels, ids = torch.tensor([[5, 6, 7, -100]]), torch.arange(4)[None]
+    assert predicted(model, input_ids=ids, decoder_input_ids=ids, labels=labels) == [[0, 1, 2]]
+    assert predicted(model, input_ids=ids, decoder_input_ids=ids) == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -227,6 +244,26 @@ def test_tokens_that_an_adapter_puts_before_the_text_do_not_count() -> None:
     torch.manual_seed(0)
     drawn = torch.multinomial(logits.detach().float().softmax(-1).flatten(0, 1), 1).squeeze(-1)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), drawn))
+
+
+@pytest.mark.filterwarnings("ignore:.*`past_key_values`.*deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_text_of_a_model_with_a_learned_prompt_follows_its_predictions(kind: type[PromptLearningConfig]) -> None:
+    """PEFT puts the prompt before every input, also before one that continues a cache, or drops the cache."""
+
+    class Whole(nn.Module):
+        """The model without a cache."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids: Tensor, use_cache: bool = False, past_key_values: None = None) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.inner(input_ids=input_ids).logits)
+
+    model = get_peft_model(llama(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    found = own_text(model, Words(), tokens=160, length=20)[0]["input_ids"]
+    assert torch.equal(found, own_text(Whole(model), Words(), tokens=160, length=20)[0]["input_ids"])
 
 
 def test_a_mask_of_other_positions_is_refused() -> None:

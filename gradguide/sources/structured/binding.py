@@ -85,13 +85,15 @@ class Binding:
             if name not in layers:
                 continue
             shape = layers[name].shape
-            if layer.shape != shape:
-                raise ValueError(
-                    f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another model"
-                )
             moved = names_to_pull(layer, names, given)
             self._unbound |= names_that_change(layer, names) - moved
             if moved:
+                if layer.shape != shape:
+                    raise ValueError(
+                        f"layer {name} has shape {layer.shape}, the source has {shape}: it was captured from another "
+                        "model, or the layer is a new head. Capture a source without that layer (modules=), or leave "
+                        "it out of names, as names=lora_parameters(model) does"
+                    )
                 own = [start for owner, start in starts if owner == name]
                 bound = bind_layer(layer, layers[name], names, own, self._values)
                 kinds.setdefault((*shape, layers[name].pairs, *bound.kind), []).append(bound)
@@ -105,8 +107,8 @@ class Binding:
         if not kinds:
             raise ValueError(
                 f"no trained parameter of the model changes one of the source's {len(layers)} layers, such as "
-                f"{next(iter(layers))} (the model's first is {next(iter(find_layers(model)), 'none')}): add an "
-                "adapter, unfreeze weights, or capture the layers that are trained"
+                f"{next(iter(layers))} (the model's first is {next(iter(find_layers(model)), 'none')}): add or "
+                "enable an adapter, unfreeze weights, or capture the layers that are trained"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
         self._scales = [

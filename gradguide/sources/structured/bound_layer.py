@@ -100,9 +100,19 @@ def names_to_pull(layer: Layer, names: Mapping[int, str], given: Container[str] 
     """Return the names of the trained parameters that change a layer; none if none of them is in ``given``.
 
     Raises:
-        ValueError: some are in ``given`` and others are not.
+        ValueError: some are in ``given`` and others are not. The weight is computed from parameters in ``given``.
     """
-    parts = (layer.weight, *(p for adapter in layer.adapters for p in (adapter.a, adapter.b)))
+    weight = layer.weight
+    if weight.requires_grad and id(weight) not in names:  # of torch.nn.utils.parametrize, or of weight_norm
+        parameters = layer.linear.named_parameters()
+        origins = {names[id(p)] for name, p in parameters if p.requires_grad and name != "bias"}
+        if found := sorted(origins if given is None else (name for name in origins if name in given)):
+            raise ValueError(
+                f"the weight of {layer.name} is computed from {found[0]}, so it cannot be pulled: remove the "
+                "parametrization, or capture a source without this layer (modules=)"
+            )
+        return set()
+    parts = (weight, *(p for adapter in layer.adapters for p in (adapter.a, adapter.b)))
     moved = {names[id(p)] for p in parts if p.requires_grad}
     other = sorted(moved) if given is None else sorted(name for name in moved if name not in given)
     if given is None or not other:
@@ -156,5 +166,6 @@ def _captured(layer: Layer, stored: Tensor | None, earlier: Sequence[Tensor]) ->
     raise ValueError(
         f"the weight of {layer.name} is trained, and it is not the weight at capture: {different} of "
         f"{len(stored)} compared elements differ. Its pull is relative to the captured weight. Create GradGuide while "
-        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model"
+        "the model has the captured weights, and load trained weights afterwards; or capture a source with this model. "
+        "If the layer is a new head, leave it out of the source with modules="
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradguide.distributed.layouts import layout_of
 from gradguide.utils.names import model_modules
 
 __all__ = [
@@ -23,6 +24,8 @@ _PEFT_PREFIX = "base_model.model."
 _SAVED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # Variants of LoRA whose change of the weight is ``scale * B @ A``; they differ in the start or in the backward pass.
 _PLAIN = ("MiCA", "Monteclora", "Velora")
+# PEFT's wrapper of an embedding, and of a head that is tied to it, of which some rows are trained. They have no pull.
+_TOKENS = "TrainableTokensLayer"
 # Values of ``init_lora_weights`` for which PEFT changes the weight, so that the model is the same with B A not zero.
 MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -87,9 +90,11 @@ class Layer:
 
     @property
     def quantised(self) -> bool:
-        """Whether the weight is packed, or stored in 8 bits: it cannot be trained or compared."""
+        """Whether the weight is packed, stored in 8 bits, or of a frozen tensor subclass: it cannot be compared."""
         weight, (outputs, inputs) = self.weight, self.shape
-        return not weight.is_floating_point() or weight.element_size() == 1 or weight.numel() != outputs * inputs
+        plain = type(weight) in (Tensor, nn.Parameter) or weight.requires_grad or layout_of(weight) is not None
+        packed = not weight.is_floating_point() or weight.element_size() == 1 or weight.numel() != outputs * inputs
+        return packed or not plain
 
     @property
     def trained(self) -> bool:
@@ -129,7 +134,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
                 _check_nested(name, module)
                 continue
             inside.update(map(id, module.modules()))
-            layer = _adapted(name, module, base, starts) if _is_linear(base) else None
+            linear = _is_linear(base) and type(module).__name__ != _TOKENS
+            layer = _adapted(name, module, base, starts) if linear else None
         else:
             layer = Layer(name, module, module, _is_conv1d(module), ()) if _is_linear(module) else None
         if layer is not None and found.setdefault(name, layer) is not layer:
@@ -142,8 +148,8 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
 
     Args:
         modules: names, suffixes of names (``q_proj``) or patterns (``*.mlp.*``). None selects every trained or adapted
-            layer, or, if nothing is trained, every layer except the language head. The head alone counts as nothing if
-            the other layers are quantised: a quantised base model is loaded with a head that requires a gradient.
+            layer, or, if nothing is trained, every layer except the language head. Beside quantised layers only
+            adapters count as trained: a quantised model is loaded with other weights that require a gradient.
 
     Raises:
         ValueError: there is no linear layer, ``modules`` is empty, or no layer matches an entry of it.
@@ -166,11 +172,9 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
         return [layer for name, layer in layers.items() if name in chosen]
     body = [layer for layer in layers.values() if not _is_head(model, layer)]
     trained = [layer for layer in layers.values() if layer.trained or layer.adapted]
-    if inside := [layer for layer in trained if layer in body]:
-        return inside
-    if trained and not any(layer.quantised for layer in body):
-        return trained
-    return body or list(layers.values())
+    if any(layer.quantised for layer in body) and not any(layer.adapted for layer in trained):
+        return body
+    return [layer for layer in trained if layer in body] or trained or body or list(layers.values())
 
 
 def anchor_of(layer: Layer) -> tuple[Tensor, Tensor] | None:

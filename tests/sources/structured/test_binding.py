@@ -156,9 +156,10 @@ def test_an_optimizer_of_half_an_adapter_is_refused_unless_the_other_half_is_fro
     check_pull(source, model, optimizer, len(half))
 
 
-def classifier() -> nn.Module:
+def classifier(labels: int = 2) -> nn.Module:
     config = llama().config
     config.pad_token_id = 0
+    config.num_labels = labels
     torch.manual_seed(0)
     options = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
     wrapped: nn.Module = get_peft_model(LlamaForSequenceClassification(config), LoraConfig(**options))
@@ -179,6 +180,19 @@ def test_a_head_outside_the_names_is_not_pulled() -> None:
     assert bound._binding.names == {name for name, _ in lora_parameters(model)}
     head.requires_grad_(False)
     check_pull(source, model, optimizer, 28)
+
+
+def test_a_new_head_is_refused_with_a_way_out_unless_it_is_outside_the_names() -> None:
+    source = StructuredSource.capture(classifier(), text(), sampled_loss, rank=4)
+    model = classifier(labels=7)
+    assert "score" in source.names()
+    guide(model, source, names=lora_parameters(model))
+    same: Any = classifier()
+    nn.init.normal_(same.get_parameter("base_model.model.score.modules_to_save.default.weight"))
+    with pytest.raises(ValueError, match=r"the weight of score is trained.*If the layer is a new head"):
+        guide(same, source, names=same)
+    with pytest.raises(ValueError, match=r"layer score has shape \(7, 16\), the source has \(2, 16\).*a new head"):
+        guide(model, source, names=model)
 
 
 @pytest.mark.parametrize("where", ["wrapper", "base"])

@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft.tuners.lora import config as lora_config
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
@@ -107,9 +108,28 @@ def test_a_disabled_adapter_is_no_part_of_the_captured_model(modules: list[str] 
     assert found.fingerprint() == wanted.fingerprint()
 
 
-def test_trained_tokens_beside_the_layers_do_not_matter(source: StructuredSource) -> None:
-    model = adapted(llama(1), trainable_token_indices=[1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_beside_the_layers_do_not_matter(source: StructuredSource, tied: bool) -> None:
+    """PEFT wraps a head that is tied to the embedding too."""
+    base = llama(1)
+    if tied:
+        base = LlamaForCausalLM(LlamaConfig(**{**base.config.to_dict(), "tie_word_embeddings": True}))
+    plain = StructuredSource.capture(base, text(2), sampled_loss, rank=4)
+    model = adapted(base, trainable_token_indices=[1, 2])
     assert StructuredSource.capture(model, text(2), sampled_loss, rank=4).names() == source.names()
+    assert len(plain.bound(model).pulled) == 2 * len(source.names())
+
+
+def test_a_weight_that_is_computed_from_parameters_is_not_pulled() -> None:
+    model = llama(1)
+    head = nn.utils.parametrizations.weight_norm(model.lm_head)
+    source = StructuredSource.capture(model, text(2), sampled_loss, rank=4, modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"the weight of lm_head is computed from lm_head\.parametrizations\.weight"):
+        source.bound(model)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert source.bound(model, given={layer}).pulled == {layer}
+    head.requires_grad_(False)
+    assert source.bound(model).pulled == {layer}
 
 
 class Small(nn.Module):
