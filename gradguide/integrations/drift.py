@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.integrations.sampling import DECODER_INPUTS, check_classes, check_decoder_inputs
+from gradguide.integrations.sampling import DECODER_INPUTS, check_classes, check_decoder_inputs, without_prompt
 from gradguide.sources.undisturbed import undisturbed
 
 __all__ = ["drift"]
@@ -67,7 +67,7 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with nullcontext() if adapters is None else _disabled(adapters):
                 start = (model if base is None else base)(**inputs).logits
-            now = model(**inputs).logits
+            now = without_prompt(model, model(**inputs).logits, inputs)
             if start.shape != now.shape:
                 raise ValueError(
                     "the logits of the base and of the model must have one shape, found "

@@ -57,11 +57,11 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     name = "decoder_attention_mask" if DECODER_INPUTS & batch.keys() else "attention_mask"
     mask: Tensor | None = batch.get(name)
     check_decoder_inputs(model, batch)
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    logits = without_prompt(
+        model, model(**{key: value for key, value in batch.items() if key != "labels"}).logits, batch
+    )
     check_classes(model, logits)
     if logits.dim() > 2 and mask is not None and mask.dim() == 2:
-        if _has_prompt(model):
-            logits = logits[:, -mask.shape[1] :]
         if mask.shape != logits.shape[:-1]:
             raise ValueError(
                 f"{name} must have the shape of the predictions {tuple(logits.shape[:-1])}, found {tuple(mask.shape)}"
@@ -179,6 +179,14 @@ def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) 
         ids = torch.cat([ids, drawn], dim=1)
         inputs = drawn if cache is not None else ids
     return ids
+
+
+def without_prompt(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Return the logits of the batch's own tokens. Prompt tuning has learned tokens before them."""
+    if logits.dim() < 3 or not _has_prompt(model):
+        return logits
+    own = next((batch[key] for key in (*DECODER_INPUTS, "input_ids", "inputs_embeds") if key in batch), logits)
+    return logits[:, -own.shape[1] :]
 
 
 def _has_prompt(model: nn.Module) -> bool:

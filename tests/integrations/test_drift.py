@@ -313,15 +313,26 @@ def test_a_head_around_the_adapted_model_needs_a_base_while_it_is_trained() -> N
         # Loaded for inference, where nothing is trained any more.
         (lambda: adapted(gpt2(), bias="all", fan_in_fan_out=True).requires_grad_(False), "not part of an adapter"),
         (lambda: merged(), "merged into the weights"),
-        (
-            lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-            "must have one shape",
-        ),
     ],
 )
 def test_what_has_no_base_to_compare_with(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         drift(model(), text(1))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_learned_tokens_before_the_text_are_not_compared(masked: bool) -> None:
+    model: Any = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batches = [b if masked else {"input_ids": b["input_ids"]} for b in text(2)]
+    with torch.no_grad():
+        logits = [(model(**b).logits[:, 3:], model.base_model(**b).logits, b) for b in batches]
+    used = [b["attention_mask"].bool() if masked else torch.ones_like(b["input_ids"]).bool() for b in batches]
+    total = sum(
+        float(nn.functional.kl_div(now[u].log_softmax(-1), start[u].log_softmax(-1), reduction="sum", log_target=True))
+        for (now, start, _), u in zip(logits, used, strict=True)
+    )
+    assert drift(model, batches) == pytest.approx(total / sum(int(u.sum()) for u in used), rel=1e-4)
+    assert drift(model, batches) > 0
 
 
 def merged() -> nn.Module:
