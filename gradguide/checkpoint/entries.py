@@ -46,7 +46,12 @@ def own_names(entry: object) -> set[str]:
 def passed_through_base(entry: Mapping[Any, Any]) -> bool:
     """Return whether a base loaded an own entry, and then went on alone: its loader casts to the parameter's dtype."""
     counters = entry.get(COUNTERS)
-    return type(counters) is Tensor and counters.is_floating_point() and counters.dtype != torch.float64
+    if type(counters) is not Tensor or not counters.is_floating_point() or counters.dtype == torch.float64:
+        return False
+    # Anything else is damaged, and refused where it is read.
+    if counters.dim() != 1 or len(counters) == 0 or not bool(counters[0].isfinite()):
+        return False
+    return len(counters) == HEAD + len(statistics_of(int(counters[0])))
 
 
 def statistics_of(version: int) -> tuple[str, ...]:

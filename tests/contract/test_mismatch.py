@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -114,8 +115,8 @@ def test_i21_misfit_in_the_bases_own_tensors_is_seen_without_a_direction() -> No
 
 @pytest.mark.parametrize(
     "counters",
-    [torch.zeros(0), torch.ones(3), torch.ones(9), torch.ones(2, 8), "eight", None, 1.0],
-    ids=["empty", "short", "long", "matrix", "text", "none", "number"],
+    [torch.zeros(0), torch.ones(3), torch.ones(9), torch.ones(2, 8), torch.full((5,), math.nan), "eight", None, 1.0],
+    ids=["empty", "short", "long", "matrix", "nan", "text", "none", "number"],
 )
 def test_i21_damaged_counters_are_refused(counters: object) -> None:
     model = kit.net()
