@@ -24,8 +24,7 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
         names, scope: as given to :class:`gradguide.GradGuide`.
 
     Raises:
-        TypeError, ValueError: names or scope have an unsupported form, scope maps none of the parameters, or a replaced
-            parameter is ambiguous.
+        TypeError, ValueError: names or scope have an unsupported form, or a replaced parameter is ambiguous.
     """
     if isinstance(scope, Mapping):
         for key in scope:
@@ -38,11 +37,6 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
     known.replace(replaced)
     if isinstance(scope, Mapping):
         scope = {replaced.get(p, p): label for p, label in scope.items()}
-        if scope and not any(p in scope for group in held for p in group["params"]):
-            raise ValueError(
-                f"none of the {len(scope)} parameters that scope maps is in the optimizer: map those of the model that "
-                "is trained"
-            )
     scope_labeler(scope, known.found)
     return known, scope
 

@@ -52,11 +52,6 @@ WRAPPER: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scope": ({"scope": "layer"}, ValueError, "scope must be.*found 'layer'"),
     "scope type": ({"scope": 3}, TypeError, "scope.*found int"),
     "scope by name": ({"scope": {"0.weight": "a"}}, TypeError, "scope must map parameters.*'0.weight'"),
-    "scope of another model": (
-        {"scope": dict.fromkeys(kit.net().parameters(), "a")},
-        ValueError,
-        "none of the 4 parameters that scope maps is in the optimizer",
-    ),
     "scope without names": ({"scope": "module"}, ValueError, "scope='module' needs names"),
     "nonfinite": ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of 'skip', 'raise', .*found 'ignore'"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of .*found 'cuda'"),
