@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -244,8 +244,12 @@ def growth() -> str:
     return table(heads, lines)
 
 
-_CONFIRMED = ("clip", "null", "structured", "structured text=own")
-"""Methods with two seeds on the confirming sets. Their rivals have one."""
+_CONFIRMED: dict[str, Collection[str]] = {
+    "language-confirm": ("clip", "null", "structured"),
+    "language-own": ("clip", "structured", "structured text=own"),
+    "language-rivals": ("clip", "null", "ewc-lora:100", "structured"),
+}
+"""Methods of each table of the confirming sets, with the pairs that all of them have."""
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": partial(demo, "demo-clinc150.csv"),
@@ -259,8 +263,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "h100-step": partial(gpu_step, "on an H100", "h100", ["step-lora"]),
     "h100-training": training,
     "language": partial(language.compact, RESULTS / "h200" / "language.csv"),
-    "language-confirm": partial(language.compact, RESULTS / "language-confirm.csv", _CONFIRMED),
-    "language-rivals": partial(language.compact, RESULTS / "language-confirm.csv"),
+    **{name: partial(language.compact, RESULTS / "language-confirm.csv", each) for name, each in _CONFIRMED.items()},
     "language-curvature": curvature,
     "gpu-kernels": kernels,
     "gpu-peers": partial(peers, "h200/peers.csv", "an H200"),
