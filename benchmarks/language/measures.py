@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness import synchronise
 from benchmarks.language.data import Choices, Pair, Target, Texts, padded, with_labels
-from benchmarks.language.model import Language, answer_loss, kl
+from benchmarks.language.model import Language, answer_loss, kl, states_at
 
 __all__ = ["Drift", "Size", "Watch", "accuracy", "answers", "bytes_of"]
 
@@ -103,7 +103,7 @@ def accuracy(model: Language, target: Target, size: Size) -> dict[str, float]:
         prompts = [rows[row][0] for row in chosen.tolist()]
         choices = Choices(*(part.to(model.device) for part in with_labels(prompts, target.labels, width)))
         hidden = model.hidden(choices.ids, choices.segments)
-        states = hidden.gather(1, choices.positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        states = states_at(hidden, choices.positions)
         targets = words.expand(len(prompts), -1)
         losses = torch.nn.functional.cross_entropy(model.logits(states).mT, targets, reduction="none").cpu()
         sums[chosen] = torch.stack([part.sum(1) for part in losses.split(lengths.tolist(), dim=1)], dim=1)

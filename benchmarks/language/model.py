@@ -14,7 +14,7 @@ from benchmarks.demo import add_lora
 from benchmarks.language.data import Batch
 from gradguide.integrations.peft import lora_parameters
 
-__all__ = ["TRAINED", "Gradient", "Language", "answer_loss", "grads", "kl", "token_loss"]
+__all__ = ["TRAINED", "Gradient", "Language", "answer_loss", "grads", "kl", "states_at", "token_loss"]
 
 TRAINED = "the method chooses the start of a fresh adapter, found one that has learnt a task: use scenario fresh"
 _CHUNK = 1024  # positions whose logits are in memory at once
@@ -204,11 +204,15 @@ def answer_loss(model: Language, batch: Batch, unit: str) -> Tensor:
     ids, positions, targets = batch
     last = positions.masked_fill(targets == -100, 0).amax(1, keepdim=True)  # what follows it changes nothing
     hidden = model.used_hidden(ids, torch.arange(ids.shape[1], device=ids.device) <= last)
-    chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
     total = nn.functional.cross_entropy(
-        model.logits(chosen).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        model.logits(states_at(hidden, positions)).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
     return total / (len(ids) if unit == "row" else (targets != -100).sum())
+
+
+def states_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Return the hidden states [rows, K, size] at positions [rows, K]."""
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def token_loss(model: Language, ids: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ _CODE = [
     *sorted(Path(gradguide.sources.structured.__path__[0]).glob("*.py")),
     *(Path(inspect.getfile(part)) for part in (sampled_loss, corda_eigens, Texts)),
 ]
-"""What makes the files."""
+"""The code that makes the files."""
 
 
 class OwnText(NamedTuple):

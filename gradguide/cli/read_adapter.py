@@ -62,7 +62,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 class Changes(NamedTuple):
-    """What an adapter changes.
+    """Changes of the base model by an adapter.
 
     Attributes:
         products: the change of each adapted layer's weight, ``scale * B`` [out, r] and A [r, in], by base layer name.
@@ -77,7 +77,7 @@ class Changes(NamedTuple):
 
 
 def read_changes(path: str | os.PathLike[str]) -> Changes:
-    """Return what an adapter changes.
+    """Return the changes of the base model by an adapter.
 
     The scale comes from ``adapter_config.json`` beside the file.
 

@@ -183,7 +183,7 @@ def test_a_start_that_changed_a_weight_beside_a_quantised_source_is_refused() ->
 
 
 def test_weights_that_torchao_quantised_are_captured_and_adapted() -> None:
-    """They are tensor subclasses of which no elements can be taken. The head beside them requires a gradient."""
+    """Check tensor subclasses whose elements cannot be read, beside a head that requires a gradient."""
     quantization: Any = pytest.importorskip("torchao.quantization")
     model = llama(1)
     plain = StructuredSource.capture(model, BATCHES, sampled_loss, rank=4)

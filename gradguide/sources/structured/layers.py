@@ -24,7 +24,7 @@ _PEFT_PREFIX = "base_model.model."
 _SAVED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # Variants of LoRA whose change of the weight is ``scale * B @ A``; they differ in the start or in the backward pass.
 _PLAIN = ("MiCA", "Monteclora", "Velora")
-# PEFT's wrapper of an embedding, and of a head that is tied to it, of which some rows are trained. They have no pull.
+# PEFT's wrapper that trains some rows of an embedding, and of a head that is tied to it. These rows have no pull.
 _TOKENS = "TrainableTokensLayer"
 # Values of ``init_lora_weights`` for which PEFT changes the weight, so that the model is the same with B A not zero.
 MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -90,7 +90,7 @@ class Layer:
 
     @property
     def quantised(self) -> bool:
-        """Whether the weight is packed, stored in 8 bits, or of a frozen tensor subclass: it cannot be compared."""
+        """Return whether the weight cannot be compared: it is packed, in 8 bits, or of a frozen tensor subclass."""
         weight, (outputs, inputs) = self.weight, self.shape
         plain = type(weight) in (Tensor, nn.Parameter) or weight.requires_grad or layout_of(weight) is not None
         packed = not weight.is_floating_point() or weight.element_size() == 1 or weight.numel() != outputs * inputs
