@@ -264,6 +264,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "h100-training": training,
     "language": partial(language.compact, RESULTS / "h200" / "language.csv"),
     **{name: partial(language.compact, RESULTS / "language-confirm.csv", each) for name, each in _CONFIRMED.items()},
+    "language-schedule": partial(
+        language.compact, RESULTS / "language-confirm.csv", _CONFIRMED["language-confirm"], "schedule=linear"
+    ),
     "language-curvature": curvature,
     "gpu-kernels": kernels,
     "gpu-peers": partial(peers, "h200/peers.csv", "an H200"),

@@ -253,13 +253,19 @@ def gpu() -> list[Run]:
 
 def full() -> list[Run]:
     """Return all runs, each once."""
-    parts = (fresh, sequence, confirm, transfer, rows, instructions, few, research)
+    parts = (fresh, sequence, confirm, schedule, transfer, rows, instructions, few, research)
     return list(dict.fromkeys(run for part in parts for run in part()))
 
 
 def confirm() -> list[Run]:
     """Return scenario (a) on the confirming sets, ten seeds."""
     return fresh(CONFIRMING, range(10))
+
+
+def schedule() -> list[Run]:
+    """Return scenario (a) on the confirming sets with a learning rate that falls linearly to zero."""
+    names = [f"{name} schedule=linear" for name in (BASE, "structured", "null")]
+    return _ordered((names,), CONFIRMING, seeds=range(2, 5))
 
 
 def quick() -> list[Run]:
@@ -290,7 +296,7 @@ def smoke() -> list[Run]:
 GRIDS: dict[str, Callable[[], list[Run]]] = {
     "quick": quick, "check": check, "smoke": smoke, "research": research, "fresh": fresh, "confirm": confirm,
     "sequence": sequence, "transfer": transfer, "rows": rows, "instructions": instructions, "few": few, "cpu": cpu,
-    "variants": variants, "others": others, "gpu": gpu, "full": full,
+    "schedule": schedule, "variants": variants, "others": others, "gpu": gpu, "full": full,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["METHODS", "Entry", "Method", "family", "needs", "parse", "set_up"]
 
-_COMMON = {"unit": "token", "base": "adamw"}
+_COMMON = {"unit": "token", "base": "adamw", "schedule": "constant"}
 _STRUCTURED = {
     "weight": "100", "rank": "64", "rest": "diag", "floor": "0.1", "text": "real", "tokens": str(TOKENS),
     "start": "random", "train": "both", "direction": "off", "bound": "0.05", "sources": "all", "merge": "off",

@@ -61,12 +61,18 @@ def summary(path: Path) -> str:
     return f"{path} has no finished run" if rows.empty else "\n\n".join(_sections(rows))
 
 
-def compact(path: Path, methods: Collection[str] = tuple(_COMPACT)) -> str:
+def compact(path: Path, methods: Collection[str] = tuple(_COMPACT), option: str = "") -> str:
     """Return one line for each of ``methods`` in scenario (a) that the file has, over the pairs that all of them have.
 
     A pair is a target and a seed. The frontiers need runs of ``none``, the model before training.
+
+    Args:
+        option: an option that all of the methods have in the file, such as ``schedule=linear``.
     """
     rows = _standard(load(path))
+    if option:
+        with_option = rows["method"].str.endswith(f" {option}")
+        rows = rows[with_option | (rows["steps"] == 0)].assign(method=rows["method"].str.removesuffix(f" {option}"))
     trained = at_shared_rates(rows[(rows["steps"] > 0) & rows["method"].isin(methods)])
     labels = {name: label for name, label in _COMPACT.items() if name in set(trained["method"])}
     values = {column: per_pair(trained, column) for column in ("target_accuracy", "target_loss", "drift")}

@@ -24,7 +24,7 @@ from benchmarks.language.methods import METHODS, Method, parse, set_up
 from benchmarks.language.model import Gradient, Language, answer_loss
 from benchmarks.language.sources import File, Sources, digest
 from benchmarks.language.stability import Stability
-from benchmarks.language.training import Setup, Term
+from benchmarks.language.training import Setup, Term, scheduler
 from gradguide import GradGuide
 
 __all__ = ["Settings", "Suite", "Trained", "device_of"]
@@ -182,6 +182,7 @@ class Suite:
         steps = run.steps if steps is None else steps
         setup = Setup(model=self.model, sources=self.sources, lr=run.lr, method=method, kept=kept)
         training = set_up(method, setup)
+        schedule = scheduler(training, method, steps)
         term = training.term
         inputs = self._inputs(rows, steps, run.seed, term)
         label, both = self._losses(method.options["unit"], term)
@@ -203,6 +204,8 @@ class Suite:
                 stability.after()
             if training.after is not None:
                 training.after(step)
+            if schedule is not None:
+                schedule.step()
         training.end()
         synchronise()
         seconds = time.perf_counter() - begun

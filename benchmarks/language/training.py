@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.language.model import Language
 
 if TYPE_CHECKING:
     from benchmarks.language.sources import Sources, Spec
 
-__all__ = ["Method", "Setup", "Term", "Training", "clipped"]
+__all__ = ["Method", "Setup", "Term", "Training", "clipped", "scheduler"]
 
 _SGD_RATE = 100.0
 """SGD's learning rate relative to AdamW's. With 5 M parameters, an update has about the same length."""
@@ -29,7 +30,8 @@ class Method:
         name: a key of ``methods.METHODS``.
         strength: the number after the name.
         options: all options of the method, also those with their default. Options of every method: ``unit``, "token"
-            or "row", see ``model.answer_loss``; ``base``, "adamw" or "sgd" (momentum 0.9).
+            or "row", see ``model.answer_loss``; ``base``, "adamw" or "sgd" (momentum 0.9); ``schedule`` of the learning
+            rate, "constant" or "linear", which falls to zero as Trainer's default does.
     """
 
     name: str
@@ -127,6 +129,18 @@ def clipped(base: Optimizer, pull: Callable[[], None] = lambda: None, **options:
         nn.utils.clip_grad_norm_(parameters, 1.0)
 
     return Training(optimizer=base, before=before, **options)
+
+
+def scheduler(training: Training, method: Method, steps: int) -> LambdaLR | None:
+    """Return the scheduler of the learning rate; None where it is constant.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    name = method.options["schedule"]
+    if name not in ("constant", "linear"):
+        raise ValueError(f"schedule must be 'constant' or 'linear', found {name!r}")
+    return LambdaLR(training.optimizer, lambda step: 1 - step / steps) if name == "linear" else None
 
 
 def count(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from pathlib import Path
 
@@ -155,6 +156,20 @@ def test_means_are_over_the_rates_that_both_methods_have(file: Path) -> None:
     assert found[_OURS][:4] == ["8", "3", "76.0", "+8.0 (+8.0 to +8.0)"]
     assert found[BASE][:2] == ["8", "4"]
     assert "rates 0.0003, 0.001, 0.01" in _compact(file, rows)
+
+
+def test_methods_with_an_option_are_compared_with_each_other_alone(file: Path) -> None:
+    expected = report.compact(file)
+    text = file.read_text(encoding="utf-8")
+    header, *rows = text.splitlines()
+    at = header.split(",").index("method")
+    found = []
+    for row in csv.reader(rows):
+        row[at] += " schedule=linear" if row[at] != "none" else ""
+        found.append(row)
+    with file.open("a", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows(row for row in found if row[at] != "none")
+    assert report.compact(file, option="schedule=linear") == report.compact(file) == expected
 
 
 def _compact(file: Path, rows: pd.DataFrame) -> str:

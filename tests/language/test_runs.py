@@ -20,6 +20,7 @@ from benchmarks.language.methods import family, needs, parse
 from benchmarks.language.model import answer_loss
 from benchmarks.language.run import Settings, Suite
 from benchmarks.language.sources import Spec, digest
+from benchmarks.language.training import Training, scheduler
 
 _RUN = Run(target="subj", shots=2, steps=2, method="clip", lr=1e-2, seed=0)
 _METHODS = list(dict.fromkeys(run.method for run in grid.research()))
@@ -162,6 +163,27 @@ def test_a_start_in_the_unused_space_keeps_its_length(suite: Suite) -> None:
 def test_an_unknown_method_or_option_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="found"):
         parse(text)
+
+
+@pytest.mark.parametrize("method", ["clip", "structured"])
+def test_a_linear_schedule_falls_to_zero_and_trains_less(suite: Suite, method: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    made = scheduler(Training(optimizer=optimizer), parse(f"{method} schedule=linear"), 4)
+    assert made is not None
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        made.step()
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert optimizer.param_groups[0]["lr"] == 0
+    constant, linear = (suite(replace(_RUN, method=method + schedule)) for schedule in ("", " schedule=linear"))
+    assert 0 < linear["drift"] < constant["drift"]
+
+
+def test_an_unknown_schedule_is_refused(suite: Suite) -> None:
+    with pytest.raises(ValueError, match="schedule must be 'constant' or 'linear', found 'cosine'"):
+        suite(replace(_RUN, method="clip schedule=cosine"))
 
 
 @pytest.mark.parametrize("method", ["null", "structured start=null train=b"])
