@@ -56,10 +56,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Make the runs that the result file does not have."""
     begun = time.monotonic()
-    options = parser().parse_args(argv)
+    made = parser()
+    options = made.parse_args(argv)
     out = options.out or RESULTS / f"language-{options.grid}.csv"
     wanted = _chosen(grid.GRIDS[options.grid](), options.only)
-    finished = grid.done(out)
+    model = Path(options.model).name
+    try:
+        finished = grid.done(out, model)
+    except ValueError as error:
+        made.error(str(error))
     left = [run for run in wanted if run not in finished]
     waiting = set(left)
     device = device_of()
@@ -87,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         stability=options.stability,
         share=share,
     )
-    about = {**versions(), "threads": str(settings.threads)}
+    about = {**versions(), "model": model, "threads": str(settings.threads)}
     until = None if options.deadline is None else begun + options.deadline
     failed = 0
     with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:

@@ -106,7 +106,7 @@ _MEASURED = (
     "tasks", "modelled_drift", "coherence", "successive_cosine", "alignment", "source_bytes", "capture_seconds",
     "memory", "seconds_per_step", "seconds", "rows", "jobs", "error",
 )  # fmt: skip
-_ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
+_ABOUT = ("model", "commit", "gradguide", "torch", "python", "device", "threads")
 COLUMNS = [*_KEY, *_MEASURED, *_ABOUT]
 
 
@@ -340,13 +340,20 @@ def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str
     append_row(path, COLUMNS, {**asdict(run), **measured, **{name: about[name] for name in _ABOUT}})
 
 
-def done(path: Path) -> set[Run]:
+def done(path: Path, model: str) -> set[Run]:
     """Return the runs that the file has without an error.
 
+    Args:
+        model: name of the model. A file has the runs of one.
+
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or runs of another model.
     """
-    return {_run(row) for row in read_rows(path, COLUMNS) if not row["error"]}
+    rows = read_rows(path, COLUMNS)
+    others = sorted({row["model"] for row in rows} - {model})
+    if others:
+        raise ValueError(f"{path} has runs of the model {', '.join(others)!r}, found {model!r}; name another --out")
+    return {_run(row) for row in rows if not row["error"]}
 
 
 def _run(row: Mapping[str, str]) -> Run:

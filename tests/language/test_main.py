@@ -42,6 +42,20 @@ def test_the_untrained_model_is_measured_once_for_all_rates() -> None:
     assert len(chosen) == 40 + 160
 
 
+def test_a_result_file_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its runs would count as done."""
+    run = grid.quick()[0]
+    about = dict.fromkeys(("commit", "gradguide", "torch", "python", "device", "threads"), "x")
+    out = tmp_path / "r.csv"
+    grid.append(out, run, {"target_loss": 1.0}, {**about, "model": "small"})
+    options = ["--quick", "--model", "models/large", "--data", str(tmp_path), "--out", str(out)]
+    with pytest.raises(SystemExit):
+        main(options)
+    assert "runs of the model 'small', found 'large'; name another --out" in capsys.readouterr().err
+    assert main([*options, "--estimate", "--model", "models/small"]) == 0
+    assert "1 of 2 runs are left" in capsys.readouterr().out
+
+
 def test_a_report_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         report.main(["--results", str(tmp_path / "no.csv"), "--out", str(tmp_path / "no.md")])
@@ -56,12 +70,12 @@ def test_a_stopped_grid_is_resumed(
     options = ["--quick", "--model", str(folder), "--data", str(sets), "--out", str(out), "--jobs", "2",
                "--cache", str(tmp_path / "cache")]  # fmt: skip
     assert main([*options, "--deadline", "0"]) == 0
-    assert not grid.done(out)
+    assert not grid.done(out, folder.name)
     assert main([*options, "--only", "clip"]) == 0
     assert "1 of 1 runs are left" in capsys.readouterr().out
     assert main(options) == 0
     assert "1 of 2 runs are left" in capsys.readouterr().out
-    assert grid.done(out) == set(grid.quick())
+    assert grid.done(out, folder.name) == set(grid.quick())
 
 
 @pytest.mark.slow
@@ -70,5 +84,5 @@ def test_every_method_and_scenario_runs_in_worker_processes(folder: Path, sets: 
     options = ["--grid", "smoke", "--model", str(folder), "--data", str(sets), "--out", str(out), "--jobs", "2",
                "--cache", str(tmp_path / "cache")]  # fmt: skip
     assert main(options) == 0
-    assert grid.done(out) == set(grid.smoke())  # none failed
+    assert grid.done(out, folder.name) == set(grid.smoke())  # none failed
     assert report.main(["--results", str(out), "--out", str(tmp_path / "r.md")]) == 0

@@ -14,7 +14,7 @@ from benchmarks.language.grid import BASE, CHOOSING, CONFIRMING, LRS, SOURCE, ST
 from benchmarks.language.methods import METHODS, family, parse
 from benchmarks.language.results import load, tuned
 
-_ABOUT = dict.fromkeys(("commit", "gradguide", "torch", "python", "device", "threads"), "x")
+_ABOUT = dict.fromkeys(("model", "commit", "gradguide", "torch", "python", "device", "threads"), "x")
 _OURS = "structured"
 
 
@@ -109,9 +109,9 @@ def test_a_failed_run_is_made_again(tmp_path: Path) -> None:
     first, second = grid.research()[:2]
     grid.append(tmp_path / "r.csv", first, {"error": "ValueError: no luck", "jobs": 1}, _ABOUT)
     grid.append(tmp_path / "r.csv", second, _row(second), _ABOUT)
-    assert grid.done(tmp_path / "r.csv") == {second}
+    assert grid.done(tmp_path / "r.csv", "x") == {second}
     grid.append(tmp_path / "r.csv", first, _row(first), _ABOUT)
-    assert grid.done(tmp_path / "r.csv") == {first, second}
+    assert grid.done(tmp_path / "r.csv", "x") == {first, second}
     assert len(load(tmp_path / "r.csv")) == 2
 
 
