@@ -38,7 +38,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Make the runs that the result file does not have."""
-    options = parser().parse_args(argv)
+    made = parser()
+    options = made.parse_args(argv)
+    if options.out is None and Path(options.model).name.lower() != Path(DEFAULT_MODEL).name.lower():
+        made.error(f"--model {options.model} needs --out: the default file has runs of {DEFAULT_MODEL}")
     out = options.out or RESULTS / ("few_shot.csv" if options.full else "few_shot_quick.csv")
     wanted = grid.full(causal=options.causal is not None) if options.full else grid.quick()
     if options.scenario is not None:

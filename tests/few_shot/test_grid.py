@@ -42,6 +42,16 @@ def test_the_full_grid_fits_in_a_night_on_two_cores() -> None:
     assert sum(SECONDS[run.scenario] for run in full()) / 2 / 3600 < 11
 
 
+def test_another_model_needs_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default file has runs, which would count as done."""
+    options = ["--full", "--estimate", "--data", str(tmp_path), "--model"]
+    with pytest.raises(SystemExit):
+        command.main([*options, "models/large"])
+    assert "--model models/large needs --out" in capsys.readouterr().err
+    assert command.main([*options, "models/all-MiniLM-L6-v2"]) == 0
+    assert command.main([*options, "models/large", "--out", str(tmp_path / "r.csv")]) == 0
+
+
 def test_estimate_says_how_long_and_runs_nothing(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
