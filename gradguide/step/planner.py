@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from operator import is_
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import Layout
 from gradguide.distributed.ranks import Ranks
 from gradguide.ops.rounding import rounding
-from gradguide.ops.tensors import DTYPE, metadata_of
+from gradguide.ops.tensors import DTYPE, metadata_of, same_objects
 from gradguide.sources.matching import match_sources
 from gradguide.sources.protocol import Source
 from gradguide.sources.replay import ReplaySource
@@ -101,7 +100,7 @@ class StepPlanner:
         """
         self.track_replaced(base)
         present = all_parameters(base)
-        if len(present) == len(self._present) and all(map(is_, present, self._present)):
+        if same_objects(present, self._present):
             return
         if self.sources and not self._names_of(present) <= self._matched:
             sources = match_sources(self.sources, base.param_groups, self.name_lookup, self.sources)
@@ -179,7 +178,7 @@ class StepPlanner:
         self._match_added(base)
         check_differentiable(base.param_groups)
         check_zero(base.param_groups)
-        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        trained = [p for p in all_parameters(base) if p.requires_grad or p.grad is not None]
         self._ranks.update_layouts(trained)
         self._ranks.check_agreement(trained, lambda: self._describe_options(base))
         return trained
@@ -208,7 +207,7 @@ class StepPlanner:
 
     def track_replaced(self, base: Optimizer) -> None:
         """Transfer name and scope to tensors that replace a parameter, as FSDP2 and some loaders do."""
-        self.name_lookup.of(p for group in base.param_groups for p in group["params"])
+        self.name_lookup.of(all_parameters(base))
         tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
         if not tables:
             return
@@ -219,7 +218,7 @@ class StepPlanner:
                     self._places[index, place] = parameter
                 elif (index, place) in self._places:
                     # If the old parameter is still in a group, it has moved and was not replaced.
-                    held = held or {p for each in base.param_groups for p in each["params"]}
+                    held = held or set(all_parameters(base))
                     old = self._places.pop((index, place))
                     if old not in held:
                         self._places[index, place] = parameter
