@@ -78,8 +78,7 @@ class StepPlanner:
         self._matched = self._names_of(self._present)
         # Validation ensured that all sources have the trained parameters. Frozen ones may be missing in some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
-        everything = frozenset(self.names.values()) if sources else frozenset()
-        self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
+        self._covered = frozenset(self.names.values() if sources else ()).intersection(*shapes)
         self._ranks = Ranks()
         self._shards: tuple[dict[str, Layout], Sequence[Source]] = {}, self.sources
         self.invalidate()
