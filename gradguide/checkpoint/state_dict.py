@@ -88,8 +88,8 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
         Exception: any other error that the base raises if its own part is damaged.
 
     Warns:
-        UserWarning: the state is from a plain base optimizer that has stepped, or has a direction of another kind than
-            the engine (none, its own, or the base's momentum). The direction and its statistics are then dropped.
+        UserWarning: the state is from a plain base optimizer that has stepped. Or it has a direction of another kind
+            than the engine (its own, or the base's momentum), which is dropped with its statistics.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}

@@ -77,8 +77,8 @@ def guide(
     Clipping is left to GradGuide. Without ``magnitude``, the bound is the trainer's ``max_grad_norm`` (0: no bound on
     the gradient). The trainer's own clipping is switched off in a copy of its arguments, and one log line says so.
 
-    A structured source is bound to the model in this call, so that its pull is relative to the captured weights even if
-    training of whole weights is resumed: the trainer then loads trained weights before it creates the optimizer.
+    A structured source is bound to the model in this call: a trainer that resumes loads trained weights before it
+    creates the optimizer. So its pull is relative to the captured weights, also where whole weights are trained.
 
     Args:
         trainer: a trainer that has no optimizer yet.
