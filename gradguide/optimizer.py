@@ -154,7 +154,7 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, regularizer_gradient)
-        if not self._progress.skipped_on_host(state, self.base, self._nonfinite, engine):
+        if not self._progress.skipped_on_host(state, self.base, self._nonfinite, engine.planner.names):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)
