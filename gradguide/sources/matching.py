@@ -80,10 +80,8 @@ def _matched(
         return source
     shapes = {name: p.shape for name, p in parameters.items()}
     trained = [name for name, p in parameters.items() if p.requires_grad]
-    if isinstance(source, SourceGradient):
-        pairs = _pairs(found, shapes, trained)
-    else:
-        pairs = {name: name for name in found if name in shapes}
+    own = isinstance(source, SourceGradient)
+    pairs = _pairs(found, shapes, trained) if own else {name: name for name in found if name in shapes}
     taken = set(pairs.values())
     missing = [name for name in trained if name not in taken]
     unexpected = [name for name in found if name not in pairs]
