@@ -100,22 +100,11 @@ def unwrap(optimizer: object) -> GradGuide | None:
     """Return the GradGuide inside wrappers such as those of Accelerate and Lightning, or None."""
     seen: set[int] = set()
     while optimizer is not None and id(optimizer) not in seen:
+        own = getattr(optimizer, "__dict__", {})  # without attributes that a wrapper forwards by ``__getattr__``
         # Lightning's wrapper is an instance of the wrapped class, so isinstance alone is not enough.
-        if isinstance(optimizer, GradGuide) and "base" in _own_attributes(optimizer):
+        if isinstance(optimizer, GradGuide) and "base" in own:
             return optimizer
         seen.add(id(optimizer))
         # Wrappers store the wrapped optimizer under one of these names.
-        optimizer = next(
-            (
-                inner
-                for name in ("optimizer", "_optimizer")
-                if (inner := _own_attributes(optimizer).get(name)) is not None
-            ),
-            None,
-        )
+        optimizer = next((own[name] for name in ("optimizer", "_optimizer") if own.get(name) is not None), None)
     return None
-
-
-def _own_attributes(thing: object) -> dict[str, Any]:
-    """Return the object's ``__dict__``, which excludes attributes that a wrapper forwards by ``__getattr__``."""
-    return getattr(thing, "__dict__", {})

@@ -148,16 +148,15 @@ class GuidedAdamW(Guided):
 
 def _optimizer_class(path: str) -> type[Optimizer]:
     """Return the class with this dotted path."""
+    wanted = "base must be the dotted path of an optimizer class, such as torch.optim.SGD"
     if not isinstance(path, str):
-        raise TypeError(f"base must be the dotted path of an optimizer class, such as torch.optim.SGD, found {path!r}")
+        raise TypeError(f"{wanted}, found {path!r}")
     try:
         kind = pkgutil.resolve_name(path)
     except (AttributeError, ImportError, ValueError) as error:
-        raise ValueError(
-            f"base must be the dotted path of an optimizer class, such as torch.optim.SGD: {error}"
-        ) from error
+        raise ValueError(f"{wanted}: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        raise TypeError(f"base must be the dotted path of an optimizer class, such as torch.optim.SGD, found {path!r}")
+        raise TypeError(f"{wanted}, found {path!r}")
     return kind
 
 

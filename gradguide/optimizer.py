@@ -54,8 +54,8 @@ class GradGuide(Wrapper):
     With ``AdamW`` or ``Adam`` and ``fused=True`` on CUDA, the combining pass also makes the base's step, and ``p.grad``
     stays as received: see :mod:`gradguide.step.fused_adam`.
 
-    Memory: one float32 row for the direction (0 with ``share_momentum``), the sources' rows, and a copy of the
-    parameters if a rule acts on the update and the base steps itself.
+    Memory: one float32 row for the direction (0 with ``share_momentum``) and the sources' rows. If a rule acts on the
+    update and the base steps itself, also a copy of the parameters.
 
     Source: built from the abstract of arXiv 2506.00726.
 
@@ -140,8 +140,8 @@ class GradGuide(Wrapper):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
 
         Warns:
-            UserWarning: no parameter has a gradient (once; the base then steps alone, and nothing changes), five steps
-                in a row were skipped (once for each such sequence), or all rules are off and a history is set (once).
+            UserWarning: no parameter has a gradient (once): the base then steps alone, and nothing changes. Five steps
+                in a row were skipped (once for each such sequence). All rules are off, but a history is set (once).
         """
         engine = self._engine
         if not engine.rules.active and self._regularizer is None:
@@ -154,7 +154,7 @@ class GradGuide(Wrapper):
             self._step_unguided()
             return loss
         state = engine.measure(plan, self.base, regularizer_gradient)
-        if not self._progress.skipped_on_host(state, self.base, self._nonfinite, engine):
+        if not self._progress.skipped_on_host(state, self.base, self._nonfinite, engine.planner.names):
             engine.decide(state, self.base, self._progress.totals)
             if not engine.step_fused(state, self.base):
                 engine.combine(state)

@@ -88,8 +88,8 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
         Exception: any other error that the base raises if its own part is damaged.
 
     Warns:
-        UserWarning: the state is from a plain base optimizer that has stepped, or has a direction of another kind than
-            the engine (none, its own, or the base's momentum). The direction and its statistics are then dropped.
+        UserWarning: the state is from a plain base optimizer that has stepped. Or it has a direction of another kind
+            than the engine (its own, or the base's momentum), which is dropped with its statistics.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
@@ -106,39 +106,25 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
 def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict[str, Any], _Own]:
     """Split a state dict into the base's part and GradGuide's, and check both. Nothing is changed."""
     check_groups(state, base)
-    parameters = all_parameters(base)
     names = engine.planner.names
-    of_key = dict(zip(_keys(state), parameters, strict=True))
+    of_key = dict(zip(_keys(state), all_parameters(base), strict=True))
     which = {key: f"parameter {names.get(p, f'number {position}')}" for position, (key, p) in enumerate(of_key.items())}
-    directions: dict[Tensor, Tensor] = {}
-    counters: dict[Tensor, Tensor] = {}
-    rest: dict[Any, Any] = {}
+    rest = dict(state["state"])
+    entries = {key: entry for key, entry in rest.items() if isinstance(entry, Mapping)}
     # In a model of several dtypes, the base's loader leaves the entries of float64 parameters as they were.
-    stale = any(isinstance(entry, Mapping) and passed_through_base(entry) for entry in state["state"].values())
-    for key, entry in state["state"].items():
-        if not isinstance(entry, Mapping):
-            rest[key] = entry
-            continue
-        parameter = of_key.get(key)
-        own = own_names(entry)
-        check_own_keys(own, which.get(key))
-        others = _without(own, entry)
-        # An entry with only own keys was not in the base's state.
-        if others or not own:
-            rest[key] = others
-        if parameter is None:
-            continue
-        check_base_entry(base, others, parameter, which[key])
-        if stale:
-            continue
-        if COUNTERS in own:
-            read = read_counters(entry[COUNTERS], which[key])
-            check_counters(read, counters.values(), which[key])
-            counters[parameter] = read
-        if DIRECTION in own:
-            check_direction(entry[DIRECTION], parameter, which[key])
-            directions[parameter] = entry[DIRECTION]
-    if engine.rules.active and (rest or stale) and not counters:
+    stale = any(map(passed_through_base, entries.values()))
+    own = _Own({}, {})
+    for key, entry in entries.items():
+        own_keys = own_names(entry)
+        check_own_keys(own_keys, which.get(key))
+        rest[key] = others = _without(own_keys, entry)
+        if own_keys and not others:  # such an entry was not in the base's state
+            del rest[key]
+        if key in of_key:
+            check_base_entry(base, others, of_key[key], which[key])
+            if not stale:
+                _read(own, entry, of_key[key], which[key])
+    if engine.rules.active and (rest or stale) and not own.counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
             "counters start from zero. If GradGuide saved it, torch loaded it with flatten_optimizer_state_dict=True, "
@@ -146,18 +132,35 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             UserWarning,
             stacklevel=5,
         )
-    saved, kind = _saved_kind(directions, counters), _kind(engine)
-    if saved not in (_NONE, kind):
-        directions = {}
-        for numbers in counters.values():
-            numbers[HEAD:] = 0.0
-        warnings.warn(
-            f"the state has {_DROPPED[saved]} dropped: this optimizer has direction={kind}"
-            f"{', the default since version 0.3' if kind == _NONE else ''}. Pass direction={saved} to continue with it",
-            UserWarning,
-            stacklevel=5,
-        )
-    return {**state, "state": rest}, _Own(_allocate_directions(directions), counters)
+    _drop_other_kind(own, engine)
+    return {**state, "state": rest}, _Own(_allocate_directions(own.directions), own.counters)
+
+
+def _read(own: _Own, entry: Mapping[str, Any], parameter: Tensor, which: str) -> None:
+    """Check the own tensors in the entry of a parameter, and add them to ``own``."""
+    if COUNTERS in entry:
+        counters = read_counters(entry[COUNTERS], which)
+        check_counters(counters, own.counters.values(), which)
+        own.counters[parameter] = counters
+    if DIRECTION in entry:
+        check_direction(entry[DIRECTION], parameter, which)
+        own.directions[parameter] = entry[DIRECTION]
+
+
+def _drop_other_kind(own: _Own, engine: Engine) -> None:
+    """Remove direction and statistics, with a warning, if they are of another kind than those of the engine."""
+    saved, kind = _saved_kind(own), _kind(engine)
+    if saved in (_NONE, kind):
+        return
+    own.directions.clear()
+    for counters in own.counters.values():
+        counters[HEAD:] = 0.0
+    warnings.warn(
+        f"the state has {_DROPPED[saved]} dropped: this optimizer has direction={kind}"
+        f"{', the default since version 0.3' if kind == _NONE else ''}. Pass direction={saved} to continue with it",
+        UserWarning,
+        stacklevel=6,
+    )
 
 
 def _without(names: set[str], entry: Any) -> Any:
@@ -168,11 +171,11 @@ def _kind(engine: Engine) -> str:
     return _NONE if engine.rules.direction is None else _SHARED if engine.rules.share_momentum else _OWN
 
 
-def _saved_kind(directions: dict[Tensor, Tensor], counters: dict[Tensor, Tensor]) -> str:
+def _saved_kind(own: _Own) -> str:
     """Return the kind of direction that a state is of. All statistics are of the direction."""
-    if directions:
+    if own.directions:
         return _OWN
-    return _SHARED if any(bool(numbers[HEAD:].any()) for numbers in counters.values()) else _NONE
+    return _SHARED if any(bool(counters[HEAD:].any()) for counters in own.counters.values()) else _NONE
 
 
 def _allocate_directions(directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

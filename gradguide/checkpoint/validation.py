@@ -172,19 +172,15 @@ def _dense(name: str, value: object, which: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"the saved {name} of {which} must be a tensor, found {type(value).__name__}")
-    found = (
-        "a nested tensor"
-        if value.is_nested
-        else f"layout {value.layout}"
-        if value.layout is not torch.strided
-        else "the meta device, which holds no numbers"
-        if value.is_meta
-        else None
-        if value.dtype.is_floating_point
-        else f"dtype {value.dtype}"
-    )
-    if found is not None:
-        raise ValueError(f"the saved {name} of {which} must be a dense floating-point tensor, found {found}")
+    unlike = {
+        "a nested tensor": value.is_nested,
+        f"layout {value.layout}": value.layout is not torch.strided,
+        "the meta device, which holds no numbers": value.is_meta,
+        f"dtype {value.dtype}": not value.dtype.is_floating_point,
+    }
+    for found, present in unlike.items():
+        if present:
+            raise ValueError(f"the saved {name} of {which} must be a dense floating-point tensor, found {found}")
     return value.detach()
 
 

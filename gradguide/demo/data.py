@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -119,8 +119,8 @@ def _split_tasks(
         raise OptionError("source", f"must not contain the target domain, found {target!r}")
     chosen = sorted(set(sources)) or [name for name in domains if name != target][:_MAX_DEFAULT_SOURCES]
     return Transfer(
-        source=_task(", ".join(chosen), *([e for e in rows if e.domain in chosen] for rows in (train, test))),
-        target=_task(target, *([e for e in rows if e.domain == target] for rows in (train, test))),
+        source=_task(", ".join(chosen), train, test, lambda example: example.domain in chosen),
+        target=_task(target, train, test, lambda example: example.domain == target),
         split="by domain",
     )
 
@@ -138,15 +138,15 @@ def _split_by_label(
         )
     first = set(labels[: len(labels) // 2])
     return Transfer(
-        source=_task("first half of the labels", *([e for e in rows if e.label in first] for rows in (train, test))),
-        target=_task(
-            "second half of the labels", *([e for e in rows if e.label not in first] for rows in (train, test))
-        ),
+        source=_task("first half of the labels", train, test, lambda example: example.label in first),
+        target=_task("second half of the labels", train, test, lambda example: example.label not in first),
         split="by halves of the sorted labels, because there is no domain column",
     )
 
 
-def _task(name: str, train: Sequence[Example], test: Sequence[Example]) -> Task:
+def _task(name: str, train: Sequence[Example], test: Sequence[Example], belongs: Callable[[Example], bool]) -> Task:
+    """Return the task of the rows that belong to it."""
+    train, test = tuple(filter(belongs, train)), tuple(filter(belongs, test))
     labels = sorted({example.label for example in train})
     if len(labels) < 2:
         raise DemoError(f"{name}: a task needs at least two labels, found {', '.join(labels)}")
@@ -155,7 +155,7 @@ def _task(name: str, train: Sequence[Example], test: Sequence[Example]) -> Task:
     unknown = sorted({example.label for example in test} - set(labels))
     if unknown:
         raise DemoError(f"{name}: test.tsv has labels that are not in train.tsv: {', '.join(unknown)}")
-    return Task(name=name, labels=tuple(labels), train=tuple(train), test=tuple(test))
+    return Task(name=name, labels=tuple(labels), train=train, test=test)
 
 
 def draw(examples: Sequence[Example], per_class: int, seed: int) -> list[Example]:

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
+
 from gradguide.demo.compare import Outcome, Prepared
+from gradguide.demo.config import DemoConfig, LanguageConfig
 from gradguide.recording.plotting import figure_for, save_figure
 from gradguide.utils.atomic import atomic_write
 from gradguide.utils.versions import installed_version
@@ -21,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "by_method",
     "comparison",
-    "package_versions",
     "paired_difference",
     "print_table",
+    "settings_of",
     "write_report",
     "write_rows",
 ]
@@ -84,20 +87,13 @@ def by_method(outcomes: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _write_csv(path: Path, prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
     """Write one row per run: results, options and package versions. Accuracies are in [0, 1]."""
-    config = prepared.config
     shared = {
         "source_accuracy_before": prepared.source_accuracy,
         "source_test_rows": len(prepared.source_test),
         "target_test_rows": len(prepared.target_test),
         "source": prepared.transfer.source.name,
         "target": prepared.transfer.target.name,
-        "model": config.model,
-        "shots": config.shots,
-        "steps": config.steps,
-        "batch": config.batch,
-        "lr": config.lr,
-        "device": prepared.target_test.device.type,
-        **package_versions(),
+        **settings_of(prepared.config, prepared.target_test.device),
     }
     rows = [
         {
@@ -122,9 +118,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: installed_version(name) or "unknown" for name in _PACKAGES}}
+def settings_of(config: DemoConfig | LanguageConfig, device: torch.device) -> dict[str, object]:
+    """Return what the results of every run depend on: options, device, versions of Python and of packages."""
+    return {
+        **{name: getattr(config, name) for name in ("model", "shots", "steps", "batch", "lr")},
+        "device": device.type,
+        "python": platform.python_version(),
+        **{name: installed_version(name) or "unknown" for name in _PACKAGES},
+    }
 
 
 def comparison(

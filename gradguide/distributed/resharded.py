@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ __all__ = ["find_sharded"]
 SAMPLES = 16
 
 
-def find_sharded(old: Iterable[Tensor], groups: Iterable[dict[str, Any]]) -> dict[Tensor, Tensor]:
+def find_sharded(old: Iterable[Tensor], groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
     """Return, by parameter of ``old``, the DTensor of the optimizer that replaces it.
 
     ``fully_shard`` creates new parameters and keeps no reference to the old ones. A DTensor replaces a plain tensor of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.integrations.sampling import DECODER_INPUTS, check_classes, check_decoder_inputs, without_prompt
+from gradguide.integrations.predictions import attended, check_classes, predict
 from gradguide.sources.undisturbed import undisturbed
 
 __all__ = ["drift"]
@@ -63,19 +63,16 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
                     f"a batch must be keyword arguments of the model, found {type(batch).__name__}: pass [batch], not "
                     'batch, and tokenizer(text, return_tensors="pt"), not a text'
                 )
-            check_decoder_inputs(model, batch)
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
             with nullcontext() if adapters is None else _disabled(adapters):
-                start = (model if base is None else base)(**inputs).logits
-            now = without_prompt(model, model(**inputs).logits, inputs)
+                start = predict(model if base is None else base, batch)
+            now = predict(model, batch)
             if start.shape != now.shape:
                 raise ValueError(
                     "the logits of the base and of the model must have one shape, found "
                     f"{tuple(start.shape)} and {tuple(now.shape)}"
                 )
             check_classes(model, now)
-            mask = "decoder_attention_mask" if DECODER_INPUTS & inputs.keys() else "attention_mask"
-            used = _used(now, mask, inputs.get(mask))
+            used = attended(now, batch).to(now.device).flatten().nonzero().squeeze(-1)
             total += _kl(start.flatten(0, -2), now.flatten(0, -2), used)
             count += len(used)
     if count == 0:
@@ -149,13 +146,3 @@ def _kl(start: Tensor, now: Tensor, used: Tensor) -> float:
         # A class that is excluded by -inf adds nothing.
         total += float((p.exp() * (p - q)).where(p != -math.inf, 0.0).sum(dtype=torch.float32))
     return total
-
-
-def _used(logits: Tensor, name: str, mask: Tensor | None) -> Tensor:
-    """Return the positions that count, as indices of the flattened positions."""
-    shape = logits.shape[:-1]
-    if mask is None or len(shape) == 1:
-        return torch.arange(shape.numel(), device=logits.device)
-    if mask.shape != shape:
-        raise ValueError(f"{name} must have the shape of the predictions {tuple(shape)}, found {tuple(mask.shape)}")
-    return mask.to(logits.device).flatten().nonzero().squeeze(-1)

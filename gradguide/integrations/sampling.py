@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,21 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.sources.structured.layers import adapter_configs
+from gradguide.integrations.predictions import attended, check_classes, has_prompt, is_causal, predict, unwrapped
 
-__all__ = [
-    "DECODER_INPUTS",
-    "begins_with_bos",
-    "check_classes",
-    "check_decoder_inputs",
-    "check_length",
-    "own_text",
-    "sampled_loss",
-]
-
-DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
-"""Keyword arguments that determine the positions of an encoder-decoder's predictions."""
-
+__all__ = ["begins_with_bos", "check_length", "own_text", "sampled_loss"]
 
 _DROPPED = 32
 """Number of tokens after the first one that are dropped where a sequence is a part of a longer text."""
@@ -53,25 +40,12 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
             ``decoder_input_ids``: the model is not given the labels, so it cannot derive them. The logits are not those
             of one class of several: a regression, or several labels per row. They have other positions than the mask.
     """
-    labels: Tensor | None = batch.get("labels")
-    name = "decoder_attention_mask" if DECODER_INPUTS & batch.keys() else "attention_mask"
-    mask: Tensor | None = batch.get(name)
-    check_decoder_inputs(model, batch)
-    logits = without_prompt(
-        model, model(**{key: value for key, value in batch.items() if key != "labels"}).logits, batch
-    )
+    logits = predict(model, batch)
     check_classes(model, logits)
-    if logits.dim() > 2 and mask is not None and mask.dim() == 2:
-        if mask.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{name} must have the shape of the predictions {tuple(logits.shape[:-1])}, found {tuple(mask.shape)}"
-            )
-        used = seen = mask.bool()
-    else:
-        used = seen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    if logits.dim() > 2 and labels is not None:
-        used = labels != -100
-    if logits.dim() > 2 and _is_causal(model):
+    labels: Tensor | None = batch.get("labels")
+    seen = attended(logits, batch, allow_square=True)
+    used = labels != -100 if logits.dim() > 2 and labels is not None else seen
+    if logits.dim() > 2 and is_causal(model):
         # Padding on the left predicts nothing.
         logits, used = logits[:, :-1], used[:, 1:] & seen[:, :-1].to(used.device)
     number = int(used.sum())
@@ -144,7 +118,7 @@ def check_length(model: nn.Module, length: int) -> None:
 
 
 def _positions(model: nn.Module) -> float:
-    return getattr(getattr(_unwrapped(model), "config", None), "max_position_embeddings", None) or math.inf
+    return getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None) or math.inf
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
@@ -159,17 +133,17 @@ def _starts(model: nn.Module, tokenizer: Any, rows: int, generator: torch.Genera
     if found is not None:
         return torch.full((rows, 1), found, device=generator.device)
     # A tokenizer with added tokens may be larger than the model's vocabulary.
-    get: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
+    get: Any = getattr(unwrapped(model), "get_input_embeddings", None)
     size = min(len(tokenizer), get().num_embeddings) if callable(get) else len(tokenizer)
     return torch.randint(size, (rows, 1), generator=generator, device=generator.device)
 
 
 def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) -> Tensor:
     """Return texts that continue ``ids`` [rows, 1]: int64 [rows, length]."""
-    known = inspect.signature(_unwrapped(model).forward).parameters
+    known = inspect.signature(unwrapped(model).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # the name in earlier versions of transformers
     # PEFT puts a learned prompt before each input, or in the place of the cache, so all tokens are read again.
-    cached = not _has_prompt(model)
+    cached = not has_prompt(model)
     inputs, cache = ids, None
     while ids.shape[1] < length:
         output = model(input_ids=inputs, use_cache=cached, **({} if cache is None else {name: cache}))
@@ -179,71 +153,3 @@ def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) 
         ids = torch.cat([ids, drawn], dim=1)
         inputs = drawn if cache is not None else ids
     return ids
-
-
-def without_prompt(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Return the logits of the batch's own tokens. Prompt tuning has learned tokens before them."""
-    if logits.dim() < 3 or not _has_prompt(model):
-        return logits
-    own = next((batch[key] for key in (*DECODER_INPUTS, "input_ids", "inputs_embeds") if key in batch), logits)
-    return logits[:, -own.shape[1] :]
-
-
-def _has_prompt(model: nn.Module) -> bool:
-    """Return whether an adapter puts learned tokens, or their keys and values, before the text."""
-    return any(getattr(config, "is_prompt_learning", False) for config in adapter_configs(model).values())
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Return whether the logits of a position are those of the next token.
-
-    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from. The
-    decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
-    """
-    if _is_encoder_decoder(model):
-        return False
-    found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
-    names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
-    names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
-    if not names:
-        return False
-    name, config = names[0]
-    if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
-        return not getattr(config, "is_encoder_decoder", False)
-    return "CausalLM" in name or "LMHead" in name
-
-
-def check_classes(model: nn.Module, logits: Tensor) -> None:
-    """Raise ValueError if the logits are not those of one class of several."""
-    if logits.shape[-1] < 2:
-        raise ValueError(f"the logits must have 2 classes or more, found {logits.shape[-1]}: is it a regression?")
-    kind = getattr(_config(model), "problem_type", None)
-    if kind not in (None, "single_label_classification"):
-        raise ValueError(
-            f"the model must predict one class of several, found {kind!r}: its predictions are not a softmax, so write "
-            "a loss that draws its labels and returns their mean loss and number"
-        )
-
-
-def check_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise ValueError if the batch of an encoder-decoder has labels [batch, tokens] without decoder inputs."""
-    labels: Tensor | None = batch.get("labels")
-    if labels is not None and labels.dim() > 1 and not DECODER_INPUTS & batch.keys() and _is_encoder_decoder(model):
-        raise ValueError(
-            "the batch of an encoder-decoder needs decoder_input_ids beside labels, found none: add "
-            "model.prepare_decoder_input_ids_from_labels(labels), or let the collator do so"
-        )
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(_config(model), "is_encoder_decoder", False))
-
-
-def _config(model: nn.Module) -> Any:
-    """Return the configuration of a model, which may be in a wrapper; None if there is none."""
-    return next((module.config for module in model.modules() if hasattr(module, "config")), None)
-
-
-def _unwrapped(model: Any) -> Any:
-    get = getattr(model, "get_base_model", None)
-    return get() if callable(get) else model

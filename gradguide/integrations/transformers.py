@@ -77,8 +77,8 @@ def guide(
     Clipping is left to GradGuide. Without ``magnitude``, the bound is the trainer's ``max_grad_norm`` (0: no bound on
     the gradient). The trainer's own clipping is switched off in a copy of its arguments, and one log line says so.
 
-    A structured source is bound to the model in this call, so that its pull is relative to the captured weights even if
-    training of whole weights is resumed: the trainer then loads trained weights before it creates the optimizer.
+    A structured source is bound to the model in this call: a trainer that resumes loads trained weights before it
+    creates the optimizer. So its pull is relative to the captured weights, also where whole weights are trained.
 
     Args:
         trainer: a trainer that has no optimizer yet.
@@ -98,9 +98,8 @@ def guide(
     """
     inspect.signature(GradGuide).bind(None, names=names, alignment=alignment, **options)
     _check_trainer(trainer, options)
-    given = trainer.optimizer_cls_and_kwargs
-    from_recipe = given is not None and recipe_of(given[0]) is not None
-    base_class, own = _class_of(trainer)
+    base_class, recipe = _class_of(trainer)
+    own = {} if recipe is None else dict(recipe)
     if twice := sorted(own.keys() & {*options, *(("alignment",) if alignment else ()), *(("names",) if names else ())}):
         raise ValueError(f"{', '.join(twice)}: given to guided(...) and to guide(...); give each option once")
     alignment, names = own.pop("alignment", alignment), own.pop("names", names)
@@ -110,7 +109,7 @@ def guide(
 
     def create_optimizer(*args: Any, **kwargs: Any) -> Any:
         before = trainer.optimizer
-        if from_recipe:  # the rate is read now: each trial of a hyperparameter search has its own
+        if recipe is not None:  # the rate is read now: each trial of a hyperparameter search has its own
             kind, arguments = base_class
             trainer.optimizer_cls_and_kwargs = kind, {"lr": trainer.args.learning_rate, **arguments}
         create(*args, **kwargs)
@@ -148,17 +147,17 @@ def _check_trainer(trainer: Trainer, options: Mapping[str, Any]) -> None:
         raise ValueError("a regularizer needs step(closure), and Trainer gives no closure: leave regularizer=None")
 
 
-def _class_of(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
-    """Return the ``optimizer_cls_and_kwargs`` of the base, and the options of a guided class in it."""
+def _class_of(trainer: Trainer) -> tuple[Any, dict[str, Any] | None]:
+    """Return the ``optimizer_cls_and_kwargs`` of the base, and the options of a guided class in it, if it is one."""
     if trainer.optimizer_cls_and_kwargs is None:
-        return None, {}
+        return None, None
     kind, arguments = trainer.optimizer_cls_and_kwargs
     recipe = recipe_of(kind)
     if recipe is not None:
-        return (recipe[0], arguments), dict(recipe[1])
+        return (recipe[0], arguments), recipe[1]
     if isinstance(kind, type) and issubclass(kind, GradGuide):
         raise ValueError(f"{kind.__name__} is a GradGuide already: give optimizer_cls_and_kwargs its base class")
-    return (kind, arguments), {}
+    return (kind, arguments), None
 
 
 def _bound(alignment: Alignment | None, model: nn.Module) -> Alignment | None:

@@ -79,15 +79,12 @@ def batch_gradient(
     with _without_gradients([*trained, *reachable]):
         (value if mesh is None else value * count).backward()
         found = [p.grad for p in parameters]
-    mean_loss = float(value.detach())
-    reached = [g is not None for g in found]
     gradients = [_dense(p, g) for p, g in zip(parameters, found, strict=True)]
+    own = BatchGradient(count, float(value.detach()), gradients, [g is not None for g in found])
     if mesh is not None:
-        return _mean_over_ranks(
-            parameters, gradients, reached, mesh, _divisor(model, mesh.size()), count, mean_loss, index
-        )
-    _check_finite(mean_loss, bool(all_finite(gradients)), index)
-    return BatchGradient(count, mean_loss, gradients, reached)
+        return _mean_over_ranks(own, parameters, mesh.get_all_groups(), _divisor(model, mesh.size()), index)
+    _check_finite(own.loss, bool(all_finite(gradients)), index)
+    return own
 
 
 @contextmanager
@@ -114,23 +111,17 @@ def _dense(parameter: Tensor, gradient: Tensor | None) -> Tensor:
 
 
 def _mean_over_ranks(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    reached: list[bool],
-    mesh: Any,
-    divisor: float,
-    count: int,
-    loss: float,
-    index: int,
+    own: BatchGradient, parameters: Sequence[Tensor], groups: Sequence[Any], divisor: float, index: int
 ) -> BatchGradient:
     """Return the mean over the batches of all ranks. Gradients of sharded parameters are sums over ``divisor``."""
-    groups = mesh.get_all_groups()
     sums = [
         g * divisor if layout_of(p) is not None else _all_reduce(g.clone(), groups)
-        for p, g in zip(parameters, gradients, strict=True)
+        for p, g in zip(parameters, own.gradients, strict=True)
     ]
     wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
-    numbers = torch.tensor([count, count * loss, wrong, *reached], dtype=torch.float64, device=sums[0].device)
+    numbers = torch.tensor(
+        [own.examples, own.examples * own.loss, wrong, *own.reached], dtype=torch.float64, device=sums[0].device
+    )
     examples, total, bad, *times = _all_reduce(numbers, groups).tolist()
     _check_finite(total / examples, bad == 0, index)
     mean = [g / examples for g in sums]

@@ -47,44 +47,41 @@ def capture_tables(
         raise ValueError(f"dtype must be one of {', '.join(map(str, _STORAGE))}, found {dtype}")
     check_choice("mode", mode, MODES)
     counter = Examples(examples)
-    parameters = _select_parameters(model, names)
+    trained = {name: p for name, p in model_names(model).items() if p.requires_grad}
+    parameters = _select_parameters(trained, names)
     check_divided(parameters.values())
-    everything = {p: name for name, p in model_names(model).items()}
-    trained = [p for p in everything if p.requires_grad]
-    check_hooks(trained, everything)
-    total = _Sums(list(parameters.values()), square=curvature is not False)
+    check_hooks(trained.values(), {p: name for name, p in trained.items()})
+    total = _Sums(parameters, square=curvature is not False)
 
     def gradient_of(chosen: Loss, batch: Batch, index: int) -> BatchGradient:
         count = partial(counter.of, batch, index)
-        return batch_gradient(chosen, model, batch, total.parameters, trained, index=index, examples=count)
+        return batch_gradient(
+            chosen, model, batch, list(parameters.values()), list(trained.values()), index=index, examples=count
+        )
 
     with fail_together("capture", model.parameters()), undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             found = gradient_of(loss, batch, index)
             total.add(found, gradient_of(curvature, batch, index) if callable(curvature) else found)
-    if not any(layout_of(p) is not None for p in total.parameters):  # else each batch is reduced over ranks already
+    if not any(layout_of(p) is not None for p in parameters.values()):  # else each batch is reduced over ranks already
         total.reduce()
     if total.examples == 0:
         raise ValueError("batches must hold at least one example, found none; a generator can be read only once")
     unreached = [name for name, reached in zip(parameters, total.reached, strict=True) if not reached]
     _check_reached(unreached, len(parameters))
-
-    gradient = total.gather(total.mean())
+    gradient = total.gather(total.mean(), dtype)
     fisher = anchor = None
     if curvature is not False:
-        squares = total.gather(total.fisher(callable(curvature)))
-        fisher = dict(zip(parameters, (f.to(dtype) for f in squares), strict=True))
-        anchor = dict(zip(parameters, total.gather([local(p.detach()).clone() for p in total.parameters]), strict=True))
-    table = dict(zip(parameters, (g.to(dtype) for g in gradient), strict=True))
-    _warn_if_zero({name: g for name, g in table.items() if name not in unreached})
+        fisher = total.gather(total.fisher(callable(curvature)), dtype)
+        anchor = total.gather([local(p.detach()).clone() for p in parameters.values()])
+    _warn_if_zero({name: g for name, g in gradient.items() if name not in unreached})
     kind = "true" if callable(curvature) else "empirical" if curvature else None
     metadata = metadata_of(model, examples=total.examples, loss=total.loss / total.examples, curvature=kind)
-    return table, fisher, anchor, metadata
+    return gradient, fisher, anchor, metadata
 
 
-def _select_parameters(model: nn.Module, names: NamesLike | None) -> Table:
+def _select_parameters(trained: Table, names: NamesLike | None) -> Table:
     """Return the trained parameters by name, in the model's order; if ``names`` is given, only those in it."""
-    trained = {name: p for name, p in model_names(model).items() if p.requires_grad}
     if not trained:
         raise ValueError("the model has no parameter with requires_grad, so there is no gradient to capture")
     if names is None:
@@ -101,14 +98,14 @@ def _select_parameters(model: nn.Module, names: NamesLike | None) -> Table:
 class _Sums:
     """Accumulate sums over batches, in float32 or float64."""
 
-    def __init__(self, parameters: list[Tensor], *, square: bool) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: Table, *, square: bool) -> None:
+        self._parameters = parameters
         self.examples = 0
         self._squared_examples = 0  # those of the curvature's loss
         self.loss = 0.0
         self.reached = [False] * len(parameters)  # whether autograd produced a gradient in at least one batch
         self._pairs = 0
-        self._sums = [torch.zeros_like(local(p), dtype=_sum_dtype(p), requires_grad=False) for p in parameters]
+        self._sums = [torch.zeros_like(local(p), dtype=_sum_dtype(p), requires_grad=False) for p in parameters.values()]
         self._squares = [torch.zeros_like(s) for s in self._sums] if square else []
 
     def add(self, batch: BatchGradient, squared: BatchGradient) -> None:
@@ -141,9 +138,10 @@ class _Sums:
         self.reached = [ranks > 0 for ranks in reached]
         self.examples, self._squared_examples, self._pairs = round(examples), round(squared_examples), round(pairs)
 
-    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Gather tensors that are sharded like the parameters, on every rank."""
-        return [full(as_dtensor(part, p)) for part, p in zip(parts, self.parameters, strict=True)]
+    def gather(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Table:
+        """Gather tensors that are sharded like the parameters, on every rank, by name, in their dtype or ``dtype``."""
+        pairs = zip(parts, self._parameters.items(), strict=True)
+        return {name: full(as_dtensor(part, p)).to(dtype or part.dtype) for part, (name, p) in pairs}
 
     def mean(self) -> list[Tensor]:
         """Return the mean gradient of each parameter."""

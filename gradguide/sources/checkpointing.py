@@ -24,8 +24,8 @@ def checkpointing_in_eval(model: nn.Module) -> Iterator[None]:
     of each such layer calls the checkpointing function that the model was given, so that no mode changes. The models
     create no cache of keys and values, because a recomputed layer would add to it twice.
 
-    A call runs without checkpointing if no input requires a gradient, as the parameters of the layer would get none
-    under reentrant checkpointing, or if it gets a cache.
+    A call runs without checkpointing if it gets a cache, or if no input requires a gradient. In the latter case
+    reentrant checkpointing would give the layer's parameters no gradient.
     """
     layers = dict(_checkpointed(model))
     configs = [getattr(module, "config", None) for module in model.modules()] if layers else []

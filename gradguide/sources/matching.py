@@ -80,17 +80,19 @@ def _matched(
         return source
     shapes = {name: p.shape for name, p in parameters.items()}
     trained = [name for name, p in parameters.items() if p.requires_grad]
-    pairs = _pairs(found, shapes, trained) if isinstance(source, SourceGradient) else {n: n for n in found}
-    taken = {pairs[name] for name in found if pairs.get(name) in shapes}
+    own = isinstance(source, SourceGradient)
+    pairs = _pairs(found, shapes, trained) if own else {name: name for name in found if name in shapes}
+    taken = set(pairs.values())
     missing = [name for name in trained if name not in taken]
-    unexpected = [name for name in found if pairs.get(name) not in shapes]
-    other = {n: (found[name], shapes[n]) for name, n in pairs.items() if n in shapes and found[name] != shapes[n]}
+    unexpected = [name for name in found if name not in pairs]
+    other = {n: (found[name], shapes[n]) for name, n in pairs.items() if found[name] != shapes[n]}
     if missing or unexpected or other:
         raise ValueError(which + explain(missing, unexpected, other, matched=taken, reachable=names.reachable()))
     if isinstance(source, SourceGradient):
         check_base_model(source.metadata, names, which)
-    renamed = any(name != n for name, n in pairs.items())
-    return source.renamed(pairs) if renamed and isinstance(source, SourceGradient) else source
+        if any(name != n for name, n in pairs.items()):
+            return source.renamed(pairs)
+    return source
 
 
 def _bound(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +25,38 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
     Raises:
         ValueError: there is no source, or weights, names, shapes or table kinds do not match.
     """
-    if not sources:
+    numbers = _checked_weights(weights, len(sources))
+    _check_equal(sources)
+
+    def merged(label: str, name: str) -> Tensor:
+        tensors = [tables[label][name] for tables in sources]
+        if label == "anchor":
+            found = _mean(tensors, [tables["fisher"][name] for tables in sources], numbers)
+        else:
+            found = _total(weight * to_float64(t) for weight, t in zip(numbers, tensors, strict=True))
+        # Rounded to bfloat16, the mean of anchors would move by more than training moves parameters.
+        wide = any(t.dtype == torch.float64 for t in tensors)
+        return found.to(tensors[0].device, torch.float64 if wide else torch.float32)
+
+    return {label: {name: merged(label, name) for name in table} for label, table in sources[0].items()}
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return one weight for each of ``count`` sources."""
+    if count == 0:
         raise ValueError("merge needs at least one source, found none")
-    weights = [1.0 / len(sources)] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources):
-        raise ValueError(f"weights must be one for each of {len(sources)} sources, found {len(weights)}")
-    for weight in weights:
+    numbers = [1.0 / count] * count if weights is None else list(weights)
+    if len(numbers) != count:
+        raise ValueError(f"weights must be one for each of {count} sources, found {len(numbers)}")
+    for weight in numbers:
         check_range("weight", weight, 0, float("inf"), open_high=True)
-    if not any(weights):
+    if not any(numbers):
         raise ValueError("weights must not all be 0")
+    return numbers
+
+
+def _check_equal(sources: Sequence[Tables]) -> None:
+    """Raise ValueError unless all sources have tables of the same labels, names and shapes."""
     first = sources[0]
     for index, tables in enumerate(sources[1:], 1):
         if tables.keys() != first.keys():
@@ -41,43 +64,18 @@ def merged_tables(sources: Sequence[Tables], weights: Sequence[float] | None) ->
         for label, table in tables.items():
             if {name: t.shape for name, t in table.items()} != {name: t.shape for name, t in first[label].items()}:
                 raise ValueError(f"source {index} differs from source 0 in names or shapes")
-    found: dict[str, dict[str, Tensor]] = {
-        label: {name: _sum([tables[label][name] for tables in sources], weights) for name in first[label]}
-        for label in first
-        if label != "anchor"
-    }
-    if "anchor" in first:
-        found["anchor"] = {
-            name: _mean(
-                [tables["anchor"][name] for tables in sources], [tables["fisher"][name] for tables in sources], weights
-            )
-            for name in first["anchor"]
-        }
-    return found
-
-
-def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = sum((weight * to_float64(t) for weight, t in zip(weights, tensors, strict=True)), torch.zeros(()))
-    return total.to(tensors[0].device, _stored_dtype(tensors))
-
-
-def _stored_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return float64 if a tensor has it, else float32.
-
-    Rounded to bfloat16, the mean of anchors would move by more than training moves parameters.
-    """
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _mean(anchors: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return the mean of the anchors, weighted by weight times curvature; where curvature is zero, by weight alone."""
     total = sum(weights)
-    plain = sum((w / total * to_float64(a) for w, a in zip(weights, anchors, strict=True)), torch.zeros(()))
-    curved = sum((w * to_float64(f) for w, f in zip(weights, fishers, strict=True)), torch.zeros(()))
+    plain = _total(weight / total * to_float64(a) for weight, a in zip(weights, anchors, strict=True))
+    masses = [weight * to_float64(f) for weight, f in zip(weights, fishers, strict=True)]
+    curved = _total(masses)
     # Relative to the plain mean, to avoid cancellation: anchors differ little.
-    shift = sum(
-        (w * to_float64(f) * (to_float64(a) - plain) for w, f, a in zip(weights, fishers, anchors, strict=True)),
-        torch.zeros(()),
-    )
-    mean = plain + torch.where(curved > 0, shift / torch.where(curved > 0, curved, 1.0), 0.0)
-    return mean.to(anchors[0].device, _stored_dtype(anchors))
+    shift = _total(mass * (to_float64(a) - plain) for mass, a in zip(masses, anchors, strict=True))
+    return plain + torch.where(curved > 0, shift / torch.where(curved > 0, curved, 1.0), 0.0)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return sum(terms, torch.zeros(()))

@@ -37,48 +37,49 @@ def explain(
         _part("unexpected in the source", unexpected),
         _part("of another shape", [f"{n} {tuple(ours)} for {tuple(theirs)}" for n, (ours, theirs) in other.items()]),
     ]
-    cause = _cause(missing, unexpected, other, matched, reachable)
+    if other:
+        cause = _other_shapes(other)
+    elif missing and unexpected:
+        cause = _other_names(missing, unexpected, matched)
+    elif missing:
+        cause = _not_captured(missing, matched)
+    else:
+        cause = _not_guided(unexpected, matched, reachable)
     return f"does not match the optimizer's named parameters: {'; '.join(filter(None, parts))}. {cause}"
 
 
-def _cause(
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    other: Shapes,
-    matched: Collection[str],
-    reachable: Mapping[str, Tensor],
-) -> str:
-    lora = _is_lora(matched)
-    if other:
-        ranks = {_rank(name, ours): _rank(name, theirs) for name, (ours, theirs) in other.items()}
-        ((theirs, ours), *more) = ranks.items()
-        if theirs is not None and theirs != ours and not more:
-            return (
-                f"The source is of an adapter of rank {theirs}, found one of rank {ours}: create the adapter with "
-                f"LoraConfig(r={theirs}), or capture a source with this one"
-            )
-        first = next(iter(other))
+def _other_shapes(other: Shapes) -> str:
+    ranks = {_rank(name, ours): _rank(name, theirs) for name, (ours, theirs) in other.items()}
+    ((theirs, ours), *more) = ranks.items()
+    if theirs is not None and theirs != ours and not more:
         return (
-            "The source is of a model of another size, or with another head: load that model, capture a source with "
-            f"this one, or leave {first} out of `names` on both sides"
+            f"The source is of an adapter of rank {theirs}, found one of rank {ours}: create the adapter with "
+            f"LoraConfig(r={theirs}), or capture a source with this one"
         )
-    if missing and unexpected:
-        return _both(missing, unexpected, matched)
+    return (
+        "The source is of a model of another size, or with another head: load that model, capture a source with "
+        f"this one, or leave {next(iter(other))} out of `names` on both sides"
+    )
+
+
+def _not_captured(missing: Sequence[str], matched: Collection[str]) -> str:
     same_layers = {without_adapter(name) for name in missing} <= {without_adapter(name) for name in matched}
-    if missing and same_layers and adapter_of(missing[0]):
-        here, there = adapter_of(missing[0]), next(iter(filter(None, map(adapter_of, matched))), None)
+    here, there = adapter_of(missing[0]), next(iter(filter(None, map(adapter_of, matched))), None)
+    if same_layers and here:
         return (
             f"The source is of adapter {there!r}, which the optimizer trains together with {here!r}. To use it for one "
             f"of them, pass its names: names=lora_parameters(model, {here!r})"
         )
-    if missing:
-        return (
-            "`names` holds parameters that were not captured (a new head, an adapter added later?). To guide them "
-            f"without the source, leave them out of `names`: names={_names_without(missing, lora)}"
-        )
-    inside = [name for name in unexpected if name in reachable]
+    return (
+        "`names` holds parameters that were not captured (a new head, an adapter added later?). To guide them "
+        f"without the source, leave them out of `names`: names={_names_without(missing, matched)}"
+    )
+
+
+def _not_guided(unexpected: Sequence[str], matched: Collection[str], reachable: Mapping[str, Tensor]) -> str:
+    inside = any(name in reachable for name in unexpected)
     why = "`names` or the optimizer leaves them out" if inside else "this model has no such parameters"
-    same = "lora_parameters(model)" if lora and not _is_lora(unexpected) else "..."
+    same = "lora_parameters(model)" if _is_lora(matched) and not _is_lora(unexpected) else "..."
     also = "; or guide them too, with names=model" if inside else ""
     return (
         f"They were captured, and {why} (an old head?): capture only the parameters to guide, with "
@@ -86,7 +87,7 @@ def _cause(
     )
 
 
-def _both(missing: Sequence[str], unexpected: Sequence[str], matched: Collection[str]) -> str:
+def _other_names(missing: Sequence[str], unexpected: Sequence[str], matched: Collection[str]) -> str:
     ours, theirs = ({without_adapter(name) for name in names} for names in (missing, unexpected))
     here, there = (sorted({adapter_of(name) or "" for name in names} - {""}) for names in (missing, unexpected))
     if theirs <= ours and here and there:
@@ -103,14 +104,14 @@ def _both(missing: Sequence[str], unexpected: Sequence[str], matched: Collection
     return (
         f"The source has for instance {unexpected[0]}, the optimizer {missing[0]}: they are of different models or "
         "adapters. Load the model that the source was captured from, or capture a source with this one. If a new head "
-        f"is all that differs, leave it out on both sides: names={_names_without(missing, _is_lora(matched))}, here "
+        f"is all that differs, leave it out on both sides: names={_names_without(missing, matched)}, here "
         "and in SourceGradient.capture(...)"
     )
 
 
-def _names_without(missing: Sequence[str], lora: bool) -> str:
+def _names_without(missing: Sequence[str], matched: Collection[str]) -> str:
     """Return a Python expression for ``names`` without the missing ones."""
-    if lora and not _is_lora(missing):
+    if _is_lora(matched) and not _is_lora(missing):
         return "lora_parameters(model)"
     prefixes = sorted({f"{module_of(name)}." if module_of(name) else name for name in missing})
     given = repr(prefixes[0]) if len(prefixes) == 1 else f"({', '.join(map(repr, prefixes[:SHOWN]))})"

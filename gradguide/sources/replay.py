@@ -43,8 +43,8 @@ class ReplaySource:
     them equal, save at a multiple of ``every``, and resume with ``batches`` that continue where they stopped, such as a
     stateful data loader.
 
-    Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean
-    over ranks, whether the loss uses the wrapped model or not.
+    Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean over ranks, whether the
+    loss uses the wrapped model or not.
 
     Args:
         batches: source batches. It is iterated repeatedly, so it must be a list, a DataLoader or the like.

@@ -29,8 +29,8 @@ ANCHORED_WEIGHT = 1.0
 class SourceGradient:
     """The mean gradient of a source task's loss, ``s0``, and optionally its diagonal Fisher information.
 
-    With curvature, the gradient is ``s0 + F * (theta - theta0)``, a first-order model of the source gradient at the
-    current parameters, so it stays valid while they change. Without curvature it is s0 at all parameters.
+    With curvature, the gradient is ``s0 + F * (theta - theta0)``. This first-order model of the source gradient stays
+    valid while parameters change. Without curvature it is s0 at all parameters.
     :meth:`anchored` turns it into a pull back to the captured parameters. Its strength does not depend on the
     confidence of the model at capture.
 
@@ -163,15 +163,14 @@ class SourceGradient:
         """Return the source as a pull back to the captured parameters: ``H * (theta - theta0)``.
 
         ``H = sqrt(F) / mean(sqrt(F)) / |theta0|``, with mean and norm over all its parameters together. The norm has a
-        lower bound: that of parameters with a root mean square of 0.01. At weight 1, parameters at a distance of
-        ``|theta0|`` are therefore pulled back with a norm of about 1, the default bound of gradient clipping, for any
-        model size.
+        lower bound: that of parameters with a root mean square of 0.01. At weight 1 and a distance of ``|theta0|``, the
+        pull has a norm of about 1 for any model size. This is the default bound of gradient clipping.
 
         s0 is dropped. It is the gradient that remains after source training, and it goes stale. At a useful weight it
-        would dominate all other terms. F is normalized, because it vanishes as the model
-        becomes confident on its source (1e-9 or less when fitted to a few rows), while the possible loss does not.
-        sqrt(F) is proportional to the size of gradient elements, like the square root of Adam's second moments. So each
-        element is held in proportion to its gradients. A source without s0 is returned unchanged.
+        would dominate all other terms. F is normalized, because it vanishes as the model becomes confident on its
+        source: it is 1e-9 or less when fitted to a few rows. The possible loss does not vanish. sqrt(F) is proportional
+        to the size of gradient elements, like the square root of Adam's second moments. So each element is held in
+        proportion to its gradients. A source without s0 is returned unchanged.
 
         For elastic weight consolidation (arXiv 1612.00796), which uses F itself with a separate weight, create
         ``SourceGradient(None, fisher=source.fisher, anchor=source.anchor)``.

@@ -7,7 +7,7 @@ no copies. For an extra pass in a step, without the model, see ``side_effects``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,35 +34,32 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
         mode: one of ``MODES``: "eval" and "train" call ``model.eval()`` or ``model.train()``; "keep" changes nothing.
             In "eval", layers that have gradient checkpointing on keep it.
     """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    buffers = [(module, name, b, b.detach().clone()) for module in modules for name, b in _buffers(module)]
-    flags = [
-        (m, name, getattr(m, name)) for m in modules if isinstance(m, DistributedDataParallel) for name in _DDP_FLAGS
-    ]
-    # The first forward pass of DDP after a backward pass replaces the gradients of parameters.
-    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        for wrapper, name, _ in flags:
-            setattr(wrapper, name, False)
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            for name, buffer in _buffers(module):
+                stack.callback(_restore, module, name, buffer, buffer.detach().clone())
+            for name in _DDP_FLAGS if isinstance(module, DistributedDataParallel) else ():
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, False)
+        # The first forward pass of DDP after a backward pass replaces the gradients of parameters.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                stack.callback(setattr, parameter, "grad", parameter.grad)
         if mode != "keep":
             model.train(mode == "train")
-        checkpointing = checkpointing_in_eval(model) if mode == "eval" else nullcontext()
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), checkpointing:
+        if mode == "eval":
+            stack.enter_context(checkpointing_in_eval(model))
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
             yield
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
-        for module, name, buffer, value in buffers:
-            if not torch.equal(buffer, value):  # batch norm writes without increasing ``_version``
-                with torch.no_grad():
-                    buffer.copy_(value)
-            module._buffers[name] = buffer
-        for wrapper, name, flag in flags:
-            setattr(wrapper, name, flag)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+
+
+def _restore(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
+    if not torch.equal(buffer, value):  # batch norm writes without increasing ``_version``
+        with torch.no_grad():
+            buffer.copy_(value)
+    module._buffers[name] = buffer
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -161,7 +161,7 @@ class Engine:
         decided = state.decided
         self.update_squares = []
         writes = []
-        for bucket, direction in zip(state.plan.buckets, self._written_directions(state), strict=True):
+        for bucket, direction in zip(state.plan.buckets, self._own_directions(state.plan), strict=True):
             own = [] if direction is None else [Write(into=direction, coefficients=decided.direction)]
             writes.append([*own, Write(into=bucket.gradients, coefficients=decided.clipped)])
         state.plan.combine_(state.rows, writes, self.signed_rows(self.rules.source_count))
@@ -177,7 +177,7 @@ class Engine:
         if count > fused_adam.MAX_SOURCES or plan.sharded:
             return False
         signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.source_count))
-        launches = fused_adam.plan_launches(base, plan, state.rows, self._written_directions(state), signs)
+        launches = fused_adam.plan_launches(base, plan, state.rows, self._own_directions(plan), signs)
         if launches is None:
             return False
         scale, pulls, bound = None, None, plan.cache.device_adam_bound
@@ -258,12 +258,9 @@ class Engine:
 
     def direction_row(self, plan: StepPlan, base: Optimizer, index: int) -> Row | None:
         """Return the running direction of bucket ``index``; None if the rule is off or no momentum exists yet."""
-        if self.rules.direction is None:
-            return None
-        if not self.rules.direction.share_momentum:
-            if plan.cache.directions is None:
-                plan.cache.directions = [self._directions_of(bucket) for bucket in plan.buckets]
-            return Row(offset=plan.cache.directions[index])
+        if not self.rules.share_momentum:
+            direction = self._own_directions(plan)[index]
+            return None if direction is None else Row(offset=direction)
         bucket = plan.buckets[index]
         found = momentum_buffers(base, bucket.parameters)
         if all(momentum is None for momentum in found):
@@ -273,6 +270,14 @@ class Engine:
             for momentum, value in zip(found, bucket.values, strict=True)
         ]
         return Row(offset=plan.cache.metadata.of(("momentum", bucket.positions[0]), directions))
+
+    def _own_directions(self, plan: StepPlan) -> Sequence[TensorList | None]:
+        """Return the running direction of each bucket, which the step writes; None without one, or if it is shared."""
+        if self.rules.direction is None or self.rules.share_momentum:
+            return [None] * len(plan.buckets)
+        if plan.cache.directions is None:
+            plan.cache.directions = [self._directions_of(bucket) for bucket in plan.buckets]
+        return plan.cache.directions
 
     def _directions_of(self, bucket: Bucket) -> TensorList:
         """Return the running directions of a bucket. Missing ones, and those of another shape, start at zero."""
@@ -290,10 +295,3 @@ class Engine:
             self.directions[parameter] = memory if old is None or old.shape != value.shape else memory.copy_(old)
         directions = [self.directions[p] for p in bucket.parameters]
         return TensorList(directions, metadata_of(directions))
-
-    def _written_directions(self, state: StepState) -> list[Sequence[Tensor] | None]:
-        """Return the running direction of each bucket, or None if the step does not write it."""
-        if self.rules.direction is None or self.rules.direction.share_momentum:
-            return [None] * len(state.rows)
-        directions = [rows[DIRECTION] for rows in state.rows]
-        return [None if row is None else row.offset for row in directions]

@@ -30,10 +30,9 @@ def resolve_names(groups: Groups, names: NamesLike | None, scope: Scope) -> tupl
         for key in scope:
             if not isinstance(key, Tensor):
                 raise TypeError(f"scope must map parameters (tensors) to labels, found the key {key!r}")
-    held = [dict(group) for group in groups]
-    known = Names(names if names is not None else names_in_groups(held))
-    known.of(p for group in held for p in group["params"])
-    replaced = find_sharded([*known.found, *(scope if isinstance(scope, Mapping) else ())], held)
+    known = Names(names if names is not None else names_in_groups(groups))
+    known.of(p for group in groups for p in group["params"])
+    replaced = find_sharded([*known.found, *(scope if isinstance(scope, Mapping) else ())], groups)
     known.replace(replaced)
     if isinstance(scope, Mapping):
         scope = {replaced.get(p, p): label for p, label in scope.items()}
@@ -48,5 +47,5 @@ def extend_names(known: Names, given: NamesLike | None, groups: Groups) -> Names
         TypeError, ValueError: see :func:`resolve_names`.
     """
     extended = known.merged(given)
-    extended.replace(find_sharded(extended.found, [dict(group) for group in groups]))
+    extended.replace(find_sharded(extended.found, groups))
     return extended

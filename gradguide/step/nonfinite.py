@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from gradguide.base_checks import closure_error
-from gradguide.ops import Row
+from gradguide.ops.tensors import all_finite
 from gradguide.step.engine import StepState
 from gradguide.step.momentum import momentum_buffers
 
@@ -105,10 +105,6 @@ def _starts_momentum(state: StepState, base: Optimizer) -> bool:
     return any(each is None for each in momentum)
 
 
-def _is_finite(row: Row | None) -> bool:
-    return row is None or all(bool(part.isfinite().all()) for part in row.offset or ())
-
-
 def _where(state: StepState, names: Mapping[Tensor, str]) -> str:
     bad = [
         (position, p)
@@ -116,7 +112,8 @@ def _where(state: StepState, names: Mapping[Tensor, str]) -> str:
         for position, p, g in zip(bucket.positions, bucket.parameters, bucket.gradients, strict=True)
         if not g.isfinite().all()
     ]
-    if not bad and state.regularized and not all(_is_finite(rows[-1]) for rows in state.rows):
+    terms = [rows[-1] for rows in state.rows] if state.regularized else []
+    if not bad and not all(bool(all_finite(row.tensors)) for row in terms if row is not None):
         return "the gradient of the regularizer, from the second evaluation of the closure, has"
     if not bad:
         other = "the gradient on another rank, or " if state.plan.sharded else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from operator import is_
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import Layout
 from gradguide.distributed.ranks import Ranks
 from gradguide.ops.rounding import rounding
-from gradguide.ops.tensors import DTYPE, metadata_of
+from gradguide.ops.tensors import DTYPE, metadata_of, same_objects
 from gradguide.sources.matching import match_sources
 from gradguide.sources.protocol import Source
 from gradguide.sources.replay import ReplaySource
@@ -79,8 +78,7 @@ class StepPlanner:
         self._matched = self._names_of(self._present)
         # Validation ensured that all sources have the trained parameters. Frozen ones may be missing in some.
         shapes = [shapes for source in sources if (shapes := source.shapes()) is not None]
-        everything = frozenset(self.names.values()) if sources else frozenset()
-        self._covered = frozenset.intersection(everything, *map(frozenset, shapes)) if shapes else everything
+        self._covered = frozenset(self.names.values() if sources else ()).intersection(*shapes)
         self._ranks = Ranks()
         self._shards: tuple[dict[str, Layout], Sequence[Source]] = {}, self.sources
         self.invalidate()
@@ -101,7 +99,7 @@ class StepPlanner:
         """
         self.track_replaced(base)
         present = all_parameters(base)
-        if len(present) == len(self._present) and all(map(is_, present, self._present)):
+        if same_objects(present, self._present):
             return
         if self.sources and not self._names_of(present) <= self._matched:
             sources = match_sources(self.sources, base.param_groups, self.name_lookup, self.sources)
@@ -179,7 +177,7 @@ class StepPlanner:
         self._match_added(base)
         check_differentiable(base.param_groups)
         check_zero(base.param_groups)
-        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        trained = [p for p in all_parameters(base) if p.requires_grad or p.grad is not None]
         self._ranks.update_layouts(trained)
         self._ranks.check_agreement(trained, lambda: self._describe_options(base))
         return trained
@@ -208,7 +206,7 @@ class StepPlanner:
 
     def track_replaced(self, base: Optimizer) -> None:
         """Transfer name and scope to tensors that replace a parameter, as FSDP2 and some loaders do."""
-        self.name_lookup.of(p for group in base.param_groups for p in group["params"])
+        self.name_lookup.of(all_parameters(base))
         tables = [table for table in (self.names, self._scope) if isinstance(table, dict) and table]
         if not tables:
             return
@@ -219,7 +217,7 @@ class StepPlanner:
                     self._places[index, place] = parameter
                 elif (index, place) in self._places:
                     # If the old parameter is still in a group, it has moved and was not replaced.
-                    held = held or {p for each in base.param_groups for p in each["params"]}
+                    held = held or set(all_parameters(base))
                     old = self._places.pop((index, place))
                     if old not in held:
                         self._places[index, place] = parameter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gradguide.base_checks import NO_GRADIENTS
 from gradguide.ops.tensors import wide_dtype
 from gradguide.recording.history import History
 from gradguide.step import nonfinite
-from gradguide.step.engine import Engine, StepState
+from gradguide.step.engine import StepState
 from gradguide.step.metrics import Record
 
 __all__ = ["NOTHING_RECORDED", "Progress"]
@@ -39,7 +39,7 @@ class Progress:
         self._skipped_in_row = 0
         self._warned: set[str] = set()
 
-    def skipped_on_host(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
+    def skipped_on_host(self, state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
         """Return whether the host skips the step. If so, count it, and warn after several in a row.
 
         Every other step is counted by ``rules.decide``, also if it is skipped on the device.
@@ -52,7 +52,6 @@ class Progress:
         # Later updates are in place, so that a replayed CUDA graph continues the count.
         device = state.span.gram.device
         self.totals = self.totals.to(device, wide_dtype(device))
-        names = engine.planner.names
         if not nonfinite.skip_on_host(state, base, policy, names):
             self._skipped_in_row = 0
             return False

@@ -220,7 +220,7 @@ def normalize_names(names: NamesLike, others: Mapping[Tensor, str] | None = None
     return _unique(given, parameters)
 
 
-def names_in_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+def names_in_groups(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
     """Return the (name, parameter) pairs in param groups: torch stores names if an optimizer gets named parameters."""
     found: list[tuple[str, Tensor]] = []
     for group in groups:

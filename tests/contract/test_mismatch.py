@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +13,7 @@ from torch import nn
 
 from gradguide import Direction, GradGuide
 from tests.contract import kit
-
-State = dict[str, Any]
+from tests.contract.states import State, without_own
 
 
 def trained(model: nn.Module, **extra: Any) -> GradGuide:
@@ -47,15 +45,6 @@ def newer(state: State) -> State:
 
 def own_state() -> State:
     return copy.deepcopy(trained(kit.net()).state_dict())
-
-
-def without_own(state: State) -> State:
-    """Return only the base's state, as after a run with a plain AdamW."""
-    state = copy.deepcopy(state)
-    for entry in state["state"].values():
-        for key in [key for key in entry if key.startswith("gradguide.")]:
-            del entry[key]
-    return state
 
 
 # Each: function that makes the state, and pattern of the message.
@@ -111,44 +100,6 @@ def test_i21_misfit_in_the_bases_own_tensors_is_seen_without_a_direction() -> No
     with pytest.raises(ValueError, match=r"\(8, 4\).*\(6, 4\)"):
         optimizer.load_state_dict(state)
     kit.assert_same(kit.snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize(
-    "counters",
-    [torch.zeros(0), torch.ones(3), torch.ones(9), torch.ones(2, 8), torch.full((5,), math.nan), "eight", None, 1.0],
-    ids=["empty", "short", "long", "matrix", "nan", "text", "none", "number"],
-)
-def test_i21_damaged_counters_are_refused(counters: object) -> None:
-    model = kit.net()
-    optimizer = trained(model)
-    state = own_state()
-    state["state"][1]["gradguide.counters"] = counters
-    before = kit.snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=r"gradguide\.counters"):
-        optimizer.load_state_dict(state)
-    kit.assert_same(kit.snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("direction", ["text", None, 3], ids=str)
-def test_i21_damaged_direction_is_refused(direction: object) -> None:
-    model = kit.net()
-    optimizer = trained(model)
-    state = own_state()
-    state["state"][2]["gradguide.direction"] = direction
-    before = kit.snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=r"direction of parameter 2\.weight"):
-        optimizer.load_state_dict(state)
-    kit.assert_same(kit.snapshot(model, optimizer), before)
-
-
-def test_i21_groups_keep_their_options_when_a_load_fails() -> None:
-    model = kit.net()
-    optimizer = trained(model)
-    state = newer(own_state())
-    state["param_groups"][0]["lr"] = 123.0
-    with pytest.raises(ValueError, match="format"):
-        optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
 
 
 def test_i21_load_hooks_see_and_replace_the_state() -> None:

@@ -333,6 +333,7 @@ def test_learned_tokens_before_the_text_are_not_compared(masked: bool) -> None:
     )
     assert drift(model, batches) == pytest.approx(total / sum(int(u.sum()) for u in used), rel=1e-4)
     assert drift(model, batches) > 0
+    assert drift(model, batches, base=copy.deepcopy(model)) == pytest.approx(0.0, abs=1e-6)
 
 
 def merged() -> nn.Module:

@@ -88,18 +88,34 @@ def capture(model: PeftModel, **options: Any) -> SourceGradient:
     return SourceGradient.capture(model, batches(model), lambda model, batch: model(**batch).loss, **options)
 
 
+def guide(model: nn.Module, source: SourceGradient, names: Any) -> GradGuide:
+    base = AdamW(model.parameters(), lr=1e-3)
+    return GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())
+
+
+def refused(model: nn.Module, source: SourceGradient, names: Any) -> str:
+    base = AdamW(model.parameters())
+    with pytest.raises(ValueError) as caught:
+        GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())
+    assert base.state == {}
+    return str(caught.value)
+
+
+def follow(message: str, model: nn.Module, source: SourceGradient) -> str:
+    """Guide with the ``names`` that a message advises, and return that expression."""
+    found = re.search(r"names=(.*[)\]])$", message)
+    assert found is not None
+    guide(model, source, eval(found[1], {"lora_parameters": lora_parameters, "model": model}))
+    return found[1]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_example_of_the_readme_works(kind: str) -> None:
     model = MODELS[kind]()
     source = capture(model)
     assert source.names() == [name for name, _ in lora_parameters(model)]
     assert source.metadata["adapter"] is not None
-    optimizer = GradGuide(
-        AdamW(model.parameters(), lr=1e-3),
-        alignment=Alignment(source.anchored()),
-        names=lora_parameters(model),
-        direction=Direction(),
-    )
+    optimizer = guide(model, source.anchored(), lora_parameters(model))
     for batch in batches(model, seed=1):
         model(**batch).loss.backward()
         optimizer.step()
@@ -114,20 +130,7 @@ def test_everything_captured_and_a_model_as_names(kind: str) -> None:
     model = MODELS[kind]()
     source = capture(model, names=None)
     assert set(source.names()) == {name for name, p in model.named_parameters() if p.requires_grad}
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model, direction=Direction())
-
-
-def refused(model: PeftModel, source: SourceGradient, names: Any) -> str:
-    base = AdamW(model.parameters())
-    with pytest.raises(ValueError) as caught:
-        GradGuide(base, alignment=Alignment(source), names=names, direction=Direction())
-    assert base.state == {}
-    return str(caught.value)
-
-
-def run(line: str, model: PeftModel) -> Any:
-    """Evaluate an expression for ``names`` from a message."""
-    return eval(line, {"lora_parameters": lora_parameters, "model": model})
+    guide(model, source, model)
 
 
 def test_i35_a_source_with_the_classifier_says_how_to_capture_without() -> None:
@@ -145,21 +148,15 @@ def test_i35_a_classifier_that_the_source_lacks_says_how_to_leave_it_out() -> No
     message = refused(model, source, model)
     assert "2 missing from the source (base_model.model.classifier.modules_to_save.default.weight" in message
     assert "a new head" in message
-    found = re.search(r"names=(.*\))$", message)
-    assert found is not None
-    assert found[1] == "lora_parameters(model)"
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model), direction=Direction())
+    assert follow(message, model, source) == "lora_parameters(model)"
 
 
 def test_i35_a_head_beside_plain_layers_says_how_to_leave_it_out() -> None:
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
     source = SourceGradient({name: torch.ones_like(p) for name, p in model.named_parameters() if "body" in name})
-    with pytest.raises(ValueError, match="2 missing from the source") as caught:
-        GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=model, direction=Direction())
-    found = re.search(r"names=(\[.*\])$", str(caught.value))
-    assert found is not None
-    names = eval(found[1], {"model": model})
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=names, direction=Direction())
+    message = refused(model, source, model)
+    assert "2 missing from the source" in message
+    follow(message, model, source)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -272,9 +269,7 @@ def test_i35_the_adapter_that_was_captured_keeps_its_source() -> None:
     message = refused(model, source, model)
     assert "missing from the source" in message
     assert "The source is of adapter 'default', which the optimizer trains together with 'b'" in message
-    found = re.search(r"names=(.*\))$", message)
-    assert found is not None
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(source), names=run(found[1], model), direction=Direction())
+    follow(message, model, source)
 
 
 def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
@@ -283,7 +278,7 @@ def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
     both = capture(model)
     assert len(both.names()) == 2 * len(capture(causal()).names())
     first = {name: t for name, t in both.anchor.items() if ".default." in name}
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(both), names=lora_parameters(model), direction=Direction())
+    guide(model, both, lora_parameters(model))
     # Names of one adapter only: the other one has no source.
     source = capture(causal())
     message = refused(model, source, lora_parameters(model))
@@ -293,9 +288,7 @@ def test_i35_two_adapters_trained_at_once_are_kept_apart() -> None:
     third = source.renamed({name: name.replace(".default.", ".c.") for name in source.names()})
     message = refused(model, third, lora_parameters(model))
     assert "The source has adapter 'c', the optimizer 'b' and 'default'" in message
-    found = re.search(r"names=(.*\))$", message)
-    assert found is not None
-    GradGuide(AdamW(model.parameters()), alignment=Alignment(third), names=run(found[1], model), direction=Direction())
+    follow(message, model, third)
 
 
 def test_i35_an_adapter_added_after_the_optimizer_has_names() -> None:

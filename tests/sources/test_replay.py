@@ -8,25 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gradguide import Alignment, Direction, GradGuide, Regularizer, ReplaySource
 from tests.contract import kit
+from tests.sources.replayed import LossOf, guide, old, replay_of
 
 
-def old(step: int) -> tuple[Tensor, Tensor]:
-    """Return a batch of the source task, distinct from those of the target."""
-    return kit.batch(500 + step)
+def answer(source: ReplaySource, model: nn.Module) -> Tensor:
+    """Return the source's gradient of all parameters of the model."""
+    named = dict(model.named_parameters())
+    return flat(source.row(list(named), list(named.values())).tensors)
 
 
-def guide(model: nn.Module, source: Any, **options: Any) -> GradGuide:
-    options = {"direction": None, "magnitude": None} | options
-    alignment = Alignment(source, on="gradient", **options.pop("alignment", {}))
-    return GradGuide(kit.sgd(model.parameters()), alignment=alignment, names=model.named_parameters(), **options)
-
-
-def replay_of(model: nn.Module, every: int = 1, count: int = 3) -> ReplaySource:
-    return ReplaySource([old(i) for i in range(count)], lambda batch: kit.loss_of(model, batch), every)
+def refresh(source: ReplaySource, model: nn.Module) -> None:
+    named = dict(model.named_parameters())
+    source.refresh(named, list(named.values()))
 
 
 def gradient_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -61,11 +57,7 @@ def test_the_projection_is_that_of_a_gem() -> None:
 
 def test_a_source_of_alignment_and_regularizer_is_evaluated_once() -> None:
     model = kit.net()
-    calls: list[int] = []
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        calls.append(len(calls))
-        return kit.loss_of(model, batch)
+    loss = LossOf(model)
 
     def closure() -> Tensor:
         model.zero_grad()
@@ -77,25 +69,19 @@ def test_a_source_of_alignment_and_regularizer_is_evaluated_once() -> None:
     optimizer = guide(model, source, regularizer=Regularizer(alignment=0.1, source=source))
     for _ in range(4):
         optimizer.step(closure)
-    assert len(calls) == 2, "at steps 0 and 2"
+    assert loss.calls == 2, "at steps 0 and 2"
 
 
 def test_between_evaluations_the_last_answer_stands() -> None:
     model = kit.net()
-    calls: list[int] = []
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        calls.append(len(calls))
-        return kit.loss_of(model, batch)
-
+    loss = LossOf(model)
     source = ReplaySource([old(0), old(1)], loss, every=3)
     optimizer = guide(model, source)
-    names = [name for name, _ in model.named_parameters()]
     answers = []
     for step in range(7):
         kit.train(model, optimizer, [step])
-        answers.append(flat(source.row(names, list(model.parameters())).tensors))
-    assert len(calls) == 3, "at steps 0, 3 and 6"
+        answers.append(answer(source, model))
+    assert loss.calls == 3, "at steps 0, 3 and 6"
     assert torch.equal(answers[0], answers[2])
     assert not torch.equal(answers[2], answers[3])
 
@@ -111,70 +97,6 @@ def test_a_weighted_pull_adds_the_live_gradient() -> None:
         (kit.loss_of(plain, kit.batch(step)) + kit.loss_of(plain, old(step % 3))).backward()
         other.step()
     torch.testing.assert_close(kit.parameters_of(model), kit.parameters_of(plain))
-
-
-class Noisy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
-        self.new, self.old = nn.Linear(6, 3), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, head: str = "new") -> Tensor:
-        found: Tensor = getattr(self, head)(self.body(x))
-        return found
-
-
-def test_it_leaves_no_trace_but_its_answer() -> None:
-    """Gradients (also of other parameters), batch statistics and random state are unchanged."""
-    model, plain = Noisy(), Noisy()
-    for each in (model, plain):
-        each.old.requires_grad_(False)
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0], "old") + model(batch[0], "new"), batch[1])
-
-    source = ReplaySource([old(0)], loss)
-    named = [(name, p) for name, p in model.named_parameters() if name.startswith("body")]
-    optimizer = GradGuide(
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0),
-        direction=Direction(damping=0.0),
-        magnitude=None,
-        alignment=Alignment(source, project=False),
-        names=named,
-    )
-    for each in (model, plain):
-        torch.manual_seed(4)
-        kit.loss_of(each, kit.batch(0)).backward()
-    state = torch.get_rng_state()
-    held = [p.grad for p in model.parameters()]
-    optimizer.step()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
-    kit.assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
-    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
-
-
-class Normalized(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.norm = kit.net(), nn.BatchNorm1d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.norm(self.net(x))
-        return found
-
-
-def test_buffers_of_a_compiled_model_are_those_of_training_alone() -> None:
-    """Compiled code calls no hooks on modules, so the model must be known."""
-    model, plain = Normalized(), Normalized()
-    model.compile(backend="eager")
-    base = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer = GradGuide(base, alignment=Alignment(replay_of(model)), names=model)
-    for step in range(3):
-        kit.train(model, optimizer, [step])
-        kit.loss_of(plain, kit.batch(step))
-    kit.assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
 def test_a_run_resumed_with_batches_that_continue_equals_one_that_was_not_stopped() -> None:
@@ -206,19 +128,13 @@ def test_beside_a_stored_source_each_has_its_metrics() -> None:
 def test_a_scaler_s_scale_is_divided_out_and_an_overflow_keeps_the_last_answer() -> None:
     model = kit.net()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    explode = [False, True]
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return kit.loss_of(model, batch) * (float("inf") if explode.pop(0) else 1.0)
-
     scaler.scale(torch.zeros(()))  # initialises its scale
-    source = ReplaySource([old(0)], loss, scaler=scaler)
-    named = dict(model.named_parameters())
-    source.refresh(named, list(named.values()))
-    first = flat(source.row(list(named), list(named.values())).tensors)
+    source = ReplaySource([old(0)], LossOf(model, [1.0, torch.inf]), scaler=scaler)
+    refresh(source, model)
+    first = answer(source, model)
     torch.testing.assert_close(first, gradient_of(model, old(0)))
-    source.refresh(named, list(named.values()))
-    assert torch.equal(flat(source.row(list(named), list(named.values())).tensors), first)
+    refresh(source, model)
+    assert torch.equal(answer(source, model), first)
 
 
 def test_a_gradient_that_overflows_at_the_scaler_s_scale_is_evaluated_at_a_lower_one() -> None:
@@ -237,13 +153,12 @@ def test_a_gradient_that_overflows_at_the_scaler_s_scale_is_evaluated_at_a_lower
         found.register_hook(note)
         return found
 
-    named = dict(model.named_parameters())
     source = ReplaySource([old(0)], loss, scaler=scaler)
-    source.refresh(named, list(named.values()))
+    refresh(source, model)
     assert scales == [2.0**16, 2.0**15, 2.0**14, 2.0**13]
-    torch.testing.assert_close(flat(source.row(list(named), list(named.values())).tensors), gradient_of(model, old(0)))
+    torch.testing.assert_close(answer(source, model), gradient_of(model, old(0)))
     for _ in range(2500):
-        source.refresh(named, list(named.values()))
+        refresh(source, model)
     assert 2.0**12 < scales[-1] < 2.0**13, "it grows again, and is halved again"
     assert len(scales) == 4 + 2500
 
@@ -251,17 +166,12 @@ def test_a_gradient_that_overflows_at_the_scaler_s_scale_is_evaluated_at_a_lower
 def test_until_a_gradient_is_finite_every_step_evaluates() -> None:
     """The first one cannot be replaced by an earlier one, so the step is skipped."""
     model = kit.net()
-    calls: list[int] = []
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        calls.append(len(calls))
-        return kit.loss_of(model, batch) * (float("inf") if len(calls) in (1, 2, 4) else 1.0)
-
+    loss = LossOf(model, [torch.inf, torch.inf, 1.0, torch.inf])
     optimizer = guide(model, ReplaySource([old(0)], loss, every=4))
     evaluations = []
     for step in range(9):
         kit.train(model, optimizer, [step])
-        evaluations.append(len(calls))
+        evaluations.append(loss.calls)
     assert evaluations == [1, 2, 3, 3, 4, 4, 4, 4, 5]
     assert (optimizer.metrics()["skipped"], optimizer.metrics()["steps"]) == (2, 7)
 
@@ -281,20 +191,9 @@ def test_a_parameter_of_another_shape_is_evaluated_anew(every: int) -> None:
         torch.testing.assert_close(p.grad, torch.full_like(value, 6.0))
 
 
-class LossOf:
-    """The loss of a batch. A deep copy evaluates the copied model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return kit.loss_of(self.model, batch)
-
-
 def test_a_copy_starts_again_at_the_first_batch_and_steps_by_itself() -> None:
     model = kit.net()
-    source = ReplaySource([old(i) for i in range(3)], LossOf(model))
-    optimizer = guide(model, source, alignment={"weight": 1.0, "project": False})
+    optimizer = guide(model, replay_of(model), alignment={"weight": 1.0, "project": False})
     kit.train(model, optimizer, range(2))
     twin, copied = copy.deepcopy((model, optimizer))
 
@@ -326,7 +225,7 @@ def test_bad_options(arguments: Any, error: type[Exception], message: str) -> No
 @pytest.mark.parametrize(
     ("batches", "loss", "message"),
     [
-        ([], lambda model: lambda batch: kit.loss_of(model, batch), "found none; a generator can be read only once"),
+        ([], LossOf, "found none; a generator can be read only once"),
         ([old(0)], lambda model: lambda batch: torch.tensor(1.0), "must be a scalar with its graph"),
         ([old(0)], lambda model: lambda batch: kit.loss_of(kit.net(), batch), "reaches none of the guided parameters"),
     ],
@@ -382,49 +281,6 @@ def test_it_needs_names() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="keyed by parameter names, found none"):
         GradGuide(kit.sgd(model.parameters()), alignment=Alignment(replay_of(model)), direction=Direction())
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_parameters_of_another_optimizer_keep_their_gradients(reentrant: bool) -> None:
-    torch.manual_seed(0)
-    body, head = nn.Linear(4, 4), nn.Linear(4, 1)
-
-    def loss(x: Tensor) -> Tensor:
-        inner = checkpoint(body, x, use_reentrant=True) if reentrant else body(x)
-        value: Tensor = head(inner).square().mean()
-        return value
-
-    batch = torch.randn(3, 4, requires_grad=True)
-    optimizer = GradGuide(
-        torch.optim.SGD(body.parameters(), lr=0.1),
-        alignment=Alignment(ReplaySource([batch], loss)),
-        names=body,
-        direction=Direction(),
-    )
-    loss(torch.ones(2, 4, requires_grad=True)).backward()
-    held = {p: (p.grad, p.grad.clone()) for p in head.parameters() if p.grad is not None}
-    optimizer.step()
-    assert len(held) == 2
-    for p, (gradient, value) in held.items():
-        assert p.grad is gradient
-        assert torch.equal(gradient, value)
-    assert batch.grad is None
-    assert optimizer.metrics()["source_cosine"] == optimizer.metrics()["source_cosine"]  # not NaN
-
-
-def test_i25_hooks_that_a_replay_would_set_off_are_refused() -> None:
-    model = kit.net()
-    optimizer = guide(model, replay_of(model))
-    kit.loss_of(model, kit.batch(0)).backward()
-    calls: list[Tensor] = []
-    handle = next(model.parameters()).register_post_accumulate_grad_hook(calls.append)
-    before = kit.snapshot(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"0\.weight has a hook that runs in backward"):
-        optimizer.step()
-    kit.assert_same(kit.snapshot(model, optimizer), before)
-    assert calls == []
-    handle.remove()
-    optimizer.step()
 
 
 def test_a_frozen_parameter_that_keeps_its_gradient_is_stepped_with_a_zero_row() -> None:

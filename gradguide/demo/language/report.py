@@ -10,7 +10,7 @@ import torch
 
 from gradguide.demo.config import LanguageConfig
 from gradguide.demo.data import Task
-from gradguide.demo.report import by_method, comparison, package_versions, write_rows
+from gradguide.demo.report import by_method, comparison, settings_of, write_rows
 from gradguide.recording.plotting import figure_for, save_figure
 
 if TYPE_CHECKING:
@@ -31,13 +31,7 @@ def write_report(
     shared = {
         "target_accuracy_before": before,
         "target": task.name,
-        "model": config.model,
-        "shots": config.shots,
-        "steps": config.steps,
-        "batch": config.batch,
-        "lr": config.lr,
-        "device": device.type,
-        **package_versions(),
+        **settings_of(config, device),
     }
     measured = ("method", "seed", "target_accuracy", "drift", "seconds_per_step")
     write_rows(csv_path, [{**{name: getattr(o, name) for name in measured}, **shared} for o in outcomes])

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from gradguide import Alignment, GradGuide, StructuredSource
-from gradguide.demo.compare import now
+from gradguide.demo.compare import now, trainable
 from gradguide.demo.config import LanguageConfig, OptionError, check_extras, make_out
 from gradguide.demo.data import batches, draw, few_shot, read_transfer
 from gradguide.demo.language.model import Batch, Rows, accuracy, encode, load_model
@@ -109,33 +109,22 @@ def _source(config: LanguageConfig, model: Any, tokenizer: Any) -> StructuredSou
     return source
 
 
-Step = Callable[[], None]
+def _plain(config: LanguageConfig, model: Any, source: StructuredSource) -> Optimizer:
+    parameters = trainable(model)
 
-
-def _plain(config: LanguageConfig, model: Any, source: StructuredSource) -> Step:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, lr=config.lr)
-
-    def step() -> None:
+    def clip(*_: Any) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return step
-
-
-def _guided(config: LanguageConfig, model: Any, source: StructuredSource) -> Step:
-    base = AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
-    optimizer = GradGuide(base, alignment=Alignment(source), names=model)
-
-    def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    optimizer = AdamW(parameters, lr=config.lr)
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
-_METHODS: dict[str, Callable[[LanguageConfig, Any, StructuredSource], Step]] = {
+def _guided(config: LanguageConfig, model: Any, source: StructuredSource) -> Optimizer:
+    return GradGuide(AdamW(trainable(model), lr=config.lr), alignment=Alignment(source), names=model)
+
+
+_METHODS: dict[str, Callable[[LanguageConfig, Any, StructuredSource], Optimizer]] = {
     "clip + AdamW": _plain,
     "GradGuide": _guided,
 }
@@ -147,14 +136,15 @@ def _train(
     """Train the adapter from its start and return the seconds of each step."""
     _restart(model, seed)
     try:
-        step = _METHODS[name](config, model, source)
+        optimizer = _METHODS[name](config, model, source)
     except ValueError as error:
         raise OptionError("source_file", f"does not fit: {error}") from error
     seconds = []
     for chosen in islice(batches(len(rows), config.batch, seed), config.steps):
         begun = now(rows.device)
         _loss(model, rows.batch(chosen)).backward()
-        step()
+        optimizer.step()
+        optimizer.zero_grad()
         seconds.append(now(rows.device) - begun)
         bar.update()
     return seconds

@@ -74,6 +74,19 @@ class DeviceAdamBound:
         device = buckets[0].values[0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
+        numbers = self._numbers_of(base, buckets, settings)
+        if numbers is None:
+            return False
+        largest, parameters, step = numbers
+        squares = [max(self._steady[group], largest * largest * ratio.ROUNDED) for group in settings]
+        if not (largest < math.inf and parameters < ratio.LARGEST and step >= 0):  # also where one is NaN
+            return False
+        return ratio.within(groups, squares, corrections, magnitude.max_update)
+
+    def _numbers_of(
+        self, base: Optimizer, buckets: Sequence[Bucket], settings: dict[int, ratio.Settings]
+    ) -> list[float] | None:
+        """Return the numbers of the present state; None if they were dropped, or have not arrived."""
         scales = ratio.scales_of(settings)
         tensors = [*ratio.moments_of(ratio.states_of(base, buckets)), *ratio.values_of(buckets)]
         unchanged = scales == self._scales and self._watch.unchanged(tensors)
@@ -84,14 +97,7 @@ class DeviceAdamBound:
         self._scales, self._tensors = scales, tensors
         for group, each in settings.items():
             self._steady[group] = max(self._steady.get(group, 0.0), each.steady)
-        numbers = None if self._numbers is None else self._numbers.read()
-        if numbers is None:
-            return False
-        largest, parameters, step = numbers
-        squares = [max(self._steady[group], largest * largest * ratio.ROUNDED) for group in settings]
-        if not (largest < math.inf and parameters < ratio.LARGEST and step >= 0):  # also where one is NaN
-            return False
-        return ratio.within(groups, squares, corrections, magnitude.max_update)
+        return None if self._numbers is None else self._numbers.read()
 
     def after_step(self) -> None:
         """Record the state after the step, so that later writes by anything else are detected."""

@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -38,6 +37,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from gradguide.base_checks import is_plain_adam
+from gradguide.ops.tensors import same_objects
 from gradguide.step.buckets import Bucket
 from gradguide.utils.constants import LEAST_LENGTH
 
@@ -119,7 +119,7 @@ class Watch:
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the marked tensors, with the values they had then."""
-        return self._same(tensors) and [tensor._version for tensor in tensors] == self._versions
+        return same_objects(self._marked(), tensors) and [tensor._version for tensor in tensors] == self._versions
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
         """Store weak references to these tensors, and their versions."""
@@ -127,11 +127,11 @@ class Watch:
             self._versions = [tensor._version for tensor in tensors]
         except RuntimeError:  # of inference tensors
             tensors, self._versions = [], []
-        if not self._same(tensors):
+        if not same_objects(self._marked(), tensors):
             self._refs = list(map(ref, tensors))
 
-    def _same(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._refs) and all(map(is_, tensors, (each() for each in self._refs)))
+    def _marked(self) -> list[Tensor | None]:
+        return [each() for each in self._refs]
 
 
 def within(

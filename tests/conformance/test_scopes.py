@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +23,14 @@ def trained(kind: str, scope: str) -> list[Tensor]:
     return kit.parameters_of(model)
 
 
+def train(models: Sequence[torch.nn.Module], optimizers: Sequence[GradGuide]) -> None:
+    for step in range(5):
+        for model in models:
+            kit.give_gradients(model, step)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 @pytest.mark.parametrize("kind", kit.KINDS)
 def test_scopes_differ(kind: str) -> None:
     """Each scope gives other steps, so the tests below cannot pass with the scope ignored."""
@@ -38,12 +47,7 @@ def test_scope_tensor_is_each_tensor_by_itself() -> None:
     many = [
         kit.guide(torch.nn.ParameterList([p]), lambda groups: kit.sgd(groups[0]["params"])) for p in parts.parameters()
     ]
-    for step in range(5):
-        kit.give_gradients(whole, step)
-        kit.give_gradients(parts, step)
-        one.step()
-        for optimizer in many:
-            optimizer.step()
+    train([whole, parts], [one, *many])
     kit.assert_same(kit.parameters_of(whole), kit.parameters_of(parts))
     coherences = [optimizer.metrics()["coherence"] for optimizer in many]
     assert one.metrics()["coherence"] == pytest.approx(sum(coherences) / len(coherences), rel=1e-9)
@@ -57,12 +61,7 @@ def test_scope_group_is_each_group_by_itself() -> None:
         kit.guide(torch.nn.ParameterList(held), lambda groups: kit.sgd(groups[0]["params"] + groups[1]["params"]))
         for held in (parameters[:1], parameters[1:])
     ]
-    for step in range(5):
-        kit.give_gradients(whole, step)
-        kit.give_gradients(parts, step)
-        one.step()
-        for optimizer in many:
-            optimizer.step()
+    train([whole, parts], [one, *many])
     torch.testing.assert_close(kit.parameters_of(whole), kit.parameters_of(parts), rtol=1e-5, atol=1e-6)
 
 
