@@ -20,6 +20,7 @@ class Ranks:
     def __init__(self) -> None:
         self.groups: list[tuple[Any, ...]] = [()]
         self.sharded = False  # whether any parameter is a DTensor
+        self.replicas: Any = None  # group of DistributedDataParallel; None if none was found at the last comparison
         self._meshes: list[Any] = []
         self._agreed: list[Any] | None = None  # meshes of the last comparison
 
@@ -59,8 +60,9 @@ class Ranks:
             return
         # All dimensions of a mesh: replicas of a shard must agree too.
         groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
-        if not groups and is_distributed():
-            groups = _ddp_groups(parameters)
+        copies = _ddp_groups(parameters) if not groups and is_distributed() else []
+        self.replicas = copies[0] if copies else None
+        groups += copies
         if groups:
             check_agreement(describe_options(), groups, local(parameters[0]).device)
         self._agreed = self._meshes

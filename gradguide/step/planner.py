@@ -199,6 +199,8 @@ class StepPlanner:
         passes = any(isinstance(source, ReplaySource) and source.due(covered) for source in self.sources)
         with preserve_buffers(self.name_lookup.models()) if passes else nullcontext():
             for source in {id(source): source for source in self.sources}.values():  # one may have two roles
+                if isinstance(source, ReplaySource):
+                    source.group = self._ranks.replicas
                 source.refresh(covered, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:

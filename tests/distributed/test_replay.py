@@ -38,6 +38,10 @@ def test_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str, eve
     assert first["conflicts"] == second["conflicts"]
 
 
+def test_the_mean_is_over_the_process_group_of_the_model(found: list[dict[str, Any]]) -> None:
+    assert [rank["alone"] for rank in found] == [[3.0, 3.0], [6.0, 6.0]]
+
+
 def test_the_replayed_source_changes_the_result() -> None:
     """Training without the source ends at other parameters, so the comparison above covers guided steps."""
     guided, plain = problem.net(), problem.net()
