@@ -141,7 +141,7 @@ class GradGuide(Wrapper):
 
         Warns:
             UserWarning: no parameter has a gradient (once; the base then steps alone, and nothing changes), five steps
-                in a row were skipped (once for each such sequence), or all rules are off and a history is set (once).
+                in a row were skipped or their updates undone, or all rules are off and a history is set (once).
         """
         engine = self._engine
         if not engine.rules.active and self._regularizer is None:

@@ -37,6 +37,7 @@ class Progress:
         self.last: Record | None = None
         self.history: History | None = None
         self._skipped_in_row = 0
+        self._undone_in_row = 0
         self._warned: set[str] = set()
 
     def skipped_on_host(self, state: StepState, base: Optimizer, policy: str, engine: Engine) -> bool:
@@ -53,6 +54,8 @@ class Progress:
         device = state.span.gram.device
         self.totals = self.totals.to(device, wide_dtype(device))
         names = engine.planner.names
+        if not nonfinite.uses_found_inf(state, base, policy):  # the host waits for this step anyway
+            self._count_undone(base)
         if not nonfinite.skip_on_host(state, base, policy, names):
             self._skipped_in_row = 0
             return False
@@ -61,6 +64,15 @@ class Progress:
         if self._skipped_in_row == nonfinite.SKIPS_BEFORE_WARNING:
             nonfinite.warn_skipped(state, nonfinite.SKIPS_BEFORE_WARNING, names)
         return True
+
+    def _count_undone(self, base: Optimizer) -> None:
+        """Count whether the bound undid the last step's update, which was not finite. Warn after several in a row."""
+        if self.last is None:
+            return
+        undone = self.last.limit is not None and not bool(self.last.limit.factor.all())
+        self._undone_in_row = self._undone_in_row + 1 if undone else 0
+        if self._undone_in_row == nonfinite.SKIPS_BEFORE_WARNING:
+            nonfinite.warn_undone(base, nonfinite.SKIPS_BEFORE_WARNING)
 
     def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]]) -> None:
         """Store the record of a step. If a history is set, append the metrics to it."""
