@@ -6,6 +6,7 @@ before the base loads, because loading casts floating-point state to the paramet
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, make_counters, own_names, passed_through_base
+from gradguide.checkpoint.entries import (
+    BASE_STEP,
+    COUNTERS,
+    DIRECTION,
+    HEAD,
+    SCOPE,
+    make_counters,
+    own_names,
+    passed_through_base,
+    statistics_of,
+)
 from gradguide.checkpoint.validation import (
     check_base_entry,
     check_counters,
@@ -25,6 +36,7 @@ from gradguide.checkpoint.validation import (
 )
 from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.allocate import allocate_contiguous
+from gradguide.step.buckets import Label
 from gradguide.step.engine import Engine
 from gradguide.step.planner import all_parameters
 
@@ -39,7 +51,7 @@ class _Own(NamedTuple):
     """GradGuide's part of a state dict after validation.
 
     directions: by parameter; float32, in the shape of the parameter's local part.
-    counters: by parameter, for those that have counters; Tensor [HEAD + len(STATISTICS)], float64 on the host.
+    counters: by parameter, for those that have counters; float64 on the host.
     """
 
     directions: dict[Tensor, Tensor]
@@ -60,6 +72,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     # A base that loaded this state dict itself has own entries, which are stale and in its parameters' dtype.
     entries = {key: _without(own_names(entry), entry) for key, entry in state["state"].items()}
     labels = engine.planner.labels(base)
+    scopes = {label: number for number, label in enumerate(dict.fromkeys(labels.values()), start=1)}
     # Distributed checkpoints load only what the state has after a step on zeros, which is not counted.
     stepped = bool(engine.directions) or bool(totals.any()) or len(engine.scopes.statistics) > 0
     totals = totals.cpu()
@@ -70,7 +83,9 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
         # no entry, and the base alone can load the result. Such a parameter has no direction either.
         if stateful and key not in stateful and parameter not in engine.directions:
             continue
-        own = {COUNTERS: make_counters(totals, engine.scopes.export(labels[parameter]))}
+        label = labels[parameter]
+        step = _step_of(entries.get(key, {}))
+        own = {COUNTERS: make_counters(totals, engine.scopes.export(label), scopes[label], step)}
         if parameter in engine.directions:
             own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
         entries[key] = {**entries.get(key, {}), **own}
@@ -89,7 +104,8 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
 
     Warns:
         UserWarning: the state is from a plain base optimizer that has stepped, or has a direction of another kind than
-            the engine (none, its own, or the base's momentum). The direction and its statistics are then dropped.
+            the engine (none, its own, or the base's momentum), or one of other scopes. The direction and its statistics
+            are then dropped.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
@@ -115,6 +131,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
     rest: dict[Any, Any] = {}
     # In a model of several dtypes, the base's loader leaves the entries of float64 parameters as they were.
     stale = any(isinstance(entry, Mapping) and passed_through_base(entry) for entry in state["state"].values())
+    stepped_alone = False
     for key, entry in state["state"].items():
         if not isinstance(entry, Mapping):
             rest[key] = entry
@@ -135,9 +152,12 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             read = read_counters(entry[COUNTERS], which[key])
             check_counters(read, counters.values(), which[key])
             counters[parameter] = read
+            stepped_alone |= _step_of(others) > float(read[BASE_STEP]) > 0
         if DIRECTION in own:
             check_direction(entry[DIRECTION], parameter, which[key])
             directions[parameter] = entry[DIRECTION]
+    if stepped_alone:
+        directions, counters = {}, {}
     if engine.rules.active and (rest or stale) and not counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
@@ -147,16 +167,17 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             stacklevel=5,
         )
     saved, kind = _saved_kind(directions, counters), _kind(engine)
+    dropped = None
     if saved not in (_NONE, kind):
+        default = ", the default since version 0.3" if kind == _NONE else ""
+        dropped = f"this optimizer has direction={kind}{default}. Pass direction={saved} to continue with it"
+    elif saved != _NONE and not _same_scopes(counters, engine.planner.labels(base)):
+        dropped = "other parameters share a scope here. Pass the scope= that it was saved with to continue with it"
+    if dropped is not None:
         directions = {}
         for numbers in counters.values():
-            numbers[HEAD:] = 0.0
-        warnings.warn(
-            f"the state has {_DROPPED[saved]} dropped: this optimizer has direction={kind}"
-            f"{', the default since version 0.3' if kind == _NONE else ''}. Pass direction={saved} to continue with it",
-            UserWarning,
-            stacklevel=5,
-        )
+            statistics_of(numbers).zero_()
+        warnings.warn(f"the state has {_DROPPED[saved]} dropped: {dropped}", UserWarning, stacklevel=5)
     return {**state, "state": rest}, _Own(_allocate_directions(directions), counters)
 
 
@@ -172,7 +193,23 @@ def _saved_kind(directions: dict[Tensor, Tensor], counters: dict[Tensor, Tensor]
     """Return the kind of direction that a state is of. All statistics are of the direction."""
     if directions:
         return _OWN
-    return _SHARED if any(bool(numbers[HEAD:].any()) for numbers in counters.values()) else _NONE
+    return _SHARED if any(bool(statistics_of(numbers).any()) for numbers in counters.values()) else _NONE
+
+
+def _same_scopes(counters: dict[Tensor, Tensor], labels: Mapping[Tensor, Label]) -> bool:
+    """Return whether the same parameters share a scope as when the counters were saved, if these tell."""
+    pairs = {(int(numbers[SCOPE]), labels[p]) for p, numbers in counters.items() if numbers[SCOPE] > 0}
+    return len(pairs) == len({number for number, _ in pairs}) == len({label for _, label in pairs})
+
+
+def _step_of(entry: Any) -> float:
+    """Return the base's own count of steps in the entry of a parameter; 0 if there is none."""
+    step = entry.get("step") if isinstance(entry, Mapping) else None
+    try:
+        found = 0.0 if step is None else float(local(step.detach()) if isinstance(step, Tensor) else step)
+    except (RuntimeError, TypeError, ValueError):  # several numbers, a tensor subclass without data, damage
+        return 0.0
+    return found if 0.0 < found < math.inf else 0.0
 
 
 def _allocate_directions(directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -187,7 +224,7 @@ def _restore(own: _Own, base: Optimizer, engine: Engine) -> Tensor:
     engine.directions = own.directions
     engine.planner.invalidate()
     labels = engine.planner.labels(base)
-    engine.scopes.restore({labels[parameter]: counters[HEAD:] for parameter, counters in own.counters.items()})
+    engine.scopes.restore({labels[parameter]: statistics_of(numbers) for parameter, numbers in own.counters.items()})
     return next(iter(own.counters.values()), torch.zeros(HEAD, dtype=torch.float64))[1:HEAD].clone()
 
 

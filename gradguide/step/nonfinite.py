@@ -26,7 +26,15 @@ from gradguide.ops import Row
 from gradguide.step.engine import StepState
 from gradguide.step.momentum import momentum_buffers
 
-__all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "skip_on_host", "step_base", "uses_found_inf", "warn_skipped", "warn_undone"]
+__all__ = [
+    "POLICIES",
+    "SKIPS_BEFORE_WARNING",
+    "skip_on_host",
+    "step_base",
+    "uses_found_inf",
+    "warn_skipped",
+    "warn_undone",
+]
 
 POLICIES = ("skip", "raise")
 

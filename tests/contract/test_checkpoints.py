@@ -71,15 +71,16 @@ def test_i03_a_lost_direction_would_show() -> None:
     assert kit.differ(kit.parameters_of(twin), kit.parameters_of(model))
 
 
-def test_i03_a_state_of_format_1_goes_on_like_the_one_it_came_from() -> None:
+@pytest.mark.parametrize(("version", "more"), [(1, [3.8, float("nan"), -0.2]), (2, [])])
+def test_i03_a_state_of_an_older_format_goes_on_like_the_one_it_came_from(version: int, more: list[float]) -> None:
     """Format 1 has three further numbers per scope, of a rule that was removed. They are not read."""
     model, twin = kit.net(), kit.net()
     optimizer, resumed = kit.guide(model, kit.adamw), kit.guide(twin, kit.adamw)
     kit.train(model, optimizer, range(4))
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():
-        _, *numbers = entry[COUNTERS].tolist()
-        entry[COUNTERS] = torch.tensor([1.0, *numbers, 3.8, float("nan"), -0.2], dtype=torch.float64)
+        numbers = [version, *entry[COUNTERS].tolist()[1:5], *more]
+        entry[COUNTERS] = torch.tensor(numbers, dtype=torch.float64)
     twin.load_state_dict(model.state_dict())
     resumed.load_state_dict(kit.through_file(state))
     kit.assert_same(resumed.state_dict(), optimizer.state_dict())
@@ -230,6 +231,41 @@ def test_i21_statistics_of_another_kind_of_direction_are_dropped_with_a_warning(
     assert kit.directions_of(other) == {}
     assert other.metrics()["steps"] == 3
     kit.assert_same(other.base.state_dict(), optimizer.base.state_dict())
+
+
+@pytest.mark.parametrize("now", kit.SCOPES)
+@pytest.mark.parametrize("then", kit.SCOPES)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_i21_a_direction_of_other_scopes_is_dropped_with_a_warning(then: str, now: str, shared: bool) -> None:
+    """Its length in a scope is that of the scope's part of the gradients, so its coherence was wrong."""
+    model, twin = kit.net(), kit.net()
+    kind = Direction(share_momentum=shared)
+    optimizer = kit.guide(model, kit.adamw, scope=then, direction=kind)
+    kit.train(model, optimizer, range(3))
+    state = kit.through_file(optimizer.state_dict())
+    other = kit.guide(twin, kit.adamw, scope=now, direction=kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.load_state_dict(state)
+    if then == now:
+        assert not caught
+        kit.assert_same(other.state_dict(), state)
+        return
+    assert [str(each.message) for each in caught if "dropped: other parameters share a scope" in str(each.message)]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert not other._engine.scopes.statistics.any()
+    assert kit.directions_of(other) == {}
+    assert other.metrics()["steps"] == 3
+
+
+def test_i21_scopes_that_are_alike_under_another_name_keep_the_direction() -> None:
+    model, twin = kit.net(), kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(3))
+    other = kit.guide(twin, kit.adamw, scope=dict.fromkeys(twin.parameters(), "all"))  # type: ignore[arg-type]
+    other.load_state_dict(optimizer.state_dict())
+    kit.assert_same(other.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

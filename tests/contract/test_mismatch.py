@@ -74,7 +74,7 @@ MISFITS: dict[str, tuple[Callable[[], State], list[str]]] = {
         lambda: without_own(state_over(parameters((8, 4), (8,), (3, 8), (3,)))),
         [r"\(8, 4\)", r"\(6, 4\)", "rank|another model"],
     ),
-    "newer format": (lambda: newer(own_state()), ["format 3", "up to 2", "upgrade"]),
+    "newer format": (lambda: newer(own_state()), ["format 4", "up to 3", "upgrade"]),
     "no state dict": (lambda: {"model": {}}, ["not the state dict of an optimizer"]),
     "state of another kind": (lambda: {"state": [], "param_groups": 3}, ["not the state dict of an optimizer"]),
 }

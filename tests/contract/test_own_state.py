@@ -131,18 +131,19 @@ COUNTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "fake": (fake, "cannot be read"),
     "integer": (lambda c: c.long(), "found dtype torch.int64"),
     "complex": (lambda c: c.to(torch.complex128), "found dtype torch.complex128"),
-    "empty": (lambda c: c[:0], "must hold 5 numbers"),
-    "scalar": (lambda c: c[0], "must hold 5 numbers"),
-    "matrix": (lambda c: c.reshape(1, 5), "must hold 5 numbers"),
-    "short": (lambda c: c[:3], "must hold 5 numbers, found 3"),
-    "long": (lambda c: torch.cat([c, c]), "must hold 5 numbers, found 10"),
+    "empty": (lambda c: c[:0], "must hold 7 numbers"),
+    "scalar": (lambda c: c[0], "must hold 7 numbers"),
+    "matrix": (lambda c: c.reshape(1, 7), "must hold 7 numbers"),
+    "short": (lambda c: c[:3], "must hold 7 numbers, found 3"),
+    "long": (lambda c: torch.cat([c, c]), "must hold 7 numbers, found 14"),
     "format 0": (set_to(0, 0), "format of 1 or above, found 0"),
     "format -5": (set_to(0, -5), "format of 1 or above, found -5"),
     "format 1.5": (set_to(0, 1.5), "format of 1 or above, found 1.5"),
     "format nan": (set_to(0, nan), "format of 1 or above, found nan"),
     "format inf": (set_to(0, inf), "format of 1 or above, found inf"),
-    "format 1 with the numbers of format 2": (set_to(0, 1), "must hold 8 numbers, found 5"),
-    "format 3": (set_to(0, 3), "format 3, this version of gradguide reads up to 2: upgrade"),
+    "format 1 with the numbers of format 3": (set_to(0, 1), "must hold 8 numbers, found 7"),
+    "format 2 with the numbers of format 3": (set_to(0, 2), "must hold 5 numbers, found 7"),
+    "format 4": (set_to(0, 4), "format 4, this version of gradguide reads up to 3: upgrade"),
     "steps": (set_to(1, -1), "count whole steps from 0, found -1"),
     "half a step": (set_to(1, 2.5), "count whole steps from 0, found 2.5"),
     "steps nan": (set_to(1, nan), "count whole steps from 0, found nan"),
@@ -155,6 +156,8 @@ COUNTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "mass inf": (set_to(3, inf), "mass .* 0 or above, found inf"),
     "square nan": (set_to(4, nan), "square .* 0 or above, found nan"),
     "square negative": (set_to(4, -1e-9), "square .* 0 or above, found -1e-09"),
+    "scope nan": (set_to(5, nan), "scope .* 0 or above, found nan"),
+    "base_step inf": (set_to(6, inf), "base_step .* 0 or above, found inf"),
 }
 CASES = [(DIRECTION, *case) for case in DIRECTIONS.values()] + [(COUNTERS, *case) for case in COUNTS.values()]
 IDS = [f"direction {name}" for name in DIRECTIONS] + [f"counters {name}" for name in COUNTS]
@@ -174,8 +177,8 @@ def test_i21_damage_of_an_own_entry_is_refused_by_name_and_changes_nothing(
     before, groups = kit.snapshot(model, optimizer), optimizer.param_groups
     with pytest.raises(ValueError, match=said) as caught:
         optimizer.load_state_dict(state)
-    assert key in str(caught.value) or "format 3" in str(caught.value)
-    assert f"parameter {position}.weight" in str(caught.value) or "format 3" in str(caught.value)
+    assert key in str(caught.value) or "format 4" in str(caught.value)
+    assert f"parameter {position}.weight" in str(caught.value) or "format 4" in str(caught.value)
     kit.assert_same(kit.snapshot(model, optimizer), before)
     assert optimizer.param_groups is groups
 
@@ -236,15 +239,15 @@ def test_i33_a_new_statistic_is_zero_in_an_older_state(
 
     for module in (decide, scope_state, entries):
         monkeypatch.setattr(module, "STATISTICS", ("mass", "new", "square"))
-    monkeypatch.setattr(entries, "_OLDER", {**entries._OLDER, entries.FORMAT: ("mass", "square")})
+    monkeypatch.setattr(entries, "_OLDER", {**entries._OLDER, entries.FORMAT: ("mass", "square", "scope", "base_step")})
     monkeypatch.setattr(entries, "FORMAT", entries.FORMAT + 1)
     other = guide(twin)
     other.load_state_dict(state)
     kit.train(twin, other, range(3, 6))
     found = other.state_dict()
     for key, entry in found["state"].items():
-        version, steps, skipped, mass, new, square = entry[COUNTERS].tolist()
-        assert [version - 1, steps, skipped, mass, square] == wanted["state"][key][COUNTERS].tolist()
+        version, steps, skipped, mass, new, *rest = entry[COUNTERS].tolist()
+        assert [version - 1, steps, skipped, mass, *rest] == wanted["state"][key][COUNTERS].tolist()
         assert new == 0
     kit.assert_same(twin.state_dict(), model.state_dict())
     for entry in found["state"].values():
@@ -433,7 +436,7 @@ def test_i03_a_base_that_loaded_the_state_itself_is_named_and_its_stale_entries_
     assert all(entry[COUNTERS].dtype == torch.float64 and entry[COUNTERS][1] == 1 for entry in saved)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_i03_a_state_of_a_base_that_went_on_alone_is_that_of_a_plain_base(dtype: torch.dtype) -> None:
     """It has the direction and the counts of the steps before, which were taken for the present ones."""
     model = kit.net(dtype=dtype)
