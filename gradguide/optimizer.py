@@ -161,7 +161,7 @@ class GradGuide(Wrapper):
                 before = engine.snapshot_if_needed(state, self.base, recorded=self._progress.history is not None)
                 nonfinite.step_base(state, self.base, self._nonfinite)
                 engine.correct_update(state, self.base, before)
-        self._progress.finish(engine.record(state), self.metrics)
+        self._progress.finish(engine.record(state), self.metrics, self.base)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
@@ -179,7 +179,7 @@ class GradGuide(Wrapper):
         check_hooks(self.base)
         self._progress.warn_once(NO_GRADIENTS, stacklevel=7)
         self.base.step()
-        self._progress.finish(None, self.metrics)
+        self._progress.finish(None, self.metrics, self.base)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base. Parameters without a name are guided without sources.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide import ops
-from gradguide.base_checks import check_differentiable
+from gradguide.base_checks import check_differentiable, is_step_on_zeros
 from gradguide.distributed.agreement import describe, is_plain
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import Layout
@@ -192,7 +192,7 @@ class StepPlanner:
             self._match_added(base)
         if not self._ranks.agreed:
             self.check_ranks(base)  # before the collectives in a source's own passes
-        if not live:
+        if not live or is_step_on_zeros(base):  # which must draw no batch
             return
         trained = trainable_parameters(base)
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}

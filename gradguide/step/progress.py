@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.base_checks import NO_GRADIENTS
+from gradguide.base_checks import NO_GRADIENTS, has_no_rate
 from gradguide.ops.tensors import wide_dtype
 from gradguide.recording.history import History
 from gradguide.step import nonfinite
@@ -74,11 +74,13 @@ class Progress:
         if self._undone_in_row == nonfinite.SKIPS_BEFORE_WARNING:
             nonfinite.warn_undone(base, nonfinite.SKIPS_BEFORE_WARNING)
 
-    def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]]) -> None:
-        """Store the record of a step. If a history is set, append the metrics to it."""
+    def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]], base: Optimizer) -> None:
+        """Store the record of a step. If a history is set, append the metrics, except those of a step on zeros."""
         self.last = record
         if self.history is not None:
-            self.history.append(metrics())
+            row = metrics()
+            if row["grad_norm"] != 0.0 or not has_no_rate(base):  # torch makes such steps for distributed checkpoints
+                self.history.append(row)
 
     def warn_once(self, message: str, stacklevel: int) -> None:
         """Give a UserWarning, once per message."""
