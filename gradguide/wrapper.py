@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch.optim import Optimizer
@@ -93,7 +94,9 @@ class Wrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients by the base's ``zero_grad``, which may take no argument, as that of apex."""
-        if type(self.base).zero_grad is Optimizer.zero_grad or inspect.signature(self.base.zero_grad).parameters:
+        patched = vars(self.base).get("zero_grad")
+        takes = inspect.signature(patched).parameters if patched else _takes_flag(type(self.base).zero_grad)
+        if takes:
             self.base.zero_grad(set_to_none)
         else:
             self.base.zero_grad()
@@ -129,3 +132,13 @@ class Wrapper(Optimizer):
 
     def _load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
         raise NotImplementedError
+
+
+@lru_cache(maxsize=16)
+def _takes_flag(zero_grad: Callable[..., None]) -> bool:
+    """Return whether the ``zero_grad`` of a class takes ``set_to_none``. Cached: the signature of a function stays."""
+    try:
+        inspect.signature(zero_grad).bind(None, True)
+    except TypeError:
+        return False
+    return True

@@ -78,16 +78,19 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     totals = totals.cpu()
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
-    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped else ():
-        # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets
-        # no entry, and the base alone can load the result. Such a parameter has no direction either.
-        if stateful and key not in stateful and parameter not in engine.directions:
+    # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets no
+    # entry, and the base alone can load the result. Such a parameter has no direction, or one of zeros from a skipped
+    # step. If all steps were skipped, the base may keep state from its first one on.
+    only_skipped = not stateful and not totals[0] and bool(totals[1])
+    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped and not only_skipped else ():
+        direction = engine.directions.get(parameter)
+        if stateful and key not in stateful and (direction is None or not bool(direction.any())):
             continue
         label = labels[parameter]
         step = _step_of(entries.get(key, {}))
         own = {COUNTERS: make_counters(totals, engine.scopes.export(label), scopes[label], step)}
-        if parameter in engine.directions:
-            own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
+        if direction is not None:
+            own[DIRECTION] = as_dtensor(direction, parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
 

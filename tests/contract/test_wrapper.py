@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -192,6 +193,27 @@ def test_i22_gradients_are_cleared_by_a_base_whose_zero_grad_takes_no_argument(s
     kit.give_gradients(model, 0)
     optimizer.zero_grad(set_to_none)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_i22_the_signature_of_a_bases_zero_grad_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(torch.optim.AdamW):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            cleared.append(set_to_none)
+
+    cleared: list[bool] = []
+    optimizer = GradGuide(Counting(kit.net().parameters(), lr=0.1))
+    optimizer.zero_grad()
+    monkeypatch.setattr(inspect, "signature", None)
+    optimizer.zero_grad(set_to_none=False)
+    assert cleared == [True, False]
+
+
+def test_i22_a_zero_grad_that_is_set_on_the_base_itself_is_called() -> None:
+    optimizer, cleared = kit.guide(kit.net(), kit.adamw), []
+    for replaced in (lambda: cleared.append("none"), lambda set_to_none: cleared.append(set_to_none)):
+        optimizer.base.zero_grad = replaced  # type: ignore[method-assign, assignment]
+        optimizer.zero_grad()
+    assert cleared == ["none", True]
 
 
 def test_i22_unwrap_finds_gradguide_at_any_depth() -> None:
