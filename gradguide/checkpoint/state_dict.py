@@ -155,7 +155,8 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             read = read_counters(entry[COUNTERS], which[key])
             check_counters(read, counters.values(), which[key])
             counters[parameter] = read
-            stepped_alone |= _step_of(others) > float(read[BASE_STEP]) > 0
+            # Casts do not show in float64.
+            stepped_alone |= parameter.dtype == torch.float64 and _step_of(others) > float(read[BASE_STEP]) > 0
         if DIRECTION in own:
             check_direction(entry[DIRECTION], parameter, which[key])
             directions[parameter] = entry[DIRECTION]
