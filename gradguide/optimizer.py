@@ -26,7 +26,7 @@ from gradguide.step.buckets import Scope
 from gradguide.step.engine import Engine
 from gradguide.step.metrics import read
 from gradguide.step.momentum import check_momentum
-from gradguide.step.naming import extend_names, resolve_names
+from gradguide.step.naming import extend_names, resolve_names, set_names
 from gradguide.step.nonfinite import POLICIES
 from gradguide.step.planner import StepPlanner
 from gradguide.step.progress import NOTHING_RECORDED, Progress
@@ -210,11 +210,11 @@ class GradGuide(Wrapper):
         known = extend_names(planner.name_lookup, names_in_groups([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known, planner.sources)
         self.base.add_param_group(param_group)
-        planner.set_names(known, self.base)
+        set_names(engine, known, self.base)
         planner.set_sources(sources, self.base)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
-        """Replace the sources from the next step on. Direction, statistics and the base are unchanged.
+        """Replace the sources from the next step on. Direction and base are unchanged, unless names change scopes.
 
         Checkpoints contain no sources. Call this on every rank.
 
@@ -230,7 +230,7 @@ class GradGuide(Wrapper):
         planner.track_replaced(self.base)
         known = extend_names(planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known, planner.sources)
-        planner.set_names(known, self.base)
+        set_names(engine, known, self.base)
         engine.set_alignment(alignment, sources, self.base)
         self._progress.last = None
 
