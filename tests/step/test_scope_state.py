@@ -63,7 +63,7 @@ def guided_by_module(names: str) -> tuple[nn.Sequential, GradGuide]:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     given = model if names == "all" else [(n, p) for n, p in model.named_parameters() if n.startswith("0")]
     base = torch.optim.Adam(model.parameters(), lr=1e-3)
-    return model, GradGuide(base, direction=Direction(), scope="module", names=given)  # type: ignore[arg-type]
+    return model, GradGuide(base, direction=Direction(), scope="module", names=given)
 
 
 def train(model: nn.Module, optimizer: GradGuide, steps: range) -> float:
