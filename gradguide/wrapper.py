@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from gradguide.checkpoint.entries import own_names
@@ -92,6 +93,7 @@ class Wrapper(Optimizer):
         """The base's ``eval``. AttributeError if the base has no such method."""
         return self.base.eval  # type: ignore[attr-defined, no-any-return]
 
+    @_disable_dynamo  # like that of torch
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients by the base's ``zero_grad``, which may take no argument, as that of apex."""
         patched = vars(self.base).get("zero_grad")
