@@ -47,7 +47,7 @@ def nothing_launched() -> Iterator[None]:
         replaced.enter_context(mock.patch.object(torch, "_foreach_norm", norms))
         replaced.enter_context(mock.patch("gradguide.ops.lacks_triton", lambda device: None))
         # As on CUDA, where a fused base itself skips a step that is not finite.
-        replaced.enter_context(mock.patch.object(finite, "_uses_found_inf", lambda *_: True))
+        replaced.enter_context(mock.patch.object(finite, "uses_found_inf", lambda *_: True))
         replaced.enter_context(recorded())
         yield
 

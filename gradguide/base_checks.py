@@ -6,13 +6,23 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
 from gradguide.distributed.deepspeed import check_zero
-from gradguide.distributed.layouts import check_divided
+from gradguide.distributed.layouts import check_divided, layout_of
 
-__all__ = ["NO_GRADIENTS", "check_base", "check_differentiable", "check_hooks", "closure_error", "is_plain_adam"]
+__all__ = [
+    "NO_GRADIENTS",
+    "check_base",
+    "check_differentiable",
+    "check_hooks",
+    "closure_error",
+    "has_no_rate",
+    "is_plain_adam",
+    "is_step_on_zeros",
+]
 
 # Optimizers that run inside backward or store gradients elsewhere: at step() no gradient is left to guide.
 _UNSUPPORTED_BASES = {
@@ -126,3 +136,21 @@ def is_plain_adam(base: Optimizer) -> bool:
         or hooks._global_optimizer_post_hooks
     )
     return type(base) in (Adam, AdamW) and not has_hooks and "step" not in vars(base)
+
+
+def has_no_rate(base: Optimizer) -> bool:
+    """Return whether the rate of every group is 0."""
+    rates = [group.get("lr") for group in base.param_groups]
+    return all(isinstance(rate, (int, float, Tensor)) and float(rate) == 0.0 for rate in rates)
+
+
+def is_step_on_zeros(base: Optimizer) -> bool:
+    """Return whether this step only allocates state: torch makes one for distributed checkpoints, if there is none.
+
+    Its rates are 0, and all gradients are zero. The host reads gradients only if the base has no state and no rate. A
+    sharded gradient may be zero on some ranks only, so it is not read.
+    """
+    if base.state or not has_no_rate(base):
+        return False
+    found = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
+    return all(layout_of(gradient) is None and not bool(gradient.any()) for gradient in found)

@@ -26,7 +26,7 @@ from gradguide.step.buckets import Scope
 from gradguide.step.engine import Engine
 from gradguide.step.metrics import read
 from gradguide.step.momentum import check_momentum
-from gradguide.step.naming import extend_names, resolve_names
+from gradguide.step.naming import extend_names, resolve_names, set_names
 from gradguide.step.nonfinite import POLICIES
 from gradguide.step.planner import StepPlanner
 from gradguide.step.progress import NOTHING_RECORDED, Progress
@@ -141,7 +141,7 @@ class GradGuide(Wrapper):
 
         Warns:
             UserWarning: no parameter has a gradient (once): the base then steps alone, and nothing changes. Five steps
-                in a row were skipped (once for each such sequence). All rules are off, but a history is set (once).
+                in a row were skipped, or their updates undone. All rules are off, but a history is set (once).
         """
         engine = self._engine
         if not engine.rules.active and self._regularizer is None:
@@ -161,7 +161,7 @@ class GradGuide(Wrapper):
                 before = engine.snapshot_if_needed(state, self.base, recorded=self._progress.history is not None)
                 nonfinite.step_base(state, self.base, self._nonfinite)
                 engine.correct_update(state, self.base, before)
-        self._progress.finish(engine.record(state), self.metrics)
+        self._progress.finish(engine.record(state), self.metrics, self.base)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
@@ -179,7 +179,7 @@ class GradGuide(Wrapper):
         check_hooks(self.base)
         self._progress.warn_once(NO_GRADIENTS, stacklevel=7)
         self.base.step()
-        self._progress.finish(None, self.metrics)
+        self._progress.finish(None, self.metrics, self.base)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base. Parameters without a name are guided without sources.
@@ -210,11 +210,11 @@ class GradGuide(Wrapper):
         known = extend_names(planner.name_lookup, names_in_groups([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known, planner.sources)
         self.base.add_param_group(param_group)
-        planner.set_names(known, self.base)
+        set_names(engine, known, self.base)
         planner.set_sources(sources, self.base)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
-        """Replace the sources from the next step on. Direction, statistics and the base are unchanged.
+        """Replace the sources from the next step on. Direction and base are unchanged, unless names change scopes.
 
         Checkpoints contain no sources. Call this on every rank.
 
@@ -230,7 +230,7 @@ class GradGuide(Wrapper):
         planner.track_replaced(self.base)
         known = extend_names(planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known, planner.sources)
-        planner.set_names(known, self.base)
+        set_names(engine, known, self.base)
         engine.set_alignment(alignment, sources, self.base)
         self._progress.last = None
 

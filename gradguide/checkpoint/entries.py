@@ -16,8 +16,10 @@ __all__ = [
     "FORMAT",
     "HEAD",
     "PREFIX",
+    "SCOPE",
     "convert_counters",
     "make_counters",
+    "numbers_of",
     "own_names",
     "passed_through_base",
     "statistics_of",
@@ -28,13 +30,16 @@ DIRECTION = "gradguide.direction"
 COUNTERS = "gradguide.counters"
 
 FORMAT = 2
-"""Increase this with each change of ``STATISTICS``, and add the names of the format before to ``_OLDER``."""
+"""Increase this with each change of the numbers, and add the names of the format before to ``_OLDER``."""
 
 HEAD = 3
-"""A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope]."""
+"""A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope, scope]."""
+
+SCOPE = -1
+"""Place of the number of the parameter's scope, from 1; 0 if it is not known."""
 
 _OLDER: dict[int, tuple[str, ...]] = {1: ("mass", "square", "unused", "unused", "unused")}
-"""The names of the statistics in older formats. Those that are not in ``STATISTICS`` are not read any more."""
+"""The names of the numbers in older formats. Those that the present format lacks are not read any more."""
 
 
 def own_names(entry: object) -> set[str]:
@@ -51,20 +56,27 @@ def passed_through_base(entry: Mapping[Any, Any]) -> bool:
     # Anything else is damaged, and refused where it is read.
     if counters.dim() != 1 or len(counters) == 0 or not bool(counters[0].isfinite()):
         return False
-    return len(counters) == HEAD + len(statistics_of(int(counters[0])))
+    return len(counters) == HEAD + len(numbers_of(int(counters[0])))
 
 
-def statistics_of(version: int) -> tuple[str, ...]:
-    """Return the names of the statistics in a counters tensor of a format."""
-    return _OLDER.get(version, STATISTICS)
+def numbers_of(version: int) -> tuple[str, ...]:
+    """Return the names of the numbers behind the head in a counters tensor of a format."""
+    return _OLDER.get(version, (*STATISTICS, "scope"))
 
 
-def make_counters(totals: Tensor, statistics: Tensor) -> Tensor:
-    """Return a counters tensor on the host from totals [2] and the statistics of a scope [len(STATISTICS)]."""
-    return torch.cat([torch.tensor([FORMAT], dtype=torch.float64), totals.cpu(), statistics.cpu()])
+def statistics_of(counters: Tensor) -> Tensor:
+    """Return the part of a counters tensor that holds the statistics, as a view: Tensor [len(STATISTICS)]."""
+    return counters[HEAD : HEAD + len(STATISTICS)]
+
+
+def make_counters(totals: Tensor, statistics: Tensor, scope: int) -> Tensor:
+    """Return a counters tensor on the host from totals [2] and number and statistics [len(STATISTICS)] of a scope."""
+    version, number = (torch.tensor([value], dtype=torch.float64) for value in (FORMAT, scope))
+    return torch.cat([version, totals.cpu(), statistics.cpu(), number])
 
 
 def convert_counters(counters: Tensor) -> Tensor:
-    """Return a counters tensor [HEAD + len(STATISTICS)] from one of any format. A statistic that it lacks is 0."""
-    saved = dict(zip(statistics_of(int(counters[0])), counters[HEAD:], strict=True))
-    return torch.stack([*counters[:HEAD], *(saved.get(name, torch.zeros_like(counters[0])) for name in STATISTICS)])
+    """Return a counters tensor of the present format from one of any format. A number that it lacks is 0."""
+    saved = dict(zip(numbers_of(int(counters[0])), counters[HEAD:], strict=True))
+    zero = torch.zeros_like(counters[0])
+    return torch.stack([*counters[:HEAD], *(saved.get(name, zero) for name in numbers_of(FORMAT))])

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.checkpoint.entries import COUNTERS, DIRECTION, HEAD, make_counters, own_names, passed_through_base
+from gradguide.checkpoint.entries import (
+    COUNTERS,
+    DIRECTION,
+    HEAD,
+    SCOPE,
+    make_counters,
+    own_names,
+    passed_through_base,
+    statistics_of,
+)
 from gradguide.checkpoint.validation import (
     check_base_entry,
     check_counters,
@@ -25,6 +34,7 @@ from gradguide.checkpoint.validation import (
 )
 from gradguide.distributed.layouts import as_dtensor, local, to_layout
 from gradguide.ops.allocate import allocate_contiguous
+from gradguide.step.buckets import Label
 from gradguide.step.engine import Engine
 from gradguide.step.planner import all_parameters
 
@@ -39,7 +49,7 @@ class _Own(NamedTuple):
     """GradGuide's part of a state dict after validation.
 
     directions: by parameter; float32, in the shape of the parameter's local part.
-    counters: by parameter, for those that have counters; Tensor [HEAD + len(STATISTICS)], float64 on the host.
+    counters: by parameter, for those that have counters; float64 on the host.
     """
 
     directions: dict[Tensor, Tensor]
@@ -60,19 +70,24 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     # A base that loaded this state dict itself has own entries, which are stale and in its parameters' dtype.
     entries = {key: _without(own_names(entry), entry) for key, entry in state["state"].items()}
     labels = engine.planner.labels(base)
+    scopes = {label: number for number, label in enumerate(dict.fromkeys(labels.values()), start=1)}
     # Distributed checkpoints load only what the state has after a step on zeros, which is not counted.
     stepped = bool(engine.directions) or bool(totals.any()) or len(engine.scopes.statistics) > 0
     totals = totals.cpu()
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
-    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped else ():
-        # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets
-        # no entry, and the base alone can load the result. Such a parameter has no direction either.
-        if stateful and key not in stateful and parameter not in engine.directions:
+    # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets no
+    # entry, and the base alone can load the result. Such a parameter has no direction, or one of zeros from a skipped
+    # step. If all steps were skipped, the base may keep state from its first one on.
+    only_skipped = not stateful and not totals[0] and bool(totals[1])
+    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped and not only_skipped else ():
+        direction = engine.directions.get(parameter)
+        if stateful and key not in stateful and (direction is None or not bool(direction.any())):
             continue
-        own = {COUNTERS: make_counters(totals, engine.scopes.export(labels[parameter]))}
-        if parameter in engine.directions:
-            own[DIRECTION] = as_dtensor(engine.directions[parameter], parameter)
+        label = labels[parameter]
+        own = {COUNTERS: make_counters(totals, engine.scopes.export(label), scopes[label])}
+        if direction is not None:
+            own[DIRECTION] = as_dtensor(direction, parameter)
         entries[key] = {**entries.get(key, {}), **own}
     return {**state, "state": entries}
 
@@ -89,7 +104,7 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
 
     Warns:
         UserWarning: the state is from a plain base optimizer that has stepped. Or it has a direction of another kind
-            than the engine (its own, or the base's momentum), which is dropped with its statistics.
+            than the engine (its own, or the base's momentum) or of other scopes, which is dropped with its statistics.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
@@ -132,7 +147,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             UserWarning,
             stacklevel=5,
         )
-    _drop_other_kind(own, engine)
+    _drop_other_kind(own, engine, base)
     return {**state, "state": rest}, _Own(_allocate_directions(own.directions), own.counters)
 
 
@@ -147,20 +162,22 @@ def _read(own: _Own, entry: Mapping[str, Any], parameter: Tensor, which: str) ->
         own.directions[parameter] = entry[DIRECTION]
 
 
-def _drop_other_kind(own: _Own, engine: Engine) -> None:
-    """Remove direction and statistics, with a warning, if they are of another kind than those of the engine."""
+def _drop_other_kind(own: _Own, engine: Engine, base: Optimizer) -> None:
+    """Remove direction and statistics, with a warning, if their kind or scopes are not those of the engine."""
     saved, kind = _saved_kind(own), _kind(engine)
-    if saved in (_NONE, kind):
+    if saved == _NONE:
+        return
+    if saved != kind:
+        default = ", the default since version 0.3" if kind == _NONE else ""
+        reason = f"this optimizer has direction={kind}{default}. Pass direction={saved} to continue with it"
+    elif not _same_scopes(own.counters, engine.planner.labels(base)):
+        reason = "other parameters share a scope here. Pass the scope= that it was saved with to continue with it"
+    else:
         return
     own.directions.clear()
     for counters in own.counters.values():
-        counters[HEAD:] = 0.0
-    warnings.warn(
-        f"the state has {_DROPPED[saved]} dropped: this optimizer has direction={kind}"
-        f"{', the default since version 0.3' if kind == _NONE else ''}. Pass direction={saved} to continue with it",
-        UserWarning,
-        stacklevel=6,
-    )
+        statistics_of(counters).zero_()
+    warnings.warn(f"the state has {_DROPPED[saved]} dropped: {reason}", UserWarning, stacklevel=6)
 
 
 def _without(names: set[str], entry: Any) -> Any:
@@ -175,7 +192,13 @@ def _saved_kind(own: _Own) -> str:
     """Return the kind of direction that a state is of. All statistics are of the direction."""
     if own.directions:
         return _OWN
-    return _SHARED if any(bool(counters[HEAD:].any()) for counters in own.counters.values()) else _NONE
+    return _SHARED if any(bool(statistics_of(counters).any()) for counters in own.counters.values()) else _NONE
+
+
+def _same_scopes(counters: Mapping[Tensor, Tensor], labels: Mapping[Tensor, Label]) -> bool:
+    """Return whether the same parameters share a scope as when the counters were saved, if these tell."""
+    pairs = {(int(numbers[SCOPE]), labels[p]) for p, numbers in counters.items() if numbers[SCOPE] > 0}
+    return len(pairs) == len({number for number, _ in pairs}) == len({label for _, label in pairs})
 
 
 def _allocate_directions(directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -190,7 +213,7 @@ def _restore(own: _Own, base: Optimizer, engine: Engine) -> Tensor:
     engine.directions = own.directions
     engine.planner.invalidate()
     labels = engine.planner.labels(base)
-    engine.scopes.restore({labels[parameter]: counters[HEAD:] for parameter, counters in own.counters.items()})
+    engine.scopes.restore({labels[parameter]: statistics_of(numbers) for parameter, numbers in own.counters.items()})
     return next(iter(own.counters.values()), torch.zeros(HEAD, dtype=torch.float64))[1:HEAD].clone()
 
 

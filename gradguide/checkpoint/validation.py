@@ -110,14 +110,14 @@ def check_direction(value: object, parameter: Tensor, which: str) -> None:
 
 
 def read_counters(value: object, which: str) -> Tensor:
-    """Return saved counters as Tensor [HEAD + len(STATISTICS)], float64 on the host. Older formats are converted.
+    """Return saved counters in the present format, float64 on the host. Older formats are converted.
 
     Raises:
         ValueError: ``value`` is no counters tensor, or its format is newer.
     """
     tensor = _dense(COUNTERS, value, which)
     if tensor.dim() != 1 or tensor.numel() == 0:
-        length = HEAD + len(entries.statistics_of(entries.FORMAT))
+        length = HEAD + len(entries.numbers_of(entries.FORMAT))
         raise ValueError(
             f"the saved {COUNTERS} of {which} must hold {length} numbers, found a tensor of shape {tuple(tensor.shape)}"
         )
@@ -133,7 +133,7 @@ def read_counters(value: object, which: str) -> Tensor:
             f"the state has format {version:g}, this version of gradguide reads up to {entries.FORMAT}: upgrade "
             "gradguide"
         )
-    length = HEAD + len(entries.statistics_of(int(version)))
+    length = HEAD + len(entries.numbers_of(int(version)))
     if len(counters) != length:
         raise ValueError(f"the saved {COUNTERS} of {which} must hold {length} numbers, found {len(counters)}")
     return entries.convert_counters(counters)
@@ -150,7 +150,7 @@ def check_counters(counters: Tensor, others: Iterable[Tensor], which: str) -> No
     for name, count in counts:
         if not count.is_integer() or count < 0:
             raise ValueError(f"the saved {COUNTERS} of {which} must count whole {name} from 0, found {count:g}")
-    for name, number in zip(entries.statistics_of(entries.FORMAT), numbers[HEAD:], strict=True):
+    for name, number in zip(entries.numbers_of(entries.FORMAT), numbers[HEAD:], strict=True):
         infinite = math.isinf(number) and name not in _UNBOUNDED
         if math.isnan(number) or infinite or number < 0:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def fail_together(work: str, parameters: Iterable[Tensor]) -> Iterator[None]:
+def fail_together(work: str, parameters: Iterable[Tensor], group: Any = None) -> Iterator[None]:
     """Raise on every rank if the body raises an exception on any rank. The cost is one all-reduce of one number.
 
     A rank whose body raised logs its exception, waits for the other ranks to end their bodies, and raises it.
@@ -30,6 +31,7 @@ def fail_together(work: str, parameters: Iterable[Tensor]) -> Iterator[None]:
     Args:
         work: what the body does, for the message, such as "capture".
         parameters: those of the model that the body runs. The first one has the device of the reduction.
+        group: process group of the ranks that run it; None is the default group.
 
     Raises:
         RuntimeError: the body raised an exception on another rank only.
@@ -44,20 +46,20 @@ def fail_together(work: str, parameters: Iterable[Tensor]) -> Iterator[None]:
     except Exception as error:
         logger.error("%s failed on rank %d, which waits for the other ranks: %r", work, dist.get_rank(), error)
         with suppress(RuntimeError):  # a device error may also break the reduction; the first error is the cause
-            _failures(True, device)
+            _failures(True, device, group)
         raise
-    failures = _failures(False, device)
+    failures = _failures(False, device, group)
     if failures:
         raise RuntimeError(
-            f"{work} failed on {failures} of {dist.get_world_size()} ranks, not on rank {dist.get_rank()}: see the "
-            "error of the other rank. Nothing was captured"
+            f"{work} failed on {failures} of {dist.get_world_size(group)} ranks, not on rank {dist.get_rank()}: see "
+            "the error of the other rank. Nothing was captured"
         )
 
 
-def _failures(failed: bool, device: torch.device) -> int:
+def _failures(failed: bool, device: torch.device, group: Any) -> int:
     """Return the number of ranks that failed."""
     count = torch.tensor(int(failed), device=device)
-    dist.all_reduce(count)
+    dist.all_reduce(count, group=group)
     return int(count)
 
 

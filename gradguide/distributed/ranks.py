@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguide.distributed.agreement import check_agreement
 from gradguide.distributed.layouts import Layout, check_divided, is_distributed, layout_of, local
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "replica_group"]
 
 
 class Ranks:
@@ -20,6 +20,7 @@ class Ranks:
     def __init__(self) -> None:
         self.groups: list[tuple[Any, ...]] = [()]
         self.sharded = False  # whether any parameter is a DTensor
+        self.replicas: Any = None  # group of DistributedDataParallel; None if none was found at the last comparison
         self._meshes: list[Any] = []
         self._agreed: list[Any] | None = None  # meshes of the last comparison
 
@@ -59,8 +60,8 @@ class Ranks:
             return
         # All dimensions of a mesh: replicas of a shard must agree too.
         groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
-        if not groups and is_distributed():
-            groups = _ddp_groups(parameters)
+        self.replicas = None if groups else replica_group(parameters)
+        groups += [] if self.replicas is None else [self.replicas]
         if groups:
             check_agreement(describe_options(), groups, local(parameters[0]).device)
         self._agreed = self._meshes
@@ -73,19 +74,19 @@ class Ranks:
         return {name: layout for name, layout in known.items() if layout is not None}
 
 
-def _ddp_groups(parameters: Sequence[Tensor]) -> list[Any]:
+def replica_group(parameters: Sequence[Tensor]) -> Any:
     """Return the process group of the DistributedDataParallel module that contains the parameters, if any.
 
     Parameters do not reference the module. The garbage collector finds its parameter list in about 0.1 s.
     """
     first = next((p for p in parameters if p.requires_grad), None)
-    if first is None:
-        return []
+    if first is None or not is_distributed():
+        return None
     lists = [holder for holder in gc.get_referrers(first) if type(holder) is list]
     for holder in gc.get_referrers(*lists) if lists else []:
         # The referrer is the module or its __dict__.
         attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
         held = attributes.get("_module_parameters")
         if any(held is each for each in lists) and "process_group" in attributes:
-            return [attributes["process_group"]]
-    return []
+            return attributes["process_group"]
+    return None

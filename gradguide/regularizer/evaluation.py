@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradguide.base_checks import is_step_on_zeros
 from gradguide.distributed.layouts import local, reduce_partial
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.allocate import allocate_contiguous
@@ -55,7 +56,7 @@ class Perturbation:
 
 def evaluate(
     closure: Callable[[], Any] | None, base: Optimizer, engine: Engine, regularizer: Regularizer, steps: Tensor
-) -> tuple[Any, dict[Tensor, Tensor]]:
+) -> tuple[Any, dict[Tensor, Tensor] | None]:
     """Store the gradient of the loss in ``p.grad`` and return the regularizer's gradient.
 
     Args:
@@ -64,12 +65,14 @@ def evaluate(
 
     Returns:
         The result of the first closure call, and ``sign * H v`` by parameter (this rank's shard), with ``H v = (g(theta
-        + e v) - g(theta)) / e``.
+        + e v) - g(theta)) / e``. Both None for the step on zeros of a checkpoint loader, which has no closure.
 
     Raises:
         RuntimeError: the closure is missing, does not clear the gradients, or gives none the second time. Parameters,
             buffers and gradients are then those before the call, or those after the first evaluation.
     """
+    if closure is None and is_step_on_zeros(base):
+        return None, None
     if closure is None:
         raise RuntimeError(NEEDS_CLOSURE)
     warmup_factor = torch.ones_like(steps)

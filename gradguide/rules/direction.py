@@ -25,6 +25,10 @@ class Direction:
     below that of g, and it is never longer than g. ``k = damping * evidence``. The evidence, in [0, 1], is the
     agreement of the recent gradients beyond that of as many random ones (0 at the first step).
 
+    A parameter without a gradient keeps its part of d for that step, as the base keeps its momentum. The mass of its
+    scope decays. So the coherence is too high in a scope whose parameters lack gradients in turn, up to 1. Give such
+    parameters scopes of their own, or gradients of zero.
+
     A GradGuide has no direction by default: in the evaluation, runs with and without one had the same results.
 
     Source: "gradient direction consistency", abstract of arXiv 2506.00726; the mean resultant length is that of

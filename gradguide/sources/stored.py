@@ -79,8 +79,8 @@ class SourceGradient:
         """Capture the mean gradient over source data at the model's current parameters.
 
         Modes, buffers (BatchNorm's statistics), gradients, parameters and torch's random state do not change. Under
-        ``torch.distributed``, every rank supplies its share of the data, and all ranks get the same source. Activation
-        checkpointing (also reentrant), DDP, FSDP2 and compiled models are supported.
+        ``torch.distributed``, every rank supplies its share of the data, and all ranks (under DDP those of its process
+        group) get the same source. Activation checkpointing (also reentrant), DDP, FSDP2 and compiled models work.
 
         The source stores an id and a few frozen weights of its base model. An optimizer raises ValueError if frozen
         weights reachable through its ``names`` have other values. Differences between float32 and 16-bit storage are

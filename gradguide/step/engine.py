@@ -117,6 +117,8 @@ class Engine:
         span = plan.gram(rows, SOURCES + len(sources) + regularized, self.signed_rows(len(sources)))
         if plan.cache.positions is None:
             plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
+            if self.rules.share_momentum:
+                self.scopes.count_as_one(plan.cache.positions, span.lengths[:, DIRECTION])
         return StepState(plan, rows, span, plan.cache.positions, regularized)
 
     def _restart_scopes(self, plan: StepPlan, base: Optimizer) -> None:
@@ -221,8 +223,7 @@ class Engine:
         plan = state.plan
         sources = plan.sources[: self.rules.update_source_count]
         rows: Rows = []
-        # The base may have restrided a parameter, so metadata is read again.
-        now = [TensorList(bucket.values) for bucket in plan.buckets]
+        now = [TensorList(bucket.values) for bucket in plan.buckets]  # reads metadata: the base may have restrided some
         for bucket, values, copies in zip(plan.buckets, now, before, strict=True):
             own = [Row(at=values, anchor=copies), Row(offset=copies)]
             rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradguide.distributed.resharded import find_sharded
-from gradguide.step.buckets import Scope, scope_labeler
+from gradguide.step.buckets import Label, Scope, scope_labeler
+from gradguide.step.engine import Engine
 from gradguide.utils.names import Names, NamesLike, names_in_groups
 
-__all__ = ["extend_names", "resolve_names"]
+__all__ = ["extend_names", "resolve_names", "set_names"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -49,3 +52,42 @@ def extend_names(known: Names, given: NamesLike | None, groups: Groups) -> Names
     extended = known.merged(given)
     extended.replace(find_sharded(extended.found, groups))
     return extended
+
+
+def set_names(engine: Engine, names: Names, base: Optimizer) -> None:
+    """Replace the names. With ``scope="module"`` they change the scopes.
+
+    A scope that keeps its parameters keeps its statistics. Others start from zero, and their directions too.
+
+    Warns:
+        UserWarning: a scope that has statistics has other parameters now.
+    """
+    before = engine.planner.labels(base)
+    engine.planner.set_names(names, base)
+    after = engine.planner.labels(base)
+    if before == after:
+        return
+    statistics = {label: engine.scopes.export(label).cpu() for label in before.values()}
+    begun = [p for p, label in before.items() if statistics[label].any()]
+    earlier, present = _members(begun, before), _members(begun, after)
+    same = (label for label, held in present.items() if earlier[before[begun[held[0]]]] == held)
+    kept = {label: statistics[before[begun[present[label][0]]]] for label in same}
+    lost = [p for p in begun if after[p] not in kept]
+    for p in lost:
+        engine.directions.pop(p, None)
+    engine.scopes.restore(kept)
+    if lost:
+        warnings.warn(
+            f"the new names change the scopes of {len(lost)} parameters, such as {names.found.get(lost[0])}: their "
+            "direction starts from zero. Give names=model when GradGuide is made",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _members(parameters: Sequence[Tensor], labels: Mapping[Tensor, Label]) -> dict[Label, list[int]]:
+    """Return the positions of the parameters of each scope."""
+    found: dict[Label, list[int]] = {}
+    for position, parameter in enumerate(parameters):
+        found.setdefault(labels[parameter], []).append(position)
+    return found

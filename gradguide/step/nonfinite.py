@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -25,7 +26,15 @@ from gradguide.ops.tensors import all_finite
 from gradguide.step.engine import StepState
 from gradguide.step.momentum import momentum_buffers
 
-__all__ = ["POLICIES", "SKIPS_BEFORE_WARNING", "skip_on_host", "step_base", "warn_skipped"]
+__all__ = [
+    "POLICIES",
+    "SKIPS_BEFORE_WARNING",
+    "skip_on_host",
+    "step_base",
+    "uses_found_inf",
+    "warn_skipped",
+    "warn_undone",
+]
 
 POLICIES = ("skip", "raise")
 
@@ -39,7 +48,7 @@ def skip_on_host(state: StepState, base: Optimizer, policy: str, names: Mapping[
     Raises:
         FloatingPointError: the gradient is not finite and the policy is "raise".
     """
-    left_to_base = _uses_found_inf(state, base, policy) and not _starts_momentum(state, base)
+    left_to_base = uses_found_inf(state, base, policy) and not _starts_momentum(state, base)
     if left_to_base or bool(state.finite):
         return False
     if policy == "raise":
@@ -61,6 +70,28 @@ def warn_skipped(state: StepState, skipped: int, names: Mapping[Tensor, str]) ->
     )
 
 
+def warn_undone(base: Optimizer, undone: int) -> None:
+    """Warn that the bound has undone ``undone`` updates in a row, which were not finite.
+
+    Warns:
+        UserWarning: names what makes them so in float16, or else the base's state.
+    """
+    half = any(p.dtype == torch.float16 for group in base.param_groups for p in group["params"])
+    eps = min((group["eps"] for group in base.param_groups if isinstance(group.get("eps"), float)), default=None)
+    cause = (
+        f"In float16 an eps of {eps:g} and the squares of small gradients can round to 0, and {type(base).__name__} "
+        "divides by them: pass eps=1e-4, or train parameters in float32 (torch.autocast) or bfloat16"
+        if half and eps is not None and eps < 1e-4
+        else "Its state or the parameters may hold NaN or Inf, or its rate is too high for the parameters' dtype"
+    )
+    warnings.warn(
+        f"the last {undone} updates of {type(base).__name__} had NaN or Inf in a scope, and were undone there: these "
+        f"parameters were not trained. {cause}",
+        UserWarning,
+        stacklevel=7,
+    )
+
+
 def step_base(state: StepState, base: Optimizer, policy: str) -> None:
     """Step the base. If it supports ``found_inf``, it skips the step itself when a gradient is not finite.
 
@@ -68,7 +99,7 @@ def step_base(state: StepState, base: Optimizer, policy: str) -> None:
         TypeError: the base's step fails because it evaluates the closure itself.
     """
     flagged: Any = base
-    uses_flag = _uses_found_inf(state, base, policy)
+    uses_flag = uses_found_inf(state, base, policy)
     if uses_flag:
         flagged.found_inf = 1.0 - state.decided.go
     try:
@@ -82,7 +113,7 @@ def step_base(state: StepState, base: Optimizer, policy: str) -> None:
             del flagged.found_inf
 
 
-def _uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
+def uses_found_inf(state: StepState, base: Optimizer, policy: str) -> bool:
     """Return whether the base skips the step itself by a flag on the device, which avoids a host sync.
 
     Fused bases of torch support this for GradScaler. Wrappers of them, such as ZeroRedundancyOptimizer, have the same

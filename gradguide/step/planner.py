@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide import ops
-from gradguide.base_checks import check_differentiable
+from gradguide.base_checks import check_differentiable, is_step_on_zeros
 from gradguide.distributed.agreement import describe, is_plain
 from gradguide.distributed.deepspeed import check_zero
 from gradguide.distributed.layouts import Layout
@@ -190,13 +190,15 @@ class StepPlanner:
             self._match_added(base)
         if not self._ranks.agreed:
             self.check_ranks(base)  # before the collectives in a source's own passes
-        if not live:
+        if not live or is_step_on_zeros(base):  # which must draw no batch
             return
         trained = trainable_parameters(base)
         covered = {self.names[p]: p for p in trained if self.names.get(p) in self._covered}
         passes = any(isinstance(source, ReplaySource) and source.due(covered) for source in self.sources)
         with preserve_buffers(self.name_lookup.models()) if passes else nullcontext():
             for source in {id(source): source for source in self.sources}.values():  # one may have two roles
+                if isinstance(source, ReplaySource):
+                    source.group = self._ranks.replicas
                 source.refresh(covered, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradguide.base_checks import NO_GRADIENTS
+from gradguide.base_checks import NO_GRADIENTS, has_no_rate
 from gradguide.ops.tensors import wide_dtype
 from gradguide.recording.history import History
 from gradguide.step import nonfinite
@@ -37,6 +37,7 @@ class Progress:
         self.last: Record | None = None
         self.history: History | None = None
         self._skipped_in_row = 0
+        self._undone_in_row = 0
         self._warned: set[str] = set()
 
     def skipped_on_host(self, state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
@@ -52,6 +53,8 @@ class Progress:
         # Later updates are in place, so that a replayed CUDA graph continues the count.
         device = state.span.gram.device
         self.totals = self.totals.to(device, wide_dtype(device))
+        if not nonfinite.uses_found_inf(state, base, policy):  # the host waits for this step anyway
+            self._count_undone(base)
         if not nonfinite.skip_on_host(state, base, policy, names):
             self._skipped_in_row = 0
             return False
@@ -61,11 +64,22 @@ class Progress:
             nonfinite.warn_skipped(state, nonfinite.SKIPS_BEFORE_WARNING, names)
         return True
 
-    def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]]) -> None:
-        """Store the record of a step. If a history is set, append the metrics to it."""
+    def _count_undone(self, base: Optimizer) -> None:
+        """Count whether the bound undid the last step's update, which was not finite. Warn after several in a row."""
+        if self.last is None:
+            return
+        undone = self.last.limit is not None and not bool(self.last.limit.factor.all())
+        self._undone_in_row = self._undone_in_row + 1 if undone else 0
+        if self._undone_in_row == nonfinite.SKIPS_BEFORE_WARNING:
+            nonfinite.warn_undone(base, nonfinite.SKIPS_BEFORE_WARNING)
+
+    def finish(self, record: Record | None, metrics: Callable[[], dict[str, float]], base: Optimizer) -> None:
+        """Store the record of a step. If a history is set, append the metrics, except those of a step on zeros."""
         self.last = record
         if self.history is not None:
-            self.history.append(metrics())
+            row = metrics()
+            if row["grad_norm"] != 0.0 or not has_no_rate(base):  # torch makes such steps for distributed checkpoints
+                self.history.append(row)
 
     def warn_once(self, message: str, stacklevel: int) -> None:
         """Give a UserWarning, once per message."""

@@ -78,7 +78,7 @@ def test_i03_a_state_of_format_1_goes_on_like_the_one_it_came_from() -> None:
     kit.train(model, optimizer, range(4))
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():
-        _, *numbers = entry[COUNTERS].tolist()
+        _, *numbers, _ = entry[COUNTERS].tolist()
         entry[COUNTERS] = torch.tensor([1.0, *numbers, 3.8, float("nan"), -0.2], dtype=torch.float64)
     twin.load_state_dict(model.state_dict())
     resumed.load_state_dict(kit.through_file(state))
@@ -97,6 +97,27 @@ def test_i03_skipped_steps_are_counted_on_across_a_load() -> None:
     resumed = kit.guide(kit.net(), kit.adamw)
     resumed.load_state_dict(kit.through_file(optimizer.state_dict()))
     assert {k: resumed.metrics()[k] for k in ("steps", "skipped")} == {"steps": 2, "skipped": 1}
+
+
+@pytest.mark.parametrize("skipped", ["all", "the first of one parameter"])
+@pytest.mark.parametrize("kind", ["defaults", "no source"])
+def test_i03_the_base_alone_loads_a_state_of_skipped_steps(kind: str, skipped: str) -> None:
+    """AdamW takes an entry with own keys for its own, and raised KeyError."""
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind)
+    kit.give_gradients(model, 0, scale=float("nan"))
+    optimizer.step()
+    if skipped != "all":
+        kit.give_gradients(model, 0)
+        model[0].weight.grad = None
+        optimizer.step()
+    plain = kit.guide(model, kit.adamw).base
+    plain.load_state_dict(kit.through_file(optimizer.state_dict()))
+    kit.train(model, plain, range(1))
+    resumed = kit.guide(model, kit.adamw, kind)
+    resumed.load_state_dict(optimizer.state_dict())
+    kit.train(model, resumed, range(1))
+    assert resumed.metrics()["steps"] == optimizer.metrics()["steps"] + 1
 
 
 def test_i03_loaded_direction_and_counters_are_not_shared_with_the_state() -> None:
@@ -230,6 +251,41 @@ def test_i21_statistics_of_another_kind_of_direction_are_dropped_with_a_warning(
     assert kit.directions_of(other) == {}
     assert other.metrics()["steps"] == 3
     kit.assert_same(other.base.state_dict(), optimizer.base.state_dict())
+
+
+@pytest.mark.parametrize("now", kit.SCOPES)
+@pytest.mark.parametrize("then", kit.SCOPES)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_i21_a_direction_of_other_scopes_is_dropped_with_a_warning(then: str, now: str, shared: bool) -> None:
+    """Its length in a scope is that of the scope's part of the gradients, so its coherence was wrong."""
+    model, twin = kit.net(), kit.net()
+    kind = Direction(share_momentum=shared)
+    optimizer = kit.guide(model, kit.adamw, scope=then, direction=kind)
+    kit.train(model, optimizer, range(3))
+    state = kit.through_file(optimizer.state_dict())
+    other = kit.guide(twin, kit.adamw, scope=now, direction=kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.load_state_dict(state)
+    if then == now:
+        assert not caught
+        kit.assert_same(other.state_dict(), state)
+        return
+    assert [str(each.message) for each in caught if "dropped: other parameters share a scope" in str(each.message)]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert not other._engine.scopes.statistics.any()
+    assert kit.directions_of(other) == {}
+    assert other.metrics()["steps"] == 3
+
+
+def test_i21_scopes_that_are_alike_under_another_name_keep_the_direction() -> None:
+    model, twin = kit.net(), kit.net()
+    optimizer = kit.guide(model, kit.adamw)
+    kit.train(model, optimizer, range(3))
+    other = kit.guide(twin, kit.adamw, scope=dict.fromkeys(twin.parameters(), "all"))  # type: ignore[arg-type]
+    other.load_state_dict(optimizer.state_dict())
+    kit.assert_same(other.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -42,7 +42,7 @@ def test_i24_no_host_read_in_a_step_of_the_portable_backend(
 ) -> None:
     """At most one source: with several, the projection has a shortcut on the CPU that reads."""
     monkeypatch.setattr("gradguide.ops.foreach._on_cpu", lambda device: False)
-    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as with a fused base on CUDA
+    monkeypatch.setattr(finite, "uses_found_inf", lambda measured, base, policy: True)  # as with a fused base on CUDA
     model = kit.net()
     optimizer = kit.guide(model, lambda groups: kit.sgd(groups, fused=True), kind, scope, backend="foreach")
     kit.train(model, optimizer, range(2))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gradguide import Alignment, GradGuide, ReplaySource, SourceGradient, StructuredSource
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import join
@@ -42,8 +44,35 @@ def run(kind: str, every: int, rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def alone(rank: int, world: int) -> dict[str, float]:
+    """Return numbers of the sources of a model that each rank trains alone, in a process group of its own."""
+    own = [dist.new_group([each]) for each in range(world)][rank]
+    model = nn.Linear(2, 1, bias=False)
+    wrapped = DistributedDataParallel(model, process_group=own)
+    rows = torch.full((3 + rank, 2), 1.0 + rank)
+
+    source = ReplaySource([rows], lambda batch: wrapped(batch).mean())
+    optimizer = GradGuide(torch.optim.SGD(model.parameters(), lr=0.1), alignment=Alignment(source), names=model)
+    wrapped(rows).square().sum().backward()
+    optimizer.step()
+    copy.deepcopy(optimizer)  # without the group, which cannot be copied
+
+    def loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        return module(batch).mean(), len(batch)
+
+    structured = StructuredSource.capture(wrapped, [rows, rows], loss, rank=1)
+    captured = SourceGradient.capture(wrapped, [rows, rows], loss)
+    at = [model.weight.detach()]
+    return {
+        "replayed": float(source.row(["weight"], at).value(0, torch.float32)[0]),
+        "captured": captured.metadata["examples"],
+        "structured": structured.metadata["predictions"],
+    }
+
+
 def main(rank: int, world: int, folder: Path) -> None:
-    found = {f"{kind}, {every}": run(kind, every, rank, world) for kind, every in problem.REPLAYS}
+    found: dict[str, Any] = {f"{kind}, {every}": run(kind, every, rank, world) for kind, every in problem.REPLAYS}
+    found["alone"] = alone(rank, world)
     torch.save(found, folder / f"rank{rank}.pt")
 
 

@@ -38,6 +38,11 @@ def test_ranks_stay_bitwise_together(found: list[dict[str, Any]], kind: str, eve
     assert first["conflicts"] == second["conflicts"]
 
 
+def test_sources_are_of_the_ranks_in_the_process_group_of_the_model(found: list[dict[str, Any]]) -> None:
+    wanted = [{"replayed": 1.0, "captured": 6, "structured": 6}, {"replayed": 2.0, "captured": 8, "structured": 8}]
+    assert [rank["alone"] for rank in found] == wanted
+
+
 def test_the_replayed_source_changes_the_result() -> None:
     """Training without the source ends at other parameters, so the comparison above covers guided steps."""
     guided, plain = problem.net(), problem.net()

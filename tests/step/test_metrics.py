@@ -286,7 +286,7 @@ def test_scopes_are_reported_together() -> None:
 @pytest.mark.parametrize("on_device", [False, True])
 def test_skipped_steps_are_counted_and_not_measured(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if on_device:  # as with a fused base on CUDA, where the host does not know which steps are skipped
-        monkeypatch.setattr(nonfinite, "_uses_found_inf", lambda measured, base, policy: True)
+        monkeypatch.setattr(nonfinite, "uses_found_inf", lambda measured, base, policy: True)
     known = parameters()
     optimizer = GradGuide(SGD(known.values(), lr=0.1, fused=True), direction=Direction())
     good, bad = vectors(2, seed=13)

@@ -30,7 +30,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("on", ["update", "gradient"])
 def test_a_step_reads_nothing(scope: str, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradguide.ops.foreach._on_cpu", lambda device: False)
-    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as with a fused base on CUDA
+    monkeypatch.setattr(finite, "uses_found_inf", lambda measured, base, policy: True)  # as with a fused base on CUDA
     model = nn.Linear(4, 3)
     named = dict(model.named_parameters())
     tables = ({name: torch.rand_like(p) for name, p in named.items()} for _ in range(3))

@@ -20,7 +20,7 @@ from tests.contract import kit
 @pytest.mark.parametrize("kind", [AdamW, Adam, SGD])
 def test_a_fused_base_leaves_the_step_out_itself(kind: type[AdamW], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only CUDA uses the flag. Fused bases on the CPU support it."""
-    monkeypatch.setattr(nonfinite, "_uses_found_inf", lambda measured, base, policy: True)
+    monkeypatch.setattr(nonfinite, "uses_found_inf", lambda measured, base, policy: True)
     results = []
     for skipped in (False, True):
         torch.manual_seed(0)
@@ -66,10 +66,10 @@ def test_only_steps_of_torch_are_left_to_the_flag(kind: type[AdamW]) -> None:
     """Another base would step with NaN, whose moments undo every later update."""
     state: Any = SimpleNamespace(span=SimpleNamespace(gram=SimpleNamespace(device=torch.device("cuda"))))
     base = kind(kit.net().parameters(), lr=0.1, fused=True)
-    assert nonfinite._uses_found_inf(state, base, "skip")
+    assert nonfinite.uses_found_inf(state, base, "skip")
     for other in (Outer(base), Own(kit.net().parameters(), lr=0.1, fused=True)):
         assert all(group["fused"] for group in other.param_groups)
-        assert not nonfinite._uses_found_inf(state, other, "skip")
+        assert not nonfinite.uses_found_inf(state, other, "skip")
 
 
 def test_a_first_step_of_fused_sgd_is_skipped_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_a_first_step_of_fused_sgd_is_skipped_on_the_host(monkeypatch: pytest.Mo
         used.append(asked(state, base))
         return used[-1]
 
-    monkeypatch.setattr(nonfinite, "_uses_found_inf", lambda measured, base, policy: True)  # as on CUDA
+    monkeypatch.setattr(nonfinite, "uses_found_inf", lambda measured, base, policy: True)  # as on CUDA
     monkeypatch.setattr(nonfinite, "_starts_momentum", record)
     model, plain = kit.net(), kit.net()
     for each, kinds in ((model, "bgbg"), (plain, "gg")):

@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
+from gradguide import Direction, GradGuide
 from gradguide.rules.decide import STATISTICS
 from gradguide.step.scope_state import ScopeState
 
@@ -55,3 +57,52 @@ def test_a_pickle_of_a_version_with_other_statistics_is_refused() -> None:
     state._values = torch.ones(1, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"with 5 statistics per scope, this one has 2: pass its state_dict\(\)"):
         pickle.loads(pickle.dumps(state))
+
+
+def guided_by_module(names: str) -> tuple[nn.Sequential, GradGuide]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    given = model if names == "all" else [(n, p) for n, p in model.named_parameters() if n.startswith("0")]
+    base = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return model, GradGuide(base, direction=Direction(), scope="module", names=given)
+
+
+def train(model: nn.Module, optimizer: GradGuide, steps: range) -> float:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator) + 0.8
+        optimizer.step()
+    return optimizer.metrics()["coherence"]
+
+
+def test_names_that_change_keep_the_statistics_of_a_module() -> None:
+    found = []
+    for prefix in ("", "model."):
+        torch.manual_seed(0)
+        model, optimizer = guided_by_module("all")
+        train(model, optimizer, range(30))
+        optimizer.set_alignment(None, names=[(prefix + name, p) for name, p in model.named_parameters()])
+        found.append(train(model, optimizer, range(30, 32)))
+    assert found[0] == found[1]
+    assert found[0] < 0.9
+
+
+def test_names_that_change_the_scopes_start_their_directions_from_zero_with_a_warning() -> None:
+    model, optimizer = guided_by_module("some")
+    train(model, optimizer, range(30))
+    with pytest.warns(UserWarning, match=r"scopes of 4 parameters, such as 1\.weight: .* starts from zero") as caught:
+        optimizer.set_alignment(None, names=model)
+    assert caught[0].filename == __file__
+    assert len(optimizer._engine.directions) == 2
+    assert int(optimizer._engine.scopes.statistics.any(dim=1).sum()) == 1
+    assert train(model, optimizer, range(30, 31)) < 1.0
+
+
+def test_a_parameter_that_joins_a_module_later_leaves_its_statistics() -> None:
+    model = nn.Linear(4, 4)
+    base = torch.optim.Adam([model.weight], lr=1e-3)
+    optimizer = GradGuide(base, direction=Direction(), scope="module", names=model)
+    train(model, optimizer, range(30))
+    before = optimizer._engine.scopes.statistics.clone()
+    optimizer.add_param_group({"params": [model.bias]})
+    assert torch.equal(optimizer._engine.scopes.statistics, before)

@@ -153,3 +153,38 @@ def test_without_a_bound_there_is_no_factor(magnitude: Magnitude | None) -> None
     parameter.grad = torch.ones(2)
     optimizer.step()
     assert math.isnan(optimizer.metrics()["update_factor"])
+
+
+def half_precision(dtype: torch.dtype, eps: float) -> tuple[GradGuide, nn.Parameter]:
+    parameter = nn.Parameter(torch.ones(4, dtype=dtype))
+    return GradGuide(AdamW([parameter], lr=1e-2, eps=eps)), parameter
+
+
+def train(optimizer: GradGuide, parameter: nn.Parameter, steps: int) -> None:
+    for _ in range(steps):
+        parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+
+
+def test_updates_that_are_undone_in_a_row_give_a_warning() -> None:
+    optimizer, parameter = half_precision(torch.float16, 1e-8)
+    train(optimizer, parameter, 5)
+    assert parameter.tolist() == [1.0] * 4
+    with pytest.warns(UserWarning, match=r"last 5 updates of AdamW .* an eps of 1e-08 .* pass eps=1e-4"):
+        train(optimizer, parameter, 1)
+    train(optimizer, parameter, 6)  # one warning for a sequence
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float16, 1e-4), (torch.bfloat16, 1e-8)])
+def test_updates_of_16_bit_parameters_that_are_finite_give_no_warning(dtype: torch.dtype, eps: float) -> None:
+    optimizer, parameter = half_precision(dtype, eps)
+    train(optimizer, parameter, 10)
+    assert max(parameter.tolist()) < 1.0
+
+
+def test_a_damaged_state_of_the_base_is_named_where_its_updates_are_undone() -> None:
+    optimizer, parameter = half_precision(torch.float32, 1e-8)
+    train(optimizer, parameter, 1)
+    optimizer.state[parameter]["exp_avg"].fill_(math.nan)
+    with pytest.warns(UserWarning, match="Its state may hold NaN or Inf"):
+        train(optimizer, parameter, 6)

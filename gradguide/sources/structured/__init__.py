@@ -6,6 +6,7 @@
 - ``factors``: S and G in low rank.
 - ``captured_weight``: recognises the weight that a layer had at capture.
 - ``binding``, ``bound_layer``, ``pull``, ``pull_rows``: the gradient with respect to a model's parameters.
+- ``packed``: names layers of other libraries, which are left out.
 - ``storage``: files.
 """
 

@@ -16,6 +16,7 @@ from gradguide.ops.tensors import common_value
 from gradguide.sources.structured.bound_layer import BoundLayer, bind_layer, names_that_change, names_to_pull
 from gradguide.sources.structured.factors import Factor, LayerFactors, Product, stacked
 from gradguide.sources.structured.layers import active_adapters, find_layers
+from gradguide.sources.structured.packed import packed_note
 from gradguide.sources.structured.pull import adapter_pull, weight_pull
 from gradguide.sources.structured.pull_rows import Pull, PullRows
 from gradguide.utils.names import model_names
@@ -108,7 +109,7 @@ class Binding:
             raise ValueError(
                 f"no trained parameter of the model changes one of the source's {len(layers)} layers, such as "
                 f"{next(iter(layers))} (the model's first is {next(iter(find_layers(model)), 'none')}): add or "
-                "enable an adapter, unfreeze weights, or capture the layers that are trained"
+                f"enable an adapter, unfreeze weights, or capture the layers that are trained{packed_note(model)}"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
         self._scales = [

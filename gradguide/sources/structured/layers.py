@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradguide.distributed.layouts import layout_of
+from gradguide.sources.structured.packed import packed_note
 from gradguide.utils.names import model_modules
 
 __all__ = [
@@ -154,8 +155,10 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
     Raises:
         ValueError: there is no linear layer, ``modules`` is empty, or no layer matches an entry of it.
     """
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer, so there is nothing to capture")
+    note = packed_note(model)
+    if not layers or (note and modules is None):
+        which = f"{len(layers)} linear layers that can be captured" if layers else "no linear layer to capture"
+        raise ValueError(f"{type(model).__name__} has {which}{note}")
     if modules is not None:
         patterns = [modules] if isinstance(modules, str) else list(modules)
         if not patterns:
@@ -164,10 +167,8 @@ def select(model: nn.Module, layers: dict[str, Layer], modules: str | Sequence[s
         for pattern in patterns:
             matching = {n: layer for n, layer in layers.items() if _matches(n, pattern)}
             if not matching:
-                raise ValueError(
-                    f"no linear layer is called {pattern!r}; the model has {len(layers)}, such as "
-                    f"{', '.join(list(layers)[:3])}"
-                )
+                some = ", ".join(list(layers)[:3])
+                raise ValueError(f"no linear layer is called {pattern!r}; the model has {len(layers)}, as {some}{note}")
             chosen.update(matching)
         return [layer for name, layer in layers.items() if name in chosen]
     body = [layer for layer in layers.values() if not _is_head(model, layer)]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted on the CP
 
 def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], list[str]]:
     """Return the kernels and operations of the third step."""
-    monkeypatch.setattr(finite, "_uses_found_inf", lambda measured, base, policy: True)  # as on CUDA, where it is fused
+    monkeypatch.setattr(finite, "uses_found_inf", lambda measured, base, policy: True)  # as on CUDA, where it is fused
     held = [nn.Parameter(torch.ones(5, 3)) for _ in range(4)]
     names = [(f"layer{i // 2}.p{i}", p) for i, p in enumerate(held)]
     if "on" in options:

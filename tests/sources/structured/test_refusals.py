@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import config as lora_config
+from peft.tuners.lora import gptq as lora_gptq
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -268,3 +269,41 @@ def test_a_start_that_changed_a_weight_that_cannot_be_compared_is_refused(source
     own = StructuredSource.capture(model, text(2), sampled_loss, rank=4)
     StructuredSource(own._layers, {k: v for k, v in own.metadata.items() if k != "base"}).bound(model)
     other.bound(peft.get_peft_model(llama(1), lora(init_lora_weights="gaussian")))
+
+
+class HQQLinear(nn.Module):
+    """A linear layer as those of GPTQ, AWQ and HQQ: no nn.Linear, and without a floating-point weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("W_q", linear.weight.detach().mul(1000).round().int())
+        self.W_q: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.W_q / 1000)
+
+
+def packed(model: nn.Module, *, adapter: bool = False) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            new: nn.Module = HQQLinear(module)
+            if adapter:
+                new = lora_gptq.GPTQLoraLinear(new, "default", config=lora(), r=2)
+            model.set_submodule(name, new)
+    return model
+
+
+LEFT_OUT = r"7 linear layers are packed by a quantiser .*first: model.layers.0.self_attn.q_proj.*, a HQQLinear"
+
+
+def test_packed_layers_are_named_where_they_would_be_left_out(source: StructuredSource) -> None:
+    with pytest.raises(ValueError, match=rf"has 1 linear layers that can be captured. {LEFT_OUT}"):
+        StructuredSource.capture(packed(llama(1)), text(1), sampled_loss, rank=4)
+    with pytest.raises(ValueError, match=rf"no linear layer is called 'q_proj'.*as lm_head. {LEFT_OUT}"):
+        StructuredSource.capture(packed(llama(1)), text(1), sampled_loss, rank=4, modules="q_proj")
+    model = packed(llama(1), adapter=True)
+    with pytest.raises(ValueError, match=rf"changes one of the source's 7 layers.*{LEFT_OUT}.*bitsandbytes or torchao"):
+        source.bound(model.requires_grad_(True), given={n for n, _ in model.named_parameters() if "lora_" in n})
+    head = StructuredSource.capture(packed(llama(1)), text(2), sampled_loss, rank=4, modules="lm_head")
+    assert head.names() == ["lm_head"]
