@@ -186,5 +186,5 @@ def test_a_damaged_state_of_the_base_is_named_where_its_updates_are_undone() -> 
     optimizer, parameter = half_precision(torch.float32, 1e-8)
     train(optimizer, parameter, 1)
     optimizer.state[parameter]["exp_avg"].fill_(math.nan)
-    with pytest.warns(UserWarning, match="Its state may hold NaN or Inf"):
+    with pytest.warns(UserWarning, match="Its state or the parameters may hold NaN or Inf"):
         train(optimizer, parameter, 6)

@@ -19,6 +19,9 @@ from gradguide.step.adam_bound.host import AdamBound
 from gradguide.step.engine import Engine
 from gradguide.step.plan import StepPlan
 
+# Damaged states and parameters are given on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:the last 5 updates of AdamW had NaN or Inf")
+
 
 def never(self: AdamBound, *_: object) -> bool:
     return False
@@ -138,7 +141,6 @@ def broken(base: Optimizer, t: int) -> None:
             base.param_groups[0]["params"][0][0, 0] = torch.inf
 
 
-@pytest.mark.filterwarnings("ignore:the last 5 updates of AdamW had NaN or Inf")
 @pytest.mark.parametrize("between", [emptied, replaced, loaded, slower, broken])
 def test_what_is_changed_between_steps_is_noticed(
     between: Callable[[Optimizer, int], None], monkeypatch: pytest.MonkeyPatch
