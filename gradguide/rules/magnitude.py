@@ -36,7 +36,8 @@ class Magnitude:
             above 0. Parameters with a root mean square below 0.01 count as 0.01. None turns the bound off. The bound
             needs a copy of the parameters during the step, unless the update is provably within it: see
             :mod:`gradguide.step.adam_bound`. A scope whose update cannot be measured (Inf or NaN, for instance
-            after float16 overflow) returns to its parameters before the step.
+            after float16 overflow) returns to its parameters before the step. With a schedule-free base, its second
+            sequence z is bounded and copied too.
 
     Raises:
         ValueError, TypeError: an option is out of range.
