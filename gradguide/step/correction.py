@@ -1,5 +1,7 @@
 """Write the corrected update of the base: to the parameters, and to the second sequence of a schedule-free base.
 
+Groups with a rate of 0 keep their parameters: a projection adds source gradients to the others only.
+
 A schedule-free optimizer trains at ``y = beta * x + (1 - beta) * z``. It stores y, the parameter, and z, in its state.
 The average x, which is evaluated, is computed from both. A rule that shortens the update of y alone moves x away from
 z, up the loss. So z gets the same combination as y, and then x has it too.
@@ -8,6 +10,7 @@ z, up the loss. So z gets the same combination as y, and then x has it too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,10 +20,11 @@ from torch.optim import Optimizer
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.tensors import TensorList
+from gradguide.sources.protocol import Source
 from gradguide.step.buckets import Bucket
 from gradguide.step.plan import Rows, StepPlan
 
-__all__ = ["Before", "copy_before", "write_corrected"]
+__all__ = ["Before", "copy_before", "resting_groups", "update_source_rows", "write_corrected"]
 
 
 class Before(NamedTuple):
@@ -39,6 +43,36 @@ def copy_before(base: Optimizer, plan: StepPlan) -> Before:
     """Copy the parameters, and z of a schedule-free base."""
     found = [_sequences(base, bucket) for bucket in plan.buckets]
     return Before(plan.snapshot(), [[None if z is None else z.clone() for z in each] for each in found])
+
+
+def resting_groups(base: Optimizer) -> set[int]:
+    """Return the indices of the groups whose rate is 0. Rates on an accelerator are not read: that would synchronize."""
+    rates = enumerate(group.get("lr") for group in base.param_groups)
+    return {index for index, lr in rates if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0}
+
+
+def update_source_rows(
+    base: Optimizer, plan: StepPlan, sources: Sequence[Source], bucket: Bucket, at: Sequence[Tensor]
+) -> list[Row | None]:
+    """Return the rows of the source gradients that an update is projected on: zero in groups with a rate of 0.
+
+    Args:
+        at: the parameters before the step.
+    """
+    rows, resting = plan.source_rows(sources, bucket, at, "update"), resting_groups(base)
+    if not resting:
+        return rows
+    still = [group in resting for group in bucket.groups]
+    return [None if row is None else _zeroed(row, still) for row in rows]
+
+
+def _zeroed(row: Row, zero: Sequence[bool]) -> Row:
+    offset, at = row.offset, row.at
+    if offset is not None:
+        offset = [torch.zeros_like(part) if none else part for part, none in zip(offset, zero, strict=True)]
+    if at is not None and row.anchor is not None:
+        at = [anchor if none else part for part, anchor, none in zip(at, row.anchor, zero, strict=True)]
+    return replace(row, offset=offset, at=at)
 
 
 def write_corrected(

@@ -21,7 +21,7 @@ from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.step import fused_adam
 from gradguide.step.buckets import Bucket
-from gradguide.step.correction import Before, copy_before, write_corrected
+from gradguide.step.correction import Before, copy_before, resting_groups, update_source_rows, write_corrected
 from gradguide.step.metrics import Record
 from gradguide.step.momentum import ema_coefficients_by_scope, momentum_buffers
 from gradguide.step.plan import Rows, StepPlan
@@ -175,7 +175,7 @@ class Engine:
         """
         plan, decided = state.plan, state.decided
         count = self.rules.update_source_count
-        if count > fused_adam.MAX_SOURCES or plan.sharded:
+        if count > fused_adam.MAX_SOURCES or plan.sharded or (count and resting_groups(base)):
             return False
         signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.source_count))
         launches = fused_adam.plan_launches(base, plan, state.rows, self._written_directions(state), signs)
@@ -226,7 +226,7 @@ class Engine:
         now = [TensorList(bucket.values) for bucket in plan.buckets]
         for bucket, values, copies in zip(plan.buckets, now, before.values, strict=True):
             own = [Row(at=values, anchor=copies), Row(offset=copies)]
-            rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
+            rows.append(Stack([*own, *update_source_rows(base, plan, sources, bucket, copies)], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
         limit = plan.rules_backend.constrain(span, self.rules, plan.element_counts())
         state.limit = limit
