@@ -46,7 +46,7 @@ def copy_before(base: Optimizer, plan: StepPlan) -> Before:
 
 
 def resting_groups(base: Optimizer) -> set[int]:
-    """Return the indices of the groups whose rate is 0. Rates on an accelerator are not read: that would synchronize."""
+    """Return indices of the groups whose rate is 0. Rates on an accelerator are not read, which would synchronize."""
     rates = enumerate(group.get("lr") for group in base.param_groups)
     return {index for index, lr in rates if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0}
 

@@ -168,7 +168,7 @@ def test_a_projected_update_leaves_groups_with_a_rate_of_zero(rate: float | Tens
         "anchor": {name: p.detach().float() - 0.1 for name, p in named.items()},
     }
     source = SourceGradient(pull, **(about if moving else {}))
-    groups = [{"params": held[:2], "lr": rate}, {"params": held[2:], "lr": 0.1}]
+    groups: list[dict[str, Any]] = [{"params": held[:2], "lr": rate}, {"params": held[2:], "lr": 0.1}]
     base = AdamW(groups, weight_decay=0.0, foreach=False)
     optimizer = GradGuide(base, alignment=Alignment(source), names=named, magnitude=None)
     before = [p.detach().clone() for p in held]
