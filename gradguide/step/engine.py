@@ -125,6 +125,8 @@ class Engine:
         if self.rules.direction is None or plan.sharded:  # ranks may lack directions, but statistics must be equal
             return
         labels = self.planner.labels(base)
+        # Directions of removed parameters, which they would keep alive, go with the base's state.
+        self.directions = {p: d for p, d in self.directions.items() if p in labels or p in base.state}
         found = momentum_buffers(base, labels) if self.rules.share_momentum else map(self.directions.get, labels)
         begun = {label for label, direction in zip(labels.values(), found, strict=True) if direction is not None}
         self.scopes.reset([label for label in plan.labels if label not in begun])

@@ -135,7 +135,7 @@ class Names:
                 chosen = {p: name for name, p in model.items() if p in unknown and (names is None or name in names)}
                 self.found.update(chosen)
                 unknown -= chosen.keys()
-            self._absent |= unknown
+            self._absent = self._absent.intersection(wanted) | unknown  # the others may have been replaced
         return {p: self.found[p] for p in wanted if p in self.found}
 
     def reachable(self) -> dict[str, Tensor]:
