@@ -135,8 +135,9 @@ def test_an_optimizer_that_lightning_wrapped_is_refused_with_the_order() -> None
     pytest.importorskip("lightning")
     from lightning.pytorch.core.optimizer import LightningOptimizer
 
+    wrapped: Any = LightningOptimizer(kit.adamw(kit.net().parameters()))
     with pytest.raises(TypeError, match=r"LightningAdamW.*return GradGuide\(optimizer\) from configure_optimizers"):
-        GradGuide(LightningOptimizer(kit.adamw(kit.net().parameters())))
+        GradGuide(wrapped)
 
 
 def test_source_without_names_is_refused() -> None:
