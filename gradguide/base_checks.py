@@ -37,6 +37,12 @@ _UNSUPPORTED_BASES = {
     "DeepSpeedOptimizerWrapper": "keeps gradients in partitions of its own",
 }
 
+# Wrappers that decide whether a step is made, and that unscale gradients within it.
+_PREPARED = {
+    "AcceleratedOptimizer": "guide it before prepare: accelerator.prepare(GradGuide(optimizer))",
+    "LightningOptimizer": "guide it before Lightning wraps it: return GradGuide(optimizer) from configure_optimizers",
+}
+
 NO_GRADIENTS = (
     "no parameter has a gradient, so this step changes nothing: call loss.backward() before step(), and zero_grad() "
     "after it. If no batch reached these parameters, this is expected; further such steps give no warning"
@@ -55,6 +61,11 @@ def check_base(base: object) -> None:
     if kind in _UNSUPPORTED_BASES:
         raise TypeError(
             f"{kind} {_UNSUPPORTED_BASES[kind]}, so at step() no gradient is left to guide; use a plain optimizer"
+        )
+    for prepared in {each.__name__ for each in type(base).__mro__} & _PREPARED.keys():
+        raise TypeError(
+            f"{kind} wraps an optimizer, skips steps while gradients accumulate and unscales them within its step, so "
+            f"GradGuide would guide partial or scaled gradients; {_PREPARED[prepared]}"
         )
     if not isinstance(base, Optimizer):
         raise TypeError(
@@ -129,13 +140,14 @@ def check_hooks(base: Optimizer) -> None:
 
 def is_plain_adam(base: Optimizer) -> bool:
     """Return whether a step of ``base`` is exactly that of Adam or AdamW: no subclass, no hooks, no wrapped step."""
-    has_hooks = (
+    if type(base) not in (Adam, AdamW) or "step" in vars(base):
+        return False  # wrappers of optimizers may lack the hooks
+    return not (
         base._optimizer_step_pre_hooks
         or base._optimizer_step_post_hooks
         or hooks._global_optimizer_pre_hooks
         or hooks._global_optimizer_post_hooks
     )
-    return type(base) in (Adam, AdamW) and not has_hooks and "step" not in vars(base)
 
 
 def has_no_rate(base: Optimizer) -> bool:

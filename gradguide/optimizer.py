@@ -273,7 +273,7 @@ class GradGuide(Wrapper):
 
         With all rules off nothing is measured or appended: :meth:`step` gives a UserWarning.
         """
-        self._progress.history = history
+        self._progress.record(history)
 
     def _own_state_dict(self) -> dict[str, Any]:
         return checkpoint.merge(self.base.state_dict(), self.base, self._engine, self._progress.totals)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from gradguide.utils.atomic import scratch_beside
+
 __all__ = [
     "BUILT_IN",
     "DEFAULT_MODEL",
@@ -16,6 +18,7 @@ __all__ = [
     "LanguageConfig",
     "OptionError",
     "check_extras",
+    "check_source_file",
     "make_out",
 ]
 
@@ -110,11 +113,24 @@ class LanguageConfig(_RunOptions):
 
 
 def make_out(folder: Path) -> None:
-    """Create the folder for the results, or raise OptionError."""
+    """Create the folder for the results, or raise OptionError if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with scratch_beside(folder / "results.csv"):
+            pass
     except OSError as error:
         raise OptionError("out", f"must be a writable folder, found {str(folder)!r}: {error}") from error
+
+
+def check_source_file(path: Path | None) -> None:
+    """Raise OptionError if the file neither exists nor can be written: the capture takes minutes."""
+    if path is None or path.exists():
+        return
+    try:
+        with scratch_beside(path):
+            pass
+    except OSError as error:
+        raise OptionError("source_file", f"cannot be written, found {str(path)!r}: {error}") from error
 
 
 def check_extras() -> None:

@@ -81,7 +81,7 @@ class History:
         history = cls()
         suffix = Path(path).suffix.lower()
         try:
-            with Path(path).open(newline="", encoding="utf-8") as file:
+            with Path(path).open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
                 if suffix == ".csv":
                     found: list[Mapping[str, Any]] = list(csv.DictReader(file))
                 elif suffix == ".jsonl":

@@ -37,7 +37,8 @@ class Magnitude:
             needs a copy of the parameters during the step, unless the update is provably within it: see
             :mod:`gradguide.step.adam_bound`. A scope whose update cannot be measured (Inf or NaN, for instance
             after float16 overflow) returns to its parameters before the step. Five such steps in a row give a
-            UserWarning at the next, except with a fused base on CUDA.
+            UserWarning at the next, except with a fused base on CUDA. With a schedule-free base, its second sequence z
+            is bounded and copied too.
 
     Raises:
         ValueError, TypeError: an option is out of range.

@@ -218,7 +218,8 @@ class SourceGradient:
         """
         tables = merged_tables([source._tables for source in sources], weights)
         merged = [m for source in sources for m in source.metadata.get("merged", [source.metadata])]
-        return SourceGradient._of(tables, {"merged": merged})
+        anchored = {"anchored": True} if any(source.metadata.get("anchored") for source in sources) else {}
+        return SourceGradient._of(tables, {"merged": merged} | anchored)
 
     def fingerprint(self) -> str:
         """Return a digest of names, shapes and values."""

@@ -21,6 +21,7 @@ from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.step import fused_adam
 from gradguide.step.buckets import Bucket
+from gradguide.step.correction import Before, copy_before, resting_groups, update_source_rows, write_corrected
 from gradguide.step.metrics import Record
 from gradguide.step.momentum import ema_coefficients_by_scope, momentum_buffers
 from gradguide.step.plan import Rows, StepPlan
@@ -126,6 +127,8 @@ class Engine:
         if self.rules.direction is None or plan.sharded:  # ranks may lack directions, but statistics must be equal
             return
         labels = self.planner.labels(base)
+        # Directions of removed parameters, which they would keep alive, go with the base's state.
+        self.directions = {p: d for p, d in self.directions.items() if p in labels or p in base.state}
         found = momentum_buffers(base, labels) if self.rules.share_momentum else map(self.directions.get, labels)
         begun = {label for label, direction in zip(labels.values(), found, strict=True) if direction is not None}
         self.scopes.reset([label for label in plan.labels if label not in begun])
@@ -176,7 +179,7 @@ class Engine:
         """
         plan, decided = state.plan, state.decided
         count = self.rules.update_source_count
-        if count > fused_adam.MAX_SOURCES or plan.sharded:
+        if count > fused_adam.MAX_SOURCES or plan.sharded or (count and resting_groups(base)):
             return False
         signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.source_count))
         launches = fused_adam.plan_launches(base, plan, state.rows, self._own_directions(plan), signs)
@@ -193,8 +196,8 @@ class Engine:
         return True
 
     @torch.no_grad()
-    def snapshot_if_needed(self, state: StepState, base: Optimizer, *, recorded: bool) -> list[TensorList] | None:
-        """Return a copy of the parameters of each bucket, or None if the base's update need not be measured.
+    def snapshot_if_needed(self, state: StepState, base: Optimizer, *, recorded: bool) -> Before | None:
+        """Return copies of what the base's step changes, or None if its update need not be measured.
 
         The update is measured if a source acts on it, if its norm is recorded, or if it may exceed its bound: see
         :mod:`gradguide.step.adam_bound`.
@@ -205,28 +208,28 @@ class Engine:
             lengths = state.decided.guided_norm * state.decided.clip_factor
             if plan.cache.adam_bound.update_is_bounded(base, plan.buckets, lengths, rules.max_update):
                 measured = rules.update_source_count > 0 or recorded
-        return plan.snapshot() if measured else None
+        return copy_before(base, plan) if measured else None
 
     @torch.no_grad()
-    def correct_update(self, state: StepState, base: Optimizer, before: Sequence[TensorList] | None) -> None:
+    def correct_update(self, state: StepState, base: Optimizer, before: Before | None) -> None:
         """Correct the base's update. Call this after each step of the base.
 
         Args:
             before: from :meth:`snapshot_if_needed`.
         """
         if before is not None:
-            self._correct(state, before)
+            self._correct(state, base, before)
         state.plan.cache.adam_bound.after_step(base, state.plan.buckets)
 
-    def _correct(self, state: StepState, before: Sequence[TensorList]) -> None:
+    def _correct(self, state: StepState, base: Optimizer, before: Before) -> None:
         """Measure, decide and combine on the base's update."""
         plan = state.plan
         sources = plan.sources[: self.rules.update_source_count]
         rows: Rows = []
         now = [TensorList(bucket.values) for bucket in plan.buckets]  # reads metadata: the base may have restrided some
-        for bucket, values, copies in zip(plan.buckets, now, before, strict=True):
+        for bucket, values, copies in zip(plan.buckets, now, before.values, strict=True):
             own = [Row(at=values, anchor=copies), Row(offset=copies)]
-            rows.append(Stack([*own, *plan.source_rows(sources, bucket, copies, "update")], bucket.sizes))
+            rows.append(Stack([*own, *update_source_rows(base, plan, sources, bucket, copies)], bucket.sizes))
         span = plan.gram(rows, SOURCES + len(sources))
         limit = plan.rules_backend.constrain(span, self.rules, plan.element_counts())
         state.limit = limit
@@ -234,11 +237,7 @@ class Engine:
         if not self.rules.limit_update:
             return  # measured for the history only
         assert limit.coefficients is not None
-        after: Rows = [
-            Stack([Row(offset=values), *these[1:]], bucket.sizes, these.kept)
-            for bucket, values, these in zip(plan.buckets, now, rows, strict=True)
-        ]
-        plan.combine_(after, [[Write(into=values, coefficients=limit.coefficients)] for values in now])
+        write_corrected(base, plan, rows, now, before, limit.coefficients)
 
     def record(self, state: StepState) -> Record | None:
         """Return the record that metrics are read from; None before a decision."""

@@ -15,6 +15,7 @@ from gradguide.recording.history import History
 from gradguide.step import nonfinite
 from gradguide.step.engine import StepState
 from gradguide.step.metrics import Record
+from gradguide.utils.checks import check_kind
 
 __all__ = ["NOTHING_RECORDED", "Progress"]
 
@@ -39,6 +40,15 @@ class Progress:
         self._skipped_in_row = 0
         self._undone_in_row = 0
         self._warned: set[str] = set()
+
+    def record(self, history: History | None) -> None:
+        """Set the history to append to.
+
+        Raises:
+            TypeError: it is no History, which would raise after the next step had changed the parameters.
+        """
+        check_kind("history", history, History)
+        self.history = history
 
     def skipped_on_host(self, state: StepState, base: Optimizer, policy: str, names: Mapping[Tensor, str]) -> bool:
         """Return whether the host skips the step. If so, count it, and warn after several in a row.

@@ -135,7 +135,7 @@ class Names:
                 chosen = {p: name for name, p in model.items() if p in unknown and (names is None or name in names)}
                 self.found.update(chosen)
                 unknown -= chosen.keys()
-            self._absent |= unknown
+            self._absent = self._absent.intersection(wanted) | unknown  # the others may have been replaced
         return {p: self.found[p] for p in wanted if p in self.found}
 
     def reachable(self) -> dict[str, Tensor]:
@@ -153,13 +153,17 @@ class Names:
         if given is None:
             return
         if isinstance(given, nn.Module):
-            self._models.insert(0, (weakref.ref(given), None))
+            self._add_model((weakref.ref(given), None))
             self.found.update({p: name for name, p in model_names(given).items() if p in self.found})
             return
         pairs = normalize_names(given, self.found)
         if isinstance(given, NamedParameters):
-            self._models.insert(0, (given.model, frozenset(pairs.values())))
+            self._add_model((given.model, frozenset(pairs.values())))
         self.found.update(pairs)
+
+    def _add_model(self, entry: tuple[weakref.ref[nn.Module], frozenset[str] | None]) -> None:
+        """Put a model first. Given again, it is not read twice."""
+        self._models = [entry, *(each for each in self._models if each != entry)]
 
     def replace(self, replaced: Mapping[Tensor, Tensor]) -> None:
         """Move the name of each key of ``replaced`` to its value, the new parameter."""

@@ -209,8 +209,10 @@ def test_an_anchored_source_has_no_modelled_rise(tmp_path: Path, capsys: pytest.
     anchored = source(0).anchored()
     anchored.save(tmp_path / "anchored")
     SourceGradient.merge([anchored, anchored]).save(tmp_path / "merged")
+    of_merged = SourceGradient.merge([source(1), source(2)]).anchored()
+    SourceGradient.merge([of_merged, of_merged]).save(tmp_path / "again")
     save_file(table(1), tmp_path / "adapter")
-    for name in ("anchored", "merged"):
+    for name in ("anchored", "merged", "again"):
         found = modelled_drift(tmp_path / name, tmp_path / "adapter")
         assert found["modelled_rise"] is None
         assert found["distance"] > 0

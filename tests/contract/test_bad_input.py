@@ -122,6 +122,24 @@ def test_i25_optimizers_that_run_in_backward_are_refused_with_the_reason(name: s
         GradGuide(eater(kit.net().parameters(), lr=0.1), direction=Direction())
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_optimizer_that_accelerate_prepared_is_refused_with_the_order() -> None:
+    """Its step skips while gradients accumulate, and unscales: GradGuide would guide partial and scaled gradients."""
+    accelerate = pytest.importorskip("accelerate")
+    prepared = accelerate.Accelerator(cpu=True).prepare(kit.adamw(kit.net().parameters()))
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer.*accelerator\.prepare\(GradGuide\(optimizer\)\)"):
+        GradGuide(prepared)
+
+
+def test_an_optimizer_that_lightning_wrapped_is_refused_with_the_order() -> None:
+    pytest.importorskip("lightning")
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    wrapped: Any = LightningOptimizer(kit.adamw(kit.net().parameters()))
+    with pytest.raises(TypeError, match=r"LightningAdamW.*return GradGuide\(optimizer\) from configure_optimizers"):
+        GradGuide(wrapped)
+
+
 def test_source_without_names_is_refused() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="pass names=model"):

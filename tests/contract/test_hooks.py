@@ -157,3 +157,24 @@ def test_i27_removed_hooks_are_silent() -> None:
     handle.remove()
     kit.train(model, optimizer, [1])
     assert seen == [1]
+
+
+class Averaging(Optimizer):
+    """A wrapper like torch's PostLocalSGDOptimizer: it does not call ``Optimizer.__init__``, and has no hooks."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+def test_i27_a_base_without_hook_dicts_is_guided() -> None:
+    model, twin = kit.net(), kit.net()
+    kit.train(model, GradGuide(Averaging(kit.adamw(model.parameters()))), range(3))
+    kit.train(twin, GradGuide(kit.adamw(twin.parameters())), range(3))
+    kit.assert_same(kit.parameters_of(model), kit.parameters_of(twin))

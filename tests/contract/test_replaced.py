@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -109,3 +111,38 @@ def test_a_group_in_the_place_of_a_removed_one_starts_from_zero(scope: str, shar
     p.grad = noise[0].clone()
     optimizer.step()
     assert bool((optimizer._engine.scopes.statistics[0] != 0).all())
+
+
+@pytest.mark.parametrize("direction", [None, Direction()])
+def test_replaced_parameters_are_not_kept_alive(direction: Direction | None) -> None:
+    """Code that grows or prunes parameters replaces them again and again, and moves the base's state."""
+    parameter = nn.Parameter(torch.ones(3))
+    base = AdamW([parameter], lr=0.1)
+    optimizer = GradGuide(base, direction=direction)
+    gone = []
+    for _ in range(3):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        longer = nn.Parameter(torch.cat([parameter.detach(), torch.zeros(1)]))
+        del base.state[parameter]
+        base.param_groups[0]["params"][0] = longer
+        gone.append(weakref.ref(parameter))
+        parameter = longer
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_parameter_whose_state_the_base_keeps_keeps_its_direction() -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer = GradGuide(AdamW([{"params": [first]}, {"params": [second]}], lr=0.1), direction=Direction())
+    for groups in (2, 1, 2):
+        first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+        held = optimizer.param_groups[:]
+        del optimizer.param_groups[groups:]
+        optimizer.step()
+        optimizer.param_groups[:] = held
+    steps = optimizer.state_dict()["state"][1]["gradguide.direction"]
+    assert torch.allclose(steps / steps.norm(), torch.full((2,), 0.5**0.5))
+    assert optimizer.metrics()["coherence"] == pytest.approx(1.0, abs=0.05)

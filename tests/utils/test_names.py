@@ -252,3 +252,14 @@ def test_names_given_later_are_added_and_come_first() -> None:
         names.merged([("b", b), ("b", a)])
     assert names.of([a, b]) == {a: "a"}
     assert list(model_names(model)) == ["0.weight", "1.weight"]
+
+
+def test_a_model_that_is_given_again_is_read_once() -> None:
+    """``set_alignment(..., names=model)`` for each task, or at each step, gives the same model."""
+    model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    some = NamedParameters([("weight", model.get_parameter("weight"))], model)
+    names = Names(model)
+    for each in (some, some, other, model, other):
+        names = names.merged(each)
+    assert names.models() == [other, model, model]  # all of its parameters, and some
+    assert names.merged(model).models() == [model, other, model]

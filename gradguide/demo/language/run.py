@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gradguide import Alignment, GradGuide, StructuredSource
 from gradguide.demo.compare import now, trainable
-from gradguide.demo.config import LanguageConfig, OptionError, check_extras, make_out
+from gradguide.demo.config import LanguageConfig, OptionError, check_extras, check_source_file, make_out
 from gradguide.demo.data import batches, draw, few_shot, read_transfer
 from gradguide.demo.language.model import Batch, Rows, accuracy, encode, load_model
 from gradguide.demo.model import add_lora
@@ -54,11 +54,12 @@ def run(config: LanguageConfig) -> list[Outcome]:
     """Adapt with clipping and AdamW, and with GradGuide; write the results and print the table.
 
     Raises:
-        DemoError: a package, a file, a model or an option is wrong, or the output folder cannot be created.
+        DemoError: a package, a file, a model or an option is wrong, or the results or the source cannot be written.
     """
     from gradguide.demo.language.report import print_table, write_report
 
     make_out(config.out)
+    check_source_file(config.source_file)
     check_extras()
     task = read_transfer(config.data, target=config.target).target
     shots = [few_shot(task, config.shots, seed) for seed in range(config.seeds)]

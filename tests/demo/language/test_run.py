@@ -92,3 +92,10 @@ def test_a_source_of_another_model_is_refused(data: Path, folder: Path, tmp_path
         )
         with pytest.raises(OptionError, match=message):
             run(config)
+
+
+def test_a_source_file_that_cannot_be_written_is_refused_before_the_model_loads(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = LanguageConfig(model="no model", out=tmp_path / "o", source_file=tmp_path / "file" / "x.safetensors")
+    with pytest.raises(OptionError, match=r"--source-file cannot be written, found .*x\.safetensors"):
+        run(config)
