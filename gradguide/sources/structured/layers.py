@@ -132,6 +132,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
         if isinstance(base, nn.Module):
             if isinstance(getattr(base, "base_layer", None), nn.Module):
                 _check_nested(name, module)
+                # The wrapper's own matrices are no layers. Those in its base layer may be.
+                inside |= set(map(id, module.modules())) - set(map(id, base.modules()))
                 continue
             inside.update(map(id, module.modules()))
             linear = _is_linear(base) and type(module).__name__ != _TOKENS
@@ -223,10 +225,8 @@ def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str,
 
 
 def _check_nested(name: str, module: nn.Module) -> None:
-    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter.
-
-    Wrappers of several parameters of a module (``target_parameters``) are nested too. They are no linear layers.
-    """
+    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter."""
+    # Wrappers of several parameters of a module (``target_parameters``) are nested too. They are no linear layers.
     if active_adapters(module) and type(module).__name__ != "ParamWrapper":
         raise ValueError(
             f"{name} has adapters of several kinds ({_kind(module)}, {_kind(module.base_layer)}), whose change of the "
