@@ -106,8 +106,13 @@ def own_text(
 
     Raises:
         ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2, or ``batch_size`` is less than 1.
-            ``length`` is more than the positions of the model.
+            ``length`` is more than the positions of the model, or the model is not a causal language model.
     """
+    if _class(model)[0] and not _is_causal(model):
+        raise ValueError(
+            f"own text needs a causal language model, found {_class(model)[0]}, which does not continue a text: give "
+            "StructuredSource.capture batches of texts instead"
+        )
     check_length(model, length)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -197,20 +202,25 @@ def _has_prompt(model: nn.Module) -> bool:
 def _is_causal(model: nn.Module) -> bool:
     """Return whether the logits of a position are those of the next token.
 
-    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from. The
-    decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
+    The decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
     """
     if _is_encoder_decoder(model):
         return False
-    found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
-    names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
-    names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
-    if not names:
-        return False
-    name, config = names[0]
+    name, config = _class(model)
     if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
+
+
+def _class(model: nn.Module) -> tuple[str, Any]:
+    """Return the name of the class that decides what the logits are, and its configuration; "" if there is none.
+
+    A configuration may keep the architecture of the checkpoint that the weights came from, so classes come first.
+    """
+    found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
+    names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
+    names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
+    return names[0] if names else ("", None)
 
 
 def check_classes(model: nn.Module, logits: Tensor) -> None:

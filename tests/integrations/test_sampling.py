@@ -12,7 +12,10 @@ import torch
 from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     LlamaForSequenceClassification,
@@ -144,6 +147,16 @@ def test_without_special_tokens_texts_start_with_tokens_of_the_model() -> None:
 def test_fewer_tokens_than_a_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be at least length=20, found 19"):
         own_text(Uncached(), Words(), tokens=19, length=20)
+
+
+def test_models_that_do_not_continue_a_text_are_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    masked = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes))
+    pair = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, d_model=16, **layers))
+    for model, name in ((masked, "BertForMaskedLM"), (pair, "BartForConditionalGeneration")):
+        with pytest.raises(ValueError, match=f"needs a causal language model, found {name}.* batches of texts"):
+            own_text(Wrapped(model), Words(), tokens=20, length=10)
 
 
 @pytest.mark.parametrize(
