@@ -120,6 +120,8 @@ class Recorder:
                 )
             layer_input = arguments[0] if arguments else next(iter(keywords.values()))
             _check_whole(layer, layer_input, output)
+            if layer_input.numel() == 0:
+                return None  # an expert that received no token
             started = not output.requires_grad
             if started:
                 output = _with_gradient(output)

@@ -286,6 +286,36 @@ def test_a_layer_that_is_called_twice_counts_each_call() -> None:
     assert not source.factors("layer")[0][0].any()  # rows are sequences of one token
 
 
+class Experts(nn.Module):
+    """Two experts, each for the tokens of one sign; ``skip`` leaves out an expert without tokens."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, shape = x.flatten(0, 1), x.shape
+        found = torch.zeros_like(x)
+        for chosen, expert in zip((x[:, 0] > 0, x[:, 0] <= 0), self.experts, strict=True):
+            if not self.skip or chosen.any():
+                found = found.index_put((chosen,), expert(x[chosen]))
+        return found.view(shape)
+
+
+def test_an_expert_without_tokens_in_a_batch_adds_nothing() -> None:
+    rows = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0)).abs()
+    batches = [rows, -rows]
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        return model(x).square().mean(), x.shape[0] * x.shape[1]
+
+    found, expected = (StructuredSource.capture(Experts(skip), batches, loss, rank=None) for skip in (False, True))
+    assert found.names() == ["experts.0", "experts.1"]
+    assert found.fingerprint() == expected.fingerprint()
+
+
 def test_inputs_without_a_gradient_keep_their_covariance() -> None:
     """The floor of the pull needs S where the model is sure of its source."""
     rows = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
