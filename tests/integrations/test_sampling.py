@@ -155,7 +155,7 @@ def test_models_that_do_not_continue_a_text_are_refused() -> None:
     masked = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes))
     pair = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, d_model=16, **layers))
     for model, name in ((masked, "BertForMaskedLM"), (pair, "BartForConditionalGeneration")):
-        with pytest.raises(ValueError, match=f"needs a causal language model, found {name}.* batches of texts"):
+        with pytest.raises(ValueError, match=rf"needs a causal language model, found {name}.* batches of texts"):
             own_text(Wrapped(model), Words(), tokens=20, length=10)
 
 
