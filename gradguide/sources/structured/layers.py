@@ -206,9 +206,7 @@ def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str,
             )
         return Layer(name, module, base, _is_conv1d(base), ())
     adapters = []
-    for adapter in active:
-        if adapter not in wrapper.lora_A:
-            continue
+    for adapter in (each for each in active if each in wrapper.lora_A):
         if adapter in (getattr(wrapper, "merged_adapters", None) or ()):
             raise ValueError(
                 f"the adapter {adapter!r} is merged into the weight of {name}, so the weight is not that of the base "
@@ -270,7 +268,9 @@ def _unused(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    # Subclasses that compute something else: Llama 4 routers choose experts, grouped layers split their input.
+    other = type(module).__name__.endswith(("Router", "GroupedLinear"))
+    return (isinstance(module, nn.Linear) and not other) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -574,6 +574,42 @@ def test_a_layer_without_a_gradient_is_not_reached() -> None:
         StructuredSource.capture(Unused(), [passes((3, 6))], squares, rank=None)
 
 
+class Scores(nn.Linear):
+    """A layer that returns its output and its best class."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        found = super().forward(x)
+        return found, found.argmax(-1)
+
+
+class TopRouter(Scores):
+    """As the routers of Llama 4 and of Phi-3.5-MoE."""
+
+
+class Chosen(nn.Module):
+    def __init__(self, kind: type[Scores]) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(4, 4), kind(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        found: Tensor = x * self.router(x)[0]
+        return found
+
+
+def test_routers_are_no_layers_and_other_layers_of_several_outputs_are_named() -> None:
+    rows = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = model(x).square().mean()
+        return found
+
+    assert StructuredSource.capture(Chosen(TopRouter), rows, loss, rank=None).names() == ["first"]
+    with pytest.raises(ValueError, match=r"router \(Scores\) must return one tensor, found tuple.*leave it out with"):
+        StructuredSource.capture(Chosen(Scores), rows, loss, rank=None)
+    StructuredSource.capture(Chosen(Scores), rows, loss, rank=None, modules="first")
+
+
 def test_an_input_that_changed_in_place_is_refused() -> None:
     with pytest.raises(ValueError, match="the input of first was changed in place after the layer"):
         StructuredSource.capture(Small(kept=True), [passes((3, 6))], squares, rank=None)
