@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any
 
@@ -739,3 +740,39 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"no batch reached 1 of 2 layers \(unused\)"):
         StructuredSource.capture(Two(), [torch.ones(2, 4)], lambda model, x: model(x).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("used", "unused", "modules"),
+    [
+        (["0.in", "0.out", "1.in"], ["0.dt", "1.dt"], ["in", "out"]),
+        (["text.0.q", "text.1.q"], ["image.0.q", "projector"], "text.*"),
+        (["text.q"], ["image.q"], "text.*"),
+    ],
+)
+def test_the_message_about_layers_without_a_batch_names_modules_that_leave_them_out(
+    used: list[str], unused: list[str], modules: Any
+) -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for name in used:
+                x = self.get_submodule(name)(x)
+            return x
+
+    model = Part()
+    for name in used + unused:
+        parent: nn.Module = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(4, 4))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = model(x).square().mean()
+        return found
+
+    rows = [torch.ones(8, 4)]
+    with pytest.raises(ValueError, match=re.escape(f"leave them out with modules={modules!r}, or check")):
+        StructuredSource.capture(model, rows, loss, rank=None)
+    assert set(StructuredSource.capture(model, rows, loss, rank=None, modules=modules).names()) == set(used)
