@@ -207,7 +207,7 @@ def _is_causal(model: nn.Module) -> bool:
     if _is_encoder_decoder(model):
         return False
     name, config = _class(model)
-    if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
+    if name.endswith(("ForConditionalGeneration", "ForMultimodalLM", "2Text")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
 
@@ -219,6 +219,7 @@ def _class(model: nn.Module) -> tuple[str, Any]:
     """
     found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
     names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
+    names.sort(key=lambda each: each[0].startswith("PeftModel"))  # its name is of the task_type that was given
     names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
     return names[0] if names else ("", None)
 

@@ -18,6 +18,7 @@ from transformers import (
     BertForMaskedLM,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
 )
@@ -200,6 +201,20 @@ def test_positions_before_a_label_count_in_a_causal_model(wrap: Any) -> None:
     assert predicted(model, input_ids=ids, **padded) == [[1, 2, 3, 4]]
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     assert predicted(model, input_ids=ids, attention_mask=causal) == [[0, 1, 2, 3, 4]]
+
+
+def test_the_class_of_the_base_model_decides_and_not_the_task_of_its_adapter() -> None:
+    ids = torch.arange(6)[None]
+    labels = torch.tensor([[-100, 5, -100, -100, 5, -100]])
+    assert predicted(adapted(llama(1), task_type="FEATURE_EXTRACTION"), input_ids=ids, labels=labels) == [[0, 3]]
+
+
+def test_models_of_images_to_text_are_causal() -> None:
+    """As IdeficsForVisionText2Text of transformers."""
+    kind = type("IdeficsForVisionText2Text", (LlamaForCausalLM,), {})
+    model = kind(llama(1).config)
+    ids = torch.arange(6)[None]
+    assert predicted(model, input_ids=ids, labels=ids) == [[0, 1, 2, 3, 4]]
 
 
 def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(tmp_path: Path) -> None:
