@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.integrations.sampling import DECODER_INPUTS, check_classes, check_decoder_inputs, without_prompt
+from gradguide.integrations.sampling import (
+    DECODER_INPUTS,
+    check_classes,
+    check_decoder_inputs,
+    logits_of,
+    without_prompt,
+)
 from gradguide.sources.structured.layers import MOVING_STARTS, adapter_configs
 from gradguide.sources.undisturbed import undisturbed
 
@@ -67,8 +73,8 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
             check_decoder_inputs(model, batch)
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with nullcontext() if adapters is None else _disabled(adapters):
-                start = (model if base is None else base)(**inputs).logits
-            now = without_prompt(model, model(**inputs).logits, inputs)
+                start = logits_of((model if base is None else base)(**inputs))
+            now = without_prompt(model, logits_of(model(**inputs)), inputs)
             if start.shape != now.shape:
                 raise ValueError(
                     "the logits of the base and of the model must have one shape, found "

@@ -20,6 +20,7 @@ __all__ = [
     "check_classes",
     "check_decoder_inputs",
     "check_length",
+    "logits_of",
     "own_text",
     "sampled_loss",
 ]
@@ -52,14 +53,14 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
         ValueError: no position is used. The batch of an encoder-decoder has labels [batch, tokens] without
             ``decoder_input_ids``: the model is not given the labels, so it cannot derive them. The logits are not those
             of one class of several: a regression, or several labels per row. They have other positions than the mask.
+            There are none, as without a head.
     """
     labels: Tensor | None = batch.get("labels")
     name = "decoder_attention_mask" if DECODER_INPUTS & batch.keys() else "attention_mask"
     mask: Tensor | None = batch.get(name)
     check_decoder_inputs(model, batch)
-    logits = without_prompt(
-        model, model(**{key: value for key, value in batch.items() if key != "labels"}).logits, batch
-    )
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    logits = without_prompt(model, logits_of(output), batch)
     check_classes(model, logits)
     if logits.dim() > 2 and mask is not None and mask.dim() == 2:
         if mask.shape != logits.shape[:-1]:
@@ -184,6 +185,17 @@ def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) 
         ids = torch.cat([ids, drawn], dim=1)
         inputs = drawn if cache is not None else ids
     return ids
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a model's output. Raise ValueError if it has none."""
+    found = getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the model's output must have logits, found {type(output).__name__}: give a model with a head, such as "
+            "AutoModelForCausalLM loads. For other predictions write the loss yourself"
+        )
+    return found
 
 
 def without_prompt(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:

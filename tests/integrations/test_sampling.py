@@ -294,6 +294,13 @@ def test_text_of_a_model_with_a_learned_prompt_follows_its_predictions(kind: typ
     assert torch.equal(found, own_text(Whole(model), Words(), tokens=160, length=20)[0]["input_ids"])
 
 
+def test_a_model_without_a_head_is_refused() -> None:
+    model, batch = llama(1).model, text(1)[0]
+    for measure in (lambda: sampled_loss(model, batch), lambda: drift(model, [batch], base=llama(1).model)):
+        with pytest.raises(ValueError, match=r"must have logits, found BaseModelOutput.*: give a model"):
+            measure()
+
+
 def test_a_mask_of_other_positions_is_refused() -> None:
     batch = text(1)[0]
     model = Uncached()
