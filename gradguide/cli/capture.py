@@ -54,7 +54,7 @@ def capture(
         raise ImportError('gradguide capture needs transformers: pip install "gradguide[hf]"') from error
     import torch
 
-    from gradguide.integrations.causal import load_causal
+    from gradguide.integrations.causal import check_causal, load_causal
     from gradguide.integrations.sampling import begins_with_bos, check_length, sampled_loss
     from gradguide.integrations.sampling import own_text as write_text
     from gradguide.sources.structured import StructuredSource
@@ -65,6 +65,7 @@ def capture(
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = load_causal(model).to("cuda" if torch.cuda.is_available() else "cpu")
     check_length(network, length)
+    check_causal(network)
     with scratch_beside(out):
         pass  # raises before the work if the folder cannot be written
     batches: list[dict[str, Tensor]]

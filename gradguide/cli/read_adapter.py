@@ -93,7 +93,8 @@ def read_changes(path: str | os.PathLike[str]) -> Changes:
         name, found, rest = key.partition(".lora_A.")
         b = tensors.get(f"{name}.lora_B.{rest}")
         if not found:
-            if ".lora_B." not in key:
+            # PEFT also saves the unchanged weight of an adapted head or embedding.
+            if ".lora_B." not in key and ".base_layer." not in key:
                 others[base_name(module_of(key))] = None
             continue
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:

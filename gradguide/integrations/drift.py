@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.integrations.predictions import attended, check_classes, predict
+from gradguide.sources.structured.layers import MOVING_STARTS, adapter_configs
 from gradguide.sources.undisturbed import undisturbed
 
 __all__ = ["drift"]
@@ -44,9 +45,9 @@ def drift(model: nn.Module, batches: Iterable[Mapping[str, Any]], base: nn.Modul
         TypeError: a batch is not a mapping.
         ValueError: there is no position, the logits of the models have different shapes, one class or NaN, or are of
             several labels per row. The attention mask has another shape. ``base`` has the trained parameters of the
-            model. ``base`` is None, and the model has no PEFT adapters, they are merged into its weights, or it also
-            trains weights of the base model. The batch of an encoder-decoder has labels [batch, tokens] without
-            ``decoder_input_ids``.
+            model. ``base`` is None, and the model has no PEFT adapters, they are merged into its weights, their start
+            changed its weights (PiSSA, OLoRA, KaSA, ...), or it also trains weights of the base model. The batch of an
+            encoder-decoder has labels [batch, tokens] without ``decoder_input_ids``.
     """
     if base is not None:
         _check_apart(model, base)
@@ -106,6 +107,14 @@ def _adapters(model: nn.Module) -> Any:
         )
     if any(getattr(module, "merged", False) for module in found.modules()):
         raise ValueError("the adapters are merged into the weights: call unmerge_adapter(), or pass base=")
+    for name, config in adapter_configs(found).items():
+        kasa = getattr(config, "kasa_config", None) is not None
+        start = "kasa" if kasa else str(getattr(config, "init_lora_weights", ""))
+        if kasa or start.startswith(MOVING_STARTS):
+            raise ValueError(
+                f"the start of the adapter {name!r} ({start}) changed weights of the base model, so the model without "
+                "adapters is not the base model: pass the model before training, base="
+            )
     own = (getattr(found.base_model, "prefix", "prompt_encoder"), "modules_to_save", "trainable_tokens_")
     # Disabling adapters does not restore the biases that were trained with them.
     biased = any(getattr(config, "bias", "none") not in ("none", None, False) for config in found.peft_config.values())

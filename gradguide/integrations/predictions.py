@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradguide.sources.structured.layers import adapter_configs
 
-__all__ = ["attended", "check_classes", "has_prompt", "is_causal", "predict", "unwrapped"]
+__all__ = ["attended", "check_classes", "has_prompt", "head_class", "is_causal", "predict", "unwrapped"]
 
 _DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 """Keyword arguments that determine the positions of an encoder-decoder's predictions."""
@@ -23,7 +23,8 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Prompt tuning has learned tokens before them.
 
     Raises:
-        ValueError: the batch of an encoder-decoder has labels [batch, tokens] without decoder inputs.
+        ValueError: the batch of an encoder-decoder has labels [batch, tokens] without decoder inputs. The output has no
+            logits, as without a head.
     """
     labels: Tensor | None = batch.get("labels")
     if labels is not None and labels.dim() > 1 and not _DECODER_INPUTS & batch.keys() and _is_encoder_decoder(model):
@@ -31,7 +32,13 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             "the batch of an encoder-decoder needs decoder_input_ids beside labels, found none: add "
             "model.prepare_decoder_input_ids_from_labels(labels), or let the collator do so"
         )
-    logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model's output must have logits, found {type(output).__name__}: give a model with a head, such as "
+            "AutoModelForCausalLM loads. For other predictions write the loss yourself"
+        )
     if logits.dim() < 3 or not has_prompt(model):
         return logits
     own = next((batch[key] for key in (*_DECODER_INPUTS, "input_ids", "inputs_embeds") if key in batch), logits)
@@ -80,20 +87,26 @@ def has_prompt(model: nn.Module) -> bool:
 def is_causal(model: nn.Module) -> bool:
     """Return whether the logits of a position are those of the next token.
 
-    The class decides. A configuration may keep the architecture of the checkpoint that the weights came from. The
-    decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
+    The decoder of an encoder-decoder is given shifted labels, so its logits are those of the labels' positions.
     """
     if _is_encoder_decoder(model):
         return False
-    found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
-    names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
-    names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
-    if not names:
-        return False
-    name, config = names[0]
-    if name.endswith(("ForConditionalGeneration", "ForMultimodalLM")):
+    name, config = head_class(model)
+    if name.endswith(("ForConditionalGeneration", "ForMultimodalLM", "2Text")):
         return not getattr(config, "is_encoder_decoder", False)
     return "CausalLM" in name or "LMHead" in name
+
+
+def head_class(model: nn.Module) -> tuple[str, Any]:
+    """Return the name of the class that decides what the logits are, and its configuration; "" if there is none.
+
+    A configuration may keep the architecture of the checkpoint that the weights came from, so classes come first.
+    """
+    found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
+    names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
+    names.sort(key=lambda each: each[0].startswith("PeftModel"))  # its name is of the task_type that was given
+    names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
+    return names[0] if names else ("", None)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

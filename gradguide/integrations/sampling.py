@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradguide.integrations.predictions import attended, check_classes, has_prompt, is_causal, predict, unwrapped
+from gradguide.integrations.predictions import (
+    attended,
+    check_classes,
+    has_prompt,
+    head_class,
+    is_causal,
+    predict,
+    unwrapped,
+)
 
 __all__ = ["begins_with_bos", "check_length", "own_text", "sampled_loss"]
 
@@ -39,6 +47,7 @@ def sampled_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
         ValueError: no position is used. The batch of an encoder-decoder has labels [batch, tokens] without
             ``decoder_input_ids``: the model is not given the labels, so it cannot derive them. The logits are not those
             of one class of several: a regression, or several labels per row. They have other positions than the mask.
+            There are none, as without a head.
     """
     logits = predict(model, batch)
     check_classes(model, logits)
@@ -80,8 +89,14 @@ def own_text(
 
     Raises:
         ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2, or ``batch_size`` is less than 1.
-            ``length`` is more than the positions of the model.
+            ``length`` is more than the positions of the model, or the model is not a causal language model.
     """
+    kind = head_class(model)[0]
+    if kind and not is_causal(model):
+        raise ValueError(
+            f"own text needs a causal language model, found {kind}, which does not continue a text: give "
+            "StructuredSource.capture batches of texts instead"
+        )
     check_length(model, length)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")

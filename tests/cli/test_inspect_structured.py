@@ -155,6 +155,14 @@ def test_what_an_adapter_changes_otherwise_is_listed(
     assert "; not counted: " in capsys.readouterr().out
 
 
+def test_the_base_weight_that_is_saved_with_a_head_is_no_change(sources: dict[str, Path], tmp_path: Path) -> None:
+    model = adapted(llama(1), target_modules=["q_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        saved(model, tmp_path)
+    found = modelled_drift(sources["base"], tmp_path)
+    assert (found["matched"], found["outside"], found["others"]) == (1, ["lm_head"], [])
+
+
 def test_tables_json_and_picture(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -53,6 +54,23 @@ def test_it_is_the_mean_kl_over_the_positions_that_count(wrap: bool) -> None:
     assert found > 1e-3
     assert found == pytest.approx(expected(llama(), model, batches), rel=1e-4)
     assert found == pytest.approx(drift(model, batches, base=llama()), rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_whose_start_changed_the_weights_needs_the_base(start: str) -> None:
+    model, batches = moved(init_lora_weights=start), text(3)
+    with pytest.raises(ValueError, match=rf"adapter 'default' \({start}\) changed weights of the base model.* base="):
+        drift(model, batches)
+    assert drift(model, batches, base=llama()) == pytest.approx(expected(llama(), model, batches), rel=1e-4)
+
+
+def test_kasa_needs_the_base() -> None:
+    """It removes the smallest singular values of the weight."""
+    kasa: Any = getattr(peft, "KasaConfig", None)
+    if kasa is None:
+        pytest.skip("this version of PEFT has no KaSA")
+    with pytest.raises(ValueError, match=r"adapter 'default' \(kasa\) changed weights of the base model"):
+        drift(moved(kasa_config=kasa()), text(1))
 
 
 class Wrapped(nn.Module):

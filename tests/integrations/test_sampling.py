@@ -12,9 +12,13 @@ import torch
 from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
 )
@@ -146,6 +150,16 @@ def test_fewer_tokens_than_a_sequence_are_refused() -> None:
         own_text(Uncached(), Words(), tokens=19, length=20)
 
 
+def test_models_that_do_not_continue_a_text_are_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    masked = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes))
+    pair = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, d_model=16, **layers))
+    for model, name in ((masked, "BertForMaskedLM"), (pair, "BartForConditionalGeneration")):
+        with pytest.raises(ValueError, match=rf"needs a causal language model, found {name}.* batches of texts"):
+            own_text(Wrapped(model), Words(), tokens=20, length=10)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,6 +201,20 @@ def test_positions_before_a_label_count_in_a_causal_model(wrap: Any) -> None:
     assert predicted(model, input_ids=ids, **padded) == [[1, 2, 3, 4]]
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     assert predicted(model, input_ids=ids, attention_mask=causal) == [[0, 1, 2, 3, 4]]
+
+
+def test_the_class_of_the_base_model_decides_and_not_the_task_of_its_adapter() -> None:
+    ids = torch.arange(6)[None]
+    labels = torch.tensor([[-100, 5, -100, -100, 5, -100]])
+    assert predicted(adapted(llama(1), task_type="FEATURE_EXTRACTION"), input_ids=ids, labels=labels) == [[0, 3]]
+
+
+def test_models_of_images_to_text_are_causal() -> None:
+    """As IdeficsForVisionText2Text of transformers."""
+    kind = type("IdeficsForVisionText2Text", (LlamaForCausalLM,), {})
+    model = kind(llama(1).config)
+    ids = torch.arange(6)[None]
+    assert predicted(model, input_ids=ids, labels=ids) == [[0, 1, 2, 3, 4]]
 
 
 def test_positions_of_labels_count_in_a_token_classifier_of_a_causal_checkpoint(tmp_path: Path) -> None:
@@ -264,6 +292,13 @@ def test_text_of_a_model_with_a_learned_prompt_follows_its_predictions(kind: typ
     model = get_peft_model(llama(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
     found = own_text(model, Words(), tokens=160, length=20)[0]["input_ids"]
     assert torch.equal(found, own_text(Whole(model), Words(), tokens=160, length=20)[0]["input_ids"])
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    model, batch = llama(1).model, text(1)[0]
+    for measure in (lambda: sampled_loss(model, batch), lambda: drift(model, [batch], base=llama(1).model)):
+        with pytest.raises(ValueError, match=r"must have logits, found BaseModelOutput.*: give a model"):
+            measure()
 
 
 def test_a_mask_of_other_positions_is_refused() -> None:

@@ -109,7 +109,8 @@ class Binding:
             raise ValueError(
                 f"no trained parameter of the model changes one of the source's {len(layers)} layers, such as "
                 f"{next(iter(layers))} (the model's first is {next(iter(find_layers(model)), 'none')}): add or "
-                f"enable an adapter, unfreeze weights, or capture the layers that are trained{packed_note(model)}"
+                "enable an adapter, unfreeze weights, or capture the layers that are trained. If the captured model is "
+                f"inside another module, pass that model itself as names{packed_note(model)}"
             )
         self._groups = [_stack_group(bounds, layers, floor) for bounds in kinds.values()]
         self._scales = [

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def capture_statistics(
     if unreached:
         raise ValueError(
             f"no batch reached {len(unreached)} of {len(layers)} layers ({', '.join(unreached[:5])}): leave them out "
-            "with modules=, or check that the loss uses them"
+            f"with modules={_reached(layers, unreached)}, or check that the loss uses them"
         )
     for name, found in statistics.items():
         if not found.finite:
@@ -83,6 +84,17 @@ def capture_statistics(
     _warn_if_few(recorder)
     totals = {"predictions": predictions, "loss": total / predictions, "base": base}
     return statistics, totals
+
+
+def _reached(layers: Sequence[Layer], unreached: Sequence[str]) -> str:
+    """Return ``modules`` for the other layers, if their last names or one pattern tell them apart; else ""."""
+    names = [layer.name for layer in layers if layer.name not in unreached]
+    last = {name.rpartition(".")[2]: None for name in names}
+    if names and not any(name.rpartition(".")[2] in last for name in unreached):
+        return repr(list(last))
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    start = "".join(f"{each[0]}." for each in takewhile(lambda each: len(set(each)) == 1, parts))
+    return "" if any(name.startswith(start) for name in unreached) else repr(f"{start}*")
 
 
 def _warn_if_few(recorder: Recorder) -> None:

@@ -133,6 +133,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
         if isinstance(base, nn.Module):
             if isinstance(getattr(base, "base_layer", None), nn.Module):
                 _check_nested(name, module)
+                # The wrapper's own matrices are no layers. Those in its base layer may be.
+                inside |= set(map(id, module.modules())) - set(map(id, base.modules()))
                 continue
             inside.update(map(id, module.modules()))
             linear = _is_linear(base) and type(module).__name__ != _TOKENS
@@ -205,9 +207,7 @@ def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str,
             )
         return Layer(name, module, base, _is_conv1d(base), ())
     adapters = []
-    for adapter in active:
-        if adapter not in wrapper.lora_A:
-            continue
+    for adapter in (each for each in active if each in wrapper.lora_A):
         if adapter in (getattr(wrapper, "merged_adapters", None) or ()):
             raise ValueError(
                 f"the adapter {adapter!r} is merged into the weight of {name}, so the weight is not that of the base "
@@ -224,10 +224,8 @@ def _adapted(name: str, module: nn.Module, base: nn.Module, starts: Mapping[str,
 
 
 def _check_nested(name: str, module: nn.Module) -> None:
-    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter.
-
-    Wrappers of several parameters of a module (``target_parameters``) are nested too. They are no linear layers.
-    """
+    """Raise if a wrapper of an adapted layer, as in PEFT's mixed models, has another active adapter."""
+    # Wrappers of several parameters of a module (``target_parameters``) are nested too. They are no linear layers.
     if active_adapters(module) and type(module).__name__ != "ParamWrapper":
         raise ValueError(
             f"{name} has adapters of several kinds ({_kind(module)}, {_kind(module.base_layer)}), whose change of the "
@@ -271,7 +269,9 @@ def _unused(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    # Subclasses that compute something else: Llama 4 routers choose experts, grouped layers split their input.
+    other = type(module).__name__.endswith(("Router", "GroupedLinear"))
+    return (isinstance(module, nn.Linear) and not other) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

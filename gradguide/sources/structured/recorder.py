@@ -120,6 +120,8 @@ class Recorder:
                 )
             layer_input = arguments[0] if arguments else next(iter(keywords.values()))
             _check_whole(layer, layer_input, output)
+            if layer_input.numel() == 0:
+                return None  # an expert that received no token
             started = not output.requires_grad
             if started:
                 output = _with_gradient(output)
@@ -241,7 +243,12 @@ def _grid(shape: torch.Size, model: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _check_whole(layer: Layer, layer_input: Tensor, output: Tensor) -> None:
-    """Raise if this rank computes a part of the layer only, as under tensor parallelism."""
+    """Raise if the layer is not linear, or this rank computes a part of it only, as under tensor parallelism."""
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"{layer.name} ({type(layer.linear).__name__}) must return one tensor, found {type(output).__name__}: it "
+            "is no linear layer, so leave it out with modules="
+        )
     sizes = int(output.shape[-1]), int(layer_input.shape[-1])
     if sizes != layer.shape or layout_of(output) is not None or layout_of(layer_input) is not None:
         raise ValueError(

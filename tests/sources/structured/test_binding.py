@@ -265,6 +265,15 @@ def test_adapters_of_two_parameters_of_one_module_warn() -> None:
     step(model, optimizer)
 
 
+def test_matrices_of_an_adapter_are_no_layers() -> None:
+    """PEFT adapts both parameters of the experts with ``target_modules="all-linear"``, in nested wrappers."""
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "target_parameters": experts}
+    model = get_peft_model(with_stacked_experts(), LoraConfig(r=2, **options))
+    found = StructuredSource.capture(model, text(), sampled_loss, rank=4).names()
+    assert found == [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in ("q", "v")]
+
+
 def test_what_has_no_pull_by_design_does_not_warn(source: StructuredSource) -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     whole = llama()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any
 
@@ -286,6 +287,36 @@ def test_a_layer_that_is_called_twice_counts_each_call() -> None:
     assert not source.factors("layer")[0][0].any()  # rows are sequences of one token
 
 
+class Experts(nn.Module):
+    """Two experts, each for the tokens of one sign; ``skip`` leaves out an expert without tokens."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, shape = x.flatten(0, 1), x.shape
+        found = torch.zeros_like(x)
+        for chosen, expert in zip((x[:, 0] > 0, x[:, 0] <= 0), self.experts, strict=True):
+            if not self.skip or chosen.any():
+                found = found.index_put((chosen,), expert(x[chosen]))
+        return found.view(shape)
+
+
+def test_an_expert_without_tokens_in_a_batch_adds_nothing() -> None:
+    rows = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0)).abs()
+    batches = [rows, -rows]
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        return model(x).square().mean(), x.shape[0] * x.shape[1]
+
+    found, expected = (StructuredSource.capture(Experts(skip), batches, loss, rank=None) for skip in (False, True))
+    assert found.names() == ["experts.0", "experts.1"]
+    assert found.fingerprint() == expected.fingerprint()
+
+
 def test_inputs_without_a_gradient_keep_their_covariance() -> None:
     """The floor of the pull needs S where the model is sure of its source."""
     rows = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -544,6 +575,42 @@ def test_a_layer_without_a_gradient_is_not_reached() -> None:
         StructuredSource.capture(Unused(), [passes((3, 6))], squares, rank=None)
 
 
+class Scores(nn.Linear):
+    """A layer that returns its output and its best class."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        found = super().forward(x)
+        return found, found.argmax(-1)
+
+
+class TopRouter(Scores):
+    """As the routers of Llama 4 and of Phi-3.5-MoE."""
+
+
+class Chosen(nn.Module):
+    def __init__(self, kind: type[Scores]) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(4, 4), kind(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        found: Tensor = x * self.router(x)[0]
+        return found
+
+
+def test_routers_are_no_layers_and_other_layers_of_several_outputs_are_named() -> None:
+    rows = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = model(x).square().mean()
+        return found
+
+    assert StructuredSource.capture(Chosen(TopRouter), rows, loss, rank=None).names() == ["first"]
+    with pytest.raises(ValueError, match=r"router \(Scores\) must return one tensor, found tuple.*leave it out with"):
+        StructuredSource.capture(Chosen(Scores), rows, loss, rank=None)
+    StructuredSource.capture(Chosen(Scores), rows, loss, rank=None, modules="first")
+
+
 def test_an_input_that_changed_in_place_is_refused() -> None:
     with pytest.raises(ValueError, match="the input of first was changed in place after the layer"):
         StructuredSource.capture(Small(kept=True), [passes((3, 6))], squares, rank=None)
@@ -673,3 +740,39 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"no batch reached 1 of 2 layers \(unused\)"):
         StructuredSource.capture(Two(), [torch.ones(2, 4)], lambda model, x: model(x).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("used", "unused", "modules"),
+    [
+        (["0.in", "0.out", "1.in"], ["0.dt", "1.dt"], ["in", "out"]),
+        (["text.0.q", "text.1.q"], ["image.0.q", "projector"], "text.*"),
+        (["text.q"], ["image.q"], "text.*"),
+    ],
+)
+def test_the_message_about_layers_without_a_batch_names_modules_that_leave_them_out(
+    used: list[str], unused: list[str], modules: Any
+) -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for name in used:
+                x = self.get_submodule(name)(x)
+            return x
+
+    model = Part()
+    for name in used + unused:
+        parent: nn.Module = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(4, 4))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = model(x).square().mean()
+        return found
+
+    rows = [torch.ones(8, 4)]
+    with pytest.raises(ValueError, match=re.escape(f"leave them out with modules={modules!r}, or check")):
+        StructuredSource.capture(model, rows, loss, rank=None)
+    assert set(StructuredSource.capture(model, rows, loss, rank=None, modules=modules).names()) == set(used)
