@@ -78,9 +78,8 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     stateful = {key for key in keys if entries.get(key)}
     # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets no
     # entry, and the base alone can load the result. Such a parameter has no direction, or one of zeros from a skipped
-    # step. If all steps were skipped, the base may keep state from its first one on.
-    only_skipped = not stateful and not totals[0] and bool(totals[1])
-    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped and not only_skipped else ():
+    # step.
+    for key, parameter in zip(keys, all_parameters(base), strict=True) if stepped else ():
         direction = engine.directions.get(parameter)
         if stateful and key not in stateful and (direction is None or not bool(direction.any())):
             continue

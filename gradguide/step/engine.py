@@ -118,8 +118,6 @@ class Engine:
         span = plan.gram(rows, SOURCES + len(sources) + regularized, self.signed_rows(len(sources)))
         if plan.cache.positions is None:
             plan.cache.positions = self.scopes.locate(plan.labels, span.gram.device)
-            if self.rules.share_momentum:
-                self.scopes.count_as_one(plan.cache.positions, span.lengths[:, DIRECTION])
         return StepState(plan, rows, span, plan.cache.positions, regularized)
 
     def _restart_scopes(self, plan: StepPlan, base: Optimizer) -> None:

@@ -61,20 +61,6 @@ class ScopeState:
         if rows:
             self._values[rows] = 0.0
 
-    def count_as_one(self, positions: Tensor, lengths: Tensor) -> None:
-        """Give directions of unknown origin the statistics of one gradient, which are no evidence of agreement.
-
-        They come from momentum of steps that the base made alone: the scope has statistics of zero.
-
-        Args:
-            positions (Tensor): shape [S], from :meth:`locate`.
-            lengths (Tensor): shape [S], lengths of the directions.
-        """
-        stored = self._values[positions]
-        known = dict.fromkeys(STATISTICS, torch.zeros_like(lengths)) | {"mass": lengths, "square": lengths.square()}
-        unknown = (stored == 0).all(dim=1) & lengths.isfinite()
-        self._values[positions] = torch.where(unknown.unsqueeze(1), torch.stack(list(known.values()), dim=1), stored)
-
     def restore(self, statistics: dict[Label, Tensor]) -> None:
         """Replace all statistics by those given, one Tensor [len(STATISTICS)] per label."""
         self._index = {label: position for position, label in enumerate(statistics)}

@@ -198,33 +198,3 @@ def test_sgd_with_one_group_without_momentum_is_refused() -> None:
     base = torch.optim.SGD(groups, lr=0.1)
     with pytest.raises(ValueError, match="share_momentum=True"):
         GradGuide(base, direction=SHARED)
-
-
-@pytest.mark.parametrize("scope", ["global", "tensor"])
-@pytest.mark.parametrize("how", ["wrapped", "loaded"])
-def test_momentum_of_steps_without_gradguide_is_no_evidence(how: str, scope: str) -> None:
-    """Its statistics are unknown. It was taken for momentum of gradients that agree: random ones were damped by 0.5."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.zeros(40, 40)) for _ in range(2)]
-
-    def step(optimizer: torch.optim.Optimizer) -> None:
-        for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
-
-    base = torch.optim.AdamW(parameters, lr=1e-3)
-    for _ in range(30):
-        step(base)
-    options: dict[str, Any] = {"direction": Direction(share_momentum=True), "magnitude": None, "scope": scope}
-    if how == "wrapped":
-        optimizer = GradGuide(base, **options)
-    else:
-        optimizer = GradGuide(torch.optim.AdamW(parameters, lr=1e-3), **options)
-        with pytest.warns(UserWarning, match="plain base optimizer"):
-            optimizer.load_state_dict(base.state_dict())
-    damping = []
-    for _ in range(20):
-        step(optimizer)
-        damping.append(optimizer.metrics()["damping"])
-    assert max(damping) < 0.15
-    assert 0.2 < optimizer.metrics()["coherence"] < 0.35

@@ -99,25 +99,23 @@ def test_i03_skipped_steps_are_counted_on_across_a_load() -> None:
     assert {k: resumed.metrics()[k] for k in ("steps", "skipped")} == {"steps": 2, "skipped": 1}
 
 
-@pytest.mark.parametrize("skipped", ["all", "the first of one parameter"])
 @pytest.mark.parametrize("kind", ["defaults", "no source"])
-def test_i03_the_base_alone_loads_a_state_of_skipped_steps(kind: str, skipped: str) -> None:
+def test_i03_the_base_alone_loads_a_state_in_which_a_parameter_had_skipped_steps_only(kind: str) -> None:
     """AdamW takes an entry with own keys for its own, and raised KeyError."""
     model = kit.net()
     optimizer = kit.guide(model, kit.adamw, kind)
     kit.give_gradients(model, 0, scale=float("nan"))
     optimizer.step()
-    if skipped != "all":
-        kit.give_gradients(model, 0)
-        model[0].weight.grad = None
-        optimizer.step()
+    kit.give_gradients(model, 0)
+    model[0].weight.grad = None
+    optimizer.step()
     plain = kit.guide(model, kit.adamw).base
     plain.load_state_dict(kit.through_file(optimizer.state_dict()))
     kit.train(model, plain, range(1))
     resumed = kit.guide(model, kit.adamw, kind)
     resumed.load_state_dict(optimizer.state_dict())
     kit.train(model, resumed, range(1))
-    assert resumed.metrics()["steps"] == optimizer.metrics()["steps"] + 1
+    assert {name: resumed.metrics()[name] for name in ("steps", "skipped")} == {"steps": 2, "skipped": 1}
 
 
 def test_i03_loaded_direction_and_counters_are_not_shared_with_the_state() -> None:
