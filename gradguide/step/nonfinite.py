@@ -88,7 +88,7 @@ def warn_undone(base: Optimizer, undone: int) -> None:
         f"the last {undone} updates of {type(base).__name__} had NaN or Inf in a scope, and were undone there: these "
         f"parameters were not trained. {cause}",
         UserWarning,
-        stacklevel=7,
+        stacklevel=8,
     )
 
 

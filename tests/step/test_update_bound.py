@@ -170,8 +170,9 @@ def test_updates_that_are_undone_in_a_row_give_a_warning() -> None:
     optimizer, parameter = half_precision(torch.float16, 1e-8)
     train(optimizer, parameter, 5)
     assert parameter.tolist() == [1.0] * 4
-    with pytest.warns(UserWarning, match=r"last 5 updates of AdamW .* an eps of 1e-08 .* pass eps=1e-4"):
+    with pytest.warns(UserWarning, match=r"last 5 updates of AdamW .* an eps of 1e-08 .* pass eps=1e-4") as caught:
         train(optimizer, parameter, 1)
+    assert caught[0].filename == __file__, "the warning names the line that calls step()"
     train(optimizer, parameter, 6)  # one warning for a sequence
 
 
