@@ -22,6 +22,7 @@ __all__ = [
     "has_no_rate",
     "is_plain_adam",
     "is_step_on_zeros",
+    "resting_groups",
 ]
 
 # Optimizers that run inside backward or store gradients elsewhere: at step() no gradient is left to guide.
@@ -37,10 +38,11 @@ _UNSUPPORTED_BASES = {
     "DeepSpeedOptimizerWrapper": "keeps gradients in partitions of its own",
 }
 
-# Wrappers that decide whether a step is made, and that unscale gradients within it.
+# Wrappers that may decide whether a step is made, or unscale gradients within it.
 _PREPARED = {
     "AcceleratedOptimizer": "guide it before prepare: accelerator.prepare(GradGuide(optimizer))",
     "LightningOptimizer": "guide it before Lightning wraps it: return GradGuide(optimizer) from configure_optimizers",
+    "_FabricOptimizer": "guide it before setup: fabric.setup(model, GradGuide(optimizer))",
 }
 
 NO_GRADIENTS = (
@@ -64,7 +66,7 @@ def check_base(base: object) -> None:
         )
     for prepared in {each.__name__ for each in type(base).__mro__} & _PREPARED.keys():
         raise TypeError(
-            f"{kind} wraps an optimizer, skips steps while gradients accumulate and unscales them within its step, so "
+            f"{kind} wraps an optimizer, and may skip steps while gradients accumulate or unscale them within its step. "
             f"GradGuide would guide partial or scaled gradients; {_PREPARED[prepared]}"
         )
     if not isinstance(base, Optimizer):
@@ -151,9 +153,14 @@ def is_plain_adam(base: Optimizer) -> bool:
 
 
 def has_no_rate(base: Optimizer) -> bool:
-    """Return whether the rate of every group is 0."""
-    rates = [group.get("lr") for group in base.param_groups]
-    return all(isinstance(rate, (int, float, Tensor)) and float(rate) == 0.0 for rate in rates)
+    """Return whether the rate of every group is 0. Rates on an accelerator are not read, which would synchronize."""
+    return len(resting_groups(base)) == len(base.param_groups)
+
+
+def resting_groups(base: Optimizer) -> set[int]:
+    """Return indices of the groups whose rate is 0. Rates on an accelerator are not read, which would synchronize."""
+    rates = enumerate(group.get("lr") for group in base.param_groups)
+    return {index for index, lr in rates if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0}
 
 
 def is_step_on_zeros(base: Optimizer) -> bool:
@@ -165,4 +172,4 @@ def is_step_on_zeros(base: Optimizer) -> bool:
     if base.state or not has_no_rate(base):
         return False
     found = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
-    return all(layout_of(gradient) is None and not bool(gradient.any()) for gradient in found)
+    return bool(found) and all(layout_of(gradient) is None and not bool(gradient.any()) for gradient in found)

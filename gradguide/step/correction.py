@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradguide.base_checks import resting_groups
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.tensors import TensorList
@@ -24,7 +25,7 @@ from gradguide.sources.protocol import Source
 from gradguide.step.buckets import Bucket
 from gradguide.step.plan import Rows, StepPlan
 
-__all__ = ["Before", "copy_before", "resting_groups", "update_source_rows", "write_corrected"]
+__all__ = ["Before", "copy_before", "update_source_rows", "write_corrected"]
 
 
 class Before(NamedTuple):
@@ -43,12 +44,6 @@ def copy_before(base: Optimizer, plan: StepPlan) -> Before:
     """Copy the parameters, and z of a schedule-free base."""
     found = [_sequences(base, bucket) for bucket in plan.buckets]
     return Before(plan.snapshot(), [[None if z is None else z.clone() for z in each] for each in found])
-
-
-def resting_groups(base: Optimizer) -> set[int]:
-    """Return indices of the groups whose rate is 0. Rates on an accelerator are not read, which would synchronize."""
-    rates = enumerate(group.get("lr") for group in base.param_groups)
-    return {index for index, lr in rates if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0}
 
 
 def update_source_rows(

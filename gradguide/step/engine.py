@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradguide.base_checks import resting_groups
 from gradguide.distributed.layouts import local
 from gradguide.ops import Row, Stack, Write
 from gradguide.ops.allocate import allocate_contiguous
@@ -21,7 +22,7 @@ from gradguide.rules.span import Span
 from gradguide.sources.protocol import Source
 from gradguide.step import fused_adam
 from gradguide.step.buckets import Bucket
-from gradguide.step.correction import Before, copy_before, resting_groups, update_source_rows, write_corrected
+from gradguide.step.correction import Before, copy_before, update_source_rows, write_corrected
 from gradguide.step.metrics import Record
 from gradguide.step.momentum import ema_coefficients_by_scope, momentum_buffers
 from gradguide.step.plan import Rows, StepPlan

@@ -140,6 +140,15 @@ def test_an_optimizer_that_lightning_wrapped_is_refused_with_the_order() -> None
         GradGuide(wrapped)
 
 
+def test_an_optimizer_that_fabric_wrapped_is_refused_with_the_order() -> None:
+    """With a gradient scaler it unscales within its step: the bound was that of scaled gradients."""
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    model = kit.net()
+    _, wrapped = fabric.setup(model, kit.adamw(model.parameters()))
+    with pytest.raises(TypeError, match=r"FabricAdamW.*fabric\.setup\(model, GradGuide\(optimizer\)\)"):
+        GradGuide(wrapped)
+
+
 def test_source_without_names_is_refused() -> None:
     model = kit.net()
     with pytest.raises(ValueError, match="pass names=model"):

@@ -167,6 +167,10 @@ def test_i07_a_regularizer_needs_no_closure_to_save_and_load(base: kit.MakeBase)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
     with pytest.raises(RuntimeError, match=r"found step\(\) without a closure"):
         optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 0.0  # as at the start of a warmup
+    with pytest.raises(RuntimeError, match=r"found step\(\) without a closure"):
+        optimizer.step()
 
 
 def test_a_step_on_zeros_at_a_rate_is_recorded() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide.base_checks import has_no_rate, is_step_on_zeros, resting_groups
 from gradguide.step import nonfinite as finite
 
 
@@ -55,3 +56,16 @@ def test_a_step_reads_nothing(scope: str, on: str, monkeypatch: pytest.MonkeyPat
     with HostReads() as reads:
         float(torch.ones(()))
     assert reads.count == 1
+
+
+def test_a_rate_on_an_accelerator_is_not_read() -> None:
+    """The meta device stands for CUDA, where a read would also end the capture of a graph."""
+    model = nn.Linear(4, 3)
+    base = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.0))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert is_step_on_zeros(base)
+    base.param_groups[0]["lr"] = torch.zeros((), device="meta")
+    assert not has_no_rate(base)
+    assert not is_step_on_zeros(base)
+    assert resting_groups(base) == set()
