@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gradguide.utils.names import model_modules
@@ -23,8 +24,12 @@ def packed_note(model: nn.Module) -> str:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """Return whether a module has the sizes of a linear layer, but neither a floating-point weight nor parts."""
-    weight, parts = getattr(module, "weight", None), any(True for _ in module.children())
+    """Return whether a module has the sizes of a linear layer, holds integers, and has no floating-point weight."""
+    weight = getattr(module, "weight", None)
     sized = any(isinstance(getattr(module, size, None), int) for size in ("in_features", "infeatures"))
     plain = isinstance(weight, Tensor) and weight.is_floating_point()
-    return sized and not parts and not plain and not isinstance(module, nn.Linear)
+    if not sized or plain or isinstance(module, nn.Linear) or any(True for _ in module.children()):
+        return False
+    # Layers of users may name a floating-point weight otherwise.
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not (each.is_floating_point() or each.is_complex() or each.dtype == torch.bool) for each in held)

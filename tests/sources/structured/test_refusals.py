@@ -307,3 +307,24 @@ def test_packed_layers_are_named_where_they_would_be_left_out(source: Structured
         source.bound(model.requires_grad_(True), given={n for n, _ in model.named_parameters() if "lora_" in n})
     head = StructuredSource.capture(packed(llama(1)), text(2), sampled_loss, rank=4, modules="lm_head")
     assert head.names() == ["lm_head"]
+
+
+class Noisy(nn.Module):
+    """A layer of a user, whose floating-point weight has another name."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_mu = nn.Parameter(linear.weight.detach().clone())
+        self.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight_mu)
+
+
+def test_layers_of_a_user_that_are_no_linear_layers_are_left_out() -> None:
+    model = llama(1)
+    model.set_submodule("model.layers.0.mlp.up_proj", Noisy(model.get_submodule("model.layers.0.mlp.up_proj")))
+    source = StructuredSource.capture(model, text(2), sampled_loss, rank=4)
+    assert len(source.names()) == 6
+    assert "model.layers.0.mlp.up_proj" not in source.names()
