@@ -104,7 +104,8 @@ def head_class(model: nn.Module) -> tuple[str, Any]:
     """
     found = [(type(module).__name__, module.config) for module in model.modules() if hasattr(module, "config")]
     names = [(name, config) for name, config in found if re.search(r"For[A-Z]|LMHead", name)]
-    names.sort(key=lambda each: each[0].startswith("PeftModel"))  # its name is of the task_type that was given
+    # A PeftModel has the name of the task_type that was given. fully_shard puts FSDP before a name.
+    names.sort(key=lambda each: "PeftModel" in each[0])
     names += [(name, config) for _, config in found for name in getattr(config, "architectures", None) or ()]
     return names[0] if names else ("", None)
 

@@ -206,7 +206,10 @@ def test_positions_before_a_label_count_in_a_causal_model(wrap: Any) -> None:
 def test_the_class_of_the_base_model_decides_and_not_the_task_of_its_adapter() -> None:
     ids = torch.arange(6)[None]
     labels = torch.tensor([[-100, 5, -100, -100, 5, -100]])
-    assert predicted(adapted(llama(1), task_type="FEATURE_EXTRACTION"), input_ids=ids, labels=labels) == [[0, 3]]
+    model = adapted(llama(1), task_type="FEATURE_EXTRACTION")
+    assert predicted(model, input_ids=ids, labels=labels) == [[0, 3]]
+    model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})  # as fully_shard does
+    assert predicted(model, input_ids=ids, labels=labels) == [[0, 3]]
 
 
 def test_models_of_images_to_text_are_causal() -> None:
