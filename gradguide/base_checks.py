@@ -66,7 +66,7 @@ def check_base(base: object) -> None:
         )
     for prepared in {each.__name__ for each in type(base).__mro__} & _PREPARED.keys():
         raise TypeError(
-            f"{kind} wraps an optimizer, and may skip steps while gradients accumulate or unscale them within its step. "
+            f"{kind} wraps an optimizer, and may skip steps while gradients accumulate, or unscale them in its step. "
             f"GradGuide would guide partial or scaled gradients; {_PREPARED[prepared]}"
         )
     if not isinstance(base, Optimizer):
