@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim import optimizer as hooks
 
 from gradguide.distributed.deepspeed import check_zero
-from gradguide.distributed.layouts import check_divided, layout_of
+from gradguide.distributed.layouts import check_divided, local, on_any_rank
 
 __all__ = [
     "NO_GRADIENTS",
@@ -167,9 +167,11 @@ def is_step_on_zeros(base: Optimizer) -> bool:
     """Return whether this step only allocates state: torch makes one for distributed checkpoints, if there is none.
 
     Its rates are 0, and all gradients are zero. The host reads gradients only if the base has no state and no rate. A
-    sharded gradient may be zero on some ranks only, so it is not read.
+    sharded gradient may be zero on some ranks only, so ranks ask each other then.
     """
     if base.state or not has_no_rate(base):
         return False
-    found = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
-    return bool(found) and all(layout_of(gradient) is None and not bool(gradient.any()) for gradient in found)
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    found = [local(p.grad) for p in parameters if p.grad is not None]
+    moved = not found or any(bool(part.any()) for part in found)
+    return not on_any_rank(moved, parameters)

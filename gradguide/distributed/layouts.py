@@ -6,7 +6,7 @@ all-reduce of a few numbers per scope, for any number of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ __all__ = [
     "layout_of",
     "local",
     "local_parts",
+    "on_any_rank",
     "reduce_partial",
     "shard",
     "to_layout",
@@ -177,6 +178,18 @@ def to_layout(value: Tensor, like: Tensor) -> Tensor:
     if given == wanted:
         return local(value)
     return full(value) if wanted is None else shard(full(value), wanted)
+
+
+def on_any_rank(flag: bool, parameters: Sequence[Tensor]) -> bool:
+    """Return whether a flag is true on any rank that has shards of these parameters. All of them must call this."""
+    layouts = [layout_of(p) for p in parameters]
+    groups = dict.fromkeys(group for layout in layouts if layout is not None for group in layout.reduce_groups)
+    if not groups:
+        return flag
+    number = torch.tensor(int(flag), device=local(parameters[0]).device)
+    for group in groups:
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+    return bool(number)
 
 
 def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 Each action has a model and an optimizer of its own. "save" trains, writes a distributed checkpoint to FOLDER/NAME and
 continues; "load" starts from that checkpoint. Both write the final parameters to FOLDER/NAME-ACTION-WORLD.pt.
+"allocate" has no name: it saves and loads before the first step.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.optim import SGD, AdamW
 
+from gradguide import Alignment, GradGuide, Regularizer, ReplaySource
 from tests.distributed import problem
 from tests.distributed.fsdp_rank import whole
 from tests.distributed.launch import join
@@ -25,7 +34,31 @@ HALF = 6
 
 def main(rank: int, world: int, folder: Path, *actions: str) -> None:
     for each in actions:
-        train(rank, world, folder, *each.split("-"))
+        if each == "allocate":
+            allocate(world)
+        else:
+            train(rank, world, folder, *each.split("-"))
+
+
+def allocate(world: int) -> None:
+    """Save and load where the base has no state: torch then makes a step on zeros, without a closure."""
+    drawn: list[Tensor] = []
+    for kind in (AdamW, SGD):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+
+        def loss(batch: Tensor, model: nn.Module = model) -> Tensor:
+            drawn.append(batch)
+            value: Tensor = model(batch).square().mean()
+            return value
+
+        replay = Alignment(ReplaySource([torch.ones(2, 4)], loss))
+        for options in ({"regularizer": Regularizer(magnitude=0.1)}, {"alignment": replay, "names": model}):
+            optimizer = GradGuide(kind(model.parameters(), lr=0.1), **options)
+            state = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(model, optimizer, state)
+            assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    assert drawn == []
 
 
 def train(rank: int, world: int, folder: Path, action: str, name: str) -> None:

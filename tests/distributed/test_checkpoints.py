@@ -27,3 +27,8 @@ def test_i07_i08_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Pat
                 torch.testing.assert_close(found[key], value, rtol=2e-4, atol=2e-5, msg=f"{key} on {world}")
                 if world == saved_on:
                     assert torch.equal(found[key], value), f"{key}: resumed on as many ranks it is the same, bitwise"
+
+
+def test_i07_sharded_saving_and_loading_before_a_step_need_no_closure_and_draw_no_batch(tmp_path: Path) -> None:
+    """A shard may be zero on one rank only, so the ranks agree that a step is on zeros."""
+    ranks("checkpoint_rank.py", tmp_path, 2, "allocate")
