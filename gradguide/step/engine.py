@@ -178,7 +178,9 @@ class Engine:
         """
         plan, decided = state.plan, state.decided
         count = self.rules.update_source_count
-        if count > fused_adam.MAX_SOURCES or plan.sharded or (count and resting_groups(base)):
+        # Where all groups rest, as at the start of a warmup, the update is zero and so is its projection.
+        some_rest = count > 0 and 0 < len(resting_groups(base)) < len(base.param_groups)
+        if count > fused_adam.MAX_SOURCES or plan.sharded or some_rest:
             return False
         signs = plan.signs(state.span.gram.shape[1], self.signed_rows(self.rules.source_count))
         launches = fused_adam.plan_launches(base, plan, state.rows, self._own_directions(plan), signs)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from gradguide import Alignment, Direction, GradGuide, Magnitude, SourceGradient
+from gradguide.step import fused_adam
 
 SHAPES = ((3, 4), (1,), (7,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -216,3 +217,22 @@ def test_a_projected_update_leaves_groups_with_a_rate_of_zero(rate: float | Tens
     assert torch.equal(held[1], before[1])
     row = source.row(["p2"], before[2:]).value(0, torch.float64)
     assert float(torch.dot(held[2].detach().reshape(-1) - before[2].reshape(-1), row)) < 1e-7
+
+
+@pytest.mark.parametrize(("rates", "fused"), [((0.0, 0.0), True), ((0.0, 0.1), False), ((0.1, 0.1), True)])
+def test_a_warmup_from_a_rate_of_zero_keeps_the_fused_step(
+    rates: tuple[float, float], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other path copies the parameters, and its memory stays allocated."""
+    asked = []
+    monkeypatch.setattr(fused_adam, "plan_launches", lambda *arguments: asked.append(1))
+    held = [nn.Parameter(torch.ones(3)) for _ in rates]
+    named = {f"p{i}": p for i, p in enumerate(held)}
+    source = SourceGradient({name: torch.tensor([-1.0, 0.0, 0.0]) for name in named})
+    base = AdamW([{"params": [p], "lr": rate} for p, rate in zip(held, rates, strict=True)], weight_decay=0.0)
+    optimizer = GradGuide(base, alignment=Alignment(source), names=named)
+    for p in held:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert bool(asked) == fused
+    assert [bool((p == 1).all()) for p in held] == [rate == 0 for rate in rates]
