@@ -210,8 +210,7 @@ class GradGuide(Wrapper):
         known = extend_names(planner.name_lookup, names_in_groups([param_group]), groups)
         sources = match_sources(_sources(engine.rules.alignment, self._regularizer), groups, known, planner.sources)
         self.base.add_param_group(param_group)
-        set_names(engine, known, self.base)
-        planner.set_sources(sources, self.base)
+        set_names(engine, known, sources, self.base)
 
     def set_alignment(self, alignment: Alignment | None, names: NamesLike | None = None) -> None:
         """Replace the sources from the next step on. Direction and base are unchanged, unless names change scopes.
@@ -230,9 +229,9 @@ class GradGuide(Wrapper):
         planner.track_replaced(self.base)
         known = extend_names(planner.name_lookup, names, self.param_groups)
         sources = match_sources(_sources(alignment, self._regularizer), self.param_groups, known, planner.sources)
-        set_names(engine, known, self.base)
         engine.set_alignment(alignment, sources, self.base)
         self._progress.last = None
+        set_names(engine, known, sources, self.base)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last step, with one transfer from the device.

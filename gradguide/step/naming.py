@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradguide.distributed.resharded import find_sharded
+from gradguide.sources.protocol import Source
 from gradguide.step.buckets import Label, Scope, scope_labeler
 from gradguide.step.engine import Engine
 from gradguide.utils.names import Names, NamesLike, names_in_groups
@@ -54,16 +55,18 @@ def extend_names(known: Names, given: NamesLike | None, groups: Groups) -> Names
     return extended
 
 
-def set_names(engine: Engine, names: Names, base: Optimizer) -> None:
-    """Replace the names. With ``scope="module"`` they change the scopes.
+def set_names(engine: Engine, names: Names, sources: Sequence[Source], base: Optimizer) -> None:
+    """Replace the names, and the sources that match them. With ``scope="module"`` names change the scopes.
 
-    A scope that keeps its parameters keeps its statistics. Others start from zero, and their directions too.
+    A scope that keeps its parameters keeps its statistics. Others start from zero, and their directions too. The
+    warning comes last, because it may be raised as an error.
 
     Warns:
         UserWarning: a scope that has statistics has other parameters now.
     """
     before = engine.planner.labels(base)
     engine.planner.set_names(names, base)
+    engine.planner.set_sources(sources, base)
     after = engine.planner.labels(base)
     if before == after:
         return

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradguide import Direction, GradGuide
+from gradguide import Alignment, Direction, GradGuide, SourceGradient
 from gradguide.rules.decide import STATISTICS
 from gradguide.step.scope_state import ScopeState
 
@@ -96,6 +96,16 @@ def test_names_that_change_the_scopes_start_their_directions_from_zero_with_a_wa
     assert len(optimizer._engine.directions) == 2
     assert int(optimizer._engine.scopes.statistics.any(dim=1).sum()) == 1
     assert train(model, optimizer, range(30, 31)) < 1.0
+
+
+def test_names_that_change_the_scopes_are_complete_where_the_warning_is_raised() -> None:
+    model, optimizer = guided_by_module("some")
+    train(model, optimizer, range(3))
+    source = SourceGradient({name: torch.ones_like(p) for name, p in model.named_parameters()})
+    with pytest.raises(UserWarning, match="the new names change the scopes"):
+        optimizer.set_alignment(Alignment(source), names=model)  # warnings are errors in these tests
+    train(model, optimizer, range(3, 5))
+    assert optimizer.metrics()["source_cosine"] > 0
 
 
 def test_a_parameter_that_joins_a_module_later_leaves_its_statistics() -> None:
