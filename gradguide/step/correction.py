@@ -4,7 +4,8 @@ Groups with a rate of 0 keep their parameters: a projection adds source gradient
 
 A schedule-free optimizer trains at ``y = beta * x + (1 - beta) * z``. It stores y, the parameter, and z, in its state.
 The average x, which is evaluated, is computed from both. A rule that shortens the update of y alone moves x away from
-z, up the loss. So z gets the same combination as y, and then x has it too.
+z, up the loss. So z gets the same combination as y, and then x has it too. The reference implementations also store x
+and y, which get it as well.
 """
 
 from __future__ import annotations
@@ -32,18 +33,24 @@ class Before(NamedTuple):
     """Copies of each bucket's tensors before the base's step.
 
     values: the parameters.
-    sequences: z of each parameter, None before its first step; empty if the base is not schedule-free.
+    sequences: those of a schedule-free base by name, None before the first step of a parameter.
     """
 
     values: list[TensorList]
-    sequences: list[list[Tensor | None]]
+    sequences: list[dict[str, list[Tensor | None]]]
+
+
+_SEQUENCES = ("z", "x", "y")
 
 
 @torch.no_grad()
 def copy_before(base: Optimizer, plan: StepPlan) -> Before:
-    """Copy the parameters, and z of a schedule-free base."""
-    found = [_sequences(base, bucket) for bucket in plan.buckets]
-    return Before(plan.snapshot(), [[None if z is None else z.clone() for z in each] for each in found])
+    """Copy the parameters, and the sequences of a schedule-free base."""
+    copies = [
+        {name: [None if part is None else part.clone() for part in parts] for name, parts in each.items()}
+        for each in (_sequences(base, bucket) for bucket in plan.buckets)
+    ]
+    return Before(plan.snapshot(), copies)
 
 
 def update_source_rows(
@@ -85,20 +92,26 @@ def write_corrected(
         for bucket, values, these in zip(plan.buckets, now, rows, strict=True)
     ]
     plan.combine_(after, [[Write(into=values, coefficients=coefficients)] for values in now])
-    found = [[z for z in _sequences(base, bucket) if z is not None] for bucket in plan.buckets]
-    if not found or any(len(each) < len(bucket.values) for each, bucket in zip(found, plan.buckets, strict=True)):
-        return
-    after = []
-    for bucket, each, these, values, copies in zip(plan.buckets, found, rows, *before, strict=True):
-        # z starts at the parameter.
-        start = [value if copy is None else copy for value, copy in zip(values, copies, strict=True)]
-        after.append(Stack([Row(offset=each), Row(offset=start), *these[2:]], bucket.sizes))
-    plan.combine_(after, [[Write(into=each, coefficients=coefficients)] for each in found])
+    made = [_sequences(base, bucket) for bucket in plan.buckets]
+    for name in made[0] if made else ():
+        found = [[part for part in each[name] if part is not None] for each in made]
+        if any(len(each) < len(bucket.values) for each, bucket in zip(found, plan.buckets, strict=True)):
+            continue
+        after = []
+        for bucket, each, these, values, copies in zip(plan.buckets, found, rows, *before, strict=True):
+            # Each starts at the parameter.
+            start = [value if copy is None else copy for value, copy in zip(values, copies[name], strict=True)]
+            after.append(Stack([Row(offset=each), Row(offset=start), *these[2:]], bucket.sizes))
+        plan.combine_(after, [[Write(into=each, coefficients=coefficients)] for each in found])
 
 
-def _sequences(base: Optimizer, bucket: Bucket) -> list[Tensor | None]:
-    """Return this rank's part of z of each parameter; empty if the base has no modes, as schedule-free ones have."""
+def _sequences(base: Optimizer, bucket: Bucket) -> dict[str, list[Tensor | None]]:
+    """Return this rank's sequences of the parameters; empty if the base has no modes, as schedule-free ones have."""
     if not (hasattr(base, "train") and hasattr(base, "eval")):
-        return []
-    found = [(p, base.state.get(p, {}).get("z")) for p in bucket.parameters]
-    return [local(z) if isinstance(z, Tensor) and z.shape == p.shape else None for p, z in found]
+        return {}
+    states = [(p, base.state.get(p, {})) for p in bucket.parameters]
+    found = {name: [(p, state.get(name)) for p, state in states] for name in _SEQUENCES}
+    return {
+        name: [local(part) if isinstance(part, Tensor) and part.shape == p.shape else None for p, part in parts]
+        for name, parts in found.items()
+    }

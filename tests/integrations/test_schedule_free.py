@@ -62,7 +62,16 @@ def vectors(model: nn.Module, optimizer: Any) -> tuple[torch.Tensor, torch.Tenso
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("kind", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "SGDScheduleFree",
+        "AdamWScheduleFree",
+        "RAdamScheduleFree",
+        "SGDScheduleFreeReference",
+        "AdamWScheduleFreeReference",
+    ],
+)
 @pytest.mark.parametrize("projects", [False, True])
 def test_rules_on_the_update_change_parameters_and_averages_alike(kind: str, projects: bool) -> None:
     """The average x follows from y and z: if y alone were bounded, x would move away from the minimum."""
