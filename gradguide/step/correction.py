@@ -61,7 +61,8 @@ def update_source_rows(
     Args:
         at: the parameters before the step.
     """
-    rows, resting = plan.source_rows(sources, bucket, at, "update"), resting_groups(base)
+    rows = plan.source_rows(sources, bucket, at, "update")
+    resting = resting_groups(base) if rows else None
     if not resting:
         return rows
     still = [group in resting for group in bucket.groups]

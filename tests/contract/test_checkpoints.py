@@ -219,6 +219,22 @@ def test_i21_state_of_other_rules_loads() -> None:
     assert other.metrics()["coherence"] <= 1.0
 
 
+def warnings_of_loading(optimizer: GradGuide, state: dict[str, Any]) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(state)
+    return caught
+
+
+def assert_direction_dropped(optimizer: GradGuide, caught: list[warnings.WarningMessage]) -> None:
+    """Assert that one warning names the caller's line, and that the counts of three steps are all that was kept."""
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert not optimizer._engine.scopes.statistics.any()
+    assert kit.directions_of(optimizer) == {}
+    assert optimizer.metrics()["steps"] == 3
+
+
 KINDS_OF_DIRECTION = {
     "None": None,
     "Direction()": Direction(),
@@ -234,20 +250,14 @@ def test_i21_statistics_of_another_kind_of_direction_are_dropped_with_a_warning(
     kit.train(model, optimizer, range(3))
     state = kit.through_file(optimizer.state_dict())
     other = kit.guide(twin, kit.adamw, direction=KINDS_OF_DIRECTION[now])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        other.load_state_dict(state)
+    caught = warnings_of_loading(other, state)
     if then == now:
         assert not caught
         kit.assert_same(other.state_dict(), state)
         return
-    assert len(caught) == 1
+    assert_direction_dropped(other, caught)
     assert f"dropped: this optimizer has direction={now}" in str(caught[0].message)
     assert f"Pass direction={then} to continue" in str(caught[0].message)
-    assert caught[0].filename == __file__
-    assert not other._engine.scopes.statistics.any()
-    assert kit.directions_of(other) == {}
-    assert other.metrics()["steps"] == 3
     kit.assert_same(other.base.state_dict(), optimizer.base.state_dict())
 
 
@@ -262,19 +272,13 @@ def test_i21_a_direction_of_other_scopes_is_dropped_with_a_warning(then: str, no
     kit.train(model, optimizer, range(3))
     state = kit.through_file(optimizer.state_dict())
     other = kit.guide(twin, kit.adamw, scope=now, direction=kind)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        other.load_state_dict(state)
+    caught = warnings_of_loading(other, state)
     if then == now:
         assert not caught
         kit.assert_same(other.state_dict(), state)
         return
-    assert [str(each.message) for each in caught if "dropped: other parameters share a scope" in str(each.message)]
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    assert not other._engine.scopes.statistics.any()
-    assert kit.directions_of(other) == {}
-    assert other.metrics()["steps"] == 3
+    assert_direction_dropped(other, caught)
+    assert "dropped: other parameters share a scope" in str(caught[0].message)
 
 
 def test_i21_scopes_that_are_alike_under_another_name_keep_the_direction() -> None:
