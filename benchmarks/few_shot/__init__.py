@@ -7,7 +7,7 @@ Where things are, in the order in which a run uses them:
 
 - ``grid``: the runs and their order. ``results``: the file of rows, and the statistics of its rows.
 - ``runs``: one run, from its key to its row. ``train``: one training, and what is measured of it.
-- ``data``: what a method trains, and its rows. ``encoder``, ``causal`` and ``digits`` make problems.
+- ``data``: what a method trains, and its rows. ``encoder`` and ``digits`` make problems.
 - ``methods``: the methods compared. ``rivals``: what published methods change.
 - ``report``, ``tables``: the report.
 """

@@ -28,7 +28,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, help="result file, appended to (default: by size, in benchmarks/results)")
     made.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder of the encoder (default: %(default)s)")
-    made.add_argument("--causal", help="hub id or folder of a causal language model: adds its runs to the full grid")
     made.add_argument("--workers", type=int, default=default_workers(), help="processes (default: %(default)s)")
     made.add_argument("--cache", type=Path, default=Path("build/few_shot"), help="folder of trained source adapters")
     made.add_argument("--scenario", help="only the runs of this scenario")
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.out is None and Path(options.model).name.lower() != Path(DEFAULT_MODEL).name.lower():
         made.error(f"--model {options.model} needs --out: the default file has runs of {DEFAULT_MODEL}")
     out = options.out or RESULTS / ("few_shot.csv" if options.full else "few_shot_quick.csv")
-    wanted = grid.full(causal=options.causal is not None) if options.full else grid.quick()
+    wanted = grid.full() if options.full else grid.quick()
     if options.scenario is not None:
         wanted = [run for run in wanted if run.scenario == options.scenario]
     finished = results.done(out)
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if options.estimate or not left:
         return 0
-    settings = Settings(data=options.data, cache=options.cache, model=options.model, causal=options.causal)
+    settings = Settings(data=options.data, cache=options.cache, model=options.model)
     about = {**versions(), "threads": "1"}
     with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:
         for run, measured in make_rows(left, settings, options.workers):

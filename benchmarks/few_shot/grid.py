@@ -56,7 +56,7 @@ _ROUGH_SETS = ("hwu64",)
 _ROUGH_LRS = (5e-4, 2e-3)
 _CROSS = (("films", "goemotions"), ("home", "banking77"), ("home", "medical_abstracts"))
 
-SECONDS = {"transfer": 8.0, "cross": 9.0, "rough": 7.0, "sequence": 56.0, "digits": 0.1, "causal": 60.0}
+SECONDS = {"transfer": 8.0, "cross": 9.0, "rough": 7.0, "sequence": 56.0, "digits": 0.1}
 """Approximate seconds of a run in one thread of a 2-core machine, by scenario."""
 
 
@@ -65,7 +65,7 @@ class Run:
     """One run. Its fields are its key in the results.
 
     Args:
-        scenario: transfer, cross, rough, sequence, digits or causal.
+        scenario: transfer, cross, rough, sequence or digits.
         source: name of the source task; "none" in sequences.
         target: name of the target's set; in sequences, a key of ``SEQUENCES``.
         condition: a key of ``data.CONDITIONS``, "one rate" for head and adapter at one rate, or "clean".
@@ -85,8 +85,8 @@ class Run:
     seed: int
 
 
-def full(*, causal: bool = False) -> list[Run]:
-    """Return every cell for every seed; ``causal`` adds the runs of a causal language model."""
+def full() -> list[Run]:
+    """Return every cell for every seed."""
     return [
         run
         for seed in _SEEDS
@@ -99,7 +99,6 @@ def full(*, causal: bool = False) -> list[Run]:
             *_shots(seed),
             *_cross(seed),
             *_transfer(CONFIRMING, _ONE_RATE_METHODS, LRS, seed, condition=ONE_RATE),
-            *(_causal(seed) if causal else ()),
             *_developing(seed),
         )
     ]
@@ -156,14 +155,6 @@ def _cross(seed: int) -> list[Run]:
         Run(scenario="cross", source=source, target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
             seed=seed)
         for source, target in _CROSS for lr, method in _points(_FEW, LRS)
-    ]  # fmt: skip
-
-
-def _causal(seed: int) -> list[Run]:
-    return [
-        Run(scenario="causal", source="assistant", target=target, condition="clean", shots=_SHOTS, method=method, lr=lr,
-            seed=seed)
-        for target in DEVELOPING + CONFIRMING for lr in LRS for method in MAIN if method != HEAD_ONLY
     ]  # fmt: skip
 
 

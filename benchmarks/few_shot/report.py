@@ -112,8 +112,7 @@ def _markdown(rows: pd.DataFrame, transfer: pd.DataFrame, standard: pd.DataFrame
         ]
     parts += ["## Wins, ties and losses by cell, transfer", tables.wins(transfer)]
     for scenario, title in (("sequence", "Five tasks one after the other"), ("cross", "Cross-domain"),
-                            ("digits", "Not language: handwritten digits"),
-                            ("causal", "Causal language model")):  # fmt: skip
+                            ("digits", "Not language: handwritten digits")):  # fmt: skip
         part = rows[rows["scenario"] == scenario]
         if not part.empty:
             parts += [f"## {title}, {_seeds(part)}", *_scenario(part, scenario)]

@@ -74,7 +74,7 @@ def load(path: Path, *, grid: bool = False) -> pd.DataFrame:
     """
     rows = pd.read_csv(path)
     if grid:
-        rows = rows.merge(pd.DataFrame(map(asdict, full(causal=True))), on=_KEY)
+        rows = rows.merge(pd.DataFrame(map(asdict, full())), on=_KEY)
     rows = _at_every_rate(rows)
     rows[_PERCENT] *= 100
     return rows

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.demo import Encoded, accuracy, batches, capture_source
-from benchmarks.few_shot.causal import Causal
-from benchmarks.few_shot.data import CONDITIONS, HEAD_LR, Problem, Rough, episode, outlier_batches, spikes, wrong_labels
+from benchmarks.few_shot.data import CONDITIONS, HEAD_LR, Rough, episode, outlier_batches, spikes, wrong_labels
 from benchmarks.few_shot.digits import Digits
 from benchmarks.few_shot.encoder import Earlier, Encoder, LiveRows
 from benchmarks.few_shot.grid import ONE_RATE, SEQUENCES, Run
@@ -33,12 +32,11 @@ _DETAILED = 2  # runs with a seed below this also measure what takes extra time
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Models and data of a suite. ``model`` and ``causal`` are hub ids or folders, ``cache`` is that of ``Encoder``."""
+    """Models and data of a suite. ``model`` is a hub id or a folder, ``cache`` is that of ``Encoder``."""
 
     data: Path
     cache: Path
     model: str
-    causal: str | None = None
 
 
 @dataclass
@@ -48,14 +46,11 @@ class Suite:
     settings: Settings
     _encoders: dict[str, Encoder] = field(default_factory=dict)
     _digits: Digits | None = None
-    _causal: Causal | None = None
 
     def prepare(self, run: Run) -> None:
         """Make what the run shares with others, and train its source task unless that is cached."""
         if run.scenario == "digits":
             self._digits = self._digits or Digits()
-        elif run.scenario == "causal":
-            self._causal = self._causal or Causal(str(self.settings.causal), self.settings.data)
         elif run.source not in self._encoders:
             name = None if run.source == "none" else run.source
             self._encoders[run.source] = Encoder(self.settings.model, self.settings.data, name, self.settings.cache)
@@ -65,7 +60,7 @@ class Suite:
         self.prepare(run)
         reset_peak()
         start = time.perf_counter()
-        kinds = {"digits": self._digits_run, "causal": self._causal_run, "sequence": self._sequence_run}
+        kinds = {"digits": self._digits_run, "sequence": self._sequence_run}
         row = kinds.get(run.scenario, self._transfer_run)(run)
         return {**row, "peak_memory": peak_memory(), "seconds": time.perf_counter() - start}
 
@@ -95,12 +90,11 @@ class Suite:
 
     def _digits_run(self, run: Run) -> dict[str, Any]:
         assert self._digits is not None
-        return _clean_run(run, self._digits.problem(run.shots, run.seed), _DIGITS_STEPS, self._digits.source_accuracy)
-
-    def _causal_run(self, run: Run) -> dict[str, Any]:
-        assert self._causal is not None
-        few = episode(self.settings.data, run.target, run.shots, run.seed)
-        return _clean_run(run, self._causal.problem(few, run.seed), STEPS, self._causal.source_accuracy)
+        problem = self._digits.problem(run.shots, run.seed)
+        stream = batches(problem.rows, _BATCH, run.seed)
+        detailed = run.seed < _DETAILED
+        trained = train(problem, METHODS[run.method], run.lr, stream, _DIGITS_STEPS, seed=run.seed, detailed=detailed)
+        return _row(trained, trained.accuracies, source_accuracy_before=self._digits.source_accuracy)
 
     def _sequence_run(self, run: Run) -> dict[str, Any]:
         """Train five tasks one after the other. The stored source and the rows of each are kept for later ones.
@@ -146,12 +140,6 @@ class Suite:
         )
 
 
-def _clean_run(run: Run, problem: Problem, steps: int, source_accuracy: float) -> dict[str, Any]:
-    stream = batches(problem.rows, _BATCH, run.seed)
-    trained = train(problem, METHODS[run.method], run.lr, stream, steps, seed=run.seed, detailed=run.seed < _DETAILED)
-    return _row(trained, trained.accuracies, source_accuracy_before=source_accuracy)
-
-
 def _row(trained: Trained, accuracies: Mapping[str, float], **others: float) -> dict[str, Any]:
     """Return the measured columns, from ``trained`` unless ``others`` has them."""
     return {
@@ -187,7 +175,7 @@ def make_rows(runs: Sequence[Run], settings: Settings, workers: int) -> Iterator
     """
     # Source adapters are trained here once, so that all workers load them from the cache.
     shared = Suite(settings)
-    for run in {run.source: run for run in runs if run.scenario not in ("digits", "causal")}.values():
+    for run in {run.source: run for run in runs if run.scenario != "digits"}.values():
         shared.prepare(run)
     context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
     with context.Pool(workers, _start, (settings,)) as pool:

@@ -14,7 +14,7 @@ from benchmarks.few_shot.results import done
 
 
 def test_every_cell_of_the_full_grid_has_its_seeds_and_every_rate() -> None:
-    runs = full(causal=True)
+    runs = full()
     assert len(set(runs)) == len(runs)
     cells: dict[tuple[object, ...], Counter[float]] = defaultdict(Counter)
     for run in runs:
@@ -26,7 +26,7 @@ def test_every_cell_of_the_full_grid_has_its_seeds_and_every_rate() -> None:
 
 
 def test_the_full_grid_has_every_set_method_shot_and_scenario() -> None:
-    runs = full(causal=True)
+    runs = full()
     assert {run.target for run in runs if run.scenario == "transfer"} == {*DEVELOPING, *CONFIRMING}
     assert {run.method for run in runs} == set(METHODS)
     assert {run.shots for run in runs} == set(SHOTS)
