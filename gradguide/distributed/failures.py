@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def fail_together(work: str, parameters: Iterable[Tensor], group: Any = None) -> Iterator[None]:
-    """Raise on every rank if the body raises an exception on any rank. The cost is one all-reduce of one number.
+def fail_together(parameters: Iterable[Tensor], group: Any) -> Iterator[None]:
+    """Raise on every rank if the body, a capture, raises an exception on any rank. It costs one all-reduce of a number.
 
     A rank whose body raised logs its exception, waits for the other ranks to end their bodies, and raises it.
     KeyboardInterrupt and SystemExit are raised at once.
@@ -29,7 +29,6 @@ def fail_together(work: str, parameters: Iterable[Tensor], group: Any = None) ->
     then: the failed rank's reduction would pair with another collective of the others.
 
     Args:
-        work: what the body does, for the message, such as "capture".
         parameters: those of the model that the body runs. The first one has the device of the reduction.
         group: process group of the ranks that run it; None is the default group.
 
@@ -44,14 +43,14 @@ def fail_together(work: str, parameters: Iterable[Tensor], group: Any = None) ->
     try:
         yield
     except Exception as error:
-        logger.error("%s failed on rank %d, which waits for the other ranks: %r", work, dist.get_rank(), error)
+        logger.error("capture failed on rank %d, which waits for the other ranks: %r", dist.get_rank(), error)
         with suppress(RuntimeError):  # a device error may also break the reduction; the first error is the cause
             _failures(True, device, group)
         raise
     failures = _failures(False, device, group)
     if failures:
         raise RuntimeError(
-            f"{work} failed on {failures} of {dist.get_world_size(group)} ranks, not on rank {dist.get_rank()}: see "
+            f"capture failed on {failures} of {dist.get_world_size(group)} ranks, not on rank {dist.get_rank()}: see "
             "the error of the other rank. Nothing was captured"
         )
 

@@ -165,7 +165,5 @@ def check_shapes(rows: Sequence[Row | None], writes: Sequence[Write] = ()) -> No
 
 def compute_dtype(rows: Sequence[Row | None]) -> torch.dtype:
     """Return float64 if the first row is float64 (float64 models, tests), else float32."""
-    for row in rows:
-        if row is not None:
-            return torch.float64 if row.tensors[0].dtype == torch.float64 else torch.float32
-    raise ValueError("a bucket has at least one row")
+    first = next(row for row in rows if row is not None)
+    return torch.float64 if first.tensors[0].dtype == torch.float64 else torch.float32

@@ -17,7 +17,7 @@ from gradguide.ops import Row, Stack, Write
 from gradguide.ops.allocate import allocate_contiguous
 from gradguide.ops.tensors import TensorList
 from gradguide.regularizer.options import Regularizer, derivative
-from gradguide.rules.decide import DIRECTION, GRADIENT, SOURCES
+from gradguide.rules.decide import SOURCES
 from gradguide.rules.span import Span, divide
 from gradguide.sources.side_effects import RandomState, leaves, preserve_buffers, preserve_gradients
 from gradguide.step.engine import Engine
@@ -227,7 +227,7 @@ def _measure(base: Optimizer, engine: Engine, regularizer: Regularizer, warmup_f
     ]
     signed = engine.signed_rows(len(sources))
     span = plan.gram(rows, SOURCES + len(sources) + 1, signed)
-    v = derivative(span, regularizer, GRADIENT, DIRECTION, range(SOURCES, SOURCES + len(sources)))
+    v = derivative(span, regularizer)
     return Perturbation(plan, rows, span, v * warmup_factor.to(v), signed)
 
 

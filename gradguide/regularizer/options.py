@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradguide.rules.decide import DIRECTION, GRADIENT
 from gradguide.rules.span import Span, divide
 from gradguide.sources.protocol import Source, sources_of
 from gradguide.utils.checks import check_range, check_steps
@@ -69,26 +70,25 @@ class Regularizer:
         check_range("warmup", self.warmup, 0, float("inf"), open_high=True)
 
 
-def derivative(span: Span, regularizer: Regularizer, gradient: int, direction: int, sources: Sequence[int]) -> Tensor:
+def derivative(span: Span, regularizer: Regularizer) -> Tensor:
     """Return ``v = dR/dg`` for each scope.
 
     Args:
-        span: Gram matrices of the rows.
+        span: rows of gradient, direction, the regularizer's sources, and others. A row of norm 0 adds no term.
         regularizer: weights of the terms.
-        gradient, direction, sources: row indices. A row of norm 0 adds no term.
 
     Returns:
         Tensor [S, R]: coordinates of v.
     """
-    v = torch.zeros_like(span.row(gradient))
-    v[:, gradient] += 2.0 * regularizer.magnitude
-    toward = [(direction, regularizer.direction), *((source, regularizer.alignment) for source in sources)]
-    lengths = span.gram.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
-    for row, weight in toward:
+    v = torch.zeros_like(span.lengths)
+    v[:, GRADIENT] += 2.0 * regularizer.magnitude
+    weights = [regularizer.direction, *([regularizer.alignment] * len(regularizer.sources))]
+    length = span.lengths[:, GRADIENT]
+    for row, weight in enumerate(weights, DIRECTION):
         if weight > 0:
             # d cos(g, d) / dg = d / (|g| |d|) - cos(g, d) g / |g|^2
-            one_over = divide(torch.ones_like(v[:, 0]), lengths[:, gradient] * lengths[:, row])
-            cosine = span.gram[:, gradient, row] * one_over
+            one_over = divide(torch.ones_like(length), length * span.lengths[:, row])
+            cosine = span.gram[:, GRADIENT, row] * one_over
             v[:, row] -= weight * one_over
-            v[:, gradient] += weight * divide(cosine, lengths[:, gradient].square())
+            v[:, GRADIENT] += weight * divide(cosine, length.square())
     return v

@@ -61,7 +61,7 @@ def capture_tables(
         )
 
     group = replica_group(list(trained.values()))
-    with fail_together("capture", model.parameters(), group), undisturbed(model, mode):
+    with fail_together(model.parameters(), group), undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             found = gradient_of(loss, batch, index)
             total.add(found, gradient_of(curvature, batch, index) if callable(curvature) else found)

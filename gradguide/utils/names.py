@@ -192,7 +192,7 @@ def model_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def normalize_names(names: NamesLike, others: Mapping[Tensor, str] | None = None) -> dict[Tensor, str]:
-    """Return canonical names by parameter, from a model, (name, parameter) pairs, or a mapping in either direction.
+    """Return canonical names by parameter, from (name, parameter) pairs, or a mapping in either direction.
 
     Args:
         names: iterated once.
@@ -202,8 +202,6 @@ def normalize_names(names: NamesLike, others: Mapping[Tensor, str] | None = None
         TypeError: an entry is not a pair of a parameter and its name.
         ValueError: two parameters share a name.
     """
-    if isinstance(names, nn.Module):
-        return {p: name for name, p in model_names(names).items()}
     if not isinstance(names, Iterable):
         raise TypeError(f"names must be a model, pairs as of model.named_parameters(), or a mapping, found {names!r}")
     entries: Iterable[object] = names.items() if isinstance(names, Mapping) else names

@@ -46,7 +46,7 @@ def capture_statistics(
     recorder = Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
     group = replica_group(list(model.parameters()))
-    with fail_together("capture", model.parameters(), group), _recording(model, recorder):
+    with fail_together(model.parameters(), group), _recording(model, recorder):
         base = base_of(model)  # all weights are comparable, because none requires a gradient here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
