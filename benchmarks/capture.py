@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
-from benchmarks.demo import DEFAULT_MODEL, Classifier, add_lora, load_encoder
 from benchmarks.harness import Case, Result, ratios, save, summarise, time_side_by_side, versions
 from gradguide import GradGuide, SourceGradient
+from gradguide.demo.config import DEFAULT_MODEL
+from gradguide.demo.model import Classifier, add_lora, load_encoder
 from gradguide.integrations.peft import lora_parameters
 
 RESULTS = Path(__file__).parent / "results" / "capture.csv"

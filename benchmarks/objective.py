@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from benchmarks.capture import batches, model_of
-from benchmarks.demo import Classifier
 from benchmarks.harness import Case, save, summarise, time_side_by_side, versions
 from gradguide import Direction, GradGuide, Regularizer
+from gradguide.demo.model import Classifier
 from gradguide.integrations.peft import lora_parameters
 
 RESULTS = Path(__file__).parent / "results" / "objective.csv"

@@ -90,7 +90,8 @@ def time_training(
 
 def minilm_step(rounds: int, label: str) -> list[Result]:
     """Time all-MiniLM-L6-v2 with LoRA on all linear layers, on a batch of 16 texts of 32 tokens."""
-    from benchmarks.demo import DEFAULT_MODEL, Classifier, add_lora, load_encoder
+    from gradguide.demo.config import DEFAULT_MODEL
+    from gradguide.demo.model import Classifier, add_lora, load_encoder
     from gradguide.integrations.peft import lora_parameters
 
     encoder, _ = load_encoder(DEFAULT_MODEL)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.demo import DEFAULT_MODEL
 from benchmarks.few_shot import grid, report, results
 from benchmarks.few_shot.runs import Settings, default_workers, make_rows
 from benchmarks.harness import versions
+from gradguide.demo.config import DEFAULT_MODEL
 
 RESULTS = Path(__file__).parent.parent / "results"
 

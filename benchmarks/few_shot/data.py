@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.demo import Example, Task, draw, few_shot, read_file
 from gradguide import SourceGradient, StructuredSource
+from gradguide.demo.data import Example, Task, draw, few_shot, read_file
 
 __all__ = [
     "CONDITIONS",

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.demo import batches
 from benchmarks.few_shot.data import Problem
 from gradguide import SourceGradient, StructuredSource
+from gradguide.demo.data import batches
 
 __all__ = ["Digits"]
 

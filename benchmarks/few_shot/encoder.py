@@ -14,23 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.demo import (
-    HEAD,
-    Classifier,
-    Encoded,
-    Example,
-    accuracy,
-    add_lora,
-    batches,
-    draw,
-    encode,
-    learn_source,
-    load_encoder,
-    sampled_label_loss,
-)
 from benchmarks.few_shot.data import HEAD_LR, SOURCES, Episode, Problem, source_task
 from benchmarks.harness import digest_of
 from gradguide import SourceGradient, StructuredSource
+from gradguide.demo.data import Example, batches, draw
+from gradguide.demo.model import Classifier, Encoded, accuracy, add_lora, encode, load_encoder
+from gradguide.demo.source import HEAD, learn_source, sampled_label_loss
 from gradguide.integrations.peft import lora_parameters
 from gradguide.utils.atomic import atomic_write
 

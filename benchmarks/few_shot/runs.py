@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.demo import Encoded, accuracy, batches, capture_source
 from benchmarks.few_shot.data import CONDITIONS, HEAD_LR, Rough, episode, outlier_batches, spikes, wrong_labels
 from benchmarks.few_shot.digits import Digits
 from benchmarks.few_shot.encoder import Earlier, Encoder, LiveRows
 from benchmarks.few_shot.grid import ONE_RATE, SEQUENCES, Run
 from benchmarks.few_shot.methods import METHODS, STORED
 from benchmarks.few_shot.train import Trained, peak_memory, reset_peak, train
+from gradguide.demo.data import batches
+from gradguide.demo.model import Encoded, accuracy
+from gradguide.demo.source import capture_source
 
 __all__ = ["Settings", "Suite", "default_workers", "make_rows"]
 

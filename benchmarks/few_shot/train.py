@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.demo import Coherence, unit_gradient
 from benchmarks.few_shot.data import Problem
 from benchmarks.few_shot.methods import Method
 from benchmarks.harness import held_bytes
+from gradguide.demo.compare import Coherence, unit_gradient
 from gradguide.sources.side_effects import RandomState
 
 __all__ = ["Evaluation", "Trained", "peak_memory", "reset_peak", "train"]

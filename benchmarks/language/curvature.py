@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.demo import batches as shuffled
 from benchmarks.harness import Result, save, summarise, versions
 from benchmarks.language.data import Texts, padded
 from benchmarks.language.measures import Drift, Size
 from benchmarks.language.model import Language, answer_loss
 from benchmarks.language.run import device_of
+from gradguide.demo.data import batches as shuffled
 from gradguide.integrations.sampling import sampled_loss
 
 RESULTS = Path(__file__).parent.parent / "results" / "language-curvature.csv"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks.demo import Task, few_shot, read_file
+from gradguide.demo.data import Task, few_shot, read_file
 
 __all__ = [
     "WINDOW", "Batch", "Choices", "Pair", "Rows", "Target", "Texts", "Tokens", "answer_batches", "padded",

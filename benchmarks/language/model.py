@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.demo import add_lora
 from benchmarks.language.data import Batch
+from gradguide.demo.model import add_lora
 from gradguide.integrations.peft import lora_parameters
 
 __all__ = ["TRAINED", "Gradient", "Language", "answer_loss", "grads", "kl", "states_at", "token_loss"]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.demo import batches
 from benchmarks.harness import synchronise
 from benchmarks.language import scenarios
 from benchmarks.language.data import Batch, Rows, Target, Texts, padded
@@ -26,6 +25,7 @@ from benchmarks.language.sources import File, Sources, digest
 from benchmarks.language.stability import Stability
 from benchmarks.language.training import Setup, Term, scheduler
 from gradguide import GradGuide
+from gradguide.demo.data import batches
 
 __all__ = ["Settings", "Suite", "Trained", "device_of"]
 
