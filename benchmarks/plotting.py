@@ -1,7 +1,6 @@
 """All figures of the benchmarks.
 
 ``python -m benchmarks.plotting guidance`` draws what a step does to a gradient, into results/guidance.png.
-``python -m benchmarks.plotting bars FILE.csv --out FILE.png`` draws a result file of a cost benchmark.
 ``python -m benchmarks.few_shot.report`` draws the figures of the evaluation.
 """
 
@@ -24,7 +23,7 @@ from gradguide.utils.atomic import atomic_write
 if TYPE_CHECKING:
     from benchmarks.language.frontier import Frontier
 
-__all__ = ["accuracies", "bars", "frontiers", "guidance", "save"]
+__all__ = ["accuracies", "frontiers", "guidance", "save"]
 
 GUIDANCE = Path(__file__).parent / "results" / "guidance.png"
 
@@ -111,31 +110,6 @@ def frontiers(found: Mapping[str, Mapping[str, Frontier]], cap: float, ours: str
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05 + 0.035 * (-(-len(labels) // 5)), 1, 1))
-    return figure
-
-
-def bars(rows: pd.DataFrame, unit: str) -> Figure:
-    """Draw the results in ``unit``: the median of each provider with its 20th and 80th percentile, by benchmark.
-
-    Raises:
-        ValueError: no row has this unit.
-    """
-    chosen = rows[rows["unit"] == unit]
-    if chosen.empty:
-        raise ValueError(f"no result is in {unit!r}; the file has {sorted(rows['unit'].unique())}")
-    parts = dict(list(chosen.groupby("benchmark", sort=False)))
-    height = sum(0.8 + 0.28 * len(part) for part in parts.values())
-    figure = Figure(figsize=(9, height), layout="constrained")
-    panels = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
-    for axes, (name, part) in zip(panels, parts.items(), strict=True):
-        error = [(part["value"] - part["low"]).clip(lower=0), (part["high"] - part["value"]).clip(lower=0)]
-        axes.barh(range(len(part)), part["value"], xerr=error, color="#1a73e8", ecolor="#5f6368", height=0.6)
-        axes.set_yticks(range(len(part)), part["provider"] + " (" + part["metric"] + ")", fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(name, fontsize=10, loc="left")
-        axes.set_xlabel(unit, fontsize=8)
-    about = rows.iloc[0]
-    figure.suptitle(f"{about['device']}, torch {about['torch']}, commit {about['commit']}", fontsize=8)
     return figure
 
 
@@ -244,16 +218,9 @@ def _panel(axes: Any, title: str, text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Draw one figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plotting", description=__doc__)
-    figures = parser.add_subparsers(dest="figure", required=True)
-    one = figures.add_parser("guidance", help="what a step does to a gradient")
-    one.add_argument("--out", type=Path, default=GUIDANCE, help="image file (default: %(default)s)")
-    one = figures.add_parser("bars", help="the results of a cost benchmark")
-    one.add_argument("results", type=Path, help="a file that a benchmark wrote")
-    one.add_argument("--unit", default="ratio", help="which results to draw (default: %(default)s)")
-    one.add_argument("--out", type=Path, required=True, help="image file")
-    options = parser.parse_args(argv)
-    figure = guidance() if options.figure == "guidance" else bars(pd.read_csv(options.results), options.unit)
-    save(figure, options.out, dpi=130)
+    parser.add_argument("figure", choices=["guidance"], help="what a step does to a gradient")
+    parser.add_argument("--out", type=Path, default=GUIDANCE, help="image file (default: %(default)s)")
+    save(guidance(), parser.parse_args(argv).out, dpi=130)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from benchmarks import plotting
@@ -32,26 +31,9 @@ def test_every_method_that_is_drawn_exists() -> None:
     assert set(plotting.METHOD_COLORS) <= set(METHODS)
 
 
-def test_bars_are_medians_with_their_percentiles_by_benchmark() -> None:
-    rows = pd.DataFrame({
-        "benchmark": ["one", "one", "two"], "provider": ["a", "b", "a"], "metric": "time", "unit": ["ms", "ms", "ms"],
-        "value": [2.0, 3.0, 4.0], "low": [1.5, 3.0, 3.0], "high": [2.5, 5.0, 4.0], "device": "d", "torch": "2",
-        "commit": "c",
-    })  # fmt: skip
-    panels: list[Any] = plotting.bars(rows, "ms").axes
-    assert [axes.get_title("left") for axes in panels] == ["one", "two"]
-    assert [bar.get_width() for bar in panels[0].patches] == [2.0, 3.0]
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a (time)", "b (time)"]
-    with pytest.raises(ValueError, match=r"no result is in 'GB/s'; the file has \['ms'\]"):
-        plotting.bars(rows, "GB/s")
-
-
-def test_figures_are_written_from_the_command_line(tmp_path: Path) -> None:
+def test_the_figure_is_written_from_the_command_line(tmp_path: Path) -> None:
     plotting.main(["guidance", "--out", str(tmp_path / "guidance.png")])
     assert (tmp_path / "guidance.png").read_bytes().startswith(b"\x89PNG")
-    committed = plotting.GUIDANCE.parent
-    plotting.main(["bars", str(committed / "step.csv"), "--out", str(tmp_path / "bars.png")])
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_arrows_are_what_a_step_does() -> None:
