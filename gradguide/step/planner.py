@@ -198,7 +198,7 @@ class StepPlanner:
         with preserve_buffers(self.name_lookup.models()) if passes else nullcontext():
             for source in {id(source): source for source in self.sources}.values():  # one may have two roles
                 if isinstance(source, ReplaySource):
-                    source.group = self._ranks.replicas
+                    source.groups = self._ranks.replicas
                 source.refresh(covered, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:
