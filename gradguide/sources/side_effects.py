@@ -28,7 +28,7 @@ class RandomState:
         self._host = torch.get_rng_state()
         self._states: list[tuple[Any, tuple[Any, ...], Tensor]] = []
         for device in sorted(devices, key=str):
-            module = getattr(torch, device.type, None)  # absent for the meta device
+            module: Any = getattr(torch, device.type, None)  # absent for the meta device
             if hasattr(module, "get_rng_state"):
                 which = () if device.type == "mps" else (device.index,)  # torch.mps has one device and no argument
                 self._states.append((module, which, module.get_rng_state(*which)))

@@ -57,7 +57,8 @@ def on_submesh(rank: int) -> dict[str, float]:
     if rank > 0:
         return {}
     model = nn.Linear(2, 1, bias=False)
-    return sources_of(model, fully_shard(model, mesh=mesh), rank)
+    fully_shard(model, mesh=mesh)
+    return sources_of(model, model, rank)
 
 
 def sources_of(model: nn.Linear, wrapped: nn.Module, rank: int) -> dict[str, float]:
