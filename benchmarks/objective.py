@@ -22,12 +22,13 @@ from gradguide.integrations.peft import lora_parameters
 RESULTS = Path(__file__).parent / "results" / "objective.csv"
 BENCHMARK = "training step of MiniLM, LoRA r8"
 RATIO = "time / a step without regularizer"
+_RATE = 1e-3  # at which the update's bound is measured, as in training
 REGULARIZERS = {"no regularizer": None, "finite differences": Regularizer(direction=0.1, magnitude=0.01)}
 
 
 def case_of(name: str, regularizer: Regularizer | None, model: Classifier, batch: dict[str, Tensor]) -> Case:
     """Return a training step to time."""
-    base = AdamW([p for _, p in lora_parameters(model)], lr=0.0)
+    base = AdamW([p for _, p in lora_parameters(model)], lr=_RATE)
     optimizer = GradGuide(base, direction=Direction(damping=0.0), regularizer=regularizer)
 
     def closure() -> Tensor:

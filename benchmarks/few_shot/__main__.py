@@ -39,13 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     """Make the runs that the result file does not have."""
     made = parser()
     options = made.parse_args(argv)
-    if options.out is None and Path(options.model).name.lower() != Path(DEFAULT_MODEL).name.lower():
+    if options.out is None and results.model_name(options.model) != results.model_name(DEFAULT_MODEL):
         made.error(f"--model {options.model} needs --out: the default file has runs of {DEFAULT_MODEL}")
     out = options.out or RESULTS / ("few_shot.csv" if options.full else "few_shot_quick.csv")
     wanted = grid.full() if options.full else grid.quick()
     if options.scenario is not None:
         wanted = [run for run in wanted if run.scenario == options.scenario]
-    finished = results.done(out)
+    try:
+        finished = results.done(out, options.model)
+    except ValueError as error:
+        made.error(str(error))
     left = [run for run in wanted if run not in finished]
     hours = sum(grid.SECONDS[run.scenario] for run in left) / options.workers / 3600
     print(
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.estimate or not left:
         return 0
     settings = Settings(data=options.data, cache=options.cache, model=options.model)
-    about = {**versions(), "threads": "1"}
+    about = {**versions(), "threads": "1", "model": results.model_name(options.model)}
     with tqdm(total=len(left), unit="run", smoothing=0.02) as bar:
         for run, measured in make_rows(left, settings, options.workers):
             results.append(out, run, measured, about)

@@ -15,6 +15,7 @@ from scipy.stats import bootstrap
 from benchmarks.few_shot.grid import CONFIRMING, MAIN, ONE_RATE, Run, full
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
 from benchmarks.harness import append_row, read_rows
+from gradguide.demo.config import DEFAULT_MODEL
 
 __all__ = [
     "Difference",
@@ -24,6 +25,7 @@ __all__ = [
     "difference",
     "done",
     "load",
+    "model_name",
     "outcomes",
     "share_above",
     "step_ratio",
@@ -38,8 +40,9 @@ _MEASURED = (
     "coherence", "successive_cosine", "alignment", "steps_to_final", "seconds_per_step", "capture_seconds", "memory",
     "peak_memory", "seconds",
 )  # fmt: skip
-_ABOUT = ("commit", "gradguide", "torch", "python", "device", "threads")
+_ABOUT = ("model", "commit", "gradguide", "torch", "python", "device", "threads")
 _COLUMNS = [*_KEY, *_MEASURED, *_ABOUT]
+_EARLIER = [name for name in _COLUMNS if name != "model"]  # of files with runs of the default model alone
 _PERCENT = ["target_accuracy", "source_accuracy", "source_accuracy_before", "backward_transfer"]
 
 _RESAMPLES = 10_000
@@ -48,18 +51,43 @@ _CELL = ["scenario", "source", "target", "condition", "shots", "lr"]
 
 
 def append(path: Path, run: Run, measured: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Add the row of ``run``."""
-    append_row(path, _COLUMNS, {**asdict(run), **measured, **{name: about[name] for name in _ABOUT}})
+    """Add the row of ``run``. ``about["model"]`` is from :func:`model_name`."""
+    columns = _columns_of(path)
+    row = {**asdict(run), **{name: about[name] for name in _ABOUT if name in columns}}
+    append_row(path, columns, {**row, **measured})
 
 
-def done(path: Path) -> set[Run]:
+def done(path: Path, model: str) -> set[Run]:
     """Return the runs whose rows the file has; an empty set if there is no file.
 
+    Args:
+        path: the file.
+        model: hub id or folder of the model. A file has the runs of one.
+
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or runs of another model.
     """
     numbers: dict[str, Callable[[str], Any]] = {"shots": int, "lr": float, "seed": int}
-    return {Run(**{name: numbers.get(name, str)(row[name]) for name in _KEY}) for row in read_rows(path, _COLUMNS)}
+    found: set[Run] = set()
+    for row in read_rows(path, _columns_of(path)):
+        held = row.get("model", model_name(DEFAULT_MODEL))
+        if held != model_name(model):
+            raise ValueError(f"{path} has runs of the model {held!r}, found {model!r}; name another --out")
+        found.add(Run(**{name: numbers.get(name, str)(row[name]) for name in _KEY}))
+    return found
+
+
+def model_name(model: str) -> str:
+    """Return the name of a model, which is the same for its hub id and for its folder."""
+    return Path(model).name.lower()
+
+
+def _columns_of(path: Path) -> list[str]:
+    """Return the columns of a file. Earlier versions did not write the model."""
+    if not path.exists():
+        return _COLUMNS
+    with path.open(encoding="utf-8") as file:
+        return _EARLIER if file.readline().strip() == ",".join(_EARLIER) else _COLUMNS
 
 
 def load(path: Path, *, grid: bool = False) -> pd.DataFrame:

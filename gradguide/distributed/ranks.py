@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguide.distributed.agreement import check_agreement
 from gradguide.distributed.layouts import Layout, check_divided, is_distributed, layout_of, local
 
-__all__ = ["Ranks", "replica_group"]
+__all__ = ["Ranks", "replica_groups"]
 
 
 class Ranks:
@@ -20,7 +20,7 @@ class Ranks:
     def __init__(self) -> None:
         self.groups: list[tuple[Any, ...]] = [()]
         self.sharded = False  # whether any parameter is a DTensor
-        self.replicas: Any = None  # group of DistributedDataParallel; None if none was found at the last comparison
+        self.replicas: tuple[Any, ...] = (None,)  # of the last comparison; see replica_groups
         self._meshes: list[Any] = []
         self._agreed: list[Any] | None = None  # meshes of the last comparison
 
@@ -39,9 +39,7 @@ class Ranks:
         layouts = [layout_of(p) for p in parameters]
         self.groups = list(dict.fromkeys(() if lay is None else lay.reduce_groups for lay in layouts)) or [()]
         self.sharded = any(lay is not None for lay in layouts)
-        meshes = list({id(lay.mesh): lay.mesh for lay in layouts if lay is not None}.values())
-        # Largest first: the order of the parameters may differ between ranks.
-        self._meshes = sorted(meshes, key=lambda mesh: -mesh.size())
+        self._meshes = _meshes(parameters)
 
     def check_agreement(self, parameters: Sequence[Tensor], describe_options: Callable[[], Mapping[str, str]]) -> None:
         """Compare options over the ranks that share the parameters, once per set of meshes.
@@ -60,8 +58,8 @@ class Ranks:
             return
         # All dimensions of a mesh: replicas of a shard must agree too.
         groups = [mesh.get_group(dim) for mesh in self._meshes for dim in range(mesh.ndim)]
-        self.replicas = None if groups else replica_group(parameters)
-        groups += [] if self.replicas is None else [self.replicas]
+        self.replicas = replica_groups(parameters)
+        groups = groups or [group for group in self.replicas if group is not None]
         if groups:
             check_agreement(describe_options(), groups, local(parameters[0]).device)
         self._agreed = self._meshes
@@ -74,7 +72,22 @@ class Ranks:
         return {name: layout for name, layout in known.items() if layout is not None}
 
 
-def replica_group(parameters: Sequence[Tensor]) -> Any:
+def replica_groups(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return the process groups that together connect the ranks of the parameters. None is the default group.
+
+    DTensors have the ranks of their largest mesh, which may be fewer than all.
+    """
+    meshes = _meshes(parameters)
+    return tuple(meshes[0].get_all_groups()) if meshes else (_ddp_group(parameters),)
+
+
+def _meshes(parameters: Sequence[Tensor]) -> list[Any]:
+    """Return the meshes of DTensors, the largest first: the order of the parameters may differ between ranks."""
+    meshes = {id(lay.mesh): lay.mesh for p in parameters if (lay := layout_of(p)) is not None}
+    return sorted(meshes.values(), key=lambda mesh: -mesh.size())
+
+
+def _ddp_group(parameters: Sequence[Tensor]) -> Any:
     """Return the process group of the DistributedDataParallel module that contains the parameters, if any.
 
     Parameters do not reference the module. The garbage collector finds its parameter list in about 0.1 s.

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from gradguide.distributed.failures import fail_together
 from gradguide.distributed.layouts import as_dtensor, check_divided, full, is_distributed, layout_of, local
-from gradguide.distributed.ranks import replica_group
+from gradguide.distributed.ranks import replica_groups
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
 from gradguide.sources.loss_value import Loss
@@ -60,13 +60,13 @@ def capture_tables(
             chosen, model, batch, list(parameters.values()), list(trained.values()), index=index, examples=count
         )
 
-    group = replica_group(list(trained.values()))
-    with fail_together(model.parameters(), group), undisturbed(model, mode):
+    groups = replica_groups(list(model.parameters()))
+    with fail_together(model.parameters(), groups[0]), undisturbed(model, mode):
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             found = gradient_of(loss, batch, index)
             total.add(found, gradient_of(curvature, batch, index) if callable(curvature) else found)
     if not any(layout_of(p) is not None for p in parameters.values()):  # else each batch is reduced over ranks already
-        total.reduce(group)
+        total.reduce(groups)
     if total.examples == 0:
         raise ValueError("batches must hold at least one example, found none; a generator can be read only once")
     unreached = [name for name, reached in zip(parameters, total.reached, strict=True) if not reached]
@@ -125,8 +125,8 @@ class _Sums:
             for total, gradient in zip(self._squares, squared.gradients, strict=True):
                 total.addcmul_(gradient.to(total.dtype), gradient.to(total.dtype), value=squared_count**2)
 
-    def reduce(self, group: Any) -> None:
-        """Sum over the ranks of a process group, if there are several; None is the default group."""
+    def reduce(self, groups: Sequence[Any]) -> None:
+        """Sum over the ranks of process groups, if there are several; None is the default group."""
         if not is_distributed():
             return
         scalars = torch.tensor(
@@ -135,7 +135,8 @@ class _Sums:
             device=self._sums[0].device,
         )
         for tensor in (scalars, *self._sums, *self._squares):
-            dist.all_reduce(tensor, group=group)
+            for group in groups:
+                dist.all_reduce(tensor, group=group)
         examples, squared_examples, self.loss, pairs, *reached = scalars.tolist()
         self.reached = [ranks > 0 for ranks in reached]
         self.examples, self._squared_examples, self._pairs = round(examples), round(squared_examples), round(pairs)

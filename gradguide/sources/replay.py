@@ -44,7 +44,8 @@ class ReplaySource:
     stateful data loader.
 
     Under ``torch.distributed``, every rank supplies its own batches. The gradient is the mean over the ranks of the
-    model's DistributedDataParallel, or else over all ranks, whether the loss uses the wrapped model or not.
+    model's DistributedDataParallel or device mesh, or else over all ranks, whether the loss uses the wrapped model or
+    not.
 
     Args:
         batches: source batches. It is iterated repeatedly, so it must be a list, a DataLoader or the like.
@@ -72,8 +73,8 @@ class ReplaySource:
             raise ValueError(f"every must be at least 1, found {every}")
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches must be iterable, found {type(batches).__name__}")
-        self.group: Any = None
-        """Process group of the ranks that share the model; None is the default group. GradGuide sets it."""
+        self.groups: tuple[Any, ...] = (None,)
+        """Process groups that connect the ranks of the model; None is the default group. GradGuide sets it."""
         self._batches = batches
         self._loss = loss
         self._every = every
@@ -127,7 +128,7 @@ class ReplaySource:
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither an iterator nor a group can be copied or pickled. A copy starts at the first batch.
-        return {**self.__dict__, "_stream": None, "group": None}
+        return {**self.__dict__, "_stream": None, "groups": (None,)}
 
     def __repr__(self) -> str:
         return f"ReplaySource(every={self._every})"
@@ -183,11 +184,11 @@ class ReplaySource:
         torch._foreach_mul_(new, factor)
         if is_distributed():
             plain = [n for n, p in zip(new, parameters.values(), strict=True) if layout_of(p) is None]
-            _average(plain, self.group)
+            _average(plain, self.groups)
         rows = dict(zip(parameters, new, strict=True))
         finite = all_finite(new)
         if is_distributed():  # shards differ between ranks, and all ranks must evaluate at the same steps
-            finite = _on_all_ranks(finite, self.group)
+            finite = _on_all_ranks(finite, self.groups)
         kinds = _kinds(parameters)
         if self._finite and self._kinds == kinds:
             for name, tensor in rows.items():
@@ -220,19 +221,21 @@ def _kinds(parameters: Mapping[str, Tensor]) -> dict[str, _Kind]:
     }
 
 
-def _on_all_ranks(flag: Tensor, group: Any) -> Tensor:
-    """Return whether a flag is true on all ranks of a group."""
+def _on_all_ranks(flag: Tensor, groups: Sequence[Any]) -> Tensor:
+    """Return whether a flag is true on all ranks of some groups."""
     number = flag.int()
-    dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
+    for group in groups:
+        dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
     return number.bool()
 
 
-def _average(tensors: list[Tensor], group: Any) -> None:
-    """Replace the tensors by their mean over the ranks of a group, in one collective. Equal tensors stay the same."""
+def _average(tensors: list[Tensor], groups: Sequence[Any]) -> None:
+    """Replace the tensors by their mean over the ranks, in one collective per group. Equal tensors stay the same."""
     if not tensors:
         return
     flat = torch.cat([t.reshape(-1).float() for t in tensors])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
+    for group in groups:
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

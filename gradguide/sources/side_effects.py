@@ -21,18 +21,23 @@ __all__ = ["RandomState", "check_hooks", "leaves", "preserve_buffers", "preserve
 
 
 class RandomState:
-    """A copy of torch's random state on the host and on the CUDA devices of some tensors."""
+    """A copy of torch's random state on the host and on the devices of some tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+        devices = {t.device for t in tensors if t.device.type != "cpu"}
         self._host = torch.get_rng_state()
-        self._states = [torch.cuda.get_rng_state(index) for index in self._devices]
+        self._states: list[tuple[Any, tuple[Any, ...], Tensor]] = []
+        for device in sorted(devices, key=str):
+            module: Any = getattr(torch, device.type, None)  # absent for the meta device
+            if hasattr(module, "get_rng_state"):
+                which = () if device.type == "mps" else (device.index,)  # torch.mps has one device and no argument
+                self._states.append((module, which, module.get_rng_state(*which)))
 
     def restore(self) -> None:
         """Set torch's random state to the copy."""
         torch.set_rng_state(self._host)
-        for index, state in zip(self._devices, self._states, strict=True):
-            torch.cuda.set_rng_state(state, index)
+        for module, which, state in self._states:
+            module.set_rng_state(state, *which)
 
 
 @contextmanager

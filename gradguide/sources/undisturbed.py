@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradguide.sources.checkpointing import checkpointing_in_eval
+from gradguide.sources.side_effects import RandomState
 
 __all__ = ["MODES", "undisturbed"]
 
@@ -34,8 +35,8 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
         mode: one of ``MODES``: "eval" and "train" call ``model.eval()`` or ``model.train()``; "keep" changes nothing.
             In "eval", layers that have gradient checkpointing on keep it.
     """
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
+        stack.callback(RandomState(model.parameters()).restore)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             for name, buffer in _buffers(module):
@@ -51,7 +52,7 @@ def undisturbed(model: nn.Module, mode: str) -> Iterator[None]:
             model.train(mode == "train")
         if mode == "eval":
             stack.enter_context(checkpointing_in_eval(model))
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.enable_grad():
             yield
 
 

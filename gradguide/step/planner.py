@@ -105,6 +105,8 @@ class StepPlanner:
             sources = match_sources(self.sources, base.param_groups, self.name_lookup, self.sources)
             self.set_sources(sources, base)
         self._present = present
+        for removed in self.name_lookup.forget_removed(present):
+            self._places = {place: p for place, p in self._places.items() if p is not removed}
 
     def invalidate(self) -> None:
         """Discard the plan. The next step makes a new one."""
@@ -198,7 +200,7 @@ class StepPlanner:
         with preserve_buffers(self.name_lookup.models()) if passes else nullcontext():
             for source in {id(source): source for source in self.sources}.values():  # one may have two roles
                 if isinstance(source, ReplaySource):
-                    source.group = self._ranks.replicas
+                    source.groups = self._ranks.replicas
                 source.refresh(covered, trained)
 
     def labels(self, base: Optimizer) -> dict[Tensor, Label]:

@@ -111,6 +111,7 @@ class Names:
         self.found: dict[Tensor, str] = {}
         # Each model, with the names to use (None: all).
         self._models: list[tuple[weakref.ref[nn.Module], frozenset[str] | None]] = []
+        self._read_from_model: set[Tensor] = set()
         self._absent: set[Tensor] = set()  # not in any model; a new Names object looks them up again
         self._add(given)
 
@@ -123,6 +124,7 @@ class Names:
         result = Names()
         result.found = dict(self.found)
         result._models = list(self._models)
+        result._read_from_model = set(self._read_from_model)
         result._add(given)
         return result
 
@@ -134,9 +136,19 @@ class Names:
             for model, names in self._read():
                 chosen = {p: name for name, p in model.items() if p in unknown and (names is None or name in names)}
                 self.found.update(chosen)
+                self._read_from_model.update(chosen)
                 unknown -= chosen.keys()
             self._absent = self._absent.intersection(wanted) | unknown  # the others may have been replaced
         return {p: self.found[p] for p in wanted if p in self.found}
+
+    def forget_removed(self, present: Iterable[Tensor]) -> set[Tensor]:
+        """Remove and return parameters found in a model, which neither a model nor ``present`` has any more."""
+        kept = {*present, *(p for model, _ in self._read() for p in model.values())}
+        removed = self._read_from_model - kept
+        self._read_from_model &= kept
+        for parameter in removed:
+            self.found.pop(parameter, None)
+        return removed
 
     def reachable(self) -> dict[str, Tensor]:
         """Return all parameters of the models and pairs by name, including frozen ones and those not in the names."""
@@ -168,13 +180,14 @@ class Names:
     def replace(self, replaced: Mapping[Tensor, Tensor]) -> None:
         """Move the name of each key of ``replaced`` to its value, the new parameter."""
         self.found = {replaced.get(p, p): name for p, name in self.found.items()}
+        self._read_from_model = {replaced.get(p, p) for p in self._read_from_model}
 
     def _read(self) -> list[tuple[dict[str, Tensor], frozenset[str] | None]]:
         models = [(model(), names) for model, names in self._models]
         return [(model_names(model), names) for model, names in models if model is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"found": self.found, "_models": [], "_absent": set()}
+        return {"found": self.found, "_models": [], "_read_from_model": set(), "_absent": set()}
 
 
 def model_names(model: nn.Module) -> dict[str, Tensor]:

@@ -134,6 +134,25 @@ def test_replaced_parameters_are_not_kept_alive(direction: Direction | None) -> 
     assert [ref() for ref in gone] == [None] * 3
 
 
+@pytest.mark.parametrize("alignment", [None, Alignment(SourceGradient({f"{n}": torch.ones(3) for n in range(3)}))])
+def test_parameters_removed_from_model_and_optimizer_are_not_kept_alive(alignment: Alignment | None) -> None:
+    model = nn.ParameterDict({f"{n}": nn.Parameter(torch.ones(3)) for n in range(3)})
+    optimizer = GradGuide(AdamW(model.parameters(), lr=0.1), alignment=alignment, names=model)
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    step()
+    gone = weakref.ref(model["2"])
+    optimizer.state.pop(optimizer.param_groups[0]["params"].pop())
+    del model["2"]
+    step()
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_parameter_whose_state_the_base_keeps_keeps_its_direction() -> None:
     first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     optimizer = GradGuide(AdamW([{"params": [first]}, {"params": [second]}], lr=0.1), direction=Direction())

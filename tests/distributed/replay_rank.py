@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,7 +48,20 @@ def alone(rank: int, world: int) -> dict[str, float]:
     """Return numbers of the sources of a model that each rank trains alone, in a process group of its own."""
     own = [dist.new_group([each]) for each in range(world)][rank]
     model = nn.Linear(2, 1, bias=False)
-    wrapped = DistributedDataParallel(model, process_group=own)
+    return sources_of(model, DistributedDataParallel(model, process_group=own), rank)
+
+
+def on_submesh(rank: int) -> dict[str, float]:
+    """Return numbers of the sources of a model that FSDP2 shards over rank 0 alone. Other ranks do nothing."""
+    mesh = DeviceMesh("cpu", [0])
+    if rank > 0:
+        return {}
+    model = nn.Linear(2, 1, bias=False)
+    fully_shard(model, mesh=mesh)
+    return sources_of(model, model, rank)
+
+
+def sources_of(model: nn.Linear, wrapped: nn.Module, rank: int) -> dict[str, float]:
     rows = torch.full((3 + rank, 2), 1.0 + rank)
 
     source = ReplaySource([rows], lambda batch: wrapped(batch).mean())
@@ -60,9 +73,9 @@ def alone(rank: int, world: int) -> dict[str, float]:
     def loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         return module(batch).mean(), len(batch)
 
-    structured = StructuredSource.capture(wrapped, [rows, rows], loss, rank=1)
     captured = SourceGradient.capture(wrapped, [rows, rows], loss)
-    at = [model.weight.detach()]
+    structured = StructuredSource.capture(wrapped, [rows, rows], loss, rank=1)
+    at = [whole(model.weight)]
     return {
         "replayed": float(source.row(["weight"], at).value(0, torch.float32)[0]),
         "captured": captured.metadata["examples"],
@@ -72,7 +85,7 @@ def alone(rank: int, world: int) -> dict[str, float]:
 
 def main(rank: int, world: int, folder: Path) -> None:
     found: dict[str, Any] = {f"{kind}, {every}": run(kind, every, rank, world) for kind, every in problem.REPLAYS}
-    found["alone"] = alone(rank, world)
+    found["alone"], found["submesh"] = alone(rank, world), on_submesh(rank)
     torch.save(found, folder / f"rank{rank}.pt")
 
 

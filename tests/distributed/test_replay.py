@@ -43,6 +43,10 @@ def test_sources_are_of_the_ranks_in_the_process_group_of_the_model(found: list[
     assert [rank["alone"] for rank in found] == wanted
 
 
+def test_sources_are_of_the_ranks_in_the_mesh_of_the_model(found: list[dict[str, Any]]) -> None:
+    assert [rank["submesh"] for rank in found] == [{"replayed": 1.0, "captured": 6, "structured": 6}, {}]
+
+
 def test_the_replayed_source_changes_the_result() -> None:
     """Training without the source ends at other parameters, so the comparison above covers guided steps."""
     guided, plain = problem.net(), problem.net()

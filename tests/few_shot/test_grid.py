@@ -72,10 +72,10 @@ def test_a_stopped_grid_is_resumed(
     ]  # fmt: skip
     assert command.main(arguments) == 0
     wanted = {run for run in quick() if run.scenario == "digits"}
-    assert done(out) == wanted
+    assert done(out, str(tiny_model)) == wanted
     lines = out.read_text(encoding="utf-8").splitlines()
     out.write_text("\n".join(lines[:10]) + "\n", encoding="utf-8")
     capsys.readouterr()
     assert command.main(arguments) == 0
     assert f"{len(wanted) - 9} of {len(wanted)} runs are left" in capsys.readouterr().out
-    assert done(out) == wanted
+    assert done(out, str(tiny_model)) == wanted

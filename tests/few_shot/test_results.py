@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.few_shot.grid import LRS, ONE_RATE
+from benchmarks.few_shot.__main__ import RESULTS
+from benchmarks.few_shot.grid import LRS, ONE_RATE, quick
 from benchmarks.few_shot.methods import BASE, HEAD_ONLY
-from benchmarks.few_shot.results import difference, done, load, outcomes, step_ratio, tuned, untuned, worst
+from benchmarks.few_shot.results import append, difference, done, load, outcomes, step_ratio, tuned, untuned, worst
+from gradguide.demo.config import DEFAULT_MODEL
 from tests.few_shot.known import OURS, results
 
 
@@ -94,4 +98,27 @@ def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_text("method,lr\nclip,0.1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="other columns"):
-        done(path)
+        done(path, "model")
+
+
+def test_a_file_has_the_runs_of_one_model(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    about = dict.fromkeys(("commit", "gradguide", "torch", "python", "device", "threads"), "x")
+    append(path, quick()[0], {}, {**about, "model": "one"})
+    assert done(path, "hub/One") == done(path, "folder/one") == {quick()[0]}
+    with pytest.raises(ValueError, match=r"has runs of the model 'one', found 'three'; name another --out"):
+        done(path, "three")
+
+
+def test_files_of_earlier_versions_have_the_runs_of_the_default_model(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    with (RESULTS / "few_shot.csv").open(encoding="utf-8") as file:
+        path.write_text("".join(islice(file, 3)), encoding="utf-8")
+    first = done(path, DEFAULT_MODEL)
+    added = replace(next(iter(first)), seed=99)
+    about = dict.fromkeys(("model", "commit", "gradguide", "torch", "python", "device", "threads"), "x")
+    append(path, added, {"seconds": 1.0}, about)
+    assert done(path, DEFAULT_MODEL) == {*first, added}
+    assert len(load(path)) == 3
+    with pytest.raises(ValueError, match="name another --out"):
+        done(path, "other")

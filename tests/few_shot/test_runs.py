@@ -54,10 +54,10 @@ def test_a_run_gives_a_row_that_the_file_takes_and_remembers(suite: Suite, tmp_p
     assert math.isfinite(row["alignment"]) == (run.seed < 2)
     assert row["seconds"] > 0
     path = tmp_path / "results.csv"
-    about = dict.fromkeys(("commit", "gradguide", "torch", "python", "device", "threads"), "x")
+    about = dict.fromkeys(("model", "commit", "gradguide", "torch", "python", "device", "threads"), "x")
     append(path, run, row, about)
     append(path, run_of(seed=7), row, about)
-    assert done(path) == {run, run_of(seed=7)}
+    assert done(path, "x") == {run, run_of(seed=7)}
 
 
 def test_the_same_run_twice_is_the_same(suite: Suite) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +17,23 @@ def test_the_random_state_is_restored() -> None:
     first = torch.rand(3)
     state.restore()
     assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize(("device", "which"), [("cuda", (1,)), ("xpu", (1,)), ("mps", ())])
+def test_the_random_state_of_other_devices_is_restored(
+    monkeypatch: pytest.MonkeyPatch, device: str, which: tuple[int, ...]
+) -> None:
+    """Second passes drew other dropout masks where the device is neither the host nor CUDA."""
+    states = {which: 1}
+    module = SimpleNamespace(
+        get_rng_state=lambda *index: states[index], set_rng_state=lambda new, *index: states.update({index: new})
+    )
+    monkeypatch.setattr(torch, device, module)
+    held: Any = [SimpleNamespace(device=torch.device(device, 1))] * 2
+    state = RandomState([*held, torch.zeros(1), torch.zeros(1, device="meta")])
+    states[which] = 2
+    state.restore()
+    assert states == {which: 1}
 
 
 def test_buffers_of_the_modules_that_ran_are_restored_also_after_an_error() -> None:

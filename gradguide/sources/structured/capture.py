@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from gradguide.distributed.failures import fail_together
 from gradguide.distributed.layouts import is_distributed
-from gradguide.distributed.ranks import replica_group
+from gradguide.distributed.ranks import replica_groups
 from gradguide.sources.base_model import base_of
 from gradguide.sources.loss_value import Loss, check_loss
 from gradguide.sources.structured.layers import Layer
@@ -45,8 +45,8 @@ def capture_statistics(
     """
     recorder = Recorder(layers, rank)
     predictions, total, count = 0, 0.0, 0
-    group = replica_group(list(model.parameters()))
-    with fail_together(model.parameters(), group), _recording(model, recorder):
+    groups = replica_groups(list(model.parameters()))
+    with fail_together(model.parameters(), groups[0]), _recording(model, recorder):
         base = base_of(model)  # all weights are comparable, because none requires a gradient here
         for index, batch in enumerate(tqdm(batches, desc="capturing source", unit="batch", leave=False)):
             recorder.start()
@@ -65,7 +65,7 @@ def capture_statistics(
         for found in recorder.statistics.values():
             found.flush()
     if is_distributed():
-        predictions, total, count = _sum_over_ranks(recorder, predictions, total, count, group)
+        predictions, total, count = _sum_over_ranks(recorder, predictions, total, count, groups)
     if count == 0:
         raise ValueError("batches must hold at least one batch, found none; a generator can be read only once")
     statistics = recorder.statistics
@@ -114,20 +114,22 @@ def _warn_if_few(recorder: Recorder) -> None:
 
 
 def _sum_over_ranks(
-    recorder: Recorder, predictions: int, total: float, count: int, group: Any
+    recorder: Recorder, predictions: int, total: float, count: int, groups: Sequence[Any]
 ) -> tuple[int, float, int]:
-    """Sum statistics and totals over the ranks of a process group. Each tensor of a layer is one all-reduce.
+    """Sum statistics and totals over the ranks of process groups. Each tensor of a layer is one all-reduce per group.
 
     A layer that only some ranks reached gets statistics on all of them. Ranks may have no batch.
     """
     device = recorder.layers[0].weight.device
     numbers = torch.tensor([predictions, total, count], dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, group=group)
     reached = torch.tensor([layer.name in recorder.statistics for layer in recorder.layers], device=device).int()
-    dist.all_reduce(reached, group=group)
+    for group in groups:
+        dist.all_reduce(numbers, group=group)
+        dist.all_reduce(reached, group=group)
     for layer, ranks in zip(recorder.layers, reached.tolist(), strict=True):
         for part in recorder.add_layer(layer, device).sums if ranks else ():
-            dist.all_reduce(part, group=group)
+            for group in groups:
+                dist.all_reduce(part, group=group)
     return round(float(numbers[0])), float(numbers[1]), round(float(numbers[2]))
 
 
