@@ -731,6 +731,8 @@ def test_bad_input_is_refused_with_a_reason() -> None:
         StructuredSource.capture(model, text(1), sampled_loss, dtype=torch.float16)
     with pytest.raises(ValueError, match="must return a scalar tensor"):
         StructuredSource.capture(model, text(1), lambda model, batch: model(**batch).logits)
+    with pytest.raises(ValueError, match=r"has a loss of 0\.0 over 0 predictions"):
+        StructuredSource.capture(model, text(1), lambda model, batch: 0.0 * model(**batch).logits.sum())
     with pytest.raises(ValueError, match="has a loss of nan"):
         StructuredSource.capture(model, text(1), lambda model, batch: model(**batch).logits.sum() * float("nan"))
 

@@ -139,18 +139,18 @@ def test_merging_keeps_the_trace(rank: int | None) -> None:
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
 def test_a_merged_source_has_the_sum_of_g_and_means_of_the_rest(weights: list[float] | None) -> None:
-    """A layer that one source has counts with its weight alone."""
+    """A layer that one source has counts with its weight alone. The largest rank is kept."""
     generator = torch.Generator().manual_seed(0)
 
-    def layer(scale: float) -> LayerFactors:
+    def layer(scale: float, low: int = 4) -> LayerFactors:
         inputs, outputs = (
-            Factor(torch.randn(2, n, r, generator=generator), torch.rand(2, n, generator=generator))
-            for n, r in ((3, 3), (4, 4))
+            Factor(torch.randn(2, n, min(n, low), generator=generator), torch.rand(2, n, generator=generator))
+            for n in (3, 4)
         )
         anchor = torch.randn(4, 2, generator=generator), torch.randn(2, 3, generator=generator)
         return LayerFactors(inputs, outputs, scale, anchor)
 
-    one, two, own = layer(1.0), layer(5.0), layer(7.0)
+    one, two, own = layer(1.0, low=1), layer(5.0), layer(7.0)
     source = StructuredSource.merge(
         [StructuredSource({"both": one}), StructuredSource({"both": two, "own": own})], weights
     )
