@@ -124,7 +124,9 @@ def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int, co
         handle.remove()
         (loss * number).backward()
         predictions += number
-        for x, y, d, mask in zip(*kept, kept[1].grad, batch["attention_mask"], strict=True):  # type: ignore[arg-type]
+        gradient = kept[1].grad
+        assert gradient is not None
+        for x, y, d, mask in zip(*kept, gradient, batch["attention_mask"], strict=True):
             x, d = x[mask > 0].detach().double(), d[mask > 0].double()
             tokens.append((x - x.mean(0), d))
             lengths.append(y[mask > 0].detach().double().square().sum(1))

@@ -173,7 +173,7 @@ def test_weights_and_their_adapters_count_together(make: Any, options: dict[str,
 def test_a_layer_whose_outputs_were_zero_has_no_floor() -> None:
     """The floor is relative to the length of the outputs."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False))
-    nn.init.zeros_(model[0].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(model.get_parameter("0.weight"))
     source = StructuredSource.capture(
         model, [torch.randn(6, 3)], lambda model, x: (model(x).exp().mean(), len(x)), rank=None
     )

@@ -197,6 +197,13 @@ def test_a_parameter_that_has_no_length_is_not_proven(value: float) -> None:
     assert not bound.update_is_bounded(base, buckets, BOUND)
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_nan_is_not_proven(name: str) -> None:
+    base, buckets, bound = stepped()
+    base.state[buckets[0].parameters[1]][name][0] = math.nan
+    assert not bound.update_is_bounded(base, buckets, BOUND)
+
+
 def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
     """A spike at beta1 = 0 leaves a ratio of 31. From zero, beta1 = 0.9 reaches 7."""
     held = parameters()
