@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from gradguide import StructuredSource
 from gradguide.cli.main import main
@@ -51,15 +53,26 @@ def same(found: StructuredSource, wanted: StructuredSource) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_text_of_a_file_is_cut_into_windows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("head", [[], [0]], ids=["no BOS before a text", "BOS before a text"])
+def test_text_of_a_file_is_cut_into_windows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], head: list[int]
+) -> None:
+    """Each window starts as texts do in use."""
+    if head:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        folder = shutil.copytree(folder, tmp_path / "model")
+        tokenizer.save_pretrained(folder)
     (tmp_path / "text.txt").write_text("\n\n".join(LINES), encoding="utf-8")
     source = captured(folder, tmp_path / "s", "--text", str(tmp_path / "text.txt"), "--rank", "4", "--batch-size", "3")
-    assert capsys.readouterr().out == f"wrote {tmp_path / 's'}: 7 layers from 80 tokens\n"
     windows = []
     for line in LINES:
         tokens = [WORDS.index(word) for word in line.split()]
-        windows += [tokens[start : start + 16] for start in range(0, len(tokens), 16)]
-    assert sum(map(len, windows)) == 80
+        size = 16 - len(head)
+        windows += [head + tokens[start : start + size] for start in range(0, len(tokens), size)]
+    count = sum(map(len, windows))
+    assert count == 80 + len(head) * len(windows)
+    assert capsys.readouterr().out == f"wrote {tmp_path / 's'}: 7 layers from {count} tokens\n"
     batches = []
     for start in range(0, len(windows), 3):
         rows = windows[start : start + 3]
@@ -145,4 +158,10 @@ def test_a_folder_without_a_language_model_is_refused(
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "bert")
     line = refused(capsys, str(tmp_path / "bert"), "--out", str(tmp_path / "s"), "--length", "16")
     assert "has no weights for" in line
+    masked = BertForMaskedLM(encoder.config)
+    for p in masked.parameters():
+        p.data *= 20 if p.dim() > 1 else 1  # random weights are small
+    masked.save_pretrained(tmp_path / "bert")
+    line = refused(capsys, str(tmp_path / "bert"), "--out", str(tmp_path / "s"), "--length", "16")
+    assert "depend on the tokens that follow" in line
     assert not (tmp_path / "s").exists()

@@ -46,14 +46,25 @@ def moved(**options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrap", [False, True])
-def test_it_is_the_mean_kl_over_the_positions_that_count(wrap: bool) -> None:
-    model, batches = moved(), padded(text(3))
+def test_it_is_the_mean_kl_over_the_positions_that_count(
+    wrap: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, batches = moved().to(dtype), llama().to(dtype), padded(text(3))
     whole: nn.Module = Wrapped(model) if wrap else model
     found = drift(whole, batches)
     assert found > 1e-3
-    assert found == pytest.approx(expected(llama(), model, batches), rel=1e-4)
-    assert found == pytest.approx(drift(model, batches, base=llama()), rel=1e-5)
+    assert found == pytest.approx(expected(base, model, batches), rel=1e-4)
+    monkeypatch.setattr("gradguide.integrations.drift._POSITIONS", 7)
+    assert found == pytest.approx(drift(model, batches, base=base), rel=1e-5)
+
+
+def test_both_models_run_without_dropout() -> None:
+    base, model = gpt2().train(), gpt2().train()
+    assert drift(model, text(1), base=base) == pytest.approx(0.0, abs=1e-6)
+    assert base.training
+    assert model.training
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])

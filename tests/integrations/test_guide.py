@@ -214,9 +214,14 @@ def structured(model: nn.Module) -> StructuredSource:
     return StructuredSource.capture(model, problems.text(4), sampled_loss, rank=4)
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "whole weights"])
-def test_a_structured_source_pulls_and_resumes_bitwise(tmp_path: Path, adapter: bool) -> None:
-    source = structured(problems.llama())
+@pytest.mark.parametrize(
+    ("adapter", "form"),
+    [(True, "one"), (False, "one"), (False, "list"), (False, "mapping")],
+    ids=["adapter", "whole weights", "whole weights, list", "whole weights, mapping"],
+)
+def test_a_structured_source_pulls_and_resumes_bitwise(tmp_path: Path, adapter: bool, form: str) -> None:
+    made = structured(problems.llama())
+    source: Any = {"one": made, "list": [made], "mapping": {"base": made}}[form]
 
     def run(resume: str | None = None) -> Any:
         model: nn.Module = problems.llama()

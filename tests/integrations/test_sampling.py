@@ -123,11 +123,14 @@ def test_a_model_without_a_cache_reads_all_tokens_again() -> None:
     ],
     ids=["the tokenizer adds BOS", "only chat templates do", "no BOS"],
 )
-def test_sequences_start_as_texts_do_in_use(tokenizer: Words, starts: list[int]) -> None:
-    """Parts of longer texts start after 33 tokens; the text of this model counts up."""
-    (batch,) = own_text(Uncached(), tokenizer, tokens=60, length=20)
-    assert batch["input_ids"][:, 0].tolist() == [start % VOCABULARY for start in starts]
-    assert batch["input_ids"].shape == (3, 20)
+@pytest.mark.parametrize("size", [1, 3])
+def test_sequences_start_as_texts_do_in_use(tokenizer: Words, starts: list[int], size: int) -> None:
+    """Parts of longer texts start after 33 tokens; the text of this model counts up. Sequences are whole."""
+    batches = own_text(Uncached(), tokenizer, tokens=41, length=20, batch_size=size)
+    assert [len(batch["input_ids"]) for batch in batches] == [size] * (3 // size)
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    assert ids[:, 0].tolist() == [start % VOCABULARY for start in starts]
+    assert ids.shape == (3, 20)
 
 
 def test_a_text_is_no_longer_than_the_positions_of_the_model() -> None:
@@ -302,6 +305,11 @@ def test_a_model_without_a_head_is_refused() -> None:
     for measure in (lambda: sampled_loss(model, batch), lambda: drift(model, [batch], base=llama(1).model)):
         with pytest.raises(ValueError, match=r"must have logits, found BaseModelOutput.*: give a model"):
             measure()
+
+
+def test_the_loss_of_a_model_in_16_bits_is_float32() -> None:
+    loss, _ = sampled_loss(llama(1).to(torch.bfloat16), text(1)[0])
+    assert loss.dtype == torch.float32
 
 
 def test_a_mask_of_other_positions_is_refused() -> None:

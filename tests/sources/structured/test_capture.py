@@ -110,6 +110,7 @@ def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int, co
     torch.manual_seed(0)
     tokens: list[tuple[Tensor, Tensor]] = []
     sequences: list[tuple[Tensor, Tensor]] = []
+    lengths: list[Tensor] = []
     predictions = 0
     for batch in batches:
         kept: list[Tensor] = []
@@ -123,15 +124,19 @@ def test_the_factors_are_the_moments_of_tokens_and_of_sequences(padding: int, co
         handle.remove()
         (loss * number).backward()
         predictions += number
-        for x, d, mask in zip(kept[0], kept[1].grad, batch["attention_mask"], strict=True):  # type: ignore[arg-type]
+        gradient = kept[1].grad
+        assert gradient is not None
+        for x, y, d, mask in zip(*kept, gradient, batch["attention_mask"], strict=True):
             x, d = x[mask > 0].detach().double(), d[mask > 0].double()
             tokens.append((x - x.mean(0), d))
+            lengths.append(y[mask > 0].detach().double().square().sum(1))
             sequences.append((x.mean(0, keepdim=True), d.sum(0, keepdim=True)))
     found = source.factors(name)
     for k, pairs in enumerate((tokens, sequences)):
         s, g = moments(torch.cat([x for x, _ in pairs]), torch.cat([d for _, d in pairs]))
         assert float((found[0][k] - s).norm()) < 1e-4 * float(s.norm())
         assert float((found[1][k] - g / predictions).norm()) < 1e-4 * float(g.norm()) / predictions
+    assert source._layers[name].scale == pytest.approx(float(torch.cat(lengths).mean()), rel=1e-5)
     assert source.metadata["sequences"] == 3 * count
     assert source.metadata["tokens"] == 3 * count * 16 - count * padding
 
@@ -402,6 +407,7 @@ def test_predictions_are_counted_at_the_logits(targets: list[str]) -> None:
     for loss in (sampled_loss, lambda model, batch: sampled_loss(model, batch)[0]):
         source = StructuredSource.capture(model, batches, loss, rank=4)
         assert source.metadata["predictions"] == 3 * 3 * 6
+        assert all(name.endswith(tuple(targets)) for name in source.names())
 
 
 def test_predictions_of_a_loss_without_logits_have_to_be_given() -> None:
@@ -712,6 +718,9 @@ def test_bad_input_is_refused_with_a_reason() -> None:
     model = llama()
     with pytest.raises(ValueError, match="no linear layer is called 'nothing'"):
         StructuredSource.capture(model, text(1), sampled_loss, modules="nothing")
+    for part in ("proj", "mlp.*"):
+        with pytest.raises(ValueError, match=f"no linear layer is called {re.escape(repr(part))}"):
+            StructuredSource.capture(model, text(1), sampled_loss, modules=part)
     with pytest.raises(ValueError, match="modules must name at least one layer, found none"):
         StructuredSource.capture(model, text(1), sampled_loss, modules=[])
     with pytest.raises(ValueError, match="has no linear layer"):
@@ -724,6 +733,8 @@ def test_bad_input_is_refused_with_a_reason() -> None:
         StructuredSource.capture(model, text(1), sampled_loss, dtype=torch.float16)
     with pytest.raises(ValueError, match="must return a scalar tensor"):
         StructuredSource.capture(model, text(1), lambda model, batch: model(**batch).logits)
+    with pytest.raises(ValueError, match=r"has a loss of 0\.0 over 0 predictions"):
+        StructuredSource.capture(model, text(1), lambda model, batch: 0.0 * model(**batch).logits.sum())
     with pytest.raises(ValueError, match="has a loss of nan"):
         StructuredSource.capture(model, text(1), lambda model, batch: model(**batch).logits.sum() * float("nan"))
 

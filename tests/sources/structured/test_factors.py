@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradguide.sources.structured.factors import Covariance, Factor, merged, stacked
+from gradguide.sources.structured import StructuredSource
+from gradguide.sources.structured.factors import Covariance, Factor, LayerFactors, merged, stacked
 
 sizes = st.integers(2, 40)
 seeds = st.integers(0, 2**31 - 1)
@@ -134,3 +135,34 @@ def test_merging_keeps_the_trace(rank: int | None) -> None:
     dense = sum(w * factor.dense() for w, factor in zip([0.2, 0.3, 0.5], factors, strict=True))
     if rank is None:
         torch.testing.assert_close(found.dense(), dense)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+def test_a_merged_source_has_the_sum_of_g_and_means_of_the_rest(weights: list[float] | None) -> None:
+    """A layer that one source has counts with its weight alone. The largest rank is kept."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(scale: float, low: int = 4) -> LayerFactors:
+        inputs, outputs = (
+            Factor(torch.randn(2, n, min(n, low), generator=generator), torch.rand(2, n, generator=generator))
+            for n in (3, 4)
+        )
+        anchor = torch.randn(4, 2, generator=generator), torch.randn(2, 3, generator=generator)
+        return LayerFactors(inputs, outputs, scale, anchor)
+
+    one, two, own = layer(1.0, low=1), layer(5.0), layer(7.0)
+    source = StructuredSource.merge(
+        [StructuredSource({"both": one}), StructuredSource({"both": two, "own": own})], weights
+    )
+    for name, held in (("both", (one, two)), ("own", (own,))):
+        given = (weights or [0.5, 0.5])[-len(held) :]
+        means = [weight / sum(given) for weight in given]
+        found = source._layers[name]
+        s, g = source.factors(name)
+        assert found.anchor is not None
+        torch.testing.assert_close(s, sum(w * each.inputs.dense() for w, each in zip(means, held, strict=True)))
+        torch.testing.assert_close(g, sum(w * each.outputs.dense() for w, each in zip(given, held, strict=True)))
+        assert found.scale == pytest.approx(sum(w * each.scale for w, each in zip(means, held, strict=True)))
+        anchors = [each.anchor[0] @ each.anchor[1] for each in held if each.anchor is not None]
+        wanted = sum(w * anchor for w, anchor in zip(means, anchors, strict=True))
+        torch.testing.assert_close(found.anchor[0] @ found.anchor[1], wanted)

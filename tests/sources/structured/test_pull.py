@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
+from gradguide.sources.structured.layers import find_layers
 from tests.sources.structured.problems import adapted, energy, gpt2, llama, spread, text, trained
 
 
@@ -147,6 +148,41 @@ def test_whole_weights(make: type[nn.Module]) -> None:
     starts = {name: p.detach().clone() for name, p in trained(model).items()}
     spread(model, 0.02)
     checked(source, model, starts)
+
+
+@pytest.mark.parametrize(("make", "options"), [(llama, {}), (gpt2, {"fan_in_fan_out": True})])
+@pytest.mark.parametrize("later", [0.0, 0.05])
+def test_weights_and_their_adapters_count_together(make: Any, options: dict[str, Any], later: float) -> None:
+    """The source is captured with the adapter at another point than zero."""
+    model = adapted(make(), **options)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))  # type: ignore[operator, index]
+    model.base_model.set_adapter(["default", "second"])  # type: ignore[operator, union-attr]
+    spread(model, 0.1)
+    source = StructuredSource.capture(model, text(), sampled_loss, rank=8)
+    for layer in find_layers(model).values():
+        layer.weight.requires_grad_(layer.name in source.names())
+    source = source.bound(model)
+    starts = {name: p.detach().clone() for name, p in trained(model).items()}
+    spread(model, 0.02)
+    for name, p in model.named_parameters():
+        if ".second.lora_B" in name:
+            torch.nn.init.normal_(p.data, std=later)
+    checked(source, model, starts)
+
+
+def test_a_layer_whose_outputs_were_zero_has_no_floor() -> None:
+    """The floor is relative to the length of the outputs."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    source = StructuredSource.capture(
+        model, [torch.randn(6, 3)], lambda model, x: (model(x).exp().mean(), len(x)), rank=None
+    )
+    assert source._layers["0"].scale == 0.0
+    source = source.bound(model)
+    spread(model, 0.1)
+    source.refresh(trained(model), [])
+    s, g = (factor[1] for factor in source.factors("0"))
+    torch.testing.assert_close(source._rows["0.weight"], g @ model.get_parameter("0.weight") @ s)
 
 
 def test_adapters_on_transposed_weights() -> None:

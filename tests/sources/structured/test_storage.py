@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from gradguide import SourceGradient
 from gradguide.integrations.sampling import sampled_loss
 from gradguide.sources.structured import StructuredSource
+from gradguide.sources.structured.factors import Factor, LayerFactors
 from tests.sources.structured.problems import adapted, llama, spread, text
 
 
@@ -37,6 +40,25 @@ def test_a_file_with_factors_of_tokens_alone_is_of_an_earlier_version(tmp_path: 
     save_file({k: t[0].clone() if k[:2] in ("s_", "g_") else t for k, t in parts.items()}, path, header)
     with pytest.raises(ValueError, match=r"older layout.*capture it again"):
         StructuredSource.load(path)
+
+
+def test_the_fingerprint_tells_every_part_apart() -> None:
+    """Ranks compare it, so that all pull to the same."""
+    factor, other = (Factor(torch.full((1, 2, 2), value), torch.ones(1, 2)) for value in (1.0, 2.0))
+    longer = Factor(factor.basis, torch.full((1, 2), 2.0))
+    turned = Factor(torch.ones(1, 2, 1), torch.ones(1, 2))
+    anchor, sample = (torch.ones(2, 1), torch.ones(1, 2)), torch.ones(4)
+    held = LayerFactors(factor, factor, 1.0, anchor, sample)
+    changes: list[dict[str, Any]] = [
+        {part: each} for part in ("inputs", "outputs") for each in (other, longer, turned, factor.to(dtype=torch.half))
+    ]
+    changes += [{"anchor": None}, {"anchor": (2 * anchor[0], anchor[1])}, {"anchor": (anchor[0], 2 * anchor[1])}]
+    changes += [{"weight": None}, {"weight": 2 * sample}, {"scale": 2.0}, {}]
+    sources = [StructuredSource({"layer": replace(held, **change)}) for change in changes]
+    sources += [StructuredSource(dict.fromkeys(names, held)) for names in (["other"], ["layer", "other"])]
+    found = [source.fingerprint() for source in sources]
+    sources[0].floor = 0.5
+    assert len({*found, sources[0].fingerprint()}) == len(found) + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -188,6 +188,22 @@ def test_a_negative_step_number_is_not_proven() -> None:
     assert not bound.update_is_bounded(base, buckets, BOUND)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e16])
+def test_a_parameter_that_has_no_length_is_not_proven(value: float) -> None:
+    """Its scope has to return to the parameters before the step."""
+    base, buckets, bound = stepped()
+    with torch.no_grad():
+        buckets[0].values[1][0] = value
+    assert not bound.update_is_bounded(base, buckets, BOUND)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_nan_is_not_proven(name: str) -> None:
+    base, buckets, bound = stepped()
+    base.state[buckets[0].parameters[1]][name][0] = math.nan
+    assert not bound.update_is_bounded(base, buckets, BOUND)
+
+
 def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
     """A spike at beta1 = 0 leaves a ratio of 31. From zero, beta1 = 0.9 reaches 7."""
     held = parameters()
@@ -207,13 +223,22 @@ def test_a_ratio_from_earlier_betas_is_not_forgotten() -> None:
     assert bound.update_is_bounded(base, buckets, Magnitude(max_update=1.0))
 
 
+def decoupled(held: list[nn.Parameter], **options: Any) -> Optimizer:
+    """Return an Adam that decays as AdamW does, as torch 2.7 and later have it."""
+    base = Adam(held, **options)
+    base.param_groups[0].update(decoupled_weight_decay=True, weight_decay=1e5)
+    return base
+
+
 @pytest.mark.parametrize(
     ("make", "options", "magnitude"),
     [
         (SGD, {}, BOUND),
+        (decoupled, {}, BOUND),
         (AdamW, {"lr": 1e-3}, BOUND),
         (AdamW, {"weight_decay": 1e5}, BOUND),
         (AdamW, {"eps": 0.0}, BOUND),
+        (AdamW, {"eps": 1e-15}, BOUND),
         (AdamW, {}, Magnitude(max_norm=math.inf)),
         (AdamW, {}, Magnitude(max_update=None)),
         (AdamW, {}, None),
