@@ -82,7 +82,10 @@ def check_base(base: object) -> None:
         raise TypeError(closure_error(base))
     parameters = [p for group in base.param_groups for p in group["params"]]
     if not parameters:
-        raise ValueError("the base optimizer has no parameters; pass it those to train")
+        raise ValueError(
+            "the base optimizer has no parameters; pass it those to train. PEFT loads an adapter frozen: use "
+            "PeftModel.from_pretrained(model, path, is_trainable=True)"
+        )
     if not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"none of the {len(parameters)} parameters of the base optimizer requires a gradient; unfreeze the adapter "

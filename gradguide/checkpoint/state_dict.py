@@ -138,7 +138,8 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             check_base_entry(base, others, of_key[key], which[key])
             if not stale:
                 _read(own, entry, of_key[key], which[key])
-    if engine.rules.active and (rest or stale) and not own.counters:
+    stepped = stale or any(map(_has_stepped, rest.values()))
+    if engine.rules.active and stepped and not own.counters:
         warnings.warn(
             "this is the state of a plain base optimizer: its own state is loaded, and GradGuide's direction and "
             "counters start from zero. If GradGuide saved it, torch loaded it with flatten_optimizer_state_dict=True, "
@@ -181,6 +182,12 @@ def _drop_other_kind(own: _Own, engine: Engine, base: Optimizer) -> None:
 
 def _without(names: set[str], entry: Any) -> Any:
     return {name: value for name, value in entry.items() if name not in names} if names else entry
+
+
+def _has_stepped(entry: Any) -> bool:
+    """Return whether a base has stepped, by the entry of a parameter. Adagrad has entries before its first step."""
+    step = entry.get("step") if isinstance(entry, Mapping) else None
+    return not isinstance(step, Tensor) or bool(step.any())
 
 
 def _kind(engine: Engine) -> str:

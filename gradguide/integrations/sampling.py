@@ -89,7 +89,8 @@ def own_text(
 
     Raises:
         ValueError: ``tokens`` is less than ``length``, ``length`` is less than 2, or ``batch_size`` is less than 1.
-            ``length`` is more than the positions of the model, or the model is not a causal language model.
+            ``length`` is more than the positions of the model, or the model is not a causal language model. The model
+            has no embedding of the tokenizer's BOS token, or of EOS if there is no BOS.
     """
     kind = head_class(model)[0]
     if kind and not is_causal(model):
@@ -145,12 +146,17 @@ def begins_with_bos(tokenizer: Any) -> bool:
 def _starts(model: nn.Module, tokenizer: Any, rows: int, generator: torch.Generator) -> Tensor:
     """Return the token before each text, int64 [rows, 1]: BOS, else EOS, else a random one."""
     found = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    if found is not None:
-        return torch.full((rows, 1), found, device=generator.device)
     # A tokenizer with added tokens may be larger than the model's vocabulary.
     get: Any = getattr(unwrapped(model), "get_input_embeddings", None)
-    size = min(len(tokenizer), get().num_embeddings) if callable(get) else len(tokenizer)
-    return torch.randint(size, (rows, 1), generator=generator, device=generator.device)
+    size = get().num_embeddings if callable(get) else math.inf
+    if found is None:
+        return torch.randint(int(min(len(tokenizer), size)), (rows, 1), generator=generator, device=generator.device)
+    if found >= size:
+        raise ValueError(
+            f"the tokenizer's first token has id {found}, and the model has {size} embeddings: call "
+            "model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to the model"
+        )
+    return torch.full((rows, 1), found, device=generator.device)
 
 
 def _generate(model: Any, ids: Tensor, generator: torch.Generator, length: int) -> Tensor:

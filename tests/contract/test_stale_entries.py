@@ -72,3 +72,14 @@ def test_i03_one_entry_that_passed_through_a_base_makes_the_whole_state_that_of_
         other.load_state_dict(inner.state_dict())
     assert other.metrics()["steps"] == 0
     assert not kit.directions_of(other)
+
+
+def test_i33_a_base_with_state_before_its_first_step_is_loaded_without_a_warning() -> None:
+    """Adagrad has such a state. Accelerate loads each optimizer's own state dict when it prepares the optimizer."""
+    model = kit.net()
+    optimizer = GradGuide(torch.optim.Adagrad(model.parameters(), lr=0.1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    inner = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    kit.train(model, inner, range(2))
+    with pytest.warns(UserWarning, match="the state of a plain base optimizer"):
+        optimizer.load_state_dict(inner.state_dict())

@@ -257,6 +257,16 @@ def test_an_adapter_added_after_the_call_is_guided(tmp_path: Path) -> None:
     assert found.metrics()["source_drift"] > 0
 
 
+def test_an_adapter_that_was_loaded_frozen_is_named_with_the_way_out(tmp_path: Path) -> None:
+    """PEFT loads adapters frozen by default, and Trainer then makes an optimizer of empty groups."""
+    model = adapted()
+    model.requires_grad_(False)
+    trainer = causal_trainer_of(model, tmp_path, steps=1)
+    guide(trainer)
+    with pytest.raises(ValueError, match=r"has no parameters.*from_pretrained\(model, path, is_trainable=True\)"):
+        trainer.train()
+
+
 def test_seq2seq_trainer_is_guided(tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0

@@ -148,6 +148,15 @@ def test_without_special_tokens_texts_start_with_tokens_of_the_model() -> None:
     assert max(int(batch["input_ids"].max()) for batch in batches) < VOCABULARY
 
 
+def test_a_first_token_that_the_model_does_not_embed_is_refused() -> None:
+    """Such is a BOS token that was added to the tokenizer. It raised IndexError, and on CUDA an assertion."""
+    model = llama(1)
+    model.train()
+    with pytest.raises(ValueError, match=rf"id {VOCABULARY}, and the model has {VOCABULARY} embeddings"):
+        own_text(model, Words(bos=VOCABULARY, adds=False), tokens=60, length=20)
+    assert model.training
+
+
 def test_fewer_tokens_than_a_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be at least length=20, found 19"):
         own_text(Uncached(), Words(), tokens=19, length=20)
