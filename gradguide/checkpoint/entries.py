@@ -17,6 +17,7 @@ __all__ = [
     "HEAD",
     "PREFIX",
     "SCOPE",
+    "SOURCES",
     "convert_counters",
     "make_counters",
     "numbers_of",
@@ -33,7 +34,10 @@ FORMAT = 2
 """Increase this with each change of the numbers, and add the names of the format before to ``_OLDER``."""
 
 HEAD = 3
-"""A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope, scope]."""
+"""A counters tensor is [format, steps, skipped, *STATISTICS of the parameter's scope, sources, scope]."""
+
+SOURCES = -2
+"""Place of the number of sources that the optimizer had; 0 if it is not known."""
 
 SCOPE = -1
 """Place of the number of the parameter's scope, from 1; 0 if it is not known."""
@@ -61,7 +65,7 @@ def passed_through_base(entry: Mapping[Any, Any]) -> bool:
 
 def numbers_of(version: int) -> tuple[str, ...]:
     """Return the names of the numbers behind the head in a counters tensor of a format."""
-    return _OLDER.get(version, (*STATISTICS, "scope"))
+    return _OLDER.get(version, (*STATISTICS, "sources", "scope"))
 
 
 def statistics_of(counters: Tensor) -> Tensor:
@@ -69,10 +73,17 @@ def statistics_of(counters: Tensor) -> Tensor:
     return counters[HEAD : HEAD + len(STATISTICS)]
 
 
-def make_counters(totals: Tensor, statistics: Tensor, scope: int) -> Tensor:
-    """Return a counters tensor on the host from totals [2] and number and statistics [len(STATISTICS)] of a scope."""
-    version, number = (torch.tensor([value], dtype=torch.float64) for value in (FORMAT, scope))
-    return torch.cat([version, totals.cpu(), statistics.cpu(), number])
+def make_counters(totals: Tensor, statistics: Tensor, sources: int, scope: int) -> Tensor:
+    """Return a counters tensor on the host.
+
+    Args:
+        totals: steps and skipped steps: Tensor [2].
+        statistics: those of the parameter's scope: Tensor [len(STATISTICS)].
+        sources: number of sources.
+        scope: number of the parameter's scope.
+    """
+    version, numbers = (torch.tensor(values, dtype=torch.float64) for values in ([FORMAT], [sources, scope]))
+    return torch.cat([version, totals.cpu(), statistics.cpu(), numbers])
 
 
 def convert_counters(counters: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from gradguide.checkpoint.entries import (
     DIRECTION,
     HEAD,
     SCOPE,
+    SOURCES,
     make_counters,
     own_names,
     passed_through_base,
@@ -73,7 +74,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
     scopes = {label: number for number, label in enumerate(dict.fromkeys(labels.values()), start=1)}
     # Distributed checkpoints load only what the state has after a step on zeros, which is not counted.
     stepped = bool(engine.directions) or bool(totals.any()) or len(engine.scopes.statistics) > 0
-    totals = totals.cpu()
+    totals, sources = totals.cpu(), len(engine.planner.sources)
     keys = _keys(state)
     stateful = {key for key in keys if entries.get(key)}
     # Optimizers treat an existing entry as initialised. So if the base keeps state, a parameter without a step gets no
@@ -84,7 +85,7 @@ def merge(state: dict[str, Any], base: Optimizer, engine: Engine, totals: Tensor
         if stateful and key not in stateful and (direction is None or not bool(direction.any())):
             continue
         label = labels[parameter]
-        own = {COUNTERS: make_counters(totals, engine.scopes.export(label), scopes[label])}
+        own = {COUNTERS: make_counters(totals, engine.scopes.export(label), sources, scopes[label])}
         if direction is not None:
             own[DIRECTION] = as_dtensor(direction, parameter)
         entries[key] = {**entries.get(key, {}), **own}
@@ -104,6 +105,7 @@ def load(state: dict[str, Any], base: Optimizer, engine: Engine) -> Tensor:
     Warns:
         UserWarning: the state is from a plain base optimizer that has stepped. Or it has a direction of another kind
             than the engine (its own, or the base's momentum) or of other scopes, which is dropped with its statistics.
+            Or it was saved with sources, and the engine has none.
     """
     rest, own = _split(state, base, engine)
     before: dict[str, Any] = {name: vars(base)[name] for name in ("state", "param_groups") if name in vars(base)}
@@ -148,6 +150,7 @@ def _split(state: dict[str, Any], base: Optimizer, engine: Engine) -> tuple[dict
             stacklevel=5,
         )
     _drop_other_kind(own, engine, base)
+    _warn_without_sources(own, engine)
     return {**state, "state": rest}, _Own(_allocate_directions(own.directions), own.counters)
 
 
@@ -180,6 +183,17 @@ def _drop_other_kind(own: _Own, engine: Engine, base: Optimizer) -> None:
     warnings.warn(f"the state has {_DROPPED[saved]} dropped: {reason}", UserWarning, stacklevel=6)
 
 
+def _warn_without_sources(own: _Own, engine: Engine) -> None:
+    saved = max((int(counters[SOURCES]) for counters in own.counters.values()), default=0)
+    if saved and not engine.planner.sources:
+        warnings.warn(
+            f"the state was saved with {saved} source{'s' * (saved > 1)}, and this optimizer has none: nothing keeps "
+            "what the model knew. Checkpoints contain no sources: pass alignment=Alignment(source) before loading",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
 def _without(names: set[str], entry: Any) -> Any:
     return {name: value for name, value in entry.items() if name not in names} if names else entry
 
@@ -187,7 +201,12 @@ def _without(names: set[str], entry: Any) -> Any:
 def _has_stepped(entry: Any) -> bool:
     """Return whether a base has stepped, by the entry of a parameter. Adagrad has entries before its first step."""
     step = entry.get("step") if isinstance(entry, Mapping) else None
-    return not isinstance(step, Tensor) or bool(step.any())
+    if not isinstance(step, Tensor):
+        return True
+    try:
+        return bool(step.any())
+    except RuntimeError:  # a tensor without data, which the base may refuse
+        return True
 
 
 def _kind(engine: Engine) -> str:

@@ -78,7 +78,7 @@ def test_i03_a_state_of_format_1_goes_on_like_the_one_it_came_from() -> None:
     kit.train(model, optimizer, range(4))
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():
-        _, *numbers, _ = entry[COUNTERS].tolist()
+        _, *numbers, _, _ = entry[COUNTERS].tolist()
         entry[COUNTERS] = torch.tensor([1.0, *numbers, 3.8, float("nan"), -0.2], dtype=torch.float64)
     twin.load_state_dict(model.state_dict())
     resumed.load_state_dict(kit.through_file(state))
@@ -279,6 +279,22 @@ def test_i21_a_direction_of_other_scopes_is_dropped_with_a_warning(then: str, no
         return
     assert_direction_dropped(other, caught)
     assert "dropped: other parameters share a scope" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("on update", "1 source,"), ("two sources", "2 sources,")])
+def test_i03_a_state_of_a_run_with_sources_warns_where_they_are_not_given_again(kind: str, said: str) -> None:
+    """Nothing told that the rest of the run would forget what the sources hold."""
+    model = kit.net()
+    optimizer = kit.guide(model, kit.adamw, kind)
+    kit.train(model, optimizer, range(2))
+    state = kit.through_file(optimizer.state_dict())
+    assert not warnings_of_loading(kit.guide(kit.net(), kit.adamw, kind), state)
+    plain = kit.guide(kit.net(), kit.adamw)
+    (caught,) = warnings_of_loading(plain, state)
+    assert caught.filename == __file__
+    assert f"saved with {said} and this optimizer has none" in str(caught.message)
+    assert plain.metrics()["steps"] == 2
+    assert not warnings_of_loading(kit.guide(kit.net(), kit.adamw), plain.state_dict())
 
 
 def test_i21_scopes_that_are_alike_under_another_name_keep_the_direction() -> None:

@@ -120,17 +120,17 @@ COUNTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "fake": (fake, "cannot be read"),
     "integer": (lambda c: c.long(), "found dtype torch.int64"),
     "complex": (lambda c: c.to(torch.complex128), "found dtype torch.complex128"),
-    "empty": (lambda c: c[:0], "must hold 6 numbers"),
-    "scalar": (lambda c: c[0], "must hold 6 numbers"),
-    "matrix": (lambda c: c.reshape(1, 6), "must hold 6 numbers"),
-    "short": (lambda c: c[:3], "must hold 6 numbers, found 3"),
-    "long": (lambda c: torch.cat([c, c]), "must hold 6 numbers, found 12"),
+    "empty": (lambda c: c[:0], "must hold 7 numbers"),
+    "scalar": (lambda c: c[0], "must hold 7 numbers"),
+    "matrix": (lambda c: c.reshape(1, 7), "must hold 7 numbers"),
+    "short": (lambda c: c[:3], "must hold 7 numbers, found 3"),
+    "long": (lambda c: torch.cat([c, c]), "must hold 7 numbers, found 14"),
     "format 0": (set_to(0, 0), "format of 1 or above, found 0"),
     "format -5": (set_to(0, -5), "format of 1 or above, found -5"),
     "format 1.5": (set_to(0, 1.5), "format of 1 or above, found 1.5"),
     "format nan": (set_to(0, nan), "format of 1 or above, found nan"),
     "format inf": (set_to(0, inf), "format of 1 or above, found inf"),
-    "format 1 with the numbers of format 2": (set_to(0, 1), "must hold 8 numbers, found 6"),
+    "format 1 with the numbers of format 2": (set_to(0, 1), "must hold 8 numbers, found 7"),
     "format 3": (set_to(0, 3), "format 3, this version of gradguide reads up to 2: upgrade"),
     "steps": (set_to(1, -1), "count whole steps from 0, found -1"),
     "half a step": (set_to(1, 2.5), "count whole steps from 0, found 2.5"),
@@ -144,7 +144,8 @@ COUNTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "mass inf": (set_to(3, inf), "mass .* 0 or above, found inf"),
     "square nan": (set_to(4, nan), "square .* 0 or above, found nan"),
     "square negative": (set_to(4, -1e-9), "square .* 0 or above, found -1e-09"),
-    "scope nan": (set_to(5, nan), "scope .* 0 or above, found nan"),
+    "sources negative": (set_to(5, -1), "sources .* 0 or above, found -1"),
+    "scope nan": (set_to(6, nan), "scope .* 0 or above, found nan"),
 }
 CASES = [(DIRECTION, *case) for case in DIRECTIONS.values()] + [(COUNTERS, *case) for case in COUNTS.values()]
 IDS = [f"direction {name}" for name in DIRECTIONS] + [f"counters {name}" for name in COUNTS]
@@ -226,7 +227,7 @@ def test_i33_a_new_statistic_is_zero_in_an_older_state(
 
     for module in (decide, scope_state, entries):
         monkeypatch.setattr(module, "STATISTICS", ("mass", "new", "square"))
-    monkeypatch.setattr(entries, "_OLDER", {**entries._OLDER, entries.FORMAT: ("mass", "square", "scope")})
+    monkeypatch.setattr(entries, "_OLDER", {**entries._OLDER, entries.FORMAT: ("mass", "square", "sources", "scope")})
     monkeypatch.setattr(entries, "FORMAT", entries.FORMAT + 1)
     other = guide(twin)
     other.load_state_dict(state)

@@ -21,7 +21,7 @@ __all__ = ["check_memory"]
 
 Array = NDArray[np.float64]
 HEAD = 3
-"""A counters tensor is [format, steps, skipped, *statistics, scope]."""
+"""A counters tensor is [format, steps, skipped, *statistics, sources, scope]."""
 
 
 def check_memory(
@@ -68,7 +68,7 @@ def observed(world: World, model: Model) -> tuple[dict[int, Array], dict[Hashabl
         if "gradguide.counters" in entry:
             numbers = entry["gradguide.counters"].tolist()
             counts = int(numbers[1]), int(numbers[2])
-            statistics[model.label(world, group, place, number)] = Statistics(*numbers[HEAD:-1])
+            statistics[model.label(world, group, place, number)] = Statistics(*numbers[HEAD:-2])
     return directions, statistics, counts
 
 
