@@ -248,6 +248,7 @@ _CONFIRMED: dict[str, Collection[str]] = {
     "language-confirm": ("clip", "null", "structured"),
     "language-own": ("clip", "structured", "structured text=own"),
     "language-rivals": ("clip", "null", "ewc-lora:100", "structured"),
+    "language-rivals-one": ("clip", "l2sp:1", "early:0.1", "ewc-lora:100", "lora-null", "corda", "null", "structured"),
 }
 """Methods of each table of the confirming sets, with the pairs that all of them have."""
 

@@ -25,7 +25,10 @@ version 0.2."""
 _COMPACT = {
     BASE: "clip_grad_norm_ + AdamW",
     "l2sp:1": "L2-SP",
+    "early:0.1": "Early stopping at a drift of 0.1",
     "ewc-lora:100": "EWC-LoRA",
+    "lora-null": "LoRA-Null",
+    "corda": "CorDA, knowledge-preserving",
     "null": "A in unused directions, frozen (after LoRA-Null)",
     "kl:1": "KL term on own text: two more passes per step",
     "structured weight=10 text=own direction=on": "GradGuide with a direction, weight 10, own text",
