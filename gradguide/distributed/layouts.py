@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Layout",
+    "all_reduce_over",
     "all_reduce_sum",
     "as_dtensor",
     "check_divided",
@@ -192,6 +193,13 @@ def on_any_rank(flag: bool, parameters: Sequence[Tensor]) -> bool:
     return bool(number)
 
 
+def all_reduce_over(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+    """Sum a tensor in place over process groups, one after the other, and return it. None is the default group."""
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
 def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
     """All-reduce each tensor over its process groups, and return the sum of all.
 
@@ -205,6 +213,5 @@ def all_reduce_sum(parts: dict[tuple[Any, ...], Tensor]) -> Tensor:
     for groups, part in parts.items():
         if groups and whole is not None:
             part += 0.0 * whole  # 0, or NaN if the replicated tensor is not finite
-        for group in groups:
-            dist.all_reduce(part, group=group)
+        all_reduce_over(part, groups)
     return reduce(torch.add, parts.values())

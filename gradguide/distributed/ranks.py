@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ class Ranks:
         layouts = [layout_of(p) for p in parameters]
         self.groups = list(dict.fromkeys(() if lay is None else lay.reduce_groups for lay in layouts)) or [()]
         self.sharded = any(lay is not None for lay in layouts)
-        self._meshes = _meshes(parameters)
+        self._meshes = _meshes(layouts)
 
     def check_agreement(self, parameters: Sequence[Tensor], describe_options: Callable[[], Mapping[str, str]]) -> None:
         """Compare options over the ranks that share the parameters, once per set of meshes.
@@ -77,13 +77,13 @@ def replica_groups(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
 
     DTensors have the ranks of their largest mesh, which may be fewer than all.
     """
-    meshes = _meshes(parameters)
+    meshes = _meshes([layout_of(p) for p in parameters])
     return tuple(meshes[0].get_all_groups()) if meshes else (_ddp_group(parameters),)
 
 
-def _meshes(parameters: Sequence[Tensor]) -> list[Any]:
-    """Return the meshes of DTensors, the largest first: the order of the parameters may differ between ranks."""
-    meshes = {id(lay.mesh): lay.mesh for p in parameters if (lay := layout_of(p)) is not None}
+def _meshes(layouts: Iterable[Layout | None]) -> list[Any]:
+    """Return the meshes of some layouts, the largest first: the order of the parameters may differ between ranks."""
+    meshes = {id(layout.mesh): layout.mesh for layout in layouts if layout is not None}
     return sorted(meshes.values(), key=lambda mesh: -mesh.size())
 
 

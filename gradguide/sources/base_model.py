@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradguide.distributed.layouts import Layout, layout_of, local
+from gradguide.distributed.layouts import Layout, all_reduce_over, layout_of, local
 from gradguide.utils.names import Names, adapter_of, model_names
 
 __all__ = ["ABSOLUTE", "RELATIVE", "base_of", "check_base_model", "elements", "identity"]
@@ -168,7 +167,5 @@ def _sharded_elements(weight: Tensor, layout: Layout, positions: list[int]) -> l
         place.reverse()
         if all(0 <= index < size for index, size in zip(place, shape, strict=True)):
             numbers[row] = part[tuple(place)]
-    for group in layout.reduce_groups:
-        dist.all_reduce(numbers, group=group)
-    found: list[float] = numbers.tolist()
+    found: list[float] = all_reduce_over(numbers, layout.reduce_groups).tolist()
     return found

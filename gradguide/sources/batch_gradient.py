@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradguide.distributed.layouts import layout_of, local
+from gradguide.distributed.layouts import all_reduce_over, layout_of, local
 from gradguide.ops.tensors import all_finite
 from gradguide.sources.loss_value import Loss, check_loss
 from gradguide.sources.side_effects import leaves
@@ -115,14 +114,14 @@ def _mean_over_ranks(
 ) -> BatchGradient:
     """Return the mean over the batches of all ranks. Gradients of sharded parameters are sums over ``divisor``."""
     sums = [
-        g * divisor if layout_of(p) is not None else _all_reduce(g.clone(), groups)
+        g * divisor if layout_of(p) is not None else all_reduce_over(g.clone(), groups)
         for p, g in zip(parameters, own.gradients, strict=True)
     ]
     wrong = sum(int(not bool(g.isfinite().all())) for g in sums)
     numbers = torch.tensor(
         [own.examples, own.examples * own.loss, wrong, *own.reached], dtype=torch.float64, device=sums[0].device
     )
-    examples, total, bad, *times = _all_reduce(numbers, groups).tolist()
+    examples, total, bad, *times = all_reduce_over(numbers, groups).tolist()
     _check_finite(total / examples, bad == 0, index)
     mean = [g / examples for g in sums]
     return BatchGradient(round(examples), total / examples, mean, [some > 0 for some in times])
@@ -147,12 +146,6 @@ def _divisor(model: Any, ranks: int) -> float:
             f"FSDP2 divides gradients by {sorted(found)}: capture needs one set_gradient_divide_factor for all modules"
         )
     return found.pop() if found else float(ranks)
-
-
-def _all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
-    for group in groups:
-        dist.all_reduce(tensor, group=group)
-    return tensor
 
 
 def _check_finite(loss: float, finite: bool, index: int) -> None:

@@ -8,12 +8,19 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.distributed.failures import fail_together
-from gradguide.distributed.layouts import as_dtensor, check_divided, full, is_distributed, layout_of, local
+from gradguide.distributed.layouts import (
+    all_reduce_over,
+    as_dtensor,
+    check_divided,
+    full,
+    is_distributed,
+    layout_of,
+    local,
+)
 from gradguide.distributed.ranks import replica_groups
 from gradguide.sources.batch_gradient import BatchGradient, batch_gradient
 from gradguide.sources.examples import Examples
@@ -135,8 +142,7 @@ class _Sums:
             device=self._sums[0].device,
         )
         for tensor in (scalars, *self._sums, *self._squares):
-            for group in groups:
-                dist.all_reduce(tensor, group=group)
+            all_reduce_over(tensor, groups)
         examples, squared_examples, self.loss, pairs, *reached = scalars.tolist()
         self.reached = [ranks > 0 for ranks in reached]
         self.examples, self._squared_examples, self._pairs = round(examples), round(squared_examples), round(pairs)

@@ -105,8 +105,8 @@ class StepPlanner:
             sources = match_sources(self.sources, base.param_groups, self.name_lookup, self.sources)
             self.set_sources(sources, base)
         self._present = present
-        for removed in self.name_lookup.forget_removed(present):
-            self._places = {place: p for place, p in self._places.items() if p is not removed}
+        if removed := self.name_lookup.forget_removed(present):
+            self._places = {place: p for place, p in self._places.items() if p not in removed}
 
     def invalidate(self) -> None:
         """Discard the plan. The next step makes a new one."""

@@ -10,12 +10,11 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradguide.distributed.failures import fail_together
-from gradguide.distributed.layouts import is_distributed
+from gradguide.distributed.layouts import all_reduce_over, is_distributed
 from gradguide.distributed.ranks import replica_groups
 from gradguide.sources.base_model import base_of
 from gradguide.sources.loss_value import Loss, check_loss
@@ -123,13 +122,11 @@ def _sum_over_ranks(
     device = recorder.layers[0].weight.device
     numbers = torch.tensor([predictions, total, count], dtype=torch.float64, device=device)
     reached = torch.tensor([layer.name in recorder.statistics for layer in recorder.layers], device=device).int()
-    for group in groups:
-        dist.all_reduce(numbers, group=group)
-        dist.all_reduce(reached, group=group)
+    all_reduce_over(numbers, groups)
+    all_reduce_over(reached, groups)
     for layer, ranks in zip(recorder.layers, reached.tolist(), strict=True):
         for part in recorder.add_layer(layer, device).sums if ranks else ():
-            for group in groups:
-                dist.all_reduce(part, group=group)
+            all_reduce_over(part, groups)
     return round(float(numbers[0])), float(numbers[1]), round(float(numbers[2]))
 
 
